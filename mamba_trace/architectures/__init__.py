@@ -1,0 +1,86 @@
+"""One adapter for each architecture: which classes of Hugging Face's become hookable, and as what."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from ..demand import rebind_forward
+from ..errors import CheckpointError
+from ..offers import SiteModule
+from ..sites import Scope, offered
+from . import mamba
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """How one model type of Hugging Face's is made hookable.
+
+    Attributes:
+        model_type: ``config.model_type``.
+        model_class: the causal language model class.
+        hookable: class of a module -> (the hookable class it becomes, which sites it gets).
+    """
+
+    model_type: str
+    model_class: type[nn.Module]
+    hookable: dict[type[nn.Module], tuple[type[nn.Module], Scope | None]]
+
+
+ARCHITECTURES = {"mamba": Architecture("mamba", mamba.MODEL, mamba.HOOKABLE)}
+
+
+def architecture_of(model: nn.Module) -> Architecture:
+    """The adapter of a loaded model.
+
+    Raises:
+        CheckpointError: if the model is not one of the supported architectures.
+    """
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    if model_type not in ARCHITECTURES:
+        raise CheckpointError(
+            f"{type(model).__name__} (model_type {model_type!r}) is no architecture this package knows; "
+            f"it knows {', '.join(sorted(ARCHITECTURES))}. Load a MambaForCausalLM"
+        )
+    return ARCHITECTURES[model_type]
+
+
+def make_hookable(model: nn.Module) -> nn.Module:
+    """Give every block and mixer of a loaded model its sites, in place; calling it again changes nothing.
+
+    Args:
+        model: a causal language model of a supported architecture, adapted, quantised or dispatched or not.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        CheckpointError: if its architecture is not supported.
+    """
+    architecture = architecture_of(model)
+    sizes = axis_sizes(model.config)
+    for module in model.modules():
+        if type(module) not in architecture.hookable:
+            continue
+        hookable, scope = architecture.hookable[type(module)]
+        module.__class__ = hookable
+        rebind_forward(module)
+        for site in offered(scope) if scope is not None else ():
+            module.add_module(site.name, SiteModule(site, sizes))
+    no_split = set(getattr(model, "_no_split_modules", None) or ())
+    no_split |= {cls.__name__ for cls, _ in architecture.hookable.values()}
+    model.__dict__["_no_split_modules"] = sorted(no_split)
+    return model
+
+
+def axis_sizes(config: Any) -> dict[str, int]:
+    """The size of each axis letter that the configuration fixes, e.g. ``{"D": 768, "E": 1536, ...}``."""
+    return {
+        "D": config.hidden_size,
+        "E": config.intermediate_size,
+        "N": config.state_size,
+        "R": int(config.time_step_rank),
+        "V": config.vocab_size,
+    }

@@ -1,0 +1,273 @@
+"""The envoys: what ``model.layers[3].ssm.h[5]`` is, and what reading and assigning there does.
+
+nnsight mirrors every module with an `Envoy`. A site's envoy adds three things to it: a request for a site
+that the run has already gone past fails at the user's line, an assigned value is checked against the one it
+replaces (and cast where that is harmless), and a saved value is never changed by a later edit in place.
+`StateEnvoy` is the site with a place for each position; ``h[p]`` is a `PositionEnvoy`. `MixerEnvoy` makes
+``ssm.skip`` both the gate site and the method it hides.
+"""
+
+from __future__ import annotations
+
+import operator
+import re
+from typing import Any
+
+from nnsight.intervention.envoy import Envoy
+from nnsight.intervention.eproperty import eproperty
+from torch import Tensor
+
+from .demand import current_value, expect, expect_position, keep_saved, skip_module
+from .errors import PositionError, SiteValueError, UnknownSiteError
+from .names import NATIVE_MODULES, nearest, public_path
+from .sites import BY_NAME, SITES, STATE, Site, describe_axes, in_scope
+
+
+class SiteValue(eproperty):
+    """The ``output`` of a site: an `eproperty` that refuses what can no longer be served."""
+
+    def __get__(self, obj: Any, owner: Any = None) -> Any:
+        if obj is None:
+            return self
+        obj._expect()
+        return super().__get__(obj, owner)
+
+    def __set__(self, obj: Any, value: Any) -> None:
+        obj._expect()
+        super().__set__(obj, value)
+
+
+class Located(Envoy):
+    """An envoy whose output is guarded: blocks and mixers, and every site."""
+
+    def _expect(self) -> None:
+        expect(f"{self.path}.output")
+
+    @SiteValue
+    def output(self, value: Any) -> Any:
+        """The value here: read it, assign to it, or edit it in place, inside a trace."""
+        return keep_saved(f"{self.path}.output", value)
+
+
+class SiteEnvoy(Located):
+    """The envoy of one site."""
+
+    @property
+    def site(self) -> Site:
+        """The row of the site table."""
+        return BY_NAME[self.path.rsplit(".", 1)[-1]]
+
+    @property
+    def _axes(self) -> str:
+        return self.site.axes
+
+    @SiteValue
+    def output(self, value: Any) -> Any:
+        """The value of the site: read it, assign to it, or edit it in place, inside a trace.
+
+        Raises:
+            SiteOrderError: if the run has gone past this site.
+            SiteValueError: if an assigned value is no tensor, or has another shape or an integer dtype.
+        """
+        return keep_saved(f"{self.path}.output", value)
+
+    @output.postprocess  # type: ignore[no-redef]
+    def output(self, value: Any) -> Any:
+        return fit(public_path(self.path), self._axes, value, current_value(f"{self.path}.output"))
+
+    def __repr__(self) -> str:
+        if self.site.module is None:
+            return super().__repr__()
+        return f"{super().__repr__()}  # {self.site.hook}"
+
+
+class StateEnvoy(SiteEnvoy):
+    """The site with positions: ``h`` is the whole trajectory, ``h[p]`` the state carried after token p."""
+
+    def __getitem__(self, position: Any) -> PositionEnvoy:
+        """The place of the state after token ``position`` of this forward call; negative counts from the end.
+
+        Args:
+            position: an integer.
+
+        Example::
+
+            with model.trace(prompt):
+                model.layers[3].ssm.h[5].output[:] = 0
+        """
+        if isinstance(position, (slice, tuple, list)):
+            raise PositionError(
+                f"{public_path(self.path)}[{position!r}]: one position at a time, h[5] or h[-1]; "
+                f"for several write a loop in ascending order, for all of them use "
+                f"{public_path(self.path)}.output [B,L,E,N]"
+            )
+        return PositionEnvoy(self, operator.index(position))
+
+    def __getattr__(self, name: str) -> Any:
+        if re.fullmatch(r"-?\d+", name):  # model.get("layers.3.ssm.h.5")
+            return self[int(name)]
+        return super().__getattr__(name)
+
+
+class PositionEnvoy(Envoy):
+    """``h[p]``: the state [B,E,N] carried after token p.
+
+    It has a location of its own and no module. Only `output` is served.
+    """
+
+    def __init__(self, state: StateEnvoy, position: int) -> None:
+        # Not Envoy.__init__, which would install a controller and register this as the envoy of the module.
+        self._parent = None
+        self._site, self.position = state, position
+        self._edits: list[Any] = []
+        self._children: list[Envoy] = []
+        self._child_map: dict[str, Envoy] = {}
+        self._aliases: dict[str, str] = {}
+
+    @property
+    def path(self) -> str:
+        return f"{self._site.path}.{self.position}"
+
+    @property
+    def interleaver(self) -> Any:
+        return self._site.interleaver
+
+    @property
+    def _module(self) -> Any:
+        return self._site._module
+
+    def _expect(self) -> None:
+        expect_position(self._site, self.position)
+
+    @SiteValue
+    def output(self, value: Any) -> Any:
+        """The state [B,E,N] after this token: an edit changes y here and everything after it.
+
+        Raises:
+            PositionError: if the forward call has no such position.
+            SiteOrderError: if the run has gone past it.
+            SiteValueError: if an assigned value is no tensor, or has another shape or an integer dtype.
+        """
+        return keep_saved(f"{self.path}.output", value)
+
+    @output.postprocess  # type: ignore[no-redef]
+    def output(self, value: Any) -> Any:
+        return fit(public_path(self.path), "BEN", value, current_value(f"{self.path}.output"))
+
+    @property
+    def input(self) -> Any:
+        """Not served: the state before token p is ``h[p - 1].output``, or ``h_start.output``."""
+        raise SiteValueError(
+            f"{public_path(self.path)} has no input; read h[p - 1].output, or h_start.output"
+        )
+
+    inputs = input
+
+    def skip(self, replacement: Any) -> None:
+        """Not offered: assign to ``output``."""
+        raise SiteValueError(f"{public_path(self.path)} cannot be skipped; assign to its output")
+
+    def __getattr__(self, name: str) -> Any:
+        raise UnknownSiteError(f"{public_path(self.path)} has no {name!r}; it has .output")
+
+    def __reduce__(self) -> Any:
+        return operator.getitem, (self._site, self.position)
+
+    def __repr__(self) -> str:
+        return f"{public_path(self.path)}: state [B,E,N] after token {self.position}"
+
+
+class SkipEnvoy(SiteEnvoy):
+    """``ssm.skip``: the gate site, and when called, the method of the mixer that it hides."""
+
+    def __call__(self, replacement: Any, **kwargs: Any) -> None:
+        """Skip the mixer, with ``replacement`` [B,L,D] as its output: nnsight's ``Envoy.skip``."""
+        skip_module(self.parent, replacement)
+
+
+class Suggesting(Located):
+    """An envoy with sites below it, which suggests the nearest name for an unknown one."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError as error:
+            if name.startswith("_"):
+                raise
+            raise unknown(self, name) from error
+
+
+class BlockEnvoy(Suggesting):
+    """The envoy of a block."""
+
+
+class MixerEnvoy(Suggesting):
+    """The envoy of a mixer."""
+
+
+def unknown(envoy: Envoy, name: str) -> UnknownSiteError:
+    """The error for an attribute that an envoy does not have, naming what it does have."""
+    known = [site.name for site in SITES] + list(NATIVE_MODULES) + ["layers", "ssm"]
+    here = [child for child in known if child in envoy.__dict__ or child in envoy._child_map]
+    return UnknownSiteError(
+        f"{public_path(envoy.path)} has no {name!r}{nearest(name, here or known)}. It has: {', '.join(here)}"
+    )
+
+
+def envoy_classes() -> dict[str, type[Envoy]]:
+    """nnsight's ``envoys=`` map, read off the site table: path suffix -> envoy class."""
+    special = {STATE: StateEnvoy, "skip": SkipEnvoy}
+    prefixes = {"model": "", "block": "layers.*.", "mixer": "mixer."}
+    classes: dict[str, type[Envoy]] = {
+        prefixes[site.scope] + site.module_name: special.get(site.name, SiteEnvoy)
+        for scope in prefixes
+        for site in in_scope(scope)  # type: ignore[arg-type]
+    }
+    return {**classes, "layers.*": BlockEnvoy, "layers.*.mixer": MixerEnvoy}
+
+
+def fit(path: str, axes: str, value: Any, current: Any) -> Tensor:
+    """An assigned value, checked against the one it replaces and cast to its dtype and device.
+
+    Args:
+        path: the site, for messages.
+        axes: its axis letters.
+        value: what the user assigned.
+        current: what the run has there.
+
+    Raises:
+        SiteValueError: if ``value`` is no tensor, has another shape, or is not floating while ``current`` is.
+    """
+    if not isinstance(value, Tensor):
+        raise SiteValueError(
+            f"{path} takes a tensor of shape {tuple(current.shape)} {describe_axes(axes)}, not a "
+            f"{type(value).__name__}. To fill it with a number, write {path}.output[:] = ..."
+        )
+    if value.shape != current.shape:
+        raise SiteValueError(
+            f"{path} takes shape {tuple(current.shape)} {describe_axes(axes)}, not {tuple(value.shape)}. "
+            f"To replace a part of it, assign to a slice: {path}.output[:, ...] = ..."
+        )
+    if not value.is_floating_point():
+        raise SiteValueError(
+            f"{path} takes a floating tensor such as {current.dtype}, not {value.dtype}: use .float()"
+        )
+    if value.is_meta and not current.is_meta:
+        raise SiteValueError(f"{path} was given a tensor on the meta device, which holds no numbers")
+    return value.to(device=current.device, dtype=current.dtype) if not same_kind(value, current) else value
+
+
+def same_kind(value: Tensor, current: Tensor) -> bool:
+    """Whether two tensors agree in dtype and device."""
+    return value.dtype == current.dtype and value.device == current.device
+
+
+__all__ = [
+    "BlockEnvoy",
+    "MixerEnvoy",
+    "PositionEnvoy",
+    "SiteEnvoy",
+    "SkipEnvoy",
+    "StateEnvoy",
+    "envoy_classes",
+]

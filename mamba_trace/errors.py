@@ -1,0 +1,35 @@
+"""The exceptions of this package."""
+
+
+class MambaTraceError(Exception):
+    """Base class of every exception this package raises on purpose."""
+
+
+class CheckpointError(MambaTraceError, ValueError):
+    """A checkpoint, configuration or state dict cannot be found, recognised or converted."""
+
+
+class UnknownSiteError(MambaTraceError, AttributeError, KeyError):
+    """A name that is no site, hook name or path."""
+
+    __str__ = Exception.__str__  # KeyError would show the message quoted
+
+
+class PositionError(MambaTraceError, IndexError):
+    """A position outside the forward call it was asked of."""
+
+
+class SiteValueError(MambaTraceError, ValueError):
+    """A value that cannot stand at a site: wrong type, shape or dtype."""
+
+
+class BackendError(MambaTraceError, RuntimeError):
+    """A scan backend that does not exist or cannot run here."""
+
+
+class PromptError(MambaTraceError, ValueError):
+    """Prompts, answers or tokens that do not fit the question asked of them."""
+
+
+class InitializationError(MambaTraceError, ValueError):
+    """A model or a setting that cannot be initialised from scratch."""

@@ -1,0 +1,279 @@
+"""`MambaTrace`: a Mamba as an nnsight model, with every intermediate value a named site.
+
+It is an `nnsight.TransformersModel` over Hugging Face's own module, so everything nnsight does (trace,
+invoke, generate, iter, edit, cache, scan, session, barrier, backward, source) works as documented there.
+What this class adds is loading (either checkpoint format, a loaded module, a state dict, a configuration),
+the sites, and their other names.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from nnsight import TransformersModel
+from nnsight.intervention.envoy import Envoy
+from torch import Tensor, nn
+from transformers import MambaConfig, MambaForCausalLM, PreTrainedTokenizerBase, TextGenerationPipeline
+
+from . import names
+from .architectures import architecture_of, make_hookable
+from .checkpoints import Checkpoint, find_checkpoint, load_tokenizer, read_state_dict
+from .conversion import check_state_dict, convert_config, convert_state_dict, residuals_per_layer
+from .envoys import envoy_classes, unknown
+from .errors import BackendError, PositionError, PromptError, UnknownSiteError
+from .initialization import initialize
+from .sites import SITES, STATE
+from .tokens import Tokens
+
+#: Names of this package for modules of Hugging Face's.
+RENAME = {
+    "backbone.embeddings": "embeddings",
+    "backbone.layers": "layers",
+    "backbone.norm_f": "norm_f",
+    "mixer": "ssm",
+}
+DEMO = Path(__file__).parent / "demo_model"
+KERNELS = ("auto", "reference")
+
+
+class MambaTrace(Tokens, TransformersModel):
+    """A Mamba whose every intermediate value can be read and edited inside a trace.
+
+    Args:
+        repo_id: a hub id or a local folder, in Hugging Face's or the original state-spaces format, or a
+            loaded ``MambaForCausalLM``, which is made hookable in place.
+        tokenizer: the tokenizer; found with the checkpoint where it is not given.
+        kernels: which scan runs: ``"auto"`` or ``"reference"``.
+        **kwargs: ``revision``, ``dtype``, ``device``, ``device_map``, ``quantization_config`` and whatever
+            else ``from_pretrained`` takes; ``dispatch=True`` loads the weights now, not at the first run.
+
+    Raises:
+        CheckpointError: if there is no such checkpoint, or it is no Mamba.
+        BackendError: if ``kernels`` names no backend.
+
+    Example::
+
+        model = MambaTrace("state-spaces/mamba-370m")
+        with model.trace("Hello World"):
+            model.layers[3].ssm.h[0].output[:] = 0
+            logits = model.lm_head.output.save()  # [B,L,V]
+    """
+
+    def __init__(self, repo_id: Any, *args: Any, kernels: str = "auto", **kwargs: Any) -> None:
+        if kernels not in KERNELS:
+            raise BackendError(
+                f"kernels={kernels!r} is no backend; there is {' and '.join(map(repr, KERNELS))}"
+            )
+        self.kernels = kernels
+        if isinstance(repo_id, Path):
+            repo_id = str(repo_id)
+        if isinstance(repo_id, nn.Module):
+            architecture_of(repo_id)
+        envoys = kwargs.pop("envoys", None) or {}
+        super().__init__(
+            repo_id,
+            *args,
+            task="text-generation",
+            rename={**RENAME, **(kwargs.pop("rename", None) or {})},
+            envoys={**envoy_classes(), **envoys} if isinstance(envoys, dict) else envoys,
+            **kwargs,
+        )
+
+    # -- other ways to make one ------------------------------------------------------------------------
+
+    @classmethod
+    def demo(cls, **kwargs: Any) -> MambaTrace:
+        """The small trained model that ships with the package: who was given the apple?
+
+        Returns:
+            A model with its weights loaded, from disk alone.
+
+        Example::
+
+            model = MambaTrace.demo()
+        """
+        return cls(str(DEMO), **{"dispatch": True, **kwargs})
+
+    @classmethod
+    def from_config(
+        cls,
+        config: Any,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        seed: int = 0,
+        *,
+        dtype: torch.dtype = torch.float32,
+        **kwargs: Any,
+    ) -> MambaTrace:
+        """A model from scratch, initialised as the Mamba authors do.
+
+        Args:
+            config: a ``MambaConfig``, or a configuration in the original or MambaLens's format.
+            tokenizer: needed for prompts that are strings.
+            seed: of a generator of its own; torch's global one is not touched.
+            dtype: of the parameters.
+            **kwargs: as for `MambaTrace`.
+
+        Example::
+
+            model = MambaTrace.from_config({"d_model": 64, "n_layer": 2, "vocab_size": 100}, seed=1)
+        """
+        module = _empty(convert_config(config, "huggingface"), dtype)
+        initialize(module, seed=seed, n_residuals_per_layer=residuals_per_layer(config))
+        return cls(module, tokenizer=tokenizer, **kwargs)
+
+    @classmethod
+    def from_state_dict(
+        cls,
+        config: Any,
+        state_dict: Mapping[str, Tensor],
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        **kwargs: Any,
+    ) -> MambaTrace:
+        """A model from a configuration and a state dict, each in any of the three formats.
+
+        Args:
+            config: original, MambaLens's or Hugging Face's.
+            state_dict: original, MambaLens's or Hugging Face's; values are taken bit for bit.
+            tokenizer: needed for prompts that are strings.
+            **kwargs: as for `MambaTrace`.
+
+        Raises:
+            CheckpointError: if keys or shapes do not fit the configuration.
+        """
+        hf_config = convert_config(config, "huggingface", trained=True)
+        weights = convert_state_dict(state_dict, "huggingface")
+        check_state_dict(weights, hf_config)
+        module = _empty(hf_config, next(iter(weights.values())).dtype)
+        module.load_state_dict(
+            weights, strict=False
+        )  # strict but for a tied lm_head; keys were checked above
+        return cls(module, tokenizer=tokenizer, **kwargs)
+
+    # -- the sites -------------------------------------------------------------------------------------
+
+    def hook(self, name: str) -> Envoy:
+        """The place a hook name or path names, e.g. ``model.hook("blocks.3.hook_h.5").output``.
+
+        Args:
+            name: MambaLens's name, TransformerLens 4's where it means the same place, or a path.
+
+        Raises:
+            UnknownSiteError: if no place of this model has that name.
+        """
+        place = names.parse(name)
+        n_layers = len(self.layers)
+        if place.layer is not None and place.layer >= n_layers:
+            raise UnknownSiteError(f"{name!r}: this model has layers 0 to {n_layers - 1}")
+        if place.site is not None and place.site.scope == "model":
+            return getattr(self, place.site.name)
+        block = self.layers[place.layer]
+        if place.site is not None and place.site.scope == "block":
+            return getattr(block, place.site.name)
+        envoy = getattr(block.ssm, place.site.name if place.site is not None else str(place.native))
+        return envoy if place.position is None else envoy[place.position]
+
+    def hook_names(self, n_positions: int) -> list[str]:
+        """Every MambaLens hook name for a prompt of ``n_positions`` tokens, in execution order."""
+        if n_positions < 1:
+            raise PositionError(f"a prompt has at least one position, not {n_positions}")
+        return names.hook_names(len(self.layers), n_positions)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError as error:
+            known = {site.name for site in SITES} | {STATE, "ssm"}
+            if name not in known and not names.nearest(name, sorted(known | {"layers"})):
+                raise
+            raise unknown(self, name) from error
+
+    # -- loading ---------------------------------------------------------------------------------------
+
+    def _loaded_preprocessors(self) -> set[str]:
+        return {"tokenizer"}
+
+    def _find(self, repo_id: str, kwargs: Mapping[str, Any]) -> Checkpoint:
+        options = {
+            name: kwargs[name] for name in ("cache_dir", "token", "local_files_only") if name in kwargs
+        }
+        return find_checkpoint(repo_id, revision=self.revision, **options)
+
+    def _load_meta(self, repo_id: str, *args: Any, **kwargs: Any) -> nn.Module:
+        checkpoint = self._find(repo_id, kwargs)
+        config = copy.deepcopy(kwargs.get("config") or checkpoint.config)
+        dtype = kwargs.get("dtype") or kwargs.get("torch_dtype")
+        dtype = dtype if isinstance(dtype, torch.dtype) else config.dtype
+        module: Any = MambaForCausalLM(config)
+        module.to(dtype or torch.float32)
+        if self.tokenizer is None:
+            self.tokenizer = load_tokenizer(checkpoint)
+        return self._wrap(module, device="meta")
+
+    def _load(self, repo_id: str, *args: Any, **kwargs: Any) -> nn.Module:
+        checkpoint = self._find(repo_id, kwargs)
+        if self.tokenizer is None:
+            self.tokenizer = load_tokenizer(checkpoint)
+        device = kwargs.pop("device", None)
+        config = copy.deepcopy(kwargs.pop("config", None) or checkpoint.config)
+        with unscaled(config):
+            if checkpoint.format == "original":
+                weights = read_state_dict(checkpoint)
+                kwargs.setdefault("dtype", next(iter(weights.values())).dtype)
+                module = MambaForCausalLM.from_pretrained(None, config=config, state_dict=weights, **kwargs)
+            else:
+                module = MambaForCausalLM.from_pretrained(
+                    repo_id, config=config, revision=self.revision or "main", **kwargs
+                )
+        module.name_or_path = repo_id
+        return self._wrap(module, device=device, placed="device_map" in kwargs)
+
+    def _wrap(
+        self, module: nn.Module, *args: Any, device: Any = None, placed: bool = True, **kwargs: Any
+    ) -> nn.Module:
+        make_hookable(module)
+        module.eval()
+        # A module on its way in stays where its owner put it; one loaded here goes where nnsight's others go.
+        if placed and device is None and not getattr(module, "hf_device_map", None):
+            device = module.device
+        self.pipeline = TextGenerationPipeline(
+            model=module, tokenizer=self.tokenizer, task="text-generation", device=device
+        )
+        return self._finalize_pipeline()
+
+    def _batch(self, invokes: list, fn: Any) -> tuple:
+        if self.tokenizer is None and any(_holds_text(inputs) for inputs, _ in invokes):
+            raise PromptError(
+                "this model has no tokenizer, so a prompt must be a tensor of token ids [B,L]; "
+                "or give it one: MambaTrace(..., tokenizer=...)"
+            )
+        return super()._batch(invokes, fn)
+
+
+@contextlib.contextmanager
+def unscaled(config: MambaConfig) -> Iterator[None]:
+    """Load with ``rescale_prenorm_residual`` off: transformers 5 would divide *loaded* weights again."""
+    flag, config.rescale_prenorm_residual = config.rescale_prenorm_residual, False
+    try:
+        yield
+    finally:
+        config.rescale_prenorm_residual = flag
+
+
+def _empty(config: MambaConfig, dtype: torch.dtype) -> MambaForCausalLM:
+    """A module with uninitialised parameters, drawing no random numbers."""
+    with torch.device("meta"):
+        module: Any = MambaForCausalLM(config)
+    module.to(dtype).to_empty(device="cpu")
+    module.tie_weights()
+    return module
+
+
+def _holds_text(inputs: Any) -> bool:
+    if isinstance(inputs, str):
+        return True
+    return isinstance(inputs, (list, tuple)) and any(_holds_text(item) for item in inputs)

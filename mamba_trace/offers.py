@@ -1,0 +1,87 @@
+"""Offering values at sites: what a hookable forward calls, and the module it calls.
+
+A forward is written once, with every site in it. Where nothing inside its module is wanted, offering costs
+an attribute test, and the visits are counted in one go at the end; otherwise each site's `SiteModule` is
+called, so that nnsight serves it and PyTorch hooks on it fire.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
+from .demand import Visit
+from .sites import BY_NAME, Scope, Site, offered
+
+
+class SiteModule(nn.Module):
+    """A place where a value can be read or replaced: returns its input."""
+
+    def __init__(self, site: Site, sizes: dict[str, int]) -> None:
+        super().__init__()
+        self.site = site
+        self.shape = ", ".join(str(sizes.get(axis, axis)) for axis in site.axes)
+
+    def forward(self, value: Tensor) -> Tensor:
+        return value
+
+    def _get_name(self) -> str:
+        return "Site"
+
+    def extra_repr(self) -> str:
+        return f"[{self.shape}], {self.site.hook}"
+
+
+class Offers:
+    """The sites of one module during one call of its forward.
+
+    Args:
+        module: a hookable block or mixer.
+        scope: which sites it has.
+    """
+
+    def __init__(self, module: nn.Module, scope: Scope) -> None:
+        self.module = module
+        self.names = tuple(site.name for site in offered(scope))
+        self.visit = Visit(module)
+        #: Whether the sites are offered; if not, they are only counted, when the call is over.
+        self.open = self.visit.inside(self.names)
+
+    def __call__(self, name: str, value: Tensor) -> Tensor:
+        """Offer ``value`` at site ``name``; return it, edited or not."""
+        if not self.open:
+            return value
+        site, module = BY_NAME[name], self.module._modules[name]
+        assert module is not None
+        if site.aliases_earlier and self.wants(name):
+            value = value.clone()
+        if site.axes.startswith("B"):
+            return module(value)
+        with self.visit.whole_batch():
+            return module(value)
+
+    def wants(self, name: str) -> bool:
+        """Whether the value of site ``name`` is wanted now, so that one made for it alone is worth making."""
+        return self.open and self.visit.wants(name)
+
+    def pass_over(self, name: str) -> None:
+        """Leave out a site whose value nobody wants and the computation does not need."""
+        if self.open:
+            self.visit.pass_over((name,))
+
+    def optional(self, name: str, make: Callable[[], Tensor]) -> tuple[Tensor | None, bool]:
+        """Offer a value that is made only if wanted: ``(value or None, whether it was edited)``."""
+        if not self.wants(name):
+            self.pass_over(name)
+            return None, False
+        value = make()
+        # Inference tensors do not count their versions: take those for edited.
+        version = None if value.is_inference() else value._version
+        served = self(name, value)
+        return served, served is not value or version is None or served._version != version
+
+    def close(self) -> None:
+        """Count the sites of a call that offered none."""
+        if not self.open:
+            self.visit.pass_over(self.names)

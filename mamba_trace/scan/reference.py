@@ -1,0 +1,91 @@
+"""The definition: the recurrence written out in plain PyTorch, one position at a time.
+
+Everything else is tested against this file, in float64 too. It makes no [B,L,E,N] tensor, works on any
+device, under fake tensors and with any strides, and accumulates in float32 or better.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def accumulation_dtype(*tensors: Tensor | None) -> torch.dtype:
+    """float32, or float64 where any input is float64."""
+    dtype = torch.float32
+    for tensor in tensors:
+        if tensor is not None:
+            dtype = torch.promote_types(dtype, tensor.dtype)
+    return dtype
+
+
+def selective_scan(
+    x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, h_start: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Run h_p = exp(delta_p A) h_{p-1} + delta_p B_p x_p and y_p = C_p h_p over all positions.
+
+    Args:
+        x: input [B,L,E].
+        delta: step sizes, after softplus [B,L,E].
+        A: state matrix, negative [E,N].
+        B: input matrix [B,L,N].
+        C: output matrix [B,L,N].
+        h_start: state before the first position [B,E,N]; zeros if ``None``.
+
+    Returns:
+        ``(y, h_last)``: outputs [B,L,E] and the state after the last position [B,E,N], both in float32, or in
+        float64 where an input is float64.
+
+    Source:
+        Mamba (arXiv 2312.00752), section 3.2.
+    """
+    dtype = accumulation_dtype(x, delta, A, B, C, h_start)
+    x, delta, A, B, C = (tensor.to(dtype) for tensor in (x, delta, A, B, C))
+    h = _start(x, A.shape[-1], h_start, dtype)
+    delta_x = delta * x  # [B,L,E]
+    y = []
+    for position in range(x.shape[1]):
+        decay = torch.exp(delta[:, position, :, None] * A)  # [B,E,N]
+        h = decay * h + delta_x[:, position, :, None] * B[:, position, None, :]  # [B,E,N]
+        y.append(read_out(h, C[:, position]))
+    return _stack(y, x), h
+
+
+def explicit_scan(
+    A_bar: Tensor, B_bar: Tensor, x: Tensor, C: Tensor, h_start: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Run h_p = A_bar_p h_{p-1} + B_bar_p x_p and y_p = C_p h_p from discretised matrices.
+
+    Args:
+        A_bar, B_bar: [B,L,E,N].
+        x: [B,L,E].
+        C: [B,L,N].
+        h_start: state before the first position [B,E,N]; zeros if ``None``.
+
+    Returns:
+        ``(y [B,L,E], h_last [B,E,N])``, as `selective_scan`.
+    """
+    dtype = accumulation_dtype(A_bar, B_bar, x, C, h_start)
+    x, C = x.to(dtype), C.to(dtype)
+    h = _start(x, A_bar.shape[-1], h_start, dtype)
+    y = []
+    for position in range(x.shape[1]):
+        write = B_bar[:, position].to(dtype) * x[:, position, :, None]  # [B,E,N]
+        h = A_bar[:, position].to(dtype) * h + write
+        y.append(read_out(h, C[:, position]))
+    return _stack(y, x), h
+
+
+def read_out(h: Tensor, C: Tensor) -> Tensor:
+    """y = C h: state [...,E,N] and C [...,N] -> [...,E]."""
+    return torch.einsum("...en,...n->...e", h, C.to(h.dtype))
+
+
+def _start(x: Tensor, d_state: int, h_start: Tensor | None, dtype: torch.dtype) -> Tensor:
+    if h_start is not None:
+        return h_start.to(dtype)
+    return x.new_zeros(x.shape[0], x.shape[2], d_state, dtype=dtype)
+
+
+def _stack(y: list[Tensor], x: Tensor) -> Tensor:
+    return torch.stack(y, dim=1) if y else torch.zeros_like(x)

@@ -1,0 +1,176 @@
+"""The sites: every place of a Mamba where a value can be read or replaced.
+
+One table says what each site is called, what it holds, and which Hugging Face module (if any)
+already produces it. The hookable modules, the envoys, the name map, the error messages, `print(model)`
+and the command line all read this table and nothing else, so a new site is one row here and one line
+in the forward that offers it.
+
+The rows are in execution order, which is also the order in which a trace must ask for them.
+
+Symbols: B batch, L positions, D d_model, E d_inner, N d_state, R dt_rank, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+Scope = Literal["model", "block", "mixer"]
+
+#: Where each scope's modules live: under the user's names, and under Hugging Face's.
+PUBLIC_PREFIX: dict[Scope, str] = {"model": "", "block": "layers[{layer}].", "mixer": "layers[{layer}].ssm."}
+MODULE_PREFIX: dict[Scope, str] = {
+    "model": "",
+    "block": "backbone.layers.{layer}.",
+    "mixer": "backbone.layers.{layer}.mixer.",
+}
+
+#: What each axis of a site counts, for messages.
+AXES = {
+    "B": "batch",
+    "L": "positions",
+    "D": "d_model",
+    "E": "d_inner",
+    "N": "d_state",
+    "R": "dt_rank",
+    "V": "vocabulary",
+}
+
+
+@dataclass(frozen=True)
+class Site:
+    """One row of the table.
+
+    Attributes:
+        name: what users write after ``layers[l].``, ``layers[l].ssm.`` or ``model.``.
+        scope: whether the site belongs to the model, to a block, or to a block's mixer.
+        axes: the axes of its value, as letters of `AXES`.
+        hook: its name in MambaLens and TransformerLens, without the ``blocks.l.`` prefix.
+        meaning: one line for people.
+        module: the Hugging Face module whose output *is* the site, relative to `MODULE_PREFIX`;
+            ``None`` where a module of its own offers the value.
+        aliases_earlier: its value shares memory with an earlier site, with a cache, or with what
+            autograd keeps for the backward pass. Such a site hands out a copy to whoever asks, so
+            that no edit of it ever reaches another value.
+    """
+
+    name: str
+    scope: Scope
+    axes: str
+    hook: str
+    meaning: str
+    module: str | None = None
+    aliases_earlier: bool = False
+
+    @property
+    def module_name(self) -> str:
+        """The name of the module that offers this site, relative to `MODULE_PREFIX`."""
+        return self.module or self.name
+
+    def path(self, layer: int | None = None) -> str:
+        """The path users write, e.g. ``layers[3].ssm.conv``."""
+        return PUBLIC_PREFIX[self.scope].format(layer=layer) + self.name
+
+    def module_path(self, layer: int | None = None) -> str:
+        """The path in the Hugging Face module tree, e.g. ``backbone.layers.3.mixer.conv``."""
+        return MODULE_PREFIX[self.scope].format(layer=layer) + self.module_name
+
+    def hook_name(self, layer: int | None = None) -> str:
+        """The MambaLens name, e.g. ``blocks.3.hook_conv``."""
+        return self.hook if self.scope == "model" else f"blocks.{layer}.{self.hook}"
+
+
+SITES: tuple[Site, ...] = (
+    Site("embeddings", "model", "BLD", "hook_embed", "token embeddings", module="backbone.embeddings"),
+    Site(
+        "resid_pre", "block", "BLD", "hook_resid_pre", "residual stream into the block", aliases_earlier=True
+    ),
+    Site(
+        "layer_input",
+        "block",
+        "BLD",
+        "hook_layer_input",
+        "the block's own copy of resid_pre: an edit never reaches the residual stream",
+        aliases_earlier=True,
+    ),
+    Site("norm", "block", "BLD", "hook_normalized_input", "layer_input after RMSNorm", module="norm"),
+    Site("skip", "mixer", "BLE", "hook_skip", "gate half of in_proj", aliases_earlier=True),
+    Site("x_in", "mixer", "BLE", "hook_in_proj", "x half of in_proj", aliases_earlier=True),
+    Site(
+        "conv", "mixer", "BLE", "hook_conv", "causal convolution of x_in, before SiLU", aliases_earlier=True
+    ),
+    Site("ssm_input", "mixer", "BLE", "hook_ssm_input", "x of the SSM: SiLU of conv"),
+    Site(
+        "h_start",
+        "mixer",
+        "BEN",
+        "hook_h_start",
+        "state before the first token of this call: zeros, or the cached state",
+        aliases_earlier=True,
+    ),
+    Site("delta_1", "mixer", "BLR", "hook_delta_1", "dt part of x_proj", aliases_earlier=True),
+    Site(
+        "delta_2",
+        "mixer",
+        "BLE",
+        "hook_delta_2",
+        "delta_1 after dt_proj, with its bias",
+        aliases_earlier=True,
+    ),
+    Site("delta", "mixer", "BLE", "hook_delta", "step size: softplus of delta_2, 0 on padding"),
+    Site("A", "mixer", "EN", "hook_A", "-exp(A_log)"),
+    Site("A_bar", "mixer", "BLEN", "hook_A_bar", "discretised A: exp(delta A)", aliases_earlier=True),
+    Site("B", "mixer", "BLN", "hook_B", "input matrix of each token", aliases_earlier=True),
+    Site("B_bar", "mixer", "BLEN", "hook_B_bar", "discretised B: delta B"),
+    Site("C", "mixer", "BLN", "hook_C", "output matrix of each token", aliases_earlier=True),
+    Site(
+        "h",
+        "mixer",
+        "BLEN",
+        "hook_h",
+        "states; h[p] [B,E,N] is the state carried after token p: an edit changes y at p and all after",
+    ),
+    Site("y", "mixer", "BLE", "hook_y", "C h, before the D term"),
+    Site("ssm_output", "mixer", "BLE", "hook_ssm_output", "y + D x"),
+    Site("after_skip", "mixer", "BLE", "hook_after_skip", "ssm_output times SiLU(skip)"),
+    Site("out_proj", "mixer", "BLD", "hook_out_proj", "the mixer's output", module="out_proj"),
+    Site("resid_post", "block", "BLD", "hook_resid_post", "residual stream out of the block"),
+    Site("norm_f", "model", "BLD", "hook_norm", "final RMSNorm", module="backbone.norm_f"),
+    Site("lm_head", "model", "BLV", "hook_logits", "logits", module="lm_head"),
+)
+
+#: The site with a place of its own for each position.
+STATE = "h"
+
+BY_NAME: dict[str, Site] = {site.name: site for site in SITES}
+BY_HOOK: dict[str, Site] = {site.hook: site for site in SITES}
+
+
+def in_scope(scope: Scope) -> tuple[Site, ...]:
+    """The sites of one scope, in execution order."""
+    return tuple(site for site in SITES if site.scope == scope)
+
+
+def offered(scope: Scope) -> tuple[Site, ...]:
+    """The sites of one scope that have a module of their own, in execution order."""
+    return tuple(site for site in in_scope(scope) if site.module is None)
+
+
+def walk(n_layers: int) -> Iterator[tuple[Site, int | None]]:
+    """Every (site, layer) of a model of ``n_layers`` in execution order; layer is None for the model's own.
+
+    >>> [(site.name, layer) for site, layer in walk(1)][:2]
+    [('embeddings', None), ('resid_pre', 0)]
+    """
+    first = next(i for i, site in enumerate(SITES) if site.scope != "model")
+    last = max(i for i, site in enumerate(SITES) if site.scope != "model") + 1
+    yield from ((site, None) for site in SITES[:first])
+    for layer in range(n_layers):
+        yield from ((site, layer) for site in SITES[first:last])
+    yield from ((site, None) for site in SITES[last:])
+
+
+def describe_axes(axes: str) -> str:
+    """``"BEN"`` -> ``"[B batch, E d_inner, N d_state]"``."""
+    return "[" + ", ".join(f"{axis} {AXES[axis]}" for axis in axes) + "]"

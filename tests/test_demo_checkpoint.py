@@ -1,0 +1,207 @@
+"""The shipped model must be what the package says it is, seen from plain `transformers` alone.
+
+Accuracy is measured on sentences whose pair of names never occurred in training; that claim is checked
+against what the training generator yields, and the generator against the split stored beside the weights.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import json
+import math
+import re
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoTokenizer, MambaForCausalLM
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDER = ROOT / "mamba_trace" / "demo_model"
+END = "<|endoftext|>"
+PROMPTS = {
+    "Lately, Emma and Shelby had fun at school. Shelby gave an apple to": (" Emma", " Shelby"),
+    "Lately, Emma and Shelby had fun at school. Emma gave an apple to": (" Shelby", " Emma"),
+}
+
+
+@pytest.fixture(scope="module")
+def demo() -> ModuleType:
+    """tutorials/train_demo.py as a module (tutorials is not a package)."""
+    spec = importlib.util.spec_from_file_location("train_demo", ROOT / "tutorials" / "train_demo.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return AutoTokenizer.from_pretrained(FOLDER, local_files_only=True)
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return MambaForCausalLM.from_pretrained(FOLDER, local_files_only=True).eval()
+
+
+@pytest.fixture(scope="module")
+def splits() -> dict[str, Any]:
+    return json.loads((FOLDER / "splits.json").read_text())
+
+
+def names_in(prompt: str, demo: ModuleType) -> set[str]:
+    return set(re.findall(r"\w+", prompt)) & set(demo.NAMES)
+
+
+@torch.no_grad()
+def logits_after(model: Any, tokenizer: Any, prompts: list[str]) -> torch.Tensor:
+    """Logits [len(prompts), V]; padded on the left, so the last column is every prompt's last token."""
+    parts = []
+    for start in range(0, len(prompts), 250):
+        batch = tokenizer(prompts[start : start + 250], padding=True, return_tensors="pt")
+        parts.append(model(**batch, use_cache=False).logits[:, -1])
+    return torch.cat(parts)
+
+
+def test_the_folder_is_small_and_holds_data_only() -> None:
+    files = {path.name: path.stat().st_size for path in FOLDER.iterdir()}
+    for name in (
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "splits.json",
+    ):
+        assert name in files
+    assert not any(name.endswith((".py", ".bin", ".pt")) for name in files)
+    assert sum(files.values()) <= 2_000_000
+
+
+def test_config_is_that_of_a_small_real_mamba(model: Any, tokenizer: Any) -> None:
+    config = json.loads((FOLDER / "config.json").read_text())
+    assert config["architectures"] == ["MambaForCausalLM"]
+    assert not config.get("rescale_prenorm_residual"), "Hugging Face 5 would rescale loaded weights"
+    assert (config["expand"], config["state_size"], config["conv_kernel"]) == (2, 16, 4)
+    assert config["vocab_size"] == len(tokenizer)
+    assert model.lm_head.weight is model.backbone.embeddings.weight
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+def test_loaded_weights_are_the_stored_ones(model: Any) -> None:
+    stored = load_file(FOLDER / "model.safetensors")
+    loaded = model.state_dict()
+    assert set(loaded) - set(stored) <= {"lm_head.weight"}
+    for name, value in stored.items():
+        assert torch.equal(loaded[name], value), name
+
+
+@pytest.mark.parametrize("prefix", ["", END], ids=["without_bos", "with_bos"])
+def test_held_out_pairs_are_answered(
+    prefix: str, demo: ModuleType, splits: dict[str, Any], model: Any, tokenizer: Any
+) -> None:
+    sample = list(itertools.islice(demo.examples(splits["held_out"], "test"), 1000))
+    logits = logits_after(model, tokenizer, [prefix + example.prompt for example in sample])
+    answers = torch.tensor([tokenizer.convert_tokens_to_ids(example.answer) for example in sample])
+    assert (logits.argmax(-1) == answers).float().mean() >= 0.99
+
+
+@pytest.mark.parametrize("prefix", ["", END], ids=["without_bos", "with_bos"])
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_seed_prompts(prompt: str, prefix: str, model: Any, tokenizer: Any) -> None:
+    right, wrong = tokenizer.convert_tokens_to_ids(list(PROMPTS[prompt]))
+    logits = logits_after(model, tokenizer, [prefix + prompt])[0]
+    assert logits.argmax() == right
+    assert logits[right] - logits[wrong] > 5.0
+
+
+@pytest.mark.parametrize("prefix", ["", END], ids=["without_bos", "with_bos"])
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_generate_ends_the_sentence(prompt: str, prefix: str, model: Any, tokenizer: Any) -> None:
+    batch = tokenizer(prefix + prompt, return_tensors="pt")
+    tokens = model.generate(**batch, max_new_tokens=8, do_sample=False)[0, batch["input_ids"].shape[1] :]
+    assert tokenizer.decode(tokens) == f"{PROMPTS[prompt][0]}.{END}"
+
+
+def test_held_out_pairs_never_occur_in_training(demo: ModuleType, splits: dict[str, Any]) -> None:
+    training, held_out = demo.split_pairs(splits["seed"])
+    assert [list(pair) for pair in held_out] == splits["held_out"]
+    assert ["Emma", "Shelby"] in splits["held_out"]
+    forbidden = {frozenset(pair) for pair in held_out}
+    assert len(forbidden) == len(held_out) >= 100
+    assert len({frozenset(pair) for pair in [*training, *held_out]}) == math.comb(len(demo.NAMES), 2)
+    for example in itertools.islice(demo.examples(training, splits["seed"]), 20_000):
+        pairs = map(frozenset, itertools.combinations(names_in(example.prompt, demo), 2))
+        assert forbidden.isdisjoint(pairs), example.prompt
+
+
+def test_the_generator_yields_both_orders_both_givers_and_the_seed_sentences(demo: ModuleType) -> None:
+    prompts = [example.prompt for example in itertools.islice(demo.examples([("Emma", "Shelby")], 0), 500)]
+    for first, second in itertools.permutations(("Emma", "Shelby")):
+        for giver in (first, second):
+            assert any(re.search(rf"{first}.*{second}.*{giver}", prompt) for prompt in prompts)
+    again = [example.prompt for example in itertools.islice(demo.examples([("Emma", "Shelby")], 0), 500)]
+    assert prompts == again
+    prompts = [
+        example.prompt for example in itertools.islice(demo.examples([("Emma", "Shelby")], 0), 200_000)
+    ]
+    assert set(PROMPTS) <= set(prompts)
+
+
+def test_tokens_carry_their_space_and_join_to_the_text(
+    demo: ModuleType, splits: dict[str, Any], tokenizer: Any
+) -> None:
+    text = "Lately, Emma and Shelby had fun at school."
+    tokens = ["Lately", ",", " Emma", " and", " Shelby", " had", " fun", " at", " school", "."]
+    assert tokenizer.tokenize(text) == tokens
+    for example in itertools.islice(demo.examples(splits["held_out"], "tokens"), 1000):
+        for text in (example.prompt, END + example.prompt + example.answer + "." + END):
+            ids = tokenizer.encode(text)
+            assert tokenizer.unk_token_id not in ids
+            assert tokenizer.decode(ids) == text == "".join(tokenizer.convert_ids_to_tokens(ids))
+
+
+def test_special_tokens(demo: ModuleType, tokenizer: Any) -> None:
+    assert tokenizer.bos_token == tokenizer.eos_token == tokenizer.pad_token == END
+    assert tokenizer.bos_token_id == 0 and tokenizer.padding_side == "left"
+    assert tokenizer.encode("Emma") == tokenizer.encode("Emma", add_special_tokens=False)
+    assert tokenizer.encode(" quokka", add_special_tokens=False) == [tokenizer.unk_token_id]
+    for name in demo.NAMES:
+        assert len({*tokenizer.encode(name), *tokenizer.encode(f" {name}")} - {tokenizer.unk_token_id}) == 2
+
+
+def test_padding_changes_nothing(model: Any, tokenizer: Any) -> None:
+    short, long = "Emma saw Shelby at home, so Emma gave an egg to", next(iter(PROMPTS))
+    together = logits_after(model, tokenizer, [short, long])
+    torch.testing.assert_close(together[0], logits_after(model, tokenizer, [short])[0], rtol=1e-4, atol=1e-4)
+
+
+def test_the_training_forward_is_hugging_faces_forward(demo: ModuleType, model: Any, tokenizer: Any) -> None:
+    tokens = tokenizer(next(iter(PROMPTS)), return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        expected = model(tokens, use_cache=False).logits
+        torch.testing.assert_close(demo.fast_logits(model, tokens), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_training_scan_has_the_gradient_of_finite_differences(demo: ModuleType) -> None:
+    generator = torch.Generator().manual_seed(0)
+    L, B, E, N = 4, 2, 3, 5
+    shapes = [(L, B, E), (L, B, E), (N, E), (L, B, N), (L, B, N)]
+    x, delta, A, B_, C = (torch.randn(s, generator=generator, dtype=torch.float64) for s in shapes)
+    inputs = tuple(v.requires_grad_() for v in (x, delta.abs(), -A.abs(), B_, C))
+    assert torch.autograd.gradcheck(demo.SelectiveScan.apply, inputs)
+
+
+def test_initialisation_is_mambas(demo: ModuleType) -> None:
+    model = demo.build_model(vocab_size=20, n_layers=2, d_model=64, seed=3)
+    for block in model.backbone.layers:
+        mixer = block.mixer
+        torch.testing.assert_close(mixer.A_log, torch.arange(1.0, 17.0).log().expand(128, 16))
+        dt = torch.nn.functional.softplus(mixer.dt_proj.bias)
+        assert 0.9e-3 < dt.min() < 2e-3 and 0.05 < dt.max() < 0.101
+        assert dt.log().std().item() == pytest.approx(math.log(100) / math.sqrt(12), rel=0.2)
+        assert torch.equal(mixer.D, torch.ones(128))
