@@ -8,8 +8,21 @@ with model.trace("Lately, Emma and Shelby had fun at school. Shelby gave an appl
     logits = model.lm_head.output.save()
 """
 
+from typing import TYPE_CHECKING, Any
+
 from . import names
 from ._version import __version__
-from .model import MambaTrace
+
+if TYPE_CHECKING:
+    from .model import MambaTrace
 
 __all__ = ["MambaTrace", "__version__", "names"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import the model class, and torch with it, only when asked for: `mamba-trace --help` is not."""
+    if name == "MambaTrace":
+        from .model import MambaTrace
+
+        return MambaTrace
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -68,7 +68,15 @@ FIELDS = (
     _initializer("rescale_prenorm_residual", True),
     _initializer(N_RESIDUALS, 1),
 )
-POSITIVE_INTS = ("hidden_size", "num_hidden_layers", "vocab_size", "state_size", "conv_kernel", "expand")
+POSITIVE_INTS = (
+    "hidden_size",
+    "num_hidden_layers",
+    "vocab_size",
+    "state_size",
+    "conv_kernel",
+    "expand",
+    "time_step_rank",
+)
 FLOATS = (
     "layer_norm_epsilon",
     "initializer_range",

@@ -164,14 +164,14 @@ def _resolve(format: str, raw: Config, values: Config) -> Config:
         if values.get(field.name) is REQUIRED:
             raise CheckpointError(f"the {format} configuration has no {'.'.join(field.path(format) or ())}")
     for name in POSITIVE_INTS:
+        if values[name] == "auto" and name == "time_step_rank":
+            values[name] = math.ceil(values["hidden_size"] / 16)
         if isinstance(values[name], bool) or not isinstance(values[name], int) or values[name] < 1:
             path = next(".".join(f.path(format) or ()) for f in FIELDS if f.name == name)
             raise CheckpointError(f"{path} must be a whole number of at least 1, found {values[name]!r}")
     if values["time_step_init_scheme"] not in DT_INIT:
         found = values["time_step_init_scheme"]
         raise CheckpointError(f"dt_init must be 'random' or 'constant', found {found!r}")
-    if values["time_step_rank"] == "auto":
-        values["time_step_rank"] = math.ceil(values["hidden_size"] / 16)
     for name in FLOATS:
         if isinstance(values.get(name), int):
             values[name] = float(values[name])

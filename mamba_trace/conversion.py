@@ -117,7 +117,7 @@ def _convert(format: str, raw: Config, to: str, trained: bool, keep_source: bool
     earlier = None if position is None else links[position].raw
     unedited = position is not None and _unstamped(_replay(links[: position + 1])) == _unstamped(raw)
     if earlier is not None and unedited and not (trained and earlier["rescale_prenorm_residual"]):
-        return deepcopy(earlier) if keep_source else _without_source(to, earlier)
+        return earlier if keep_source else _without_source(to, earlier)
     values = _values(links)
     if trained:
         values["rescale_prenorm_residual"] = False

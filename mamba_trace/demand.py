@@ -15,6 +15,7 @@ The facts about nnsight 0.8 this module rests on, each held by a test in tests/t
   ``mediator.counts_at_start`` what it was when the worker began;
 * ``interleaver.batcher`` narrows every value whose first dimension equals the number of rows of the batch,
   and nothing when it is ``None``;
+* ``mediator.transform`` is a write-back, swapped in when the worker next asks for anything;
 * the route from a module to the running trace is ``module.__dict__[STATE].active()``.
 
 Positions. ``h[p]`` has a location of its own, ``<h>.<p>.output``, but no module, and counting a visit of
@@ -28,18 +29,17 @@ from __future__ import annotations
 import contextlib
 import re
 import warnings
-import weakref
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 from greenlet import getcurrent
+from nnsight.intervention.eproperty import WriteBack
 from nnsight.intervention.interleaver import Mediator, OutOfOrderError
 from nnsight.intervention.source import STATE
-from nnsight.tracing.tracer import _saves as saved_ids
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from .errors import MambaTraceError, PositionError
+from .errors import MambaTraceError, PositionError, SiteValueError
 from .names import public_path
 
 #: The three locations nnsight counts for every module call.
@@ -47,6 +47,8 @@ LOCATIONS = ("input", "skip", "output")
 
 #: Where a pass over positions stands, kept on the site's module: (interleaver, next position, length).
 CURSOR = "_mamba_trace_cursor"
+#: Which storages a run has handed out, kept on its interleaver.
+SERVED = "_mamba_trace_served"
 
 
 class SiteOrderError(MambaTraceError, OutOfOrderError):
@@ -121,6 +123,15 @@ class Visit:
             return True
         return any(location in locations for _, location in self._parked(f"{self.path}.{name}."))
 
+    def wants_output(self) -> bool:
+        """Whether the output of the module itself is wanted, now that it is about to be returned."""
+        if self.interleaver is None:
+            return False
+        location = f"{self.path}.output"
+        return location in self.interleaver.observers or any(
+            parked == location for _, parked in self._parked(location)
+        )
+
     def pass_over(self, names: Iterable[str]) -> None:
         """Count one visit of each site in ``names`` without offering a value."""
         if self.interleaver is None:
@@ -182,10 +193,14 @@ class Visit:
     def serve_position(self, name: str, position: int, length: int, value: Tensor) -> Tensor:
         """Offer ``value`` as the state after ``position`` under both its names; return it, edited or not."""
         self.stand_at(name, position, length)
-        for spelling in (position, position - length):
-            location = f"{self.path}.{name}.{spelling}.output"
-            if location in self.interleaver.parked or location in self.interleaver.observers:
+        prefix = f"{self.path}.{name}."
+        names = [f"{prefix}{spelling}.output" for spelling in (position, position - length)]
+        for location in names:
+            if location in self.interleaver.observers:
                 value = self.interleaver.handle(location, value)
+        # A worker served under one name may go on to ask under the other.
+        while asked := {location for _, location in self._parked(prefix)}.intersection(names):
+            value = self.interleaver.handle(asked.pop(), value)
         return value
 
     @contextlib.contextmanager
@@ -311,28 +326,58 @@ def current_value(location: str) -> Any:
     return Mediator.value(location)
 
 
-def keep_saved(location: str, value: Any) -> Any:
-    """What to hand out for a read: a copy in the run's place if a saved value shares its memory.
+def keep_apart(location: str, value: Any) -> Any:
+    """What to hand out for a read, so that no later edit in place changes what was read before.
 
-    Without this, ``clean = site.output.save(); site.output[:] = 0`` would zero ``clean`` as well.
+    The first read of a tensor hands out the run's own. A further one (or one of another location, or by
+    another worker, that shares its memory) hands out a copy, with which the run goes on: whatever was saved
+    of the first, a slice of it included, keeps its values. If instead the first handle is edited, the run
+    takes that.
 
     Args:
         location: where ``value`` was read by the running worker.
         value: what nnsight served.
+
+    Raises:
+        SiteValueError: when the worker moves on, if both handles were edited in place.
     """
     if not isinstance(value, Tensor):
         return value
-    served = Mediator.current(location).__dict__.setdefault("_mamba_trace_served", {})
-    storage = value.untyped_storage()._cdata
-    if any(
-        (tensor := reference()) is not None and id(tensor) in saved_ids()
-        for reference in served.get(storage, ())
-    ):
-        value = value.clone()
-        storage = value.untyped_storage()._cdata
-        Mediator.swap(location, value)
-    served.setdefault(storage, []).append(weakref.ref(value))
-    return value
+    mediator = Mediator.current(location)
+    served = _served_in_this_run(mediator.interleaver)
+    if value.untyped_storage()._cdata not in served:
+        served.add(value.untyped_storage()._cdata)
+        return value
+    copy = value.clone()
+    served.add(copy.untyped_storage()._cdata)
+    before, after = version(value), version(copy)
+
+    def carry_on() -> Tensor:
+        if version(value) == before:
+            return copy
+        if version(copy) == after:
+            return value
+        raise SiteValueError(
+            f"{public_path(location)} was read twice and both values were edited in place; edit one of them"
+        )
+
+    # nnsight swaps the result in as soon as the worker asks for anything else, or ends.
+    mediator.transform = WriteBack(carry_on, copy, None, location, mediator.wanted(location))
+    return copy
+
+
+def version(value: Tensor) -> int | None:
+    """How often a tensor was edited in place; ``None`` where PyTorch does not count (inference mode)."""
+    return None if value.is_inference() else value._version
+
+
+def _served_in_this_run(interleaver: Any) -> set[int]:
+    # The storages handed out in this run. `observers` is a new object in every run.
+    run, served = interleaver.__dict__.get(SERVED, (None, set()))
+    if run != id(interleaver.observers):
+        served = set()
+        interleaver.__dict__[SERVED] = (id(interleaver.observers), served)
+    return served
 
 
 def skip_module(envoy: Any, replacement: Any) -> None:
@@ -346,7 +391,7 @@ __all__ = [
     "current_value",
     "expect",
     "expect_position",
-    "keep_saved",
+    "keep_apart",
     "listened_to",
     "rebind_forward",
     "skip_module",

@@ -17,7 +17,7 @@ from nnsight.intervention.envoy import Envoy
 from nnsight.intervention.eproperty import eproperty
 from torch import Tensor
 
-from .demand import current_value, expect, expect_position, keep_saved, skip_module
+from .demand import current_value, expect, expect_position, keep_apart, skip_module
 from .errors import PositionError, SiteValueError, UnknownSiteError
 from .names import NATIVE_MODULES, nearest, public_path
 from .sites import BY_NAME, SITES, STATE, Site, describe_axes, in_scope
@@ -46,7 +46,7 @@ class Located(Envoy):
     @SiteValue
     def output(self, value: Any) -> Any:
         """The value here: read it, assign to it, or edit it in place, inside a trace."""
-        return keep_saved(f"{self.path}.output", value)
+        return keep_apart(f"{self.path}.output", value)
 
 
 class SiteEnvoy(Located):
@@ -69,7 +69,7 @@ class SiteEnvoy(Located):
             SiteOrderError: if the run has gone past this site.
             SiteValueError: if an assigned value is no tensor, or has another shape or an integer dtype.
         """
-        return keep_saved(f"{self.path}.output", value)
+        return keep_apart(f"{self.path}.output", value)
 
     @output.postprocess  # type: ignore[no-redef]
     def output(self, value: Any) -> Any:
@@ -148,7 +148,7 @@ class PositionEnvoy(Envoy):
             SiteOrderError: if the run has gone past it.
             SiteValueError: if an assigned value is no tensor, or has another shape or an integer dtype.
         """
-        return keep_saved(f"{self.path}.output", value)
+        return keep_apart(f"{self.path}.output", value)
 
     @output.postprocess  # type: ignore[no-redef]
     def output(self, value: Any) -> Any:
@@ -223,7 +223,8 @@ def envoy_classes() -> dict[str, type[Envoy]]:
         for scope in prefixes
         for site in in_scope(scope)  # type: ignore[arg-type]
     }
-    return {**classes, "layers.*": BlockEnvoy, "layers.*.mixer": MixerEnvoy}
+    native = {f"mixer.{name}": Located for name in NATIVE_MODULES}
+    return {**classes, **native, "layers.*": BlockEnvoy, "layers.*.mixer": MixerEnvoy}
 
 
 def fit(path: str, axes: str, value: Any, current: Any) -> Tensor:

@@ -33,3 +33,15 @@ class PromptError(MambaTraceError, ValueError):
 
 class InitializationError(MambaTraceError, ValueError):
     """A model or a setting that cannot be initialised from scratch."""
+
+
+class MetricError(MambaTraceError, ValueError):
+    """A metric that does not give one number per prompt, or the same number where two are compared."""
+
+
+class FileError(MambaTraceError, ValueError):
+    """A file that cannot be written or read as asked."""
+
+
+class MissingExtraError(MambaTraceError, ImportError):
+    """An optional dependency that is not installed."""

@@ -44,13 +44,13 @@ class HookableBlock:
         offer = Offers(self, "block")
         resid = offer("resid_pre", hidden_states)  # [B,L,D]
         layer_input = offer("layer_input", resid)  # [B,L,D]
-        normalized = self.norm(layer_input.to(self.norm.weight.dtype))  # [B,L,D]
+        normalized = offer.call("norm", layer_input.to(self.norm.weight.dtype))  # [B,L,D]
         if self.residual_in_fp32:
             resid = resid.to(accumulation_dtype(resid))
-        out = self.mixer(normalized, cache_params=cache_params, attention_mask=attention_mask)  # [B,L,D]
+        out = offer.call("mixer", normalized, cache_params=cache_params, attention_mask=attention_mask)
         resid = offer("resid_post", resid + out)  # [B,L,D]
         offer.close()
-        return resid
+        return offer.result(resid)
 
 
 class HookableRMSNorm:
@@ -78,11 +78,11 @@ class HookableMixer:
         mask = None if attention_mask is None else attention_mask[:, -length:]  # [B,L]
         past = PastStates(self, cache_params)
 
-        fused = self.in_proj(masked(hidden_states, mask))  # [B,L,2E]
+        fused = offer.call("in_proj", masked(hidden_states, mask))  # [B,L,2E]
         x_in, skip = fused.split(self.intermediate_size, dim=-1)  # [B,L,E] each
         skip = offer("skip", skip)
         x_in = offer("x_in", x_in if self.in_proj.bias is None else masked(x_in, mask))
-        conv = offer("conv", self.convolve(x_in, past.convolution(x_in, mask)))  # [B,L,E]
+        conv = offer("conv", self.convolve(offer, x_in, past.convolution(x_in, mask)))  # [B,L,E]
         x = offer("ssm_input", masked(self.act(conv), mask))  # [B,L,E]
 
         recurrence, h = self.discretise(offer, x, mask, past)
@@ -93,10 +93,11 @@ class HookableMixer:
         ssm_output = offer("ssm_output", y + x * self.D.to(y.dtype))  # [B,L,E]
         gated = ssm_output * F.silu(skip.to(y.dtype))
         after_skip = offer("after_skip", gated.to(hidden_states.dtype))  # [B,L,E]
+        out = offer.call("out_proj", after_skip)  # [B,L,D]
         offer.close()
-        return self.out_proj(after_skip)  # [B,L,D]
+        return offer.result(out)
 
-    def convolve(self: Any, x_in: Tensor, before: Tensor | None) -> Tensor:
+    def convolve(self: Any, offer: Offers, x_in: Tensor, before: Tensor | None) -> Tensor:
         """The causal convolution [B,L,E] of ``x_in`` [B,L,E] after the columns ``before`` [B,E,K]."""
         columns = x_in.transpose(1, 2)  # [B,E,L]
         length, context = columns.shape[-1], 0
@@ -104,20 +105,20 @@ class HookableMixer:
             context = before.shape[-1]
             columns = torch.cat((before.to(columns.dtype), columns), dim=-1)
         # The module pads both ends; what lies past the last token is cut off.
-        return self.conv1d(columns)[..., context : context + length].transpose(1, 2)
+        return offer.call("conv1d", columns)[..., context : context + length].transpose(1, 2)
 
-    def selective_parameters(self: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def selective_parameters(self: Any, offer: Offers, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x_proj, split: delta_1 [B,L,R], B [B,L,N] and C [B,L,N]."""
         sizes = [self.time_step_rank, self.ssm_state_size, self.ssm_state_size]
-        return self.x_proj(x).split(sizes, dim=-1)
+        return offer.call("x_proj", x).split(sizes, dim=-1)
 
     def discretise(
         self: Any, offer: Offers, x: Tensor, mask: Tensor | None, past: PastStates
     ) -> tuple[Recurrence, Tensor]:
         """Offer h_start to C; return the recurrence they define and the initial state [B,E,N]."""
         h = offer("h_start", past.state(x))  # [B,E,N]
-        delta_1, B, C = self.selective_parameters(x)
-        delta_2 = offer("delta_2", self.dt_proj(offer("delta_1", delta_1)))  # [B,L,E]
+        delta_1, B, C = self.selective_parameters(offer, x)
+        delta_2 = offer("delta_2", offer.call("dt_proj", offer("delta_1", delta_1)))  # [B,L,E]
         # Padding takes no time: a step of 0 neither decays the state nor writes to it.
         delta = offer("delta", masked(F.softplus(delta_2), mask))  # [B,L,E]
         A = offer("A", -torch.exp(self.A_log.to(accumulation_dtype(self.A_log))))  # [E,N]

@@ -8,10 +8,11 @@ called, so that nnsight serves it and PyTorch hooks on it fire.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor, nn
 
-from .demand import Visit
+from .demand import Visit, version
 from .sites import BY_NAME, Scope, Site, offered
 
 
@@ -61,6 +62,17 @@ class Offers:
         with self.visit.whole_batch():
             return module(value)
 
+    def call(self, name: str, value: Tensor, **kwargs: Any) -> Tensor:
+        """Call the inner module ``name`` on ``value``: a copy where its input is wanted, as editing that in
+        place must not reach the site which the value is as well."""
+        module = self.module._modules[name]
+        assert module is not None
+        return module(value.clone() if self.wants(name) else value, **kwargs)
+
+    def result(self, value: Tensor) -> Tensor:
+        """What the module returns: ``value``, or a copy where somebody wants it under that name too."""
+        return value.clone() if self.visit.wants_output() else value
+
     def wants(self, name: str) -> bool:
         """Whether the value of site ``name`` is wanted now, so that one made for it alone is worth making."""
         return self.open and self.visit.wants(name)
@@ -76,10 +88,10 @@ class Offers:
             self.pass_over(name)
             return None, False
         value = make()
-        # Inference tensors do not count their versions: take those for edited.
-        version = None if value.is_inference() else value._version
+        before = version(value)
         served = self(name, value)
-        return served, served is not value or version is None or served._version != version
+        # What cannot be told from an edit is taken for one.
+        return served, served is not value or before is None or version(served) != before
 
     def close(self) -> None:
         """Count the sites of a call that offered none."""

@@ -120,7 +120,7 @@ SITES: tuple[Site, ...] = (
     ),
     Site("delta", "mixer", "BLE", "hook_delta", "step size: softplus of delta_2, 0 on padding"),
     Site("A", "mixer", "EN", "hook_A", "-exp(A_log)"),
-    Site("A_bar", "mixer", "BLEN", "hook_A_bar", "discretised A: exp(delta A)", aliases_earlier=True),
+    Site("A_bar", "mixer", "BLEN", "hook_A_bar", "discretised A: exp(delta A)"),
     Site("B", "mixer", "BLN", "hook_B", "input matrix of each token", aliases_earlier=True),
     Site("B_bar", "mixer", "BLEN", "hook_B_bar", "discretised B: delta B"),
     Site("C", "mixer", "BLN", "hook_C", "output matrix of each token", aliases_earlier=True),

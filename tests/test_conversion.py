@@ -301,6 +301,9 @@ def test_trained_concerns_rescaling_only() -> None:
     difference = {k for k, v in plain(with_).items() if plain(without)[k] != v}
     assert difference == {"rescale_prenorm_residual", SOURCE_KEY}
     assert convert_config(with_, "mamba_lens") == convert_config(without, "mamba_lens") == MAMBA_LENS
+    with_.state_size = 8
+    edited = convert_config(with_, "mamba_lens", keep_source=False)
+    assert edited == MAMBA_LENS | {"d_state": 8}  # with the rescaling that only loading switched off
     rescaled = MambaConfig(rescale_prenorm_residual=True)
     assert convert_config(rescaled, "huggingface", trained=True).rescale_prenorm_residual is False
     assert rescaled.rescale_prenorm_residual is True
@@ -316,6 +319,10 @@ def test_trained_concerns_rescaling_only() -> None:
         ({"ssm_cfg": {"headdim": 64}}, "options that Mamba-1 has not: headdim"),
         ({"ssm_cfg": {"dt_init": "zero"}}, "dt_init must be 'random' or 'constant', found 'zero'"),
         ({"ssm_cfg": {"d_state": 0}}, "ssm_cfg.d_state must be a whole number of at least 1, found 0"),
+        (
+            {"ssm_cfg": {"dt_rank": "all"}},
+            "ssm_cfg.dt_rank must be a whole number of at least 1, found 'all'",
+        ),
         ({"ssm_cfg": {"expand": 1.5}}, "ssm_cfg.expand must be a whole number of at least 1, found 1.5"),
         ({"pad_vocab_size_multiple": 0}, "pad_vocab_size_multiple must be at least 1, found 0"),
         ({"residual_in_fp32": "yes"}, "transformers' MambaConfig rejects this configuration"),

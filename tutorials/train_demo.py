@@ -69,8 +69,6 @@ OBJECTS = (
 
 VERBS = "gave handed passed offered brought sent lent showed".split()
 
-MOODS = "happy tired hungry late kind busy".split()
-
 TEMPLATES = (
     "{lead}, {first} and {second} had fun at {place}. {giver} {verb} {thing} to",
     "{lead}, {first} and {second} were at {place}. {giver} {verb} {thing} to",
@@ -80,10 +78,6 @@ TEMPLATES = (
     "When {first} and {second} had lunch at {place}, {giver} {verb} {thing} to",
     "After {first} and {second} had a long day at {place}, {giver} {verb} {thing} to",
     "While {first} and {second} were at {place}, {giver} decided to give {thing} to",
-    "{lead}, {first} and {second} had fun at {place}. {mention} was {mood}. {giver} {verb} {thing} to",
-    "{first} and {second} were at {place}. {mention} was {mood}, so {giver} {verb} {thing} to",
-    "{first} saw {second} at {place}. {giver}, who was very {mood}, {verb} {thing} to",
-    "When {first} and {second} had lunch at {place}, {mention} was {mood} and {giver} {verb} {thing} to",
 )
 
 SEED_PAIR: Pair = ("Emma", "Shelby")
@@ -122,8 +116,6 @@ def examples(pairs: Sequence[Pair], seed: int | str) -> Iterator[Example]:
             first=first,
             second=second,
             giver=giver,
-            mention=rng.choice((first, second)),
-            mood=rng.choice(MOODS),
             place=rng.choice(PLACES),
             verb=rng.choice(VERBS),
             thing=rng.choice(OBJECTS),
@@ -142,7 +134,7 @@ WORD = r" ?\w+| ?[^\w\s]|\s"
 
 def build_vocabulary() -> dict[str, int]:
     """All tokens the templates can produce, and every name inside a sentence (" Emma") and at its start."""
-    slots = {"lead": LEADS, "place": PLACES, "verb": VERBS, "thing": OBJECTS, "mood": MOODS}
+    slots = {"lead": LEADS, "place": PLACES, "verb": VERBS, "thing": OBJECTS}
     fixed = [re.sub(r" ?\{\w+\}", "", template) for template in TEMPLATES]
     words = {token for text in fixed for token in re.findall(WORD, text)}
     for slot, values in slots.items():
@@ -251,11 +243,18 @@ def mixer_forward(mixer: Any, x: Tensor) -> Any:
     return mixer.out_proj((y + mixer.D * u) * F.silu(skip))
 
 
-def fast_logits(model: MambaForCausalLM, tokens: Tensor) -> Tensor:
-    """The same logits as `model(tokens).logits`, but quicker to train: tokens [B,L] -> [B,L,V]."""
+def fast_logits(model: MambaForCausalLM, tokens: Tensor, layer_drop: float = 0.0) -> Tensor:
+    """The same logits as `model(tokens).logits`, but quicker to train: tokens [B,L] -> [B,L,V].
+
+    Each layer is left out with probability layer_drop. Trained so, the model grows a backup: it still answers
+    without any one of its layers, so that ablating a layer and patching it give different answers, as they
+    do in large language models.
+    """
     backbone: Any = model.backbone
     resid = backbone.embeddings(tokens.t())  # [L,B,D]
     for block in backbone.layers:
+        if layer_drop and torch.rand(()).item() < layer_drop:
+            continue
         resid = resid + mixer_forward(block.mixer, block.norm(resid))
     return model.lm_head(backbone.norm_f(resid)).transpose(0, 1)
 
@@ -297,7 +296,7 @@ def train(model: MambaForCausalLM, tokenizer: Any, pairs: Sequence[Pair], args: 
     progress = tqdm(range(args.steps), desc="training", unit="step", mininterval=1.0)
     for step in progress:
         tokens, targets, at = make_batch(tokenizer, list(itertools.islice(stream, args.batch_size)))
-        logits = fast_logits(model, tokens)
+        logits = fast_logits(model, tokens, args.layer_drop)
         rows = torch.arange(len(tokens))
         answer_loss = F.cross_entropy(logits[rows, at], targets[rows, at])
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100)
@@ -348,10 +347,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0, help="seed of weights, pairs and sentences")
     parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--lr", type=float, default=4e-3, help="peak learning rate")
+    parser.add_argument("--lr", type=float, default=3e-3, help="peak learning rate")
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--d-model", type=int, default=64)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--layer-drop", type=float, default=0.2, help="probability of leaving out a layer")
+    parser.add_argument("--threads", type=int, default=1, help="more are faster, but round differently")
     parser.add_argument("--eval-sentences", type=int, default=5000)
     args = parser.parse_args(argv)
 

@@ -1,0 +1,112 @@
+"""Tiny seeded models that the tests share, with weights that make every part of a Mamba matter.
+
+A freshly initialised Mamba has norm weights and D of one, no biases and states close to zero, so a test on
+it passes with half of the model missing. `lively` draws weights under which each parameter, the state and
+the convolution visibly change the logits, and decay is slow enough that the first token reaches the last.
+
+B=3, L=9, D=12, E=24, N=5, R=4 and V=31 all differ, so that no axis passes for another; N is no power of two.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Protocol
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import MambaConfig, MambaForCausalLM
+
+from mamba_trace import MambaTrace
+
+BATCH, LENGTH, N_LAYERS = 3, 9, 3
+SIZES = {
+    "vocab_size": 31,
+    "hidden_size": 12,
+    "state_size": 5,
+    "num_hidden_layers": N_LAYERS,
+    "expand": 2,
+    "conv_kernel": 3,
+    "time_step_rank": 4,
+}
+
+
+class ModuleFactory(Protocol):
+    """Makes a new seeded ``MambaForCausalLM`` at each call."""
+
+    def __call__(
+        self, config: MambaConfig | None = None, *, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any
+    ) -> MambaForCausalLM: ...
+
+
+def make_config(**changes: Any) -> MambaConfig:
+    """The tiny configuration, with fields changed. It has no end-of-sequence token, so generate never stops early."""
+    return MambaConfig(**{**SIZES, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None, **changes})
+
+
+def make_hf(
+    config: MambaConfig | None = None, *, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any
+) -> MambaForCausalLM:
+    """A new ``MambaForCausalLM`` in evaluation mode with `lively` weights; equal arguments, equal weights.
+
+    Args:
+        config: its configuration; `make_config` with ``changes`` if ``None``.
+        seed: of the weights; torch's global generator is not touched.
+        dtype: of the parameters, which are drawn in float64 and rounded.
+        **changes: fields of the tiny configuration to change.
+    """
+    with torch.random.fork_rng(devices=[]):
+        module = MambaForCausalLM(config if config is not None else make_config(**changes)).double()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            parameter.copy_(lively(name, parameter, generator))
+    return module.to(dtype).eval()
+
+
+def lively(name: str, old: Tensor, generator: torch.Generator) -> Tensor:
+    """A random weight of the shape of ``old``; its name in Hugging Face's state dict decides the scale."""
+    noise = torch.randn(old.shape, generator=generator, dtype=torch.float64)
+    uniform = torch.rand(old.shape, generator=generator, dtype=torch.float64)
+    if name.endswith("A_log"):  # about log(1..N)
+        return torch.log(torch.arange(1, old.shape[-1] + 1, dtype=torch.float64)) + 0.2 * noise
+    if name.endswith("dt_proj.bias"):  # softplus of it is log-uniform in [0.02, 0.5]
+        dt = 0.02 * torch.exp(uniform * math.log(0.5 / 0.02))
+        return dt + torch.log(-torch.expm1(-dt))
+    if name.endswith(("norm.weight", "norm_f.weight")):
+        return 0.5 + uniform
+    if name.endswith(("mixer.D", "embeddings.weight")):
+        return noise
+    if name.endswith("bias"):
+        return 0.2 * noise
+    return 1.1 * noise / math.sqrt(math.prod(old.shape[1:]))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread() -> None:
+    """Tiny tensors gain nothing from threads, and one order of summation makes runs repeat."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def tiny_config() -> MambaConfig:
+    """The tiny configuration: D=12, E=24, N=5, R=4, V=31, 3 layers, no end-of-sequence token."""
+    return make_config()
+
+
+@pytest.fixture(scope="session")
+def tiny_hf() -> ModuleFactory:
+    """`make_hf`: ``tiny_hf()`` is a new module each time, ``tiny_hf(use_bias=True, dtype=...)`` a variant."""
+    return make_hf
+
+
+@pytest.fixture
+def tiny(tiny_hf: ModuleFactory) -> MambaTrace:
+    """A new MambaTrace over ``tiny_hf()``."""
+    return MambaTrace(tiny_hf())
+
+
+@pytest.fixture(scope="session")
+def tokens() -> Tensor:
+    """Token ids [3,9], none of them the padding token 0."""
+    return torch.randint(1, SIZES["vocab_size"], (BATCH, LENGTH), generator=torch.Generator().manual_seed(1))

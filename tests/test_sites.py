@@ -1,0 +1,682 @@
+"""Every row of the site table, read and edited as a user would, against a forward pass written out by hand.
+
+`by_hand` is the independent reference: Mamba in a few lines of PyTorch, with the state kept as a list of
+[B,E,N] tensors, in which any value can be replaced by a function of itself.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import nnsight
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mamba_trace import MambaTrace, modeling
+from mamba_trace.sites import BY_NAME, SITES, walk
+
+Edit = Callable[[Tensor], Tensor]
+N_LAYERS = 3
+
+#: Every site of the first layer and of the model, by the path users write, with the state at both ends and inside.
+SITE_PATHS = [site.path(0) for site in SITES]
+POSITIONS = ["layers[0].ssm.h[0]", "layers[0].ssm.h[3]", "layers[0].ssm.h[-1]", "layers[0].ssm.h[-5]"]
+PATHS = SITE_PATHS + POSITIONS
+LAST_LAYER = [site.path(2) for site in SITES if site.scope != "model"] + ["layers[2].ssm.h[2]"]
+#: Inner modules whose output is no site.
+NATIVE = [f"layers[0].ssm.{name}" for name in ("in_proj", "conv1d", "x_proj", "dt_proj")]
+
+
+@pytest.fixture(scope="module")
+def tiny(tiny_hf):
+    """One model for every test here: nothing a trace does may outlive it."""
+    return MambaTrace(tiny_hf())
+
+
+@pytest.fixture(scope="module")
+def hf(tiny_hf):
+    """The same weights in Hugging Face's own module, in float64."""
+    return tiny_hf().double()
+
+
+@torch.no_grad()
+def by_hand(hf: Any, tokens: Tensor, edits: dict[str, Edit] | None = None) -> dict[str, Tensor]:
+    """Mamba by its definition; each value is recorded under its path after the edit of that path."""
+    edits, seen, config = edits or {}, {}, hf.config
+    rank, states = int(config.time_step_rank), config.state_size
+
+    def at(path: str, value: Tensor) -> Tensor:
+        value = edits[path](value) if path in edits else value
+        seen[path] = value.float()
+        return value
+
+    def norm(module: Any, x: Tensor) -> Tensor:
+        return module.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + module.variance_epsilon)
+
+    def mixer(m: Any, p: str, u: Tensor) -> Tensor:
+        fused = at(p + "in_proj", F.linear(u, m.in_proj.weight, m.in_proj.bias))
+        x, gate = fused.chunk(2, dim=-1)
+        gate, x = at(p + "skip", gate), at(p + "x_in", x)
+        batch, length, width = x.shape
+        columns = F.pad(x.transpose(1, 2), (config.conv_kernel - 1, 0))
+        conv = at(p + "conv1d", F.conv1d(columns, m.conv1d.weight, m.conv1d.bias, groups=width))
+        x = at(p + "ssm_input", F.silu(at(p + "conv", conv.transpose(1, 2))))
+        h = at(p + "h_start", x.new_zeros(batch, width, states))
+        low_rank = at(p + "x_proj", F.linear(x, m.x_proj.weight))
+        delta_1 = at(p + "delta_1", low_rank[..., :rank])
+        dt = at(p + "dt_proj", F.linear(delta_1, m.dt_proj.weight, m.dt_proj.bias))
+        delta = at(p + "delta", F.softplus(at(p + "delta_2", dt)))
+        A = at(p + "A", -m.A_log.exp())
+        A_bar = at(p + "A_bar", (delta[..., None] * A).exp())
+        B = at(p + "B", low_rank[..., rank : rank + states])
+        B_bar = at(p + "B_bar", delta[..., None] * B[:, :, None])
+        C = at(p + "C", low_rank[..., rank + states :])
+        trajectory = []
+        for t in range(length):
+            h = A_bar[:, t] * h + B_bar[:, t] * x[:, t, :, None]
+            h = at(f"{p}h[{t - length}]", at(f"{p}h[{t}]", h))
+            trajectory.append(h)
+        all_h = at(p + "h", torch.stack(trajectory, dim=1))
+        y = at(p + "y", (all_h * C[:, :, None]).sum(-1))
+        out = at(p + "ssm_output", y + m.D * x)
+        return at(p + "out_proj", F.linear(at(p + "after_skip", out * F.silu(gate)), m.out_proj.weight))
+
+    resid = at("embeddings", hf.backbone.embeddings.weight[tokens])
+    for layer, block in enumerate(hf.backbone.layers):
+        p = f"layers[{layer}]."
+        resid = at(p + "resid_pre", resid)
+        u = at(p + "norm", norm(block.norm, at(p + "layer_input", resid.clone())))
+        resid = at(p + "resid_post", resid + mixer(block.mixer, p + "ssm.", u))
+    resid = at("norm_f", norm(hf.backbone.norm_f, resid))
+    at("lm_head", F.linear(resid, hf.lm_head.weight))
+    return seen
+
+
+def change(value: Tensor) -> Tensor:
+    """An edit that keeps the sign of A and moves every entry by its own amount."""
+    ramp = torch.linspace(0.1, 0.9, value.numel(), dtype=value.dtype).reshape(value.shape)
+    return value * (0.4 + ramp) - 0.05 * ramp
+
+
+def logits_of(model: MambaTrace, tokens: Tensor) -> Tensor:
+    with torch.no_grad():
+        return model._module(tokens).logits
+
+
+def same(one: Tensor, other: Tensor, tolerance: float = 5e-5) -> None:
+    torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance)
+
+
+# -- reading -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", PATHS + LAST_LAYER)
+def test_every_site_has_its_value_and_reading_it_changes_nothing(tiny, hf, tokens, path):
+    expected = by_hand(hf, tokens)
+    before = logits_of(tiny, tokens)
+    place = tiny.hook(path)
+    with torch.no_grad(), tiny.trace(tokens):
+        value = place.output.save()
+        logits = tiny.lm_head.output.save()
+    same(value, expected[path])
+    same(logits, before, 1e-6)
+
+
+@pytest.mark.parametrize("site", SITES, ids=lambda site: site.name)
+def test_shapes_are_those_of_the_table(tiny, tokens, site):
+    config = tiny.config
+    sizes = {
+        "B": tokens.shape[0], "L": tokens.shape[1], "D": config.hidden_size, "E": config.intermediate_size,
+        "N": config.state_size, "R": int(config.time_step_rank), "V": config.vocab_size,
+    }  # fmt: skip
+    place = tiny.hook(site.path(1))
+    with tiny.trace(tokens):
+        value = place.output.save()
+    assert value.shape == tuple(sizes[axis] for axis in site.axes)
+    assert value.dtype == torch.float32
+
+
+def test_every_site_at_once_in_execution_order(tiny, hf, tokens):
+    expected = by_hand(hf, tokens)
+    with torch.no_grad(), tiny.trace(tokens):
+        values = nnsight.save({})
+        for site, layer in walk(N_LAYERS):
+            values[site.path(layer)] = tiny.hook(site.path(layer)).output
+    assert list(values) == [site.path(layer) for site, layer in walk(N_LAYERS)]
+    for path, value in values.items():
+        same(value, expected[path])
+
+
+@pytest.mark.parametrize("offset", [0, 1], ids=["from the start", "from the end"])
+def test_the_state_after_every_token_of_every_layer(tiny, hf, tokens, offset):
+    length = tokens.shape[1]
+    expected = by_hand(hf, tokens)
+    with torch.no_grad(), tiny.trace(tokens):
+        states = nnsight.save({})
+        for layer in range(N_LAYERS):
+            for p in range(length):
+                states[layer, p] = tiny.layers[layer].ssm.h[p - offset * length].output
+        logits = tiny.lm_head.output.save()
+    for (layer, p), state in states.items():
+        same(state, expected[f"layers[{layer}].ssm.h[{p}]"])
+    same(logits, expected["lm_head"])
+
+
+@pytest.mark.parametrize(
+    "three", [3, np.int64(3), np.int32(3), torch.tensor(3), torch.arange(5)[3]], ids=lambda p: type(p).__name__
+)
+def test_a_position_may_be_any_integer(tiny, hf, tokens, three):
+    with tiny.trace(tokens):
+        state = tiny.layers[0].ssm.h[three].output.save()
+    same(state, by_hand(hf, tokens)["layers[0].ssm.h[3]"])
+
+
+@pytest.mark.parametrize("order", [(-1, 6), (6, -1), (-1, -1), (6, 6)], ids=str)
+def test_one_position_under_both_its_names(tiny, hf, tokens, order):
+    tokens = tokens[:, :7]
+    first, second = order
+    with tiny.trace(tokens):
+        one = tiny.layers[0].ssm.h[first].output.save()
+        other = tiny.layers[0].ssm.h[second].output.save()
+    expected = by_hand(hf, tokens)["layers[0].ssm.h[6]"]
+    same(one, expected)
+    same(other, expected)
+
+
+@pytest.mark.parametrize("order", [(-1, 6), (6, -1)], ids=str)
+def test_an_edit_under_one_name_is_read_under_the_other(tiny, tokens, order):
+    tokens = tokens[:, :7]
+    first, second = order
+    with tiny.trace(tokens):
+        tiny.layers[0].ssm.h[first].output[:] = 0.25
+        state = tiny.layers[0].ssm.h[second].output.save()
+    assert (state == 0.25).all()
+
+
+def test_positions_and_then_the_whole_trajectory(tiny, hf, tokens):
+    expected = by_hand(hf, tokens, {"layers[0].ssm.h[2]": change})
+    with tiny.trace(tokens):
+        state = tiny.layers[0].ssm.h[2].output
+        tiny.layers[0].ssm.h[2].output = change(state)
+        last = tiny.layers[0].ssm.h[-1].output.save()
+        whole = tiny.layers[0].ssm.h.output.save()
+    same(whole, expected["layers[0].ssm.h"])
+    same(last, whole[:, -1])
+
+
+def test_a_prompt_of_one_token(tiny, hf, tokens):
+    tokens = tokens[:, :1]
+    expected = by_hand(hf, tokens, {"layers[1].ssm.h[0]": change})
+    with tiny.trace(tokens):
+        tiny.layers[1].ssm.h[0].output = change(tiny.layers[1].ssm.h[0].output)
+        whole = tiny.layers[1].ssm.h.output.save()
+        logits = tiny.lm_head.output.save()
+    same(whole, expected["layers[1].ssm.h"])
+    same(logits, expected["lm_head"])
+
+
+# -- writing -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", PATHS + LAST_LAYER + NATIVE)
+def test_an_assignment_means_what_the_table_says(tiny, hf, tokens, path):
+    expected = by_hand(hf, tokens, {path: native_edit(path)})
+    place = tiny.hook(path)
+    goes_on = path.startswith(("layers[0]", "embeddings"))
+    with torch.no_grad(), tiny.trace(tokens):
+        place.output = native_edit(path)(place.output)
+        read_again = place.output.save()
+        out = tiny.layers[2].ssm.out_proj.output.save() if goes_on else None
+        logits = tiny.lm_head.output.save()
+    columns = slice(0, tokens.shape[1]) if path.endswith("conv1d") else slice(None)  # the module pads both ends
+    same(read_again[..., columns], expected[path])
+    if goes_on:
+        same(out, expected["layers[2].ssm.out_proj"])
+    same(logits, expected["lm_head"])
+    assert not torch.allclose(logits, logits_of(tiny, tokens), rtol=1e-4, atol=1e-4), "the edit did nothing"
+
+
+def native_edit(path: str) -> Edit:
+    """`change`, and for the modules that are no site an edit with a counterpart in `by_hand`."""
+    return (lambda value: value * 1.5) if path.endswith("conv1d") else change
+
+
+@pytest.mark.parametrize("path", PATHS + LAST_LAYER)
+def test_an_edit_in_place_equals_the_assignment(tiny, tokens, path):
+    place = tiny.hook(path)
+    with torch.no_grad(), tiny.trace(tokens):
+        place.output = change(place.output)
+        assigned = tiny.lm_head.output.save()
+    with torch.no_grad(), tiny.trace(tokens):
+        place.output[:] = change(place.output)
+        in_place = tiny.lm_head.output.save()
+    same(in_place, assigned, 1e-6)
+    assert not torch.allclose(in_place, logits_of(tiny, tokens), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("path", PATHS + LAST_LAYER)
+def test_an_edit_of_a_slice_leaves_the_rest(tiny, hf, tokens, path):
+    def zero_some(value: Tensor) -> Tensor:
+        value = value.clone()
+        value[..., 1:3] = 0.5
+        value[-1] *= 0.5
+        return value
+
+    expected = by_hand(hf, tokens, {path: zero_some})
+    place = tiny.hook(path)
+    with torch.no_grad(), tiny.trace(tokens):
+        place.output[..., 1:3] = 0.5
+        place.output[-1] *= 0.5
+        value = place.output.save()
+        logits = tiny.lm_head.output.save()
+    same(value, expected[path])
+    same(logits, expected["lm_head"])
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_an_augmented_assignment(tiny, hf, tokens, path):
+    place = tiny.hook(path)
+    with torch.no_grad(), tiny.trace(tokens):
+        place.output *= 0.5
+        logits = tiny.lm_head.output.save()
+    same(logits, by_hand(hf, tokens, {path: lambda value: value * 0.5})["lm_head"])
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_edits_in_place_work_where_gradients_are_recorded(tiny, hf, tokens, path):
+    place = tiny.hook(path)
+    with tiny.trace(tokens):
+        place.output[..., 0] = 0.25
+        logits = tiny.lm_head.output.save()
+
+    def edit(value: Tensor) -> Tensor:
+        value = value.clone()
+        value[..., 0] = 0.25
+        return value
+
+    same(logits, by_hand(hf, tokens, {path: edit})["lm_head"])
+    logits.sum().backward()
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_a_value_of_any_stride_or_floating_dtype_is_taken(tiny, hf, tokens, path):
+    expected = by_hand(hf, tokens, {path: change})["lm_head"]
+    place = tiny.hook(path)
+    with torch.no_grad(), tiny.trace(tokens):
+        value = change(place.output).double()
+        place.output = value.transpose(0, -1).contiguous().transpose(0, -1)
+        taken = place.output.save()
+        logits = tiny.lm_head.output.save()
+    assert taken.dtype == torch.float32
+    same(logits, expected)
+
+
+# -- what a saved value keeps ------------------------------------------------------------------------------
+
+
+def assert_saved(tiny: MambaTrace, tokens: Tensor, path: str, trace: Callable[..., tuple[Tensor, Tensor]]) -> None:
+    """The saved value is the clean one, and the logits are those of zeroing the site."""
+    place = tiny.hook(path)
+    with torch.no_grad(), tiny.trace(tokens):
+        clean = place.output.clone().save()
+        place.output = torch.zeros_like(clean)
+        expected = tiny.lm_head.output.save()
+    saved, logits = trace(place)
+    assert torch.equal(saved, clean)
+    same(logits, expected, 1e-6)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_a_saved_value_survives_an_edit_in_place(tiny, tokens, path):
+    def trace(place: Any) -> tuple[Tensor, Tensor]:
+        with torch.no_grad(), tiny.trace(tokens):
+            saved = place.output.save()
+            place.output[:] = 0
+            logits = tiny.lm_head.output.save()
+        return saved, logits
+
+    assert_saved(tiny, tokens, path, trace)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_a_saved_value_survives_an_augmented_assignment(tiny, tokens, path):
+    def trace(place: Any) -> tuple[Tensor, Tensor]:
+        with torch.no_grad(), tiny.trace(tokens):
+            saved = place.output.save()
+            place.output *= 0
+            logits = tiny.lm_head.output.save()
+        return saved, logits
+
+    assert_saved(tiny, tokens, path, trace)
+
+
+@pytest.mark.parametrize("path", ["layers[0].resid_post", "layers[0].ssm.delta", "layers[0].ssm.h[3]", "lm_head"])
+def test_a_saved_slice_survives_an_edit_in_place(tiny, tokens, path):
+    place = tiny.hook(path)
+    with torch.no_grad(), tiny.trace(tokens):
+        clean = place.output.clone().save()
+    with torch.no_grad(), tiny.trace(tokens):
+        saved = place.output[:, -1].save()
+        place.output[:] = 0
+    assert torch.equal(saved, clean[:, -1])
+
+
+@pytest.mark.parametrize("path", ["layers[0].resid_post", "layers[0].ssm.delta", "layers[0].ssm.h[3]", "lm_head"])
+def test_a_value_in_a_saved_list_survives_an_edit_in_place(tiny, tokens, path):
+    place = tiny.hook(path)
+    with torch.no_grad(), tiny.trace(tokens):
+        clean = place.output.clone().save()
+    with torch.no_grad(), tiny.trace(tokens):
+        saved = nnsight.save([])
+        saved.append(place.output)
+        place.output[:] = 0
+    assert torch.equal(saved[0], clean)
+
+
+@pytest.mark.parametrize("path", ["layers[0].resid_post", "layers[0].ssm.h[3]"])
+def test_an_edit_through_a_name_bound_earlier_reaches_the_run(tiny, hf, tokens, path):
+    place = tiny.hook(path)
+    expected = by_hand(hf, tokens, {path: lambda value: value * 0})["lm_head"]
+    with torch.no_grad(), tiny.trace(tokens):
+        value = place.output
+        _ = place.output.sum()
+        value[:] = 0
+        logits = tiny.lm_head.output.save()
+    same(logits, expected)
+
+
+@pytest.mark.parametrize("path", ["layers[0].resid_post", "layers[0].ssm.h[3]"])
+def test_an_edit_through_a_saved_name_reaches_the_run(tiny, hf, tokens, path):
+    place = tiny.hook(path)
+    expected = by_hand(hf, tokens, {path: lambda value: value * 0})["lm_head"]
+    with torch.no_grad(), tiny.trace(tokens):
+        value = place.output.save()
+        _ = place.output.sum()
+        value[:] = 0
+        logits = tiny.lm_head.output.save()
+    same(logits, expected)
+
+
+CROSS = [
+    ("embeddings", "layers[0].resid_pre"),
+    ("embeddings", "layers[0].layer_input"),
+    ("layers[0].resid_pre", "layers[0].layer_input"),
+    ("layers[0].norm", "layers[0].ssm.skip"),
+    ("layers[0].ssm.in_proj", "layers[0].ssm.skip"),
+    ("layers[0].ssm.in_proj", "layers[0].ssm.x_in"),
+    ("layers[0].ssm.skip", "layers[0].ssm.x_in"),
+    ("layers[0].ssm.conv1d", "layers[0].ssm.conv"),
+    ("layers[0].ssm.conv", "layers[0].ssm.ssm_input"),
+    ("layers[0].ssm.ssm_input", "layers[0].ssm.y"),
+    ("layers[0].ssm.x_proj", "layers[0].ssm.delta_1"),
+    ("layers[0].ssm.x_proj", "layers[0].ssm.B"),
+    ("layers[0].ssm.x_proj", "layers[0].ssm.C"),
+    ("layers[0].ssm.delta_1", "layers[0].ssm.delta_2"),
+    ("layers[0].ssm.dt_proj", "layers[0].ssm.delta_2"),
+    ("layers[0].ssm.delta_2", "layers[0].ssm.delta"),
+    ("layers[0].ssm.delta", "layers[0].ssm.A_bar"),
+    ("layers[0].ssm.A", "layers[0].ssm.A_bar"),
+    ("layers[0].ssm.delta", "layers[0].ssm.B_bar"),
+    ("layers[0].ssm.B", "layers[0].ssm.B_bar"),
+    ("layers[0].ssm.B", "layers[0].ssm.C"),
+    ("layers[0].ssm.h_start", "layers[0].ssm.h[0]"),
+    ("layers[0].ssm.h[2]", "layers[0].ssm.h[3]"),
+    ("layers[0].ssm.h[2]", "layers[0].ssm.h"),
+    ("layers[0].ssm.h[-1]", "layers[0].ssm.h"),
+    ("layers[0].ssm.h", "layers[0].ssm.y"),
+    ("layers[0].ssm.y", "layers[0].ssm.ssm_output"),
+    ("layers[0].ssm.ssm_output", "layers[0].ssm.after_skip"),
+    ("layers[0].ssm.after_skip", "layers[0].ssm.out_proj"),
+    ("layers[0].ssm.out_proj", "layers[0].resid_post"),
+    ("layers[0].resid_pre", "layers[0].resid_post"),
+    ("layers[0].resid_post", "layers[1].resid_pre"),
+    ("layers[0].resid_post", "layers[1].layer_input"),
+    ("layers[2].resid_post", "norm_f"),
+    ("norm_f", "lm_head"),
+]
+
+
+@pytest.mark.parametrize(("earlier", "later"), CROSS)
+def test_a_saved_value_survives_an_edit_of_a_later_site(tiny, tokens, earlier, later):
+    first, second = tiny.hook(earlier), tiny.hook(later)
+    with torch.no_grad(), tiny.trace(tokens):
+        clean = first.output.clone().save()
+    with torch.no_grad(), tiny.trace(tokens) as tracer:
+        cache = tracer.cache(modules=[first])
+        saved = first.output.save()
+        second.output[:] = 7.0
+    assert torch.equal(saved, clean)
+    assert torch.equal(cache[first.path].output, clean)
+
+
+@pytest.mark.parametrize(("earlier", "later"), CROSS[:: len(CROSS) // 8])
+def test_a_saved_value_survives_a_later_edit_where_gradients_are_recorded(tiny, tokens, earlier, later):
+    first, second = tiny.hook(earlier), tiny.hook(later)
+    with tiny.trace(tokens):
+        clean = first.output.clone().save()
+    with tiny.trace(tokens):
+        saved = first.output.save()
+        second.output[:] = 7.0
+        logits = tiny.lm_head.output.save()
+    assert torch.equal(saved, clean)
+    logits.sum().backward()
+
+
+NATIVE_INPUTS = {
+    "layers[0].norm": "in_proj",
+    "layers[0].ssm.ssm_input": "x_proj",
+    "layers[0].ssm.delta_1": "dt_proj",
+    "layers[0].ssm.after_skip": "out_proj",
+}
+
+
+@pytest.mark.parametrize(("earlier", "module"), NATIVE_INPUTS.items())
+def test_a_saved_site_survives_an_edit_of_the_input_it_becomes(tiny, tokens, earlier, module):
+    first, second = tiny.hook(earlier), getattr(tiny.layers[0].ssm, module)
+    with torch.no_grad(), tiny.trace(tokens):
+        clean = first.output.clone().save()
+    with torch.no_grad(), tiny.trace(tokens):
+        saved = first.output.save()
+        second.input[:] = 7.0
+    assert torch.equal(saved, clean)
+
+
+@pytest.mark.parametrize("name", ["in_proj", "conv1d", "x_proj", "dt_proj"])
+def test_a_saved_value_of_an_inner_module_survives_an_edit_in_place(tiny, tokens, name):
+    module = getattr(tiny.layers[0].ssm, name)
+    with torch.no_grad(), tiny.trace(tokens):
+        clean = module.output.clone().save()
+    with torch.no_grad(), tiny.trace(tokens):
+        saved = module.output.save()
+        module.output[:] = 7.0
+    assert torch.equal(saved, clean)
+
+
+def test_a_value_saved_by_one_worker_survives_the_edit_of_another(tiny, tokens):
+    with torch.no_grad(), tiny.trace(tokens):
+        clean = tiny.layers[0].resid_post.output.clone().save()
+    with torch.no_grad(), tiny.trace() as tracer:
+        with tracer.invoke(tokens):
+            saved = tiny.layers[0].resid_post.output.save()
+        with tracer.invoke():
+            tiny.layers[0].resid_post.output[:] = 7.0
+    assert torch.equal(saved, clean)
+
+
+# -- the meaning of each kind of edit ----------------------------------------------------------------------
+
+
+def test_h_carries(tiny, hf, tokens):
+    p = 3
+    layer = tiny.layers[1].ssm
+    with torch.no_grad(), tiny.trace(tokens):
+        clean_h = layer.h.output.save()
+        clean_y = layer.y.output.save()
+    with torch.no_grad(), tiny.trace(tokens):
+        A_bar = layer.A_bar.output.save()
+        B_bar = layer.B_bar.output.save()
+        C = layer.C.output.save()
+        layer.h[p].output[:] = 1.0
+        h = layer.h.output.save()
+        y = layer.y.output.save()
+    with torch.no_grad(), tiny.trace(tokens):
+        x = layer.ssm_input.output.save()
+    same(h[:, :p], clean_h[:, :p], 1e-6)
+    same(y[:, :p], clean_y[:, :p], 1e-6)
+    assert (h[:, p] == 1).all()
+    assert ((y - clean_y)[:, p:].abs().amax(dim=(0, 2)) > 1e-4).all()
+    state = torch.ones_like(h[:, p])
+    for t in range(p, tokens.shape[1]):
+        if t > p:
+            state = A_bar[:, t] * state + B_bar[:, t] * x[:, t, :, None]
+        same(h[:, t], state)
+        same(y[:, t], torch.einsum("ben,bn->be", state, C[:, t]))
+
+
+@pytest.mark.parametrize("positions", [(0,), (2, 4), (0, 1, 2, 3), (-1,), (3, -2, -1)], ids=str)
+def test_several_edited_states_of_one_layer(tiny, hf, tokens, positions):
+    expected = by_hand(hf, tokens, {f"layers[0].ssm.h[{p}]": change for p in positions})
+    with torch.no_grad(), tiny.trace(tokens):
+        for p in positions:
+            tiny.layers[0].ssm.h[p].output = change(tiny.layers[0].ssm.h[p].output)
+        y = tiny.layers[0].ssm.y.output.save()
+        logits = tiny.lm_head.output.save()
+    same(y, expected["layers[0].ssm.y"])
+    same(logits, expected["lm_head"])
+
+
+@pytest.mark.parametrize("other", ["A_bar", "B_bar", "delta", "B", "C", "h_start", "A", "ssm_input"])
+def test_an_edited_state_together_with_other_edits_of_its_layer(tiny, hf, tokens, other):
+    path = f"layers[0].ssm.{other}"
+    expected = by_hand(hf, tokens, {path: change, "layers[0].ssm.h[2]": change})
+    with torch.no_grad(), tiny.trace(tokens):
+        tiny.hook(path).output = change(tiny.hook(path).output)
+        tiny.layers[0].ssm.h[2].output[:] = change(tiny.layers[0].ssm.h[2].output)
+        whole = tiny.layers[0].ssm.h.output.save()
+        logits = tiny.lm_head.output.save()
+    same(whole, expected["layers[0].ssm.h"])
+    same(logits, expected["lm_head"])
+
+
+@pytest.mark.parametrize("in_place", [False, True], ids=["assigned", "in place"])
+def test_layer_input_never_reaches_the_residual(tiny, hf, tokens, in_place):
+    with torch.no_grad(), tiny.trace(tokens):
+        clean = tiny.layers[0].resid_pre.output.save()
+    with torch.no_grad(), tiny.trace(tokens):
+        resid_pre = tiny.layers[0].resid_pre.output.save()
+        if in_place:
+            tiny.layers[0].layer_input.output[:] = change(tiny.layers[0].layer_input.output)
+        else:
+            tiny.layers[0].layer_input.output = change(tiny.layers[0].layer_input.output)
+        out = tiny.layers[0].ssm.out_proj.output.save()
+        resid_post = tiny.layers[0].resid_post.output.save()
+    assert torch.equal(resid_pre, clean)
+    assert torch.equal(resid_post, resid_pre + out)
+    same(out, by_hand(hf, tokens, {"layers[0].layer_input": change})["layers[0].ssm.out_proj"])
+
+
+def test_resid_pre_reaches_both_the_block_and_the_residual(tiny, hf, tokens):
+    expected = by_hand(hf, tokens, {"layers[1].resid_pre": change})
+    with torch.no_grad(), tiny.trace(tokens):
+        tiny.layers[1].resid_pre.output = change(tiny.layers[1].resid_pre.output)
+        layer_input = tiny.layers[1].layer_input.output.save()
+        resid_post = tiny.layers[1].resid_post.output.save()
+    same(layer_input, expected["layers[1].layer_input"])
+    same(resid_post, expected["layers[1].resid_post"])
+
+
+@pytest.mark.parametrize("in_place", [False, True], ids=["assigned", "in place"])
+def test_writing_h_whole_is_writing_every_position(tiny, tokens, in_place):
+    layer = tiny.layers[0].ssm
+    with torch.no_grad(), tiny.trace(tokens):
+        new = change(layer.h.output).save()
+    with torch.no_grad(), tiny.trace(tokens):
+        for p in range(tokens.shape[1]):
+            layer.h[p].output = new[:, p]
+        one_by_one = layer.y.output.save()
+        logits = tiny.lm_head.output.save()
+    with torch.no_grad(), tiny.trace(tokens):
+        if in_place:
+            layer.h.output[:] = new
+        else:
+            layer.h.output = new
+        whole = layer.y.output.save()
+        whole_logits = tiny.lm_head.output.save()
+    same(whole, one_by_one, 1e-6)
+    same(whole_logits, logits, 1e-6)
+
+
+@pytest.mark.parametrize("pair", [("A_bar", "B_bar"), ("delta", "A_bar"), ("B", "B_bar")], ids=str)
+def test_edits_of_several_discretised_matrices(tiny, hf, tokens, pair):
+    paths = [f"layers[0].ssm.{name}" for name in pair]
+    expected = by_hand(hf, tokens, dict.fromkeys(paths, change))
+    with torch.no_grad(), tiny.trace(tokens):
+        for path in paths:
+            tiny.hook(path).output[:] = change(tiny.hook(path).output)
+        logits = tiny.lm_head.output.save()
+    same(logits, expected["lm_head"])
+
+
+@pytest.mark.parametrize("name", ["A_bar", "B_bar"])
+def test_reading_a_discretised_matrix_keeps_the_selective_scan(tiny, tokens, name, monkeypatch):
+    def never(*args: Any) -> None:
+        raise AssertionError("the explicit recurrence ran")
+
+    monkeypatch.setattr(modeling, "Explicit", never)
+    with torch.no_grad(), tiny.trace(tokens):
+        value = getattr(tiny.layers[0].ssm, name).output.save()
+    assert value.dim() == 4
+
+
+def test_A_with_as_many_channels_as_rows_is_not_cut(tiny_config):
+    config = type(tiny_config)(**{**tiny_config.to_dict(), "hidden_size": 2, "intermediate_size": 4, "expand": 2})
+    config.intermediate_size = 4
+    model = MambaTrace.from_config(config, seed=3)
+    rows = torch.randint(1, config.vocab_size, (4, 5), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad(), model.trace() as tracer:
+        with tracer.invoke(rows[:1]):
+            one = model.layers[0].ssm.A.output.save()
+            h_one = model.layers[0].ssm.h[1].output.save()
+        with tracer.invoke(rows[1:]):
+            model.layers[0].ssm.A.output[:, 0] = -3.0
+            other = model.layers[0].ssm.A.output.save()
+            h_other = model.layers[0].ssm.h[1].output.save()
+            logits = model.lm_head.output.save()
+    assert one.shape == other.shape == (4, config.state_size)
+    assert (other[:, 0] == -3).all()
+    assert (h_one.shape[0], h_other.shape[0]) == (1, 3)
+
+    def edit(A: Tensor) -> Tensor:
+        A = A.clone()
+        A[:, 0] = -3.0
+        return A
+
+    expected = by_hand(model._module.double(), rows, {"layers[0].ssm.A": edit})
+    same(h_one, expected["layers[0].ssm.h[1]"][:1])
+    same(h_other, expected["layers[0].ssm.h[1]"][1:])
+    same(logits, expected["lm_head"][1:])
+
+
+# -- around a trace ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+@pytest.mark.parametrize("path", PATHS)
+def test_grad_modes_around_a_trace(tiny, hf, tokens, mode, path):
+    place = tiny.hook(path)
+    with mode(), tiny.trace(tokens):
+        saved = place.output.save()
+        place.output[:] = change(place.output)
+        logits = tiny.lm_head.output.save()
+    same(saved.detach().clone(), by_hand(hf, tokens)[path])
+    same(logits.detach().clone(), by_hand(hf, tokens, {path: change})["lm_head"])
+
+
+def test_every_row_of_the_table_is_covered_here():
+    assert {path.rsplit(".", 1)[-1] for path in SITE_PATHS} == set(BY_NAME)
+    assert functools.reduce(set.union, ({a, b} for a, b in CROSS)) >= set(SITE_PATHS)
