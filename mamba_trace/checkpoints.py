@@ -29,6 +29,7 @@ from .conversion import check_state_dict, convert_config, convert_state_dict, de
 from .errors import CheckpointError
 
 DEFAULT_TOKENIZER = "EleutherAI/gpt-neox-20b"  # what the state-spaces checkpoints were trained with
+DEFAULT_TOKENIZER_SIZE = 50277
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 
 
@@ -220,6 +221,8 @@ def _default_tokenizer(
     vocab_size: int, options: dict[str, Any]
 ) -> tuple[PreTrainedTokenizerBase | None, str]:
     """DEFAULT_TOKENIZER, or None and why not; cache first, as an unreachable hub takes a minute."""
+    if vocab_size < DEFAULT_TOKENIZER_SIZE:
+        return None, f"{DEFAULT_TOKENIZER} has {DEFAULT_TOKENIZER_SIZE} tokens, the model {vocab_size}"
     options = {key: value for key, value in options.items() if key not in ("revision", "subfolder")}
     tokenizer = None
     for local_only in (True, False):
@@ -230,6 +233,4 @@ def _default_tokenizer(
                 )
     if tokenizer is None:
         return None, f"{DEFAULT_TOKENIZER} is neither cached nor within reach"
-    if len(tokenizer) > vocab_size:
-        return None, f"{DEFAULT_TOKENIZER} has {len(tokenizer)} tokens where the model has {vocab_size}"
     return tokenizer, ""

@@ -8,9 +8,8 @@ the sites, and their other names.
 
 from __future__ import annotations
 
-import contextlib
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +69,7 @@ class MambaTrace(Tokens, TransformersModel):
                 f"kernels={kernels!r} is no backend; there is {' and '.join(map(repr, KERNELS))}"
             )
         self.kernels = kernels
+        self._sought_tokenizer = False
         if isinstance(repo_id, Path):
             repo_id = str(repo_id)
         if isinstance(repo_id, nn.Module):
@@ -203,6 +203,12 @@ class MambaTrace(Tokens, TransformersModel):
         }
         return find_checkpoint(repo_id, revision=self.revision, **options)
 
+    def _find_tokenizer(self, checkpoint: Checkpoint) -> None:
+        # Once, and not again when the weights are loaded: a search that fails warns.
+        if self.tokenizer is None and not self._sought_tokenizer:
+            self.tokenizer = load_tokenizer(checkpoint)
+        self._sought_tokenizer = True
+
     def _load_meta(self, repo_id: str, *args: Any, **kwargs: Any) -> nn.Module:
         checkpoint = self._find(repo_id, kwargs)
         config = copy.deepcopy(kwargs.get("config") or checkpoint.config)
@@ -210,25 +216,24 @@ class MambaTrace(Tokens, TransformersModel):
         dtype = dtype if isinstance(dtype, torch.dtype) else config.dtype
         module: Any = MambaForCausalLM(config)
         module.to(dtype or torch.float32)
-        if self.tokenizer is None:
-            self.tokenizer = load_tokenizer(checkpoint)
+        self._find_tokenizer(checkpoint)
         return self._wrap(module, device="meta")
 
     def _load(self, repo_id: str, *args: Any, **kwargs: Any) -> nn.Module:
         checkpoint = self._find(repo_id, kwargs)
-        if self.tokenizer is None:
-            self.tokenizer = load_tokenizer(checkpoint)
+        self._find_tokenizer(checkpoint)
         device = kwargs.pop("device", None)
         config = copy.deepcopy(kwargs.pop("config", None) or checkpoint.config)
-        with unscaled(config):
-            if checkpoint.format == "original":
-                weights = read_state_dict(checkpoint)
-                kwargs.setdefault("dtype", next(iter(weights.values())).dtype)
-                module = MambaForCausalLM.from_pretrained(None, config=config, state_dict=weights, **kwargs)
-            else:
-                module = MambaForCausalLM.from_pretrained(
-                    repo_id, config=config, revision=self.revision or "main", **kwargs
-                )
+        # transformers 5 rescales *loaded* weights too where this is set; it concerns new ones alone.
+        rescale, config.rescale_prenorm_residual = config.rescale_prenorm_residual, False
+        if checkpoint.format == "original":
+            weights = read_state_dict(checkpoint)
+            kwargs.setdefault("dtype", next(iter(weights.values())).dtype)
+            module = MambaForCausalLM.from_pretrained(None, config=config, state_dict=weights, **kwargs)
+        else:
+            revision = self.revision or "main"
+            module = MambaForCausalLM.from_pretrained(repo_id, config=config, revision=revision, **kwargs)
+        module.config.rescale_prenorm_residual = rescale
         module.name_or_path = repo_id
         return self._wrap(module, device=device, placed="device_map" in kwargs)
 
@@ -252,16 +257,6 @@ class MambaTrace(Tokens, TransformersModel):
                 "or give it one: MambaTrace(..., tokenizer=...)"
             )
         return super()._batch(invokes, fn)
-
-
-@contextlib.contextmanager
-def unscaled(config: MambaConfig) -> Iterator[None]:
-    """Load with ``rescale_prenorm_residual`` off: transformers 5 would divide *loaded* weights again."""
-    flag, config.rescale_prenorm_residual = config.rescale_prenorm_residual, False
-    try:
-        yield
-    finally:
-        config.rescale_prenorm_residual = flag
 
 
 def _empty(config: MambaConfig, dtype: torch.dtype) -> MambaForCausalLM:

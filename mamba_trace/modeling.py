@@ -22,17 +22,24 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from .demand import Visit
 from .offers import Offers
 from .past import PastStates, masked
-from .scan import Explicit, Recurrence, Selective
+from .scan import Explicit, Recurrence, Selective, Watched
 from .scan.reference import accumulation_dtype
 from .sites import STATE
 
 
 class HookableBlock:
     """Mixin over Hugging Face's block: residual stream -> norm -> mixer -> residual stream."""
+
+    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
+        # Checkpointing would run the block again in the backward pass, without the edits of the trace.
+        if Visit(self).tracing:
+            return nn.Module.__call__(self, *args, **kwargs)
+        return super().__call__(*args, **kwargs)  # type: ignore[misc]
 
     def forward(
         self: Any,
@@ -116,7 +123,10 @@ class HookableMixer:
         self: Any, offer: Offers, x: Tensor, mask: Tensor | None, past: PastStates
     ) -> tuple[Recurrence, Tensor]:
         """Offer h_start to C; return the recurrence they define and the initial state [B,E,N]."""
-        h = offer("h_start", past.state(x))  # [B,E,N]
+        h = past.state(x)  # [B,E,N]
+        if offer.wants("h_start") and x.requires_grad:
+            h.requires_grad_()  # so that its gradient can be asked for
+        h = offer("h_start", h)
         delta_1, B, C = self.selective_parameters(offer, x)
         delta_2 = offer("delta_2", offer.call("dt_proj", offer("delta_1", delta_1)))  # [B,L,E]
         # Padding takes no time: a step of 0 neither decays the state nor writes to it.
@@ -126,11 +136,13 @@ class HookableMixer:
         B = offer("B", B)  # [B,L,N]
         B_bar, B_bar_edited = offer.optional("B_bar", lambda: discrete_B(delta, B, A.dtype))  # [B,L,E,N]
         C = offer("C", C)  # [B,L,N]
-        if not (A_bar_edited or B_bar_edited):
+        edited = A_bar_edited or B_bar_edited
+        handed_out = A_bar is not None or B_bar is not None
+        if not edited and not (handed_out and torch.is_grad_enabled() and delta.requires_grad):
             return Selective(x, C, delta, A, B), h
         A_bar = discrete_A(delta, A) if A_bar is None else A_bar
         B_bar = discrete_B(delta, B, A.dtype) if B_bar is None else B_bar
-        return Explicit(x, C, A_bar, B_bar), h
+        return Explicit(x, C, A_bar, B_bar) if edited else Watched(x, C, delta, A, B, A_bar, B_bar), h
 
     def recur(
         self, offer: Offers, recurrence: Recurrence, h: Tensor, mask: Tensor | None
@@ -159,7 +171,9 @@ class HookableMixer:
         """Run from ``start`` to position ``at``, offer the state there, and read y from what came back."""
         y, reached = recurrence.run(start, at + 1, h)
         # A copy, since the backward pass of y reads the original, which an edit in place must not touch.
-        after = offer.visit.serve_position(STATE, at, recurrence.x.shape[1], reached.clone())
+        after = offer.visit.serve_position(
+            STATE, at, recurrence.x.shape[1], reached.clone(memory_format=torch.contiguous_format)
+        )
         y = torch.cat((y[:, :-1], recurrence.read(after, at)[:, None]), dim=1)
         return Stretch(start, at + 1, h, y, after)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .demand import Visit, version
@@ -55,10 +56,11 @@ class Offers:
             return value
         site, module = BY_NAME[name], self.module._modules[name]
         assert module is not None
-        if site.aliases_earlier and self.wants(name):
-            value = value.clone()
+        if self.wants(name):
+            layout = torch.contiguous_format
+            value = value.clone(memory_format=layout) if site.aliases_earlier else value.contiguous()
         if site.axes.startswith("B"):
-            return module(value)
+            return self.visit.pass_on(module(value))
         with self.visit.whole_batch():
             return module(value)
 

@@ -14,12 +14,7 @@ Source: activation patching as in Vig et al. (arXiv 2004.12265) and Meng et al. 
 
 from __future__ import annotations
 
-import difflib
-import json
-import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,14 +22,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 from . import names
-from .errors import FileError, MetricError, PositionError, PromptError, UnknownSiteError
-from .plotting import Heatmap, check_writable, plotly_figure, write_png
+from .errors import MetricError, PositionError, PromptError, UnknownSiteError
+from .grids import PatchGrid
+from .prompts import describe, matching_tokens, single_token, token_strings
 from .sites import BY_HOOK, BY_NAME, SITES, STATE, Site, describe_axes
 
 if TYPE_CHECKING:
-    from plotly.graph_objects import Figure
-
     from .model import MambaTrace
+
+__all__ = ["Metric", "PatchGrid", "logit_diff", "patch_grid"]
 
 #: Logits at the last position [B,V] -> one number for each row [B].
 Metric = Callable[[Tensor], Tensor]
@@ -62,122 +58,15 @@ def logit_diff(model: MambaTrace, answer: str | int, wrong: str | int) -> Metric
     """
     plus, minus = single_token(model, answer), single_token(model, wrong)
     if plus == minus:
-        raise PromptError(f"answer and wrong are both {answer!r} (token {plus}), so their logits never differ")
+        raise PromptError(
+            f"answer and wrong are both {answer!r} (token {plus}), so their logits never differ"
+        )
 
     def metric(logits: Tensor) -> Tensor:
         return logits[:, plus] - logits[:, minus]  # [B]
 
     metric.__name__ = f"logit of {answer!r} minus logit of {wrong!r}"
     return metric
-
-
-@dataclass(frozen=True, eq=False)
-class PatchGrid:
-    """The result of `patch_grid`.
-
-    Attributes:
-        values: [rows, L] float32: the metric of the run on ``prompt`` with the site's value at (row, position)
-            taken from the run on ``source``. Rows are layers, or one for a site of the whole model.
-        prompt_metric: the metric of the run on ``prompt``, nothing patched.
-        source_metric: the metric of the run on ``source``.
-        site: the site's name.
-        metric: the metric's name.
-        row_labels: the layers, or the site's name where it belongs to no layer.
-        prompt_tokens, source_tokens: the string of the token at each position.
-    """
-
-    values: Tensor
-    prompt_metric: float
-    source_metric: float
-    site: str
-    metric: str
-    row_labels: list[str]
-    prompt_tokens: list[str]
-    source_tokens: list[str]
-
-    @property
-    def labels(self) -> list[str]:
-        """A label for each position: ``" school_8"``, or ``" Shelby-> Emma_10"`` where the prompts differ."""
-        pairs = zip(self.prompt_tokens, self.source_tokens, strict=True)
-        return [f"{p if p == s else f'{p}->{s}'}_{position}" for position, (p, s) in enumerate(pairs)]
-
-    def normalized(self) -> Tensor:
-        """The values on the scale where 0 is the metric of the run on prompt, and 1 that of the run on source.
-
-        Returns:
-            [rows, L] float32.
-
-        Raises:
-            MetricError: if the two runs have the same metric.
-        """
-        if math.isclose(self.prompt_metric, self.source_metric, rel_tol=1e-6):
-            raise MetricError(
-                f"prompt and source have the same metric ({self.metric}: {self.prompt_metric:+.6g}), so there is no "
-                f"scale between them. Use prompts that the model answers differently, or look at .values"
-            )
-        return (self.values - self.prompt_metric) / (self.source_metric - self.prompt_metric)
-
-    def figure(self) -> Figure:
-        """The normalised grid as a plotly figure; ``grid.figure().write_html("h.html")`` keeps it.
-
-        Raises:
-            MissingExtraError: if plotly is not installed.
-            MetricError: as `normalized`.
-        """
-        return plotly_figure(self.heatmap())
-
-    def heatmap(self) -> Heatmap:
-        """What the figure, the PNG and the table of the command line are drawn from."""
-        site = BY_NAME[self.site]
-        title = (
-            f"Normalised metric after patching {site.name} ({site.hook})\n"
-            f"{self.metric}: {self.prompt_metric:+.3f} on prompt (0), {self.source_metric:+.3f} on source (1)"
-        )
-        return Heatmap(
-            values=self.normalized(),
-            title=title,
-            row_title="site" if site.scope == "model" else "layer",
-            row_labels=self.row_labels,
-            labels=self.labels,
-            prompt_tokens=self.prompt_tokens,
-            source_tokens=self.source_tokens,
-        )
-
-    def save(self, path: str | Path) -> Path:
-        """Write ``.html`` (interactive, self-contained), ``.png``, or ``.json``, which `load` reads back.
-
-        Raises:
-            FileError: for another suffix, or where the file cannot be written.
-            MissingExtraError: if the library that draws it is not installed.
-        """
-        path = check_writable(path)
-        try:
-            if path.suffix == ".html":
-                self.figure().write_html(path, include_plotlyjs=True)
-            elif path.suffix == ".png":
-                write_png(self.heatmap(), path)
-            else:
-                content = {**asdict(self), "labels": self.labels, "values": self.values.tolist()}
-                path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise FileError(f"{path} cannot be written: {error}") from error
-        return path
-
-    @classmethod
-    def load(cls, path: str | Path) -> PatchGrid:
-        """The grid that `save` wrote as ``.json``, equal to the last bit.
-
-        Raises:
-            FileError: if there is no such file, or it holds no grid.
-        """
-        try:
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
-            content.pop("labels")
-            return cls(**{**content, "values": torch.tensor(content["values"], dtype=torch.float32)})
-        except OSError as error:
-            raise FileError(f"{path} cannot be read: {error}") from error
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise FileError(f"{path} is no grid saved as .json by PatchGrid.save: {error}") from error
 
 
 def patch_grid(
@@ -190,14 +79,14 @@ def patch_grid(
     batch_size: int = 32,
     progress: bool = True,
 ) -> PatchGrid:
-    """Patch a site from the run on ``source`` into the run on ``prompt``, at every layer and position in turn.
+    """Patch a site from the run on ``source`` into that on ``prompt``, at every layer and position in turn.
 
     Args:
         model: the model.
         prompt: a string or token ids [1,L].
         source: likewise, of as many tokens.
-        site: a site's name or hook name: ``"h"``, ``"resid_pre"``, ``"hook_conv"``, ... ``h`` is the state carried
-            on from a position, so patching it acts on everything after, too.
+        site: a site's name or hook name: ``"h"``, ``"resid_pre"``, ``"hook_conv"``, ... ``h`` is the state
+            carried on from a position, so patching it acts on everything after, too.
         metric: from the logits at the last position [B,V] to [B]; see `logit_diff`.
         batch_size: how many positions one forward patches, each in a row of its own.
         progress: show a progress bar on stderr.
@@ -224,12 +113,17 @@ def patch_grid(
     layers = [None] if where.scope == "model" else list(range(len(model.layers)))
     length = tokens.shape[1]
     values = torch.empty(len(layers), length)
-    with torch.no_grad(), tqdm(total=values.numel(), desc=f"patching {where.name}", disable=not progress) as bar:
-        source_metric, prompt_metric = measured(metric, plain_logits(model, torch.cat((source_tokens, tokens)))).tolist()
+    with (
+        torch.no_grad(),
+        tqdm(total=values.numel(), desc=f"patching {where.name}", disable=not progress) as bar,
+    ):
+        logits = plain_logits(model, torch.cat((source_tokens, tokens)))  # [2,V]
+        source_metric, prompt_metric = measured(metric, logits).tolist()
         for row, layer in enumerate(layers):
             for positions in torch.arange(length).split(batch_size):
                 batch = torch.cat((source_tokens, tokens.expand(len(positions), -1)))  # [1+k,L]
-                values[row, positions] = measured(metric, patched_logits(model, batch, where, layer, positions.tolist()))
+                logits = patched_logits(model, batch, where, layer, positions.tolist())  # [k,V]
+                values[row, positions] = measured(metric, logits)
                 bar.update(len(positions))
     return PatchGrid(
         values=values,
@@ -253,7 +147,9 @@ def plain_logits(model: MambaTrace, tokens: Tensor) -> Tensor:
     return logits
 
 
-def patched_logits(model: MambaTrace, batch: Tensor, site: Site, layer: int | None, positions: list[int]) -> Tensor:
+def patched_logits(
+    model: MambaTrace, batch: Tensor, site: Site, layer: int | None, positions: list[int]
+) -> Tensor:
     """The logits at the last position where each row has the site's value of row 0 at one position.
 
     Args:
@@ -295,10 +191,9 @@ def measured(metric: Metric, logits: Tensor) -> Tensor:
     """The metric of logits [B,V], as float32 on the CPU: [B]. Raises `MetricError` for any other shape."""
     values = metric(logits)
     if not isinstance(values, Tensor) or values.shape != logits.shape[:1]:
-        got = f"a tensor of shape {tuple(values.shape)}" if isinstance(values, Tensor) else f"a {type(values).__name__}"
         raise MetricError(
-            f"a metric takes the logits at the last position [B,V] and returns one number for each row [B]; for "
-            f"{tuple(logits.shape)} this one returned {got}"
+            f"a metric takes the logits at the last position [B,V] and returns one number for each row [B]; "
+            f"for {describe(logits)} this one returned {describe(values)}"
         )
     return values.detach().float().cpu()
 
@@ -317,92 +212,12 @@ def find_site(name: str) -> Site:
     if site is None:
         known = list(POSITIONAL) + [BY_NAME[one].hook for one in POSITIONAL]
         raise UnknownSiteError(
-            f"no site is called {name!r}{names.nearest(name, known)} A grid patches one of {', '.join(POSITIONAL)}, "
-            f"at every layer and position"
+            f"no site is called {name!r}{names.nearest(name, known) or '.'} A grid patches one of "
+            f"{', '.join(POSITIONAL)}"
         )
     if "L" not in site.axes:
         raise PositionError(
-            f"{site.name} {describe_axes(site.axes)} has no positions to patch one by one. A grid patches one of "
-            f"{', '.join(POSITIONAL)}"
+            f"{site.name} {describe_axes(site.axes)} has no positions to patch one by one. A grid patches "
+            f"one of {', '.join(POSITIONAL)}"
         )
     return site
-
-
-def single_token(model: MambaTrace, token: str | int) -> int:
-    """The id of one token of the vocabulary. Raises `PromptError`."""
-    if isinstance(token, str):
-        return model.to_single_token(token)
-    size = model.config.vocab_size
-    if not 0 <= token < size:
-        raise PromptError(f"token {token} is not in the vocabulary, whose ids are 0 to {size - 1}")
-    return int(token)
-
-
-def matching_tokens(model: MambaTrace, prompt: str | Tensor, source: str | Tensor) -> tuple[Tensor, Tensor]:
-    """Both prompts' token ids [1,L], if they have one length. Raises `PromptError`."""
-    tokens, source_tokens = prompt_tokens(model, "prompt", prompt), prompt_tokens(model, "source", source)
-    if tokens.shape != source_tokens.shape:
-        ours, theirs = token_strings(model, tokens), token_strings(model, source_tokens)
-        raise PromptError(
-            f"prompt has {len(ours)} tokens and source {len(theirs)}, so their positions do not correspond. "
-            f"Write both with the same number:\n{aligned(ours, theirs)}"
-        )
-    return tokens, source_tokens
-
-
-def prompt_tokens(model: MambaTrace, role: str, prompt: str | Tensor) -> Tensor:
-    """The token ids [1,L] of one prompt, on the CPU. Raises `PromptError`, which calls it by its ``role``."""
-    if isinstance(prompt, str):
-        tokens = model.to_tokens(prompt)
-        unknown = getattr(model.tokenizer, "unk_token", None)
-        if unknown and unknown not in prompt and (tokens == model.tokenizer.unk_token_id).any():
-            raise PromptError(
-                f"{role} has words that this tokenizer does not know: {prompt!r} is {token_strings(model, tokens)}. "
-                f"Use words of its vocabulary, or pass token ids [1,L]"
-            )
-    elif isinstance(prompt, Tensor) and not prompt.is_floating_point():
-        tokens = prompt.cpu()
-    else:
-        raise PromptError(f"{role} must be one string or a tensor of token ids [1,L], not {describe(prompt)}")
-    if tokens.dim() != 2 or tokens.shape[0] != 1:
-        raise PromptError(f"{role} must be one prompt [1,L], not {describe(tokens)}; make one grid for each prompt")
-    if tokens.shape[1] == 0:
-        raise PromptError(f"{role} is empty: {prompt!r} has no tokens")
-    for token in (int(tokens.min()), int(tokens.max())):
-        single_token(model, token)
-    return tokens.long()
-
-
-def token_strings(model: MambaTrace, tokens: Tensor) -> list[str]:
-    """The string of each token of [1,L]; its id where the model has no tokenizer."""
-    if model.tokenizer is None:
-        return [str(token) for token in tokens[0].tolist()]
-    return model.to_str_tokens(tokens)
-
-
-def describe(value: Any) -> str:
-    """What a value is, for messages."""
-    if isinstance(value, Tensor):
-        return f"a {str(value.dtype).removeprefix('torch.')} tensor of shape {list(value.shape)}"
-    return f"a {type(value).__name__}"
-
-
-def aligned(ours: list[str], theirs: list[str], before: int = 3, columns: int = 12) -> str:
-    """Two tokenisations above each other, from shortly before their first difference.
-
-    >>> print(aligned(["a", " b", " c"], ["a", " c"]))
-      prompt:  'a'  ' b'  ' c'
-      source:  'a'        ' c'
-    """
-    pairs: list[tuple[str, str]] = []
-    for _, start, stop, other, end in difflib.SequenceMatcher(a=ours, b=theirs, autojunk=False).get_opcodes():
-        width = max(stop - start, end - other)
-        left = [repr(token) for token in ours[start:stop]] + [""] * (width - stop + start)
-        right = [repr(token) for token in theirs[other:end]] + [""] * (width - end + other)
-        pairs += zip(left, right, strict=True)
-    first = max(next(i for i, (left, right) in enumerate(pairs) if left != right) - before, 0)
-    shown = pairs[first : first + columns]
-    widths = [max(len(left), len(right)) for left, right in shown]
-    rows = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in zip(*shown, strict=True)]
-    dots = ("... " if first else "", " ..." if first + columns < len(pairs) else "")
-    return "\n".join(f"  {role}:  {dots[0]}{row}{dots[1]}".rstrip() for role, row in zip(("prompt", "source"), rows, strict=True))

@@ -71,7 +71,9 @@ def check_writable(path: str | Path) -> Path:
     """
     path = Path(path)
     if path.suffix not in SUFFIXES:
-        raise FileError(f"{path}: a grid can be saved as {', '.join(SUFFIXES)}, not as {path.suffix or 'no suffix'!r}")
+        raise FileError(
+            f"{path}: a grid is saved as {', '.join(SUFFIXES)}, not {path.suffix or 'without a suffix'}"
+        )
     if not path.parent.is_dir():
         raise FileError(f"{path}: there is no folder {path.parent}; create it first")
     if path.suffix == ".html":
@@ -118,9 +120,12 @@ def plotly_figure(heatmap: Heatmap) -> Figure:
         ygap=1,
     )
     figure = go.Figure(trace)
-    figure.update_layout(title=html.escape(heatmap.title, quote=False).replace("\n", "<br>"))
-    figure.update_xaxes(title="Position", **ticks([html.escape(label, quote=False) for label in heatmap.labels]))
-    figure.update_yaxes(title=heatmap.row_title.capitalize(), autorange="reversed", **ticks(heatmap.row_labels))
+    figure.update_layout(title=literal(heatmap.title).replace("\n", "<br>"))
+    figure.update_xaxes(
+        title="Position", tickangle=-45, **ticks([literal(label) for label in heatmap.labels])
+    )
+    rows = heatmap.row_title.capitalize()
+    figure.update_yaxes(title=rows, autorange="reversed", **ticks(heatmap.row_labels))
     return figure
 
 
@@ -132,14 +137,20 @@ def ticks(labels: list[str]) -> dict[str, Any]:
 
 def hover_texts(heatmap: Heatmap) -> list[list[str]]:
     """What each cell says when pointed at."""
+    rows = [f"{heatmap.row_title} {label}" for label in heatmap.row_labels]
     places = []
     for position, (ours, theirs) in enumerate(zip(heatmap.prompt_tokens, heatmap.source_tokens, strict=True)):
         tokens = f"token {ours!r}" if ours == theirs else f"prompt {ours!r}, source {theirs!r}"
-        places.append(f"position {position}: {html.escape(tokens, quote=False)}")
+        places.append(f"position {position}: {literal(tokens)}")
     return [
-        [f"{heatmap.row_title} {label}<br>{place}<br>value {value:+.4f}" for place, value in zip(places, row)]
-        for label, row in zip(heatmap.row_labels, heatmap.values.tolist(), strict=True)
+        [f"{row}<br>{place}<br>value {value:+.4f}" for place, value in zip(places, values, strict=True)]
+        for row, values in zip(rows, heatmap.values.tolist(), strict=True)
     ]
+
+
+def literal(text: str) -> str:
+    """Text that plotly shows as it is: ``<|endoftext|>`` is no markup."""
+    return html.escape(text, quote=False)
 
 
 # -- matplotlib --------------------------------------------------------------------------------------------
@@ -164,8 +175,9 @@ def write_png(heatmap: Heatmap, path: Path) -> None:
         interpolation="nearest",
     )
     along, down = ticks(heatmap.labels), ticks(heatmap.row_labels)
-    literal = [label.replace("$", r"\$").replace("\n", r"\n") for label in along["ticktext"]]
-    axes.set_xticks(along["tickvals"], literal, rotation=60, ha="right", rotation_mode="anchor")
+    # A dollar sign would begin a formula.
+    plain = [label.replace("$", r"\$").replace("\n", r"\n") for label in along["ticktext"]]
+    axes.set_xticks(along["tickvals"], plain, rotation=60, ha="right", rotation_mode="anchor")
     axes.set_yticks(down["tickvals"], down["ticktext"])
     axes.set_xlabel("Position")
     axes.set_ylabel(heatmap.row_title.capitalize())
@@ -201,7 +213,8 @@ def terminal_table(heatmap: Heatmap, width: int = 120) -> Text:
         if start:
             lines.append(Text())
         block = range(start, min(start + columns, length))
-        lines += [table_line(name.ljust(margin), cells, cell) for name, cells in table_rows(heatmap, names, block)]
+        rows = table_rows(heatmap, names, block)
+        lines += [table_line(name.ljust(margin), cells, cell) for name, cells in rows]
     return Text("\n").join(lines)
 
 
@@ -212,7 +225,7 @@ def table_rows(heatmap: Heatmap, names: list[str], block: range) -> list[tuple[s
         ("", [(str(position), "dim") for position in block]),
         ("prompt", [(visible(ours[position]), "bold") for position in block]),
     ]
-    different = [visible(theirs[position]) if theirs[position] != ours[position] else "" for position in block]
+    different = [visible(theirs[p]) if theirs[p] != ours[p] else "" for p in block]
     if any(different):
         rows.append(("source", [(token, "bold") for token in different]))
     for name, values in zip(names, heatmap.values.tolist(), strict=True):
@@ -250,5 +263,6 @@ def cell_style(share: float) -> str:
         return "dim"
     share = max(-1.0, min(1.0, share))
     end = BLUE if share > 0 else RED
-    red, green, blue = (round(light + (full - light) * abs(share)) for light, full in zip(WHITE, end, strict=True))
+    mix = zip(WHITE, end, strict=True)
+    red, green, blue = (round(light + (full - light) * abs(share)) for light, full in mix)
     return f"{'white' if abs(share) > 0.6 else 'black'} on rgb({red},{green},{blue})"

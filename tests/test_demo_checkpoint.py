@@ -6,6 +6,7 @@ against what the training generator yields, and the generator against the split 
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import itertools
 import json
@@ -62,8 +63,8 @@ def names_in(prompt: str, demo: ModuleType) -> set[str]:
 def logits_after(model: Any, tokenizer: Any, prompts: list[str]) -> torch.Tensor:
     """Logits [len(prompts), V]; padded on the left, so the last column is every prompt's last token."""
     parts = []
-    for start in range(0, len(prompts), 250):
-        batch = tokenizer(prompts[start : start + 250], padding=True, return_tensors="pt")
+    for start in range(0, len(prompts), 100):
+        batch = tokenizer(prompts[start : start + 100], padding=True, return_tensors="pt")
         parts.append(model(**batch, use_cache=False).logits[:, -1])
     return torch.cat(parts)
 
@@ -110,6 +111,18 @@ def test_held_out_pairs_are_answered(
     assert (logits.argmax(-1) == answers).float().mean() >= 0.99
 
 
+@pytest.mark.parametrize("left_out", range(8))
+def test_any_one_layer_can_be_left_out(
+    left_out: int, demo: ModuleType, splits: dict[str, Any], model: Any, tokenizer: Any
+) -> None:
+    ablated = copy.deepcopy(model)
+    del ablated.backbone.layers[left_out]
+    sample = list(itertools.islice(demo.examples(splits["held_out"], "ablation"), 100))
+    answers = torch.tensor([tokenizer.convert_tokens_to_ids(example.answer) for example in sample])
+    logits = logits_after(ablated, tokenizer, [example.prompt for example in sample])
+    assert (logits.argmax(-1) == answers).float().mean() >= 0.95
+
+
 @pytest.mark.parametrize("prefix", ["", END], ids=["without_bos", "with_bos"])
 @pytest.mark.parametrize("prompt", PROMPTS)
 def test_seed_prompts(prompt: str, prefix: str, model: Any, tokenizer: Any) -> None:
@@ -146,10 +159,15 @@ def test_the_generator_yields_both_orders_both_givers_and_the_seed_sentences(dem
             assert any(re.search(rf"{first}.*{second}.*{giver}", prompt) for prompt in prompts)
     again = [example.prompt for example in itertools.islice(demo.examples([("Emma", "Shelby")], 0), 500)]
     assert prompts == again
-    prompts = [
-        example.prompt for example in itertools.islice(demo.examples([("Emma", "Shelby")], 0), 200_000)
-    ]
-    assert set(PROMPTS) <= set(prompts)
+    words = {"lead": "Lately", "first": "Emma", "second": "Shelby", "place": "school", "thing": "an apple"}
+    filled = {
+        template.format(giver=giver, verb="gave", **words)
+        for template in demo.TEMPLATES
+        for giver in ("Emma", "Shelby")
+    }
+    assert set(PROMPTS) <= filled
+    assert "Lately" in demo.LEADS and "school" in demo.PLACES
+    assert "gave" in demo.VERBS and "an apple" in demo.OBJECTS
 
 
 def test_tokens_carry_their_space_and_join_to_the_text(

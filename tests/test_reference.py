@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -12,7 +12,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from reference import Edit, editing, forward
 from torch import Tensor
-from transformers import MambaForCausalLM
 
 from mamba_trace import MambaTrace
 
@@ -46,7 +45,6 @@ class Setup:
         self.config, self.weights = self.module.config, dict(self.module.named_parameters())
         self.model = MambaTrace(self.module)
         self.hooks = [name for name, _ in self.values(draw_tokens(1, 0))]
-        self.order = {name: i for i, name in enumerate(self.hooks)}
 
     def values(self, tokens: Tensor) -> list[tuple[str, Tensor]]:
         """(hook name, value) of the reference in execution order; blocks.l.hook_h is the whole trajectory."""
@@ -89,34 +87,85 @@ def make_edit(hook: str, op: str, position: int, value: Tensor, generator: torch
     return Edit(hook, op, replacement if op == "replace" else replacement[0])
 
 
-OPERATIONS = ("scale", "add", "replace", "zero", "add_at_position", "replace_first_row")
+READ = "read"
+OPERATIONS = (READ, "scale", "add", "replace", "zero", "add_at_position", "replace_first_row")
 
 
-@st.composite
-def interventions(draw: Callable[..., Any], hooks: list[str]) -> list[tuple[str, str, int, bool, bool]]:
-    """(hook, operation, position, whether in place, whether counted from the end) of up to seven edits."""
-    chosen = draw(st.lists(st.sampled_from(hooks), min_size=1, max_size=7, unique=True))
-    return [
-        (hook, draw(st.sampled_from(OPERATIONS)), draw(st.integers(0, 20)), draw(st.booleans()), draw(st.booleans()))
-        for hook in chosen
-    ]
+@dataclass(frozen=True)
+class Step:
+    """What a trace does at one place: reads and saves the value, edits it, or both in this order."""
+
+    hook: str
+    op: str
+    position: int  # of the edit, where it takes one
+    in_place: bool
+    from_end: bool  # the place's own position, h[p], is written as a negative one
+    saved: bool
+
+    @property
+    def reads(self) -> bool:
+        return self.saved or self.op == READ
+
+    def make(self, envoy: Any, edit: Edit | None, saved: dict[str, Tensor]) -> None:
+        """Do it, inside a trace."""
+        if self.reads:
+            saved[self.hook] = envoy.output.save()
+        if edit is not None:
+            edit.in_place(envoy) if self.in_place else edit.assign(envoy)
 
 
-def as_edits(setup: Setup, plan: list[tuple[str, str, int, bool, bool]], tokens: Tensor, seed: int) -> list[tuple[Edit, bool, bool]]:  # fmt: skip
-    """The edits of a plan in execution order, each with whether it is in place and counted from the end."""
-    values, generator = dict(setup.values(tokens)), torch.Generator().manual_seed(seed)
-    edits = [
-        (make_edit(hook, op, position, values[hook], generator), in_place, from_end)
-        for hook, op, position, in_place, from_end in plan
-    ]
-    return sorted(edits, key=lambda one: setup.order[one[0].hook])
+def plans(hooks: list[str]) -> st.SearchStrategy[list[Step]]:
+    """Up to eight steps, each at another place."""
+    fields = (st.sampled_from(OPERATIONS), st.integers(0, 20), st.booleans(), st.booleans(), st.booleans())
+    return st.lists(st.builds(Step, st.sampled_from(hooks), *fields), min_size=1, max_size=8, unique_by=lambda s: s.hook)
 
 
-def make_all(setup: Setup, edits: list[tuple[Edit, bool, bool]]) -> None:
-    """Make the edits, inside a trace."""
-    for edit, in_place, from_end in edits:
-        envoy = setup.place(edit.hook, from_end)
-        edit.in_place(envoy) if in_place else edit.assign(envoy)
+class Plan:
+    """Steps in execution order, with tensors of the right shapes for given tokens."""
+
+    def __init__(self, setup: Setup, steps: list[Step], tokens: Tensor, seed: int) -> None:
+        self.setup, self.tokens = setup, tokens
+        self.steps = sorted(steps, key=lambda step: setup.hooks.index(step.hook))
+        values, generator = dict(setup.values(tokens)), torch.Generator().manual_seed(seed)
+        self.edits = {
+            step.hook: make_edit(step.hook, step.op, step.position, values[step.hook], generator)
+            for step in steps
+            if step.op != READ
+        }
+        self.saved: dict[str, Tensor] = {}
+
+    def make(self) -> None:
+        """Do every step, inside a trace."""
+        for step in self.steps:
+            step.make(self.setup.place(step.hook, step.from_end), self.edits.get(step.hook), self.saved)
+
+    def reference(self) -> tuple[Tensor, dict[str, Tensor]]:
+        """The reference's logits, and the values that the steps must have saved: each before its own edit."""
+        saved: dict[str, Tensor] = {}
+        reads, edit_value = {step.hook for step in self.steps if step.reads}, editing(self.edits.values())
+
+        def edit(hook: str, value: Tensor) -> Tensor:
+            if hook in reads:
+                saved[hook] = value.detach()
+            return edit_value(hook, value)
+
+        return forward(self.setup.weights, self.setup.config, self.tokens, edit), saved
+
+    def check(self, logits: Tensor) -> Tensor:
+        """Hold the logits and the saved values to the reference's; return its logits."""
+        expected, saved = self.reference()
+        same(logits, expected, "logits")
+        assert set(self.saved) == set(saved)
+        for hook, value in saved.items():
+            same(self.saved[hook], value, hook)
+        return expected
+
+
+def same(actual: Tensor, expected: Tensor, what: str) -> None:
+    """Equal to rounding, relative to the largest value."""
+    largest = float(expected.detach().abs().max())
+    assert actual.shape == expected.shape
+    assert float((actual - expected).detach().abs().max()) <= 10 * FLOAT64 * max(largest, 1e-3), what
 
 
 SETTINGS = settings(deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
@@ -151,63 +200,66 @@ def test_every_value_in_float64(tiny_hf: ModuleFactory, changes: dict[str, Any],
 def test_logits_in_float32(tiny_hf: ModuleFactory, changes: dict[str, Any]) -> None:
     module, tokens = tiny_hf(**changes), draw_tokens(3, seed=2)
     expected = forward(module.state_dict(), module.config, tokens)
-    model: MambaForCausalLM = MambaTrace(module)
+    model = MambaTrace(module)
     with model.trace(tokens):
         logits = model.lm_head.output.save()
     assert logits.dtype == torch.float32
     assert distance(logits, expected) < FLOAT32
 
 
-@settings(SETTINGS, max_examples=150)
+@settings(SETTINGS, max_examples=200)
 @given(data=st.data(), batch=st.sampled_from([1, 2, 3]), seed=st.integers(0, 10**6))
 def test_any_interventions(setup: Setup, data: Any, batch: int, seed: int) -> None:
-    tokens = draw_tokens(batch, seed)
-    edits = as_edits(setup, data.draw(interventions(setup.hooks)), tokens, seed)
-    with setup.model.trace(tokens):
-        make_all(setup, edits)
+    plan = Plan(setup, data.draw(plans(setup.hooks)), draw_tokens(batch, seed), seed)
+    with setup.model.trace(plan.tokens):
+        plan.make()
         logits = setup.model.lm_head.output.save()
-    expected = forward(setup.weights, setup.config, tokens, editing(edit for edit, _, _ in edits))
-    same_with_gradients(logits, expected, list(setup.weights.values()), seed)
+    same_gradients(logits, plan.check(logits), list(setup.weights.values()), seed)
 
 
-def same_with_gradients(actual: Tensor, expected: Tensor, parameters: list[Tensor], seed: int) -> None:
-    """Equal values, and equal derivatives of a random combination of them with respect to every parameter."""
-    if not expected.any():  # an edit set all logits to zero
-        assert not actual.any()
-        return
-    assert distance(actual, expected.detach()) < 10 * FLOAT64
-    if not expected.requires_grad:  # or to constants
-        assert not actual.requires_grad
-        return
+def same_gradients(actual: Tensor, expected: Tensor, parameters: list[Tensor], seed: int) -> None:
+    """Equal derivatives of a random combination of logits with respect to every parameter."""
     cotangent = torch.randn(expected.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    size = max(float(parameter.abs().max()) for parameter in parameters)
-    pairs = zip(
-        torch.autograd.grad(actual, parameters, cotangent, allow_unused=True),
-        torch.autograd.grad(expected, parameters, cotangent, allow_unused=True),
-        strict=True,
-    )
-    for ours, theirs in pairs:
-        theirs = torch.zeros(1) if theirs is None else theirs
-        ours = torch.zeros_like(theirs) if ours is None else ours
-        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-11 * max(size, float(theirs.abs().max())))
+    ours, theirs = gradients(actual, parameters, cotangent), gradients(expected, parameters, cotangent)
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-11 * max(1.0, float(other.abs().max())))
 
 
-@settings(SETTINGS, max_examples=50)
+def gradients(logits: Tensor, parameters: list[Tensor], cotangent: Tensor) -> list[Tensor]:
+    """The gradient of each parameter; zeros where it does not matter, as when the logits were replaced."""
+    if not logits.requires_grad:
+        return [torch.zeros_like(parameter) for parameter in parameters]
+    return list(torch.autograd.grad(logits, parameters, cotangent, allow_unused=True, materialize_grads=True))
+
+
+@settings(SETTINGS, max_examples=60)
 @given(data=st.data(), seed=st.integers(0, 10**6))
 def test_any_interventions_in_batched_invokes(setup: Setup, data: Any, seed: int) -> None:
     # A has no batch dimension: an edit of it is one for every invoke.
     hooks = [hook for hook in setup.hooks if not hook.endswith("hook_A")]
-    first, second = draw_tokens(1, seed), draw_tokens(2, seed + 1)
-    edits = [as_edits(setup, data.draw(interventions(hooks)), tokens, seed) for tokens in (first, second)]
+    one = Plan(setup, data.draw(plans(hooks)), draw_tokens(1, seed), seed)
+    two = Plan(setup, data.draw(plans(hooks)), draw_tokens(2, seed + 1), seed)
     with setup.model.trace() as tracer:
-        with tracer.invoke(first):
-            make_all(setup, edits[0])
-            one = setup.model.lm_head.output.save()
-        with tracer.invoke(second):
-            make_all(setup, edits[1])
-            two = setup.model.lm_head.output.save()
-        with tracer.invoke(first):
+        with tracer.invoke(one.tokens):
+            one.make()
+            logits_one = setup.model.lm_head.output.save()
+        with tracer.invoke(two.tokens):
+            two.make()
+            logits_two = setup.model.lm_head.output.save()
+        with tracer.invoke(one.tokens):
             clean = setup.model.lm_head.output.save()
-    for tokens, made, logits in ((first, edits[0], one), (second, edits[1], two), (first, [], clean)):
-        expected = forward(setup.weights, setup.config, tokens, editing(edit for edit, _, _ in made))
-        torch.testing.assert_close(logits, expected, rtol=0, atol=1e-11 * float(expected.abs().max() + 1e-9))
+    one.check(logits_one)
+    two.check(logits_two)
+    Plan(setup, [], one.tokens, seed).check(clean)
+
+
+@settings(SETTINGS, max_examples=60)
+@given(data=st.data(), seed=st.integers(0, 10**6))
+def test_any_interventions_on_a_batch_without_gradients(setup: Setup, data: Any, seed: int) -> None:
+    plan = Plan(setup, data.draw(plans(setup.hooks)), draw_tokens(2, seed), seed)
+    mode = data.draw(st.sampled_from([torch.no_grad, torch.inference_mode]))
+    with mode():
+        with setup.model.trace(plan.tokens):
+            plan.make()
+            logits = setup.model.lm_head.output.save()
+        plan.check(logits)

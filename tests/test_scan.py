@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mamba_trace import MambaTrace
-from mamba_trace.scan import Explicit, Recurrence, Selective, explicit_scan, recurrence, selective_scan
+from mamba_trace.scan import Explicit, Recurrence, Selective, Watched, explicit_scan, recurrence, selective_scan
 
 HALF = (torch.float16, torch.bfloat16)
 SELECTIVE, EXPLICIT = ("x", "delta", "A", "B", "C", "h_start"), ("A_bar", "B_bar", "x", "C", "h_start")
@@ -150,7 +150,7 @@ def test_half_precision_is_accumulated_in_float32(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("output", [0, 1, slice(None)], ids=["y", "h_last", "both"])
 def test_gradients_of_every_argument(scan: Callable[..., Any], names: tuple[str, ...], output: Any) -> None:
     inputs = [tensor.requires_grad_() for tensor in pick(arguments(B=2, L=4, E=2, N=3), names)]
-    # h_last does not depend on C, which gradcheck takes as a gradient of zero.
+    # h_last does not depend on C, which gradcheck takes for a gradient of zero.
     assert torch.autograd.gradcheck(lambda *tensors: scan(*tensors)[output], inputs)
 
 
@@ -163,6 +163,7 @@ def recurrences(inputs: Arguments) -> list[Recurrence]:
     return [
         Selective(inputs["x"], inputs["C"], inputs["delta"], inputs["A"], inputs["B"]),
         Explicit(inputs["x"], inputs["C"], inputs["A_bar"], inputs["B_bar"]),
+        Watched(*pick(inputs, ("x", "C", "delta", "A", "B", "A_bar", "B_bar"))),
     ]
 
 
@@ -195,8 +196,22 @@ def test_states_are_those_of_each_position(start: int, stop: int) -> None:
         close(one.read(trajectory), y, FLOAT64)
 
 
+@pytest.mark.parametrize("cut", [0, 3, 7])
+def test_the_gradients_of_watched_matrices_are_those_of_explicit_ones(cut: int) -> None:
+    inputs = discretised(arguments())
+    leaves = [tensor.requires_grad_() for tensor in pick(inputs, EXPLICIT)]
+    gradients = []
+    for one in recurrences(inputs)[1:]:
+        before, h = one.run(0, cut, inputs["h_start"])
+        after, h_last = one.run(cut, 7, h)
+        score = torch.cat((before, after), 1).square().sum() + h.square().sum() + h_last.pow(3).sum()
+        gradients.append(torch.autograd.grad(score, leaves))
+    for explicit, watched in zip(*gradients, strict=True):
+        close(watched, explicit, FLOAT64)
+
+
 def count_segments(monkeypatch: pytest.MonkeyPatch) -> dict[int, list[int]]:
-    """How many positions each scan call had, by the storage of the A that it was inputs (one for each layer)."""
+    """How many positions each scan call had, by the A that it was given: one for each layer."""
     calls: dict[int, list[int]] = {}
 
     def counted(x: Tensor, delta: Tensor, A: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor]:

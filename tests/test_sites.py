@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mamba_trace import MambaTrace, modeling
+from mamba_trace.errors import SiteValueError
 from mamba_trace.sites import BY_NAME, SITES, walk
 
 Edit = Callable[[Tensor], Tensor]
@@ -378,28 +379,78 @@ def test_a_value_in_a_saved_list_survives_an_edit_in_place(tiny, tokens, path):
     assert torch.equal(saved[0], clean)
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+@pytest.mark.parametrize("reads", [0, 1, 2, 3])
+@pytest.mark.parametrize("saved", [False, True], ids=["bound", "saved"])
 @pytest.mark.parametrize("path", ["layers[0].resid_post", "layers[0].ssm.h[3]"])
-def test_an_edit_through_a_name_bound_earlier_reaches_the_run(tiny, hf, tokens, path):
+def test_an_edit_through_a_name_bound_earlier_reaches_the_run(tiny, hf, tokens, path, saved, reads, mode):
     place = tiny.hook(path)
     expected = by_hand(hf, tokens, {path: lambda value: value * 0})["lm_head"]
-    with torch.no_grad(), tiny.trace(tokens):
+    with mode(), tiny.trace(tokens):
         value = place.output
-        _ = place.output.sum()
+        if saved:
+            value.save()
+        for _ in range(reads):
+            _ = place.output.sum()
         value[:] = 0
         logits = tiny.lm_head.output.save()
-    same(logits, expected)
+    same(logits.detach().clone(), expected)
 
 
-@pytest.mark.parametrize("path", ["layers[0].resid_post", "layers[0].ssm.h[3]"])
-def test_an_edit_through_a_saved_name_reaches_the_run(tiny, hf, tokens, path):
-    place = tiny.hook(path)
-    expected = by_hand(hf, tokens, {path: lambda value: value * 0})["lm_head"]
+def test_edits_through_one_name_after_the_other(tiny, hf, tokens):
+    def edit(value: Tensor) -> Tensor:
+        value = value.clone()
+        value[:, 0], value[:, 1] = 1.0, 2.0
+        return value
+
+    expected = by_hand(hf, tokens, {"layers[0].resid_post": edit})["lm_head"]
     with torch.no_grad(), tiny.trace(tokens):
-        value = place.output.save()
-        _ = place.output.sum()
-        value[:] = 0
+        value = tiny.layers[0].resid_post.output
+        value[:, 0] = 1.0
+        tiny.layers[0].resid_post.output[:, 1] = 2.0
         logits = tiny.lm_head.output.save()
     same(logits, expected)
+
+
+def test_edits_through_two_names_at_once_are_never_lost_in_silence(tiny, hf, tokens):
+    def edit(value: Tensor) -> Tensor:
+        value = value.clone()
+        value[:, 0], value[:, 1] = 1.0, 2.0
+        return value
+
+    expected = by_hand(hf, tokens, {"layers[0].resid_post": edit})["lm_head"]
+    try:
+        with torch.no_grad(), tiny.trace(tokens):
+            value = tiny.layers[0].resid_post.output
+            tiny.layers[0].resid_post.output[:, 1] = 2.0
+            value[:, 0] = 1.0
+            logits = tiny.lm_head.output.save()
+    except SiteValueError as error:
+        assert "layers[0].resid_post was read twice" in str(error)
+    else:
+        same(logits, expected)
+
+
+def test_edits_of_two_invokes_between_which_a_barrier_stands(tiny, hf, tokens):
+    def edit(value: Tensor) -> Tensor:
+        value = value.clone()
+        value[0], value[1] = 1.0, 2.0
+        return value
+
+    expected = by_hand(hf, tokens[:2], {"layers[0].resid_post": edit})["lm_head"]
+    with torch.no_grad(), tiny.trace() as tracer:
+        barrier = tracer.barrier(2)
+        with tracer.invoke(tokens[:1]):
+            first = tiny.layers[0].resid_post.output
+            barrier()
+            first[:] = 1.0
+            one = tiny.lm_head.output.save()
+        with tracer.invoke(tokens[1:2]):
+            second = tiny.layers[0].resid_post.output
+            second[:] = 2.0
+            barrier()
+            two = tiny.lm_head.output.save()
+    same(torch.cat((one, two)), expected)
 
 
 CROSS = [

@@ -3,8 +3,9 @@
 The problem: an experiment needs a model that has something to find, and a newcomer should not have to
 download one. The task is the classic one of indirect objects: in "Lately, Emma and Shelby had fun at school.
 Shelby gave an apple to", the next word is the other of the two names. To answer, the model must remember both
-names, notice which of them is giving, and recall the one that is not; between the words all of that lives in
-its hidden states, so patching those shows where each part happens.
+names, notice which of them is giving, and recall the one that is not; further back than the three tokens that
+a convolution sees, all of that must travel in the hidden states, so patching those shows where each part
+happens.
 
 The contract: `main` writes a folder that plain `transformers` loads: config, float32 weights, tokenizer, and
 `splits.json` with the held-out name pairs. A held-out pair, in either order, never occurs in a training

@@ -10,7 +10,7 @@ initial state, return the last one, and are differentiable in every argument and
 is what a mixer holds: the inputs of one call, from which it runs any stretch of positions.
 """
 
-from .recurrence import Explicit, Recurrence, Selective
+from .recurrence import Explicit, Recurrence, Selective, Watched
 from .reference import explicit_scan, selective_scan
 
-__all__ = ["Explicit", "Recurrence", "Selective", "explicit_scan", "selective_scan"]
+__all__ = ["Explicit", "Recurrence", "Selective", "Watched", "explicit_scan", "selective_scan"]

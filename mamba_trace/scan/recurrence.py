@@ -9,9 +9,11 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .reference import explicit_scan, read_out, selective_scan
 
@@ -58,6 +60,39 @@ class Selective(Recurrence):
         return selective_scan(
             self.x[:, span], self.delta[:, span], self.A, self.B[:, span], self.C[:, span], h
         )
+
+
+@dataclass
+class Watched(Selective):
+    """A `Selective` recurrence whose A_bar and B_bar [B,L,E,N] were handed out, and not edited.
+
+    It runs as ever. Gradients go by way of the matrices, so that theirs can be asked for.
+    """
+
+    A_bar: Tensor
+    B_bar: Tensor
+
+    def run(self, start: int, stop: int, h: Tensor) -> tuple[Tensor, Tensor]:
+        span = slice(start, stop)
+        matrices = self.A_bar[:, span], self.B_bar[:, span], self.x[:, span], self.C[:, span], h
+        return _ThroughMatrices.apply(super().run, start, stop, *matrices)
+
+
+class _ThroughMatrices(torch.autograd.Function):
+    """Any run forwards; backwards, the gradient of `explicit_scan` on the given matrices."""
+
+    @staticmethod
+    def forward(ctx: Any, run: Any, start: int, stop: int, *matrices: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(*matrices)
+        return run(start, stop, matrices[-1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        with torch.enable_grad():
+            matrices = [tensor.detach().requires_grad_() for tensor in ctx.saved_tensors]
+            results = explicit_scan(*matrices)
+            return (None, None, None, *torch.autograd.grad(results, matrices, grads))
 
 
 @dataclass

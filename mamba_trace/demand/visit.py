@@ -1,28 +1,4 @@
-"""What the running trace wants next: the one module that knows nnsight's internals.
-
-The forward of a Mamba can be fused into kernels exactly as far as nobody looks inside. nnsight 0.8 runs the
-body of a trace in greenlets, each always parked on one location, so before computing anything a module can
-ask what is wanted of it right now. `Visit` answers that for one call of one module, serves the state after
-a position, and keeps nnsight's visit counts right for the locations that a fused pass never offers.
-
-The facts about nnsight 0.8 this module rests on, each held by a test in tests/test_demand.py:
-
-* ``interleaver.mediators[i].pending`` is what worker i is parked on: ``provider`` (a location such as
-  ``"model.backbone.layers.3.mixer.conv.output"``), and which visit of it, ``iteration``;
-* ``interleaver.observers`` maps the locations caches subscribe to;
-* ``interleaver.handle(location, value)`` serves a location and returns the possibly replaced value;
-* ``interleaver.counts[location]`` says how often a location was offered over the life of the tree, and
-  ``mediator.counts_at_start`` what it was when the worker began;
-* ``interleaver.batcher`` narrows every value whose first dimension equals the number of rows of the batch,
-  and nothing when it is ``None``;
-* ``mediator.transform`` is a write-back, swapped in when the worker next asks for anything;
-* the route from a module to the running trace is ``module.__dict__[STATE].active()``.
-
-Positions. ``h[p]`` has a location of its own, ``<h>.<p>.output``, but no module, and counting a visit of
-each position in every pass would cost a loop over all tokens. So the count of a position is not kept: it
-is the count of the site ``h`` itself, set at the moment when somebody asks (`expect_position`) or is
-served (`Visit.next_position`).
-"""
+"""The model's side: one call of one module, and what is wanted inside it."""
 
 from __future__ import annotations
 
@@ -32,27 +8,22 @@ import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import torch
 from greenlet import getcurrent
-from nnsight.intervention.eproperty import WriteBack
-from nnsight.intervention.interleaver import Mediator, OutOfOrderError
-from nnsight.intervention.source import STATE
+from nnsight.intervention.interleaver import Mediator
+from nnsight.intervention.source import STATE as CONTROLLER_STATE
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from .errors import MambaTraceError, PositionError, SiteValueError
-from .names import public_path
+from ..errors import PositionError
+from ..names import public_path
+from ..sites import STATE
 
 #: The three locations nnsight counts for every module call.
 LOCATIONS = ("input", "skip", "output")
 
 #: Where a pass over positions stands, kept on the site's module: (interleaver, next position, length).
 CURSOR = "_mamba_trace_cursor"
-#: Which storages a run has handed out, kept on its interleaver.
-SERVED = "_mamba_trace_served"
-
-
-class SiteOrderError(MambaTraceError, OutOfOrderError):
-    """A site was asked for after the run had gone past it."""
 
 
 def listened_to(module: nn.Module | None) -> bool:
@@ -71,7 +42,7 @@ def rebind_forward(module: nn.Module) -> None:
     accelerate and nnsight keep the forward they wrapped. When the class of a module changes under them,
     they must be told.
     """
-    state = module.__dict__.get(STATE)
+    state = module.__dict__.get(CONTROLLER_STATE)
     if state is not None and not state.sourced:
         state.body = state.original = type(module).forward
     if "_old_forward" in module.__dict__:
@@ -87,7 +58,7 @@ class Visit:
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
-        state = module.__dict__.get(STATE)
+        state = module.__dict__.get(CONTROLLER_STATE)
         self.interleaver: Any = None
         self.path: str | None = None
         if state is not None:
@@ -98,6 +69,13 @@ class Visit:
         """Whether a trace with workers is running over this module."""
         return self.interleaver is not None
 
+    @property
+    def batching(self) -> bool:
+        """Whether several invokes share the batch, so that each is handed a view of its rows."""
+        if self.interleaver is None or self.interleaver.batcher is None:
+            return False
+        return self.interleaver.batcher.batching
+
     def inside(self, names: Iterable[str]) -> bool:
         """Whether anything inside this module is wanted: a site of ``names``, or any other location."""
         if any(listened_to(self.module._modules[name]) for name in names):
@@ -105,6 +83,7 @@ class Visit:
         if self.interleaver is None:
             return False
         own = {f"{self.path}.{key}" for key in LOCATIONS}
+        self._count_positions(f"{self.path}.{STATE}.")
         if any(location not in own for _, location in self._parked(f"{self.path}.")):
             return True
         return bool(self.interleaver.observers) and any(
@@ -131,6 +110,14 @@ class Visit:
         return location in self.interleaver.observers or any(
             parked == location for _, parked in self._parked(location)
         )
+
+    def pass_on(self, value: Tensor) -> Tensor:
+        """A served value on its way on: in a batch of invokes its gradient comes back contiguous.
+
+        nnsight cuts an invoke's rows out of a gradient by the strides of the value, whatever the gradient's
+        own are.
+        """
+        return ContiguousGradient.apply(value) if self.batching and value.requires_grad else value
 
     def pass_over(self, names: Iterable[str]) -> None:
         """Count one visit of each site in ``names`` without offering a value."""
@@ -199,9 +186,9 @@ class Visit:
             if location in self.interleaver.observers:
                 value = self.interleaver.handle(location, value)
         # A worker served under one name may go on to ask under the other.
-        while asked := {location for _, location in self._parked(prefix)}.intersection(names):
+        while asked := self._asked(prefix).intersection(names):
             value = self.interleaver.handle(asked.pop(), value)
-        return value
+        return self.pass_on(value)
 
     @contextlib.contextmanager
     def positions(self, name: str) -> Iterator[None]:
@@ -222,6 +209,11 @@ class Visit:
             if position_of(location, prefix) is not None:
                 counts[location] = visits
 
+    def _asked(self, prefix: str) -> set[str]:
+        # The locations under the prefix of a site with positions that this visit is to serve.
+        self._count_positions(prefix)
+        return {location for _, location in self._parked(prefix)}
+
     def _parked(self, prefix: str) -> Iterator[tuple[Mediator, str]]:
         # The workers this visit will serve: parked on a location under `prefix`, at this occurrence of it.
         for mediator in self.interleaver.mediators:
@@ -240,6 +232,18 @@ class Visit:
             raised.__intervention_tb__ = raised.__traceback__  # type: ignore[attr-defined]
             raise
         self.interleaver._reindex_parked()
+
+
+class ContiguousGradient(torch.autograd.Function):
+    """Identity, with a gradient whose memory is contiguous."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor) -> Tensor:
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad.contiguous()
 
 
 def position_of(location: str, prefix: str) -> int | None:
@@ -276,123 +280,3 @@ def _warn_if_padded(mediator: Mediator, location: str, position: int, mask: Tens
         f"token {position}. Add the padding to the position, or count from the end with a negative one",
         stacklevel=2,
     )
-
-
-# -- the worker's side: code that runs where the user wrote it ---------------------------------------------
-
-
-def expect(location: str) -> None:
-    """Refuse at once, at the user's line, a location that this run has already gone past.
-
-    Raises:
-        SiteOrderError: if it can no longer be served.
-    """
-    mediator = Mediator.current(public_path(location))
-    path, last = public_path(location), getattr(mediator, "_mamba_trace_last", None)
-    if mediator.iteration == 0 and mediator.occurrence(location) > 0:
-        after = f" before {last}, which this block has already asked for" if last else ""
-        raise SiteOrderError(
-            f"{path} was already computed in this run. Sites are served in execution order: ask for "
-            f"{path}{after} (`mamba-trace sites` prints the order), or in an invoke of its own"
-        )
-    mediator._mamba_trace_last = path
-
-
-def expect_position(site: Any, position: int) -> None:
-    """Set the visit count of ``h[position]`` as nnsight would have kept it, then `expect` it.
-
-    Args:
-        site: the envoy of the site with positions.
-        position: as the user wrote it; negative counts from the end.
-
-    Raises:
-        SiteOrderError: if the state has already moved past this position.
-    """
-    whole, location = f"{site.path}.output", f"{site.path}.{position}.output"
-    mediator = Mediator.current(public_path(location))
-    counts = site.interleaver.counts
-    cursor = site._module.__dict__.get(CURSOR)
-    passed = False
-    if cursor is not None and cursor[0] is site.interleaver:
-        _, reached, length = cursor
-        passed = -length <= position < length and position % length < reached
-    counts[location] = counts.get(whole, 0) + passed
-    mediator.counts_at_start[location] = mediator.counts_at_start.get(whole, 0)
-    expect(location)
-
-
-def current_value(location: str) -> Any:
-    """The value at a location, as the running worker sees it."""
-    return Mediator.value(location)
-
-
-def keep_apart(location: str, value: Any) -> Any:
-    """What to hand out for a read, so that no later edit in place changes what was read before.
-
-    The first read of a tensor hands out the run's own. A further one (or one of another location, or by
-    another worker, that shares its memory) hands out a copy, with which the run goes on: whatever was saved
-    of the first, a slice of it included, keeps its values. If instead the first handle is edited, the run
-    takes that.
-
-    Args:
-        location: where ``value`` was read by the running worker.
-        value: what nnsight served.
-
-    Raises:
-        SiteValueError: when the worker moves on, if both handles were edited in place.
-    """
-    if not isinstance(value, Tensor):
-        return value
-    mediator = Mediator.current(location)
-    served = _served_in_this_run(mediator.interleaver)
-    if value.untyped_storage()._cdata not in served:
-        served.add(value.untyped_storage()._cdata)
-        return value
-    copy = value.clone()
-    served.add(copy.untyped_storage()._cdata)
-    before, after = version(value), version(copy)
-
-    def carry_on() -> Tensor:
-        if version(value) == before:
-            return copy
-        if version(copy) == after:
-            return value
-        raise SiteValueError(
-            f"{public_path(location)} was read twice and both values were edited in place; edit one of them"
-        )
-
-    # nnsight swaps the result in as soon as the worker asks for anything else, or ends.
-    mediator.transform = WriteBack(carry_on, copy, None, location, mediator.wanted(location))
-    return copy
-
-
-def version(value: Tensor) -> int | None:
-    """How often a tensor was edited in place; ``None`` where PyTorch does not count (inference mode)."""
-    return None if value.is_inference() else value._version
-
-
-def _served_in_this_run(interleaver: Any) -> set[int]:
-    # The storages handed out in this run. `observers` is a new object in every run.
-    run, served = interleaver.__dict__.get(SERVED, (None, set()))
-    if run != id(interleaver.observers):
-        served = set()
-        interleaver.__dict__[SERVED] = (id(interleaver.observers), served)
-    return served
-
-
-def skip_module(envoy: Any, replacement: Any) -> None:
-    """Skip the module of ``envoy``: nnsight's ``Envoy.skip``, also where a submodule hides the method."""
-    Mediator.skip(f"{envoy.path}.skip", replacement)
-
-
-__all__ = [
-    "SiteOrderError",
-    "Visit",
-    "current_value",
-    "expect",
-    "expect_position",
-    "keep_apart",
-    "listened_to",
-    "rebind_forward",
-    "skip_module",
-]

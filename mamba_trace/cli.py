@@ -1,0 +1,197 @@
+"""``mamba-trace``: the main job from a shell.
+
+One function per command. A body reads its options, calls the library and prints; whatever takes thought
+lives in the library. torch and transformers take seconds to import, so every command imports what it uses
+when it runs: ``--help`` needs neither.
+
+Results go to stdout; progress bars, warnings and errors go to stderr. An error of this package is one message
+without a traceback, and the exit code is 2.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from .errors import MambaTraceError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from .model import MambaTrace
+    from .patching import PatchGrid
+
+PROMPT = "Lately, Emma and Shelby had fun at school. Shelby gave an apple to"
+SOURCE = "Lately, Emma and Shelby had fun at school. Emma gave an apple to"
+DEMO = "demo"
+
+
+class PlainErrors(TyperGroup):
+    """A group of commands that prints this package's errors instead of a traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except MambaTraceError as error:
+            typer.echo(f"error: {error}", err=True)
+            raise typer.Exit(2) from error
+
+
+app = typer.Typer(
+    cls=PlainErrors,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Trace and edit every intermediate value of Mamba language models.",
+)
+
+
+def main() -> None:
+    """Run the command line."""
+    app(prog_name="mamba-trace")
+
+
+@app.command()
+def patch(
+    model: Annotated[str, typer.Option(help="A hub id or a folder; 'demo' is the model that ships.")] = DEMO,
+    prompt: Annotated[str, typer.Option(help="The run that is patched.")] = PROMPT,
+    source: Annotated[str, typer.Option(help="The run that values are taken from.")] = SOURCE,
+    answer: Annotated[str, typer.Option(help="The token prompt calls for; mind its space.")] = " Emma",
+    wrong: Annotated[str, typer.Option(help="The token source calls for.")] = " Shelby",
+    site: Annotated[str, typer.Option(help="What is patched; see `mamba-trace sites`.")] = "h",
+    out: Annotated[Path | None, typer.Option(help="Save the grid: .html, .png or .json.")] = None,
+    kernels: Annotated[str, typer.Option(help="Which scan runs: auto or a backend.")] = "auto",
+    batch_size: Annotated[int, typer.Option(min=1, help="Positions patched in one forward.")] = 32,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")] = False,
+) -> None:
+    """Patch a site from one prompt's run into another's, at every layer and position.
+
+    Prints the logit difference ANSWER - WRONG of both runs, and for each cell how far patching it alone
+    moves that difference from the prompt's (0) to the source's (1).
+    """
+    from .patching import find_site, logit_diff, patch_grid
+    from .plotting import check_writable
+
+    find_site(site)
+    if out is not None:
+        check_writable(out)
+    loaded = load_model(model, kernels, quiet)
+    warn_of_spaces(loaded, answer, wrong)
+    metric = logit_diff(loaded, answer, wrong)
+    grid = patch_grid(loaded, prompt, source, site, metric, batch_size=batch_size, progress=not quiet)
+    report(grid, model, prompt, source)
+    if out is not None:
+        typer.echo(f"wrote {grid.save(out)}")
+
+
+@app.command()
+def sites(
+    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
+) -> None:
+    """List every place that can be read or edited, in execution order."""
+    rows = site_rows()
+    if as_json:
+        typer.echo(json.dumps(rows, indent=1))
+        return
+    titles = {"path": "path", "shape": "shape", "hook": "hook name", "meaning": "meaning"}
+    lines = [titles, *({**row, "hook": row["hook"] or "-"} for row in rows)]
+    widths = {key: max(len(line[key]) for line in lines) for key in titles}
+    for line in lines:
+        typer.echo("  ".join(line[key].ljust(widths[key]) for key in titles).rstrip())
+    typer.echo(f"\n{axes_legend()}")
+
+
+# -- what the commands print -------------------------------------------------------------------------------
+
+
+def report(grid: PatchGrid, model: str, prompt: str, source: str) -> None:
+    """Print both runs' metrics, and the normalised grid."""
+    from .plotting import terminal_table
+
+    screen = console()
+    for name, value in (
+        ("model", model),
+        ("prompt", prompt),
+        ("source", source),
+        ("site", f"{grid.site}, taken from source and put into prompt"),
+        ("metric", grid.metric),
+        ("uncorrupted", f"{grid.prompt_metric:+.4f} (prompt)"),
+        ("corrupted", f"{grid.source_metric:+.4f} (source)"),
+    ):
+        screen.print(f"{name:<12} {value}", markup=False, highlight=False, soft_wrap=True)
+    screen.print("\nnormalised metric after patching: 0 as prompt, 1 as source", highlight=False)
+    screen.print(terminal_table(grid.heatmap(), screen.width), soft_wrap=True)
+
+
+def site_rows() -> list[dict[str, Any]]:
+    """The site table as plain data; the state after one position and the whole trajectory are a row each."""
+    from .sites import PUBLIC_PREFIX, SITES, STATE
+
+    rows: list[dict[str, Any]] = []
+    for site in SITES:
+        path = PUBLIC_PREFIX[site.scope].format(layer="l") + site.name
+        hook = site.hook if site.scope == "model" else f"blocks.l.{site.hook}"
+        row: dict[str, Any] = {
+            "path": path,
+            "shape": " ".join(site.axes),
+            "hook": hook,
+            "meaning": site.meaning,
+        }
+        if site.name == STATE:
+            carried = "state carried after token p: an edit changes y at p and everything after"
+            rows.append({"path": f"{path}[p]", "shape": "B E N", "hook": f"{hook}.p", "meaning": carried})
+            row |= {"hook": None, "meaning": "the whole trajectory, edits of h[p] included"}
+        rows.append(row)
+    return rows
+
+
+def axes_legend() -> str:
+    """``"B batch, L positions, ..."``."""
+    from .sites import AXES
+
+    return ", ".join(f"{axis} {meaning}" for axis, meaning in AXES.items())
+
+
+def console() -> Console:
+    """Where results are printed. A terminal that cannot show a character gets a question mark."""
+    from rich.console import Console
+
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")
+    return Console()
+
+
+# -- what the commands need --------------------------------------------------------------------------------
+
+
+def load_model(name: str, kernels: str, quiet: bool) -> MambaTrace:
+    """The shipped model for ``"demo"``, a checkpoint for any other name."""
+    from transformers.utils.logging import disable_progress_bar
+
+    from .model import MambaTrace
+
+    if quiet:
+        disable_progress_bar()
+    return MambaTrace.demo(kernels=kernels) if name == DEMO else MambaTrace(name, kernels=kernels)
+
+
+def warn_of_spaces(model: MambaTrace, *answers: str) -> None:
+    """Warn of an answer without its leading space, where the spaced form is a token as well."""
+    from .errors import PromptError
+
+    for answer in answers:
+        try:
+            if answer.startswith(" ") or model.to_single_token(answer) == model.to_single_token(f" {answer}"):
+                continue
+        except PromptError:
+            continue
+        typer.echo(
+            f"warning: {answer!r} and {' ' + answer!r} are different tokens; "
+            f"a word inside a sentence carries its space",
+            err=True,
+        )

@@ -1,0 +1,43 @@
+"""What the running trace wants next: the one place that knows nnsight's internals.
+
+The forward of a Mamba can be fused into kernels exactly as far as nobody looks inside. nnsight 0.8 runs the
+body of a trace in greenlets, each always parked on one location, so before computing anything a module can
+ask what is wanted of it right now. `Visit` answers that for one call of one module, serves the state after
+a position, and keeps nnsight's visit counts right for the locations that a fused pass never offers.
+`worker` is the other side, code that runs where the user wrote it; `apart` keeps saved values from changing.
+
+The facts about nnsight 0.8 this module rests on, each held by a test in tests/test_demand.py:
+
+* ``interleaver.mediators[i].pending`` is what worker i is parked on: ``provider`` (a location such as
+  ``"model.backbone.layers.3.mixer.conv.output"``), and which visit of it, ``iteration``;
+* ``interleaver.observers`` maps the locations caches subscribe to;
+* ``interleaver.handle(location, value)`` serves a location and returns the possibly replaced value;
+* ``interleaver.counts[location]`` says how often a location was offered over the life of the tree, and
+  ``mediator.counts_at_start`` what it was when the worker began;
+* ``interleaver.batcher`` narrows every value whose first dimension equals the number of rows of the batch,
+  and nothing when it is ``None``;
+* ``mediator.transform`` is a write-back, swapped in when the worker next asks for anything;
+* the route from a module to the running trace is `source.STATE` of its ``__dict__``: ``.active()``;
+
+Positions. ``h[p]`` has a location of its own, ``<h>.<p>.output``, but no module, and counting a visit of
+each position in every pass would cost a loop over all tokens. So the count of a position is not kept: it
+is the count of the site ``h`` itself, set at the moment when somebody asks (`expect_position`) or is
+served (`Visit.next_position`).
+"""
+
+from .apart import keep_apart, version
+from .visit import Visit, listened_to, rebind_forward
+from .worker import SiteOrderError, current_value, expect, expect_position, skip_module
+
+__all__ = [
+    "SiteOrderError",
+    "Visit",
+    "current_value",
+    "expect",
+    "expect_position",
+    "keep_apart",
+    "listened_to",
+    "rebind_forward",
+    "skip_module",
+    "version",
+]

@@ -1,0 +1,65 @@
+"""The worker's side: code that runs inside a trace, where the user wrote it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from nnsight.intervention.interleaver import Mediator, OutOfOrderError
+
+from ..errors import MambaTraceError
+from ..names import public_path
+from .visit import CURSOR
+
+
+class SiteOrderError(MambaTraceError, OutOfOrderError):
+    """A site was asked for after the run had gone past it."""
+
+
+def expect(location: str) -> None:
+    """Refuse at once, at the user's line, a location that this run has already gone past.
+
+    Raises:
+        SiteOrderError: if it can no longer be served.
+    """
+    mediator = Mediator.current(public_path(location))
+    path, last = public_path(location), getattr(mediator, "_mamba_trace_last", None)
+    if mediator.iteration == 0 and mediator.occurrence(location) > 0:
+        after = f" before {last}, which this block has already asked for" if last else ""
+        raise SiteOrderError(
+            f"{path} was already computed in this run. Sites are served in execution order: ask for "
+            f"{path}{after} (`mamba-trace sites` prints the order), or in an invoke of its own"
+        )
+    mediator._mamba_trace_last = path
+
+
+def expect_position(site: Any, position: int) -> None:
+    """Set the visit count of ``h[position]`` as nnsight would have kept it, then `expect` it.
+
+    Args:
+        site: the envoy of the site with positions.
+        position: as the user wrote it; negative counts from the end.
+
+    Raises:
+        SiteOrderError: if the state has already moved past this position.
+    """
+    whole, location = f"{site.path}.output", f"{site.path}.{position}.output"
+    mediator = Mediator.current(public_path(location))
+    counts = site.interleaver.counts
+    cursor = site._module.__dict__.get(CURSOR)
+    passed = False
+    if cursor is not None and cursor[0] is site.interleaver:
+        _, reached, length = cursor
+        passed = -length <= position < length and position % length < reached
+    counts[location] = counts.get(whole, 0) + passed
+    mediator.counts_at_start[location] = mediator.counts_at_start.get(whole, 0)
+    expect(location)
+
+
+def current_value(location: str) -> Any:
+    """The value at a location, as the running worker sees it."""
+    return Mediator.value(location)
+
+
+def skip_module(envoy: Any, replacement: Any) -> None:
+    """Skip the module of ``envoy``: nnsight's ``Envoy.skip``, also where a submodule hides the method."""
+    Mediator.skip(f"{envoy.path}.skip", replacement)

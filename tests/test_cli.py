@@ -1,0 +1,220 @@
+"""The command line does the main job, prints what can be read anywhere, and fails in one line."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from typer.testing import CliRunner, Result
+
+from mamba_trace.cli import PROMPT, SOURCE, app, main
+from mamba_trace.patching import PatchGrid
+from mamba_trace.plotting import Heatmap, terminal_table
+from mamba_trace.sites import SITES
+
+
+def run(*arguments: str, **environment: str) -> Result:
+    return CliRunner(env={"COLUMNS": "120", "NO_COLOR": "1", **environment}).invoke(app, list(arguments))
+
+
+def refused(*arguments: str) -> str:
+    result = run(*arguments)
+    assert result.exit_code == 2
+    assert not result.stdout
+    assert "Traceback" not in result.stderr
+    assert result.stderr.startswith("error: ")
+    return result.stderr
+
+
+def python(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=120, cwd=cwd)
+
+
+# -- patch -------------------------------------------------------------------------------------------------
+
+
+def test_patch_without_options_is_the_seed_experiment(tmp_path: Path) -> None:
+    out = tmp_path / "grid.json"
+    result = run("patch", "--out", str(out))
+    assert result.exit_code == 0, result.stderr
+    grid = PatchGrid.load(out)
+    assert f"prompt       {PROMPT}" in result.stdout
+    assert f"source       {SOURCE}" in result.stdout
+    assert "model        demo" in result.stdout
+    assert f"uncorrupted  {grid.prompt_metric:+.4f}" in result.stdout
+    assert f"corrupted    {grid.source_metric:+.4f}" in result.stdout
+    assert f"wrote {out}" in result.stdout
+    rows = re.findall(r"^layer (\d) +(.*)$", result.stdout, flags=re.MULTILINE)
+    assert [int(layer) for layer, _ in rows] == list(range(len(grid.values)))
+    for values, (_, cells) in zip(grid.normalized().tolist(), rows, strict=True):
+        shown = [0.0 if cell == "·" else float(cell) for cell in cells.split()]
+        assert shown == pytest.approx(values, abs=0.0051)
+    assert "patching h" in result.stderr
+
+
+def test_patch_takes_other_prompts_sites_and_answers(tmp_path: Path) -> None:
+    out = tmp_path / "grid.json"
+    options = ("--site", "hook_resid_pre", "--prompt", SOURCE, "--source", PROMPT, "--batch-size", "4", "-q")
+    result = run("patch", *options, "--answer", " Shelby", "--wrong", " Emma", "--out", str(out))
+    assert result.exit_code == 0, result.stderr
+    grid = PatchGrid.load(out)
+    assert grid.site == "resid_pre"
+    assert grid.prompt_metric > 0 > grid.source_metric
+    assert grid.metric == "logit of ' Shelby' minus logit of ' Emma'"
+    assert "patching" not in result.stderr
+
+
+def test_patch_warns_of_an_answer_without_its_space() -> None:
+    result = run("patch", "--answer", "Emma", "-q", "--site", "embeddings")
+    assert "warning: 'Emma' and ' Emma' are different tokens" in result.stderr
+    assert "logit of 'Emma' minus" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--site", "resid_prae"), "no site is called 'resid_prae'; did you mean resid_pre"),
+        (("--site", "h_start"), "has no positions"),
+        (("--out", "grid.pdf"), "grid.pdf: a grid is saved as .html, .png, .json, not .pdf"),
+        (("--answer", " Emma Shelby"), "is 2 tokens"),
+        (("--answer", " Shelby"), "answer and wrong are both ' Shelby'"),
+        (("--source", SOURCE + " the"), "prompt has 15 tokens and source 16"),
+        (("--kernels", "magic"), "kernels='magic'"),
+    ],
+)
+def test_errors_are_one_message_and_exit_code_2(options: tuple[str, ...], said: str) -> None:
+    assert said in refused("patch", "-q", *options)
+
+
+def test_an_error_found_only_by_running_is_one_message_too() -> None:
+    result = run("patch", "-q", "--source", PROMPT)
+    assert result.exit_code == 2
+    assert result.stderr.startswith("error: prompt and source have the same metric")
+
+
+def test_python_m_writes_the_page_and_fails_without_a_traceback(tmp_path: Path) -> None:
+    done = python("-m", "mamba_trace", "patch", "--out", "grid.html", "-q", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "Plotly.newPlot" in (tmp_path / "grid.html").read_text(encoding="utf-8")
+    assert "\x1b[" not in done.stdout, "no colours where nobody sees them"
+    failed = python("-m", "mamba_trace", "patch", "--model", "no/such/folder", cwd=tmp_path)
+    assert failed.returncode == 2
+    assert "Traceback" not in failed.stderr
+    assert re.search(r"^error: .*no/such/folder", failed.stderr, flags=re.MULTILINE)
+
+
+# -- sites and help ----------------------------------------------------------------------------------------
+
+
+def test_sites_lists_the_table() -> None:
+    lines = run("sites").stdout.splitlines()
+    assert re.fullmatch(r"path +shape +hook name +meaning", lines[0])
+    table = [re.split(r" {2,}", line) for line in lines[1 : len(SITES) + 2]]
+    assert ["layers[l].ssm.conv", "B L E", "blocks.l.hook_conv"] in [row[:3] for row in table]
+    assert ["layers[l].ssm.h[p]", "B E N", "blocks.l.hook_h.p"] in [row[:3] for row in table]
+    assert ["layers[l].ssm.h", "B L E N", "-"] in [row[:3] for row in table]
+    assert "B batch, L positions, D d_model" in lines[-1]
+
+
+def test_sites_as_json_is_in_execution_order() -> None:
+    rows = json.loads(run("sites", "--json").stdout)
+    names = [row["path"].rpartition(".")[2] for row in rows]
+    assert [name for name in names if name != "h[p]"] == [site.name for site in SITES]
+    assert rows[1] == {
+        "path": "layers[l].resid_pre",
+        "shape": "B L D",
+        "hook": "blocks.l.hook_resid_pre",
+        "meaning": "residual stream into the block",
+    }
+
+
+def test_help_needs_no_torch() -> None:
+    code = (
+        "import sys\n"
+        "from mamba_trace.cli import app\n"
+        "app(['patch', '--help'], standalone_mode=False)\n"
+        "app(['sites'], standalone_mode=False)\n"
+        "print('torch' in sys.modules, 'transformers' in sys.modules)"
+    )
+    done = python("-c", code)
+    assert done.stdout.splitlines()[-1] == "False False", done.stderr
+
+
+def test_main_is_the_app(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["mamba-trace", "--help"])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert caught.value.code == 0
+    help_text = capsys.readouterr().out
+    assert "Usage: mamba-trace" in help_text
+    assert all(command in help_text for command in ("patch", "sites"))
+
+
+# -- the table ---------------------------------------------------------------------------------------------
+
+
+def heatmap(values: list[list[float]]) -> Heatmap:
+    length = len(values[0])
+    tokens = [" tok", " longer_than_a_cell", "\n", " ", " 日本語", ","][:length]
+    tokens += [f" t{i}" for i in range(len(tokens), length)]
+    return Heatmap(
+        values=torch.tensor(values),
+        title="title",
+        row_title="layer",
+        row_labels=[str(row) for row in range(len(values))],
+        labels=[f"{token}_{i}" for i, token in enumerate(tokens)],
+        prompt_tokens=tokens,
+        source_tokens=[" other", *tokens[1:]],
+    )
+
+
+def printed(picture: Heatmap, width: int, **options: object) -> str:
+    console = Console(file=io.StringIO(), width=width, **options)  # type: ignore[arg-type]
+    console.print(terminal_table(picture, width), soft_wrap=True)
+    return console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_the_table_says_every_number_in_plain_text() -> None:
+    text = printed(heatmap([[0.0, 1.0, -0.5], [12.345, -0.004, float("nan")]]), 27)
+    assert text.splitlines() == [
+        "             0     1     2",
+        "prompt     tok longe    \\n",
+        "source   other            ",
+        "layer 0      · +1.00 -0.50",
+        "layer 1  +12.3     ·  +nan",
+    ]
+
+
+@pytest.mark.parametrize("width", [120, 80, 40, 10])
+def test_the_table_fits_the_terminal_in_blocks(width: int) -> None:
+    from rich.cells import cell_len
+
+    picture = heatmap([[column / 17 for column in range(17)]])
+    lines = printed(picture, width).splitlines()
+    assert max(cell_len(line) for line in lines) <= max(width, len("layer 0 ") + 6)
+    shown = [number for line in lines if line.startswith("layer 0") for number in line.split()[2:]]
+    assert len(shown) == 17
+    assert (lines.count("") == 0) == (width == 120)
+
+
+def test_colours_diverge_from_zero_and_can_be_refused() -> None:
+    picture = heatmap([[0.0, 1.0, -1.0, 0.5]])
+    text = printed(picture, 80, force_terminal=True, color_system="truecolor")
+    assert "48;2;33;102;172m" in text
+    assert "48;2;178;24;43m" in text
+    assert "48;2;140;174;210m" in text, "half way to blue"
+    plain = printed(picture, 80, force_terminal=True, no_color=True)
+    assert "48;2" not in plain
+    assert "+1.00" in plain
+
+
+def test_rounding_is_not_painted() -> None:
+    text = printed(heatmap([[1e-7, -1e-7, 0.0]]), 80, force_terminal=True, color_system="truecolor")
+    assert "48;2" not in text

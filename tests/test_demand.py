@@ -1,0 +1,391 @@
+"""The facts about nnsight's internals that `mamba_trace.demand` rests on, each held on nnsight alone.
+
+They use a module of two linear layers and no code of this package, so a failure here says that nnsight has
+changed, and where. The tests of `Visit` and its neighbours on top of them follow.
+"""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from typing import Any
+
+import nnsight
+import pytest
+import torch
+from nnsight import NNsight
+from nnsight.intervention.batching import Batcher
+from nnsight.intervention.envoy import Envoy
+from nnsight.intervention.interleaver import Event, Interleaver, Mediator, OutOfOrderError
+from nnsight.intervention.source import STATE
+from torch import nn
+
+from mamba_trace.demand import SiteOrderError, Visit, listened_to, rebind_forward
+
+
+class Probe(nn.Module):
+    """Two layers, and whatever ``look`` wants to see between them, while a trace runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(3, 3), nn.Linear(3, 3)
+        self.seen: list[Any] = []
+        self.look: Any = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x)
+        if self.look is not None:
+            self.seen.append(self.look(self.__dict__[STATE].active()))
+        return self.second(x)
+
+
+@pytest.fixture
+def probe():
+    torch.manual_seed(0)
+    return NNsight(Probe())
+
+
+X = torch.ones(2, 3)
+
+
+def test_nnsight_is_of_the_series_these_facts_were_read_from():
+    assert version("nnsight").startswith("0.8."), "read mamba_trace/demand anew against this nnsight"
+
+
+def test_a_worker_is_parked_on_one_location_and_one_visit_of_it(probe):
+    probe._module.look = lambda active: [mediator.pending for mediator in active[0].mediators]
+    with probe.trace(X):
+        _ = probe.first.output
+        _ = probe.second.output
+    (pending,) = probe._module.seen[0]
+    assert pending.provider == "model.second.output"
+    assert pending.iteration == 0
+    assert pending.event is Event.VALUE
+
+
+def test_a_worker_that_has_ended_is_parked_on_nothing(probe):
+    probe._module.look = lambda active: [mediator.pending for mediator in active[0].mediators]
+    with probe.trace(X):
+        _ = probe.first.output
+    assert probe._module.seen == [[None]]
+
+
+def test_the_locations_of_a_module_are_input_skip_and_output(probe):
+    wanted = []
+
+    def look(active: Any) -> None:
+        wanted.append((active[1], active[2]))
+
+    probe._module.look = look
+    with probe.trace(X):
+        _ = probe.output
+    assert wanted == [("model", ("model.input", "model.skip", "model.output"))]
+
+
+def test_the_set_of_locations_parked_on(probe):
+    probe._module.look = lambda active: set(active[0].parked)
+    with probe.trace(X):
+        probe.second.input = probe.second.input * 2
+    assert probe._module.seen == [{"model.second.input"}]
+
+
+def test_a_barrier_is_a_park_without_a_location():
+    pending = []
+    mediator = Mediator(compile("wait()", "x", "exec"), {"wait": Mediator.barrier}, {})
+    interleaver = Interleaver()
+    interleaver.mediators = [mediator]
+    with interleaver:
+        pending.append(mediator.pending)
+    interleaver.cancel()
+    assert pending[0].provider is None
+
+
+def test_observers_are_the_locations_that_caches_subscribe_to(probe):
+    probe._module.look = lambda active: set(active[0].observers)
+    with probe.trace(X) as tracer:
+        _ = tracer.cache(modules=[probe.second, "model.a.place.of.our.own"])
+    assert probe._module.seen == [{"model.second.output", "model.a.place.of.our.own.output"}]
+
+
+def test_observers_are_a_new_object_in_every_run(probe):
+    kept = []
+    probe._module.look = lambda active: kept.append(active[0].observers)
+    for _ in range(2):
+        with probe.trace(X):
+            _ = probe.second.output
+    assert kept[0] is not kept[1]
+
+
+def test_handle_serves_any_location_and_returns_the_replacement(probe):
+    def look(active: Any) -> torch.Tensor:
+        return active[0].handle("model.first.7.output", torch.full((2, 3), 7.0))
+
+    class Place:
+        path, interleaver = "model.first.7", probe.interleaver
+        output = Envoy.output
+
+    probe._module.look = look
+    with probe.trace(X):
+        place = Place()
+        value = place.output.clone().save()
+        place.output = value * 2
+    assert (value == 7).all()
+    assert (probe._module.seen[0] == 14).all()
+
+
+def test_handle_feeds_a_cache_at_any_location(probe):
+    probe._module.look = lambda active: active[0].handle("model.first.7.output", torch.full((2, 3), 7.0))
+    with probe.trace(X) as tracer:
+        cache = tracer.cache(modules=["model.first.7"])
+    assert (cache["model.first.7"].output == 7).all()
+
+
+def test_counts_say_how_often_a_location_was_offered(probe):
+    counts = probe.interleaver.counts
+    for run in range(3):
+        assert counts.get("model.first.output", 0) == run
+        with probe.trace(X):
+            _ = probe.second.output
+        assert counts["model.first.input"] == counts["model.first.skip"] == counts["model.first.output"] == run + 1
+    probe._module(X)
+    assert counts["model.first.output"] == 3, "a run without workers is not counted"
+
+
+def test_a_worker_counts_from_where_it_began(probe):
+    probe._module.look = lambda active: [
+        (mediator.counts_at_start["model.first.output"], mediator.occurrence("model.first.output"))
+        for mediator in active[0].mediators
+    ]
+    for _ in range(2):
+        with probe.trace(X):
+            _ = probe.second.output
+    assert probe._module.seen[1] == [(1, 1)]
+
+
+def test_a_visit_is_counted_after_its_workers_were_served(probe):
+    """So a worker may read a location twice, and read then write it, in one visit."""
+    with probe.trace(X):
+        _ = probe.first.output
+        during = nnsight.save([Mediator.current("").occurrence("model.first.output")])
+        _ = probe.second.input
+        during.append(Mediator.current("").occurrence("model.first.output"))
+    assert during == [0, 1]
+
+
+def test_an_unserved_request_ends_in_an_out_of_order_error(probe):
+    with pytest.raises(OutOfOrderError), probe.trace(X):
+        _ = probe.second.output
+        _ = probe.first.output
+
+
+def test_iter_pins_a_worker_to_a_visit_and_relaxes_when_served(probe):
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.step = Probe()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for _ in range(3):
+                x = self.step(x)
+            return x
+
+    model = NNsight(Twice())
+    model._module.step.look = lambda active: [m.pending and m.pending.iteration for m in active[0].mediators]
+    with model.trace(X) as tracer:
+        for _ in tracer.iter[2]:
+            before = nnsight.save([Mediator.current("").iteration])
+            _ = model.step.second.output
+            before.append(Mediator.current("").iteration)
+    assert before == [2, None]
+    assert model._module.step.seen == [[2], [2], [2]]
+
+
+class Rows(NNsight):
+    """A model whose invokes can be batched."""
+
+    def _batch_size(self, *inputs: Any, **kwargs: Any) -> int:
+        return inputs[0].shape[0] if inputs else 0
+
+    def _batch(self, invokes: list, fn: Any) -> tuple:
+        return (torch.cat([inputs[0] for inputs, _ in invokes]),), {}
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_the_batcher_cuts_what_has_as_many_rows_and_nothing_where_it_is_none(whole):
+    model = Rows(Probe())
+
+    def look(active: Any) -> None:
+        interleaver = active[0]
+        assert isinstance(interleaver.batcher, Batcher)
+        assert interleaver.batcher.batching
+        batcher = interleaver.batcher
+        if whole:
+            interleaver.batcher = None
+        interleaver.handle("model.place.output", torch.zeros(3, 2))
+        interleaver.batcher = batcher
+
+    class Place:
+        path, interleaver = "model.place", model.interleaver
+        output = Envoy.output
+
+    place = Place()
+    model._module.look = look
+    with model.trace() as tracer:
+        with tracer.invoke(torch.ones(1, 3)):
+            one = nnsight.save(list(place.output.shape))
+        with tracer.invoke(torch.ones(2, 3)):
+            other = nnsight.save(list(place.output.shape))
+    assert (one, other) == (([3, 2], [3, 2]) if whole else ([1, 2], [2, 2]))
+
+
+def test_the_batch_group_is_first_row_and_number_of_rows():
+    model = Rows(Probe())
+    model._module.look = lambda active: [mediator.batch_group for mediator in active[0].mediators]
+    with model.trace() as tracer:
+        with tracer.invoke(torch.ones(1, 3)):
+            _ = model.second.output
+        with tracer.invoke(torch.ones(2, 3)):
+            _ = model.second.output
+        with tracer.invoke():
+            _ = model.second.output
+    assert [list(group) if group else None for group in model._module.seen[0]] == [[0, 1], [1, 2], None]
+
+
+def test_a_write_back_is_swapped_in_when_the_worker_moves_on(probe):
+    from nnsight.intervention.eproperty import WriteBack
+
+    with torch.no_grad(), probe.trace(X):
+        value = probe.first.output
+        mediator = Mediator.current("")
+        new = torch.zeros_like(value)
+        mediator.transform = WriteBack(lambda: new, new, None, "model.first.output", mediator.wanted("model.first.output"))
+        taken = probe.second.input.save()
+    assert not taken.any()
+
+
+def test_a_write_back_is_swapped_in_at_the_end_of_a_block(probe):
+    from nnsight.intervention.eproperty import WriteBack
+
+    with torch.no_grad(), probe.trace(X) as tracer:
+        cache = tracer.cache(modules=[probe.first])
+        value = probe.first.output
+        mediator = Mediator.current("")
+        new = torch.zeros_like(value)
+        mediator.transform = WriteBack(lambda: new, new, None, "model.first.output", mediator.wanted("model.first.output"))
+    assert not cache["model.first"].output.any()
+
+
+def test_the_route_from_a_module_to_the_running_trace(probe):
+    probe._module.look = lambda active: active[:2]
+    state = probe._module.__dict__[STATE]
+    assert state.active()[0] is None
+    probe._module(X)
+    with probe.trace(X):
+        _ = probe.first.output
+    assert state.active()[0] is None
+    assert probe._module.seen == [(None, None), (probe.interleaver, "model")]
+
+
+def test_an_error_thrown_into_a_worker_is_raised_where_it_waits(probe):
+    def look(active: Any) -> None:
+        mediator = active[0].mediators[0]
+        mediator.pending = mediator.worker.throw(KeyError("at your line"))
+        active[0]._reindex_parked()
+
+    probe._module.look = look
+    with probe.trace(X):
+        caught = nnsight.save([])
+        try:
+            _ = probe.second.output
+        except KeyError as error:
+            caught.append(str(error))
+    assert caught == ["'at your line'"]
+
+
+def test_the_body_under_a_controller_can_be_told_that_the_class_changed(probe):
+    class Doubled(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return 2 * super().forward(x)
+
+    before = probe._module.first(X)
+    probe._module.first.__class__ = Doubled
+    assert torch.equal(probe._module.first(X), before), "nnsight keeps the forward it wrapped"
+    rebind_forward(probe._module.first)
+    assert torch.equal(probe._module.first(X), 2 * before)
+    with probe.trace(X):
+        value = probe.first.output.save()
+    assert torch.equal(value, 2 * before)
+
+
+def test_names_of_nnsight_that_are_used():
+    for owner, names in {
+        Interleaver: ("handle", "_reindex_parked", "cancel"),
+        Mediator: ("current", "value", "swap", "skip", "occurrence", "wanted", "switch"),
+        Envoy: ("_wrap_envoy", "_update", "parent", "skip"),
+    }.items():
+        for name in names:
+            assert hasattr(owner, name), f"nnsight has no {owner.__name__}.{name} any more"
+    assert issubclass(SiteOrderError, OutOfOrderError)
+
+
+# -- what a visit tells ------------------------------------------------------------------------------------
+
+
+def visit_of(model: Any, layer: int, tell: Any) -> list[Any]:
+    """What ``tell(visit)`` says each time that the convolution of ``layer`` is called, inside its mixer."""
+    seen, mixer = [], model._module.backbone.layers[layer].mixer
+    mixer.act.register_forward_hook(lambda *args: seen.append(tell(Visit(mixer))))
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("wanted", "inside"),
+    [("layers[1].ssm.y", True), ("layers[1].ssm.h[2]", True), ("layers[1].ssm.x_proj", True),
+     ("layers[0].ssm.y", False), ("layers[2].ssm.y", False), ("lm_head", False), ("layers[1].resid_post", False)],
+)  # fmt: skip
+def test_a_mixer_is_opened_by_what_is_inside_it_alone(tiny, tokens, wanted, inside):
+    place = tiny.hook(wanted)
+    seen = visit_of(tiny, 1, lambda visit: visit.inside(("y", "h")))
+    with tiny.trace(tokens):
+        _ = place.output.save()
+    assert seen == [inside]
+
+
+def test_outside_a_trace_nothing_is_wanted(tiny, tokens):
+    seen = visit_of(tiny, 1, lambda visit: (visit.tracing, visit.inside(("y",)), visit.wants("y")))
+    tiny._module(tokens)
+    assert seen == [(False, False, False)]
+
+
+def test_pytorch_hooks_open_a_mixer_outside_a_trace(tiny, tokens):
+    module = tiny.layers[1].ssm.y._module
+    assert not listened_to(module)
+    handle = module.register_forward_hook(lambda *args: None)
+    assert listened_to(module)
+    seen = visit_of(tiny, 1, lambda visit: (visit.inside(("y",)), visit.wants("y"), visit.wants("h")))
+    tiny._module(tokens)
+    handle.remove()
+    assert not listened_to(module)
+    assert seen == [(True, True, False)]
+
+
+def test_sites_passed_over_are_counted_as_if_they_had_been_offered(tiny, tokens):
+    counts = tiny.interleaver.counts
+    with tiny.trace(tokens):
+        _ = tiny.lm_head.output.save()
+    closed = {name: n for name, n in counts.items() if ".mixer." in name and ".act" not in name}
+    with tiny.trace(tokens) as tracer:
+        _ = tracer.cache()
+    opened = {name: counts[name] - n for name, n in closed.items()}
+    assert set(closed.values()) == set(opened.values()) == {1}
+    assert any(name.endswith("mixer.h.output") for name in closed)
+
+
+def test_nothing_is_kept_of_the_positions_after_a_run(tiny, tokens):
+    state = tiny.layers[1].ssm.h._module
+    before = set(state.__dict__)
+    with pytest.raises(ZeroDivisionError), tiny.trace(tokens):
+        tiny.layers[1].ssm.h[4].output[:] = 0
+        _ = 1 / 0
+    with tiny.trace(tokens):
+        tiny.layers[1].ssm.h[4].output[:] = 0
+    assert set(state.__dict__) == before

@@ -1,0 +1,215 @@
+"""What ``model.layers[3].ssm.h[5]`` is: envoy classes, representation, copies, pickles, and what stays nnsight's."""
+
+from __future__ import annotations
+
+import copy
+import io
+import operator
+import pickle
+
+import pytest
+import torch
+from nnsight.intervention.envoy import Envoy
+from test_sites import by_hand, same
+
+from mamba_trace import MambaTrace
+from mamba_trace.envoys import (
+    BlockEnvoy,
+    MixerEnvoy,
+    PositionEnvoy,
+    SiteEnvoy,
+    SkipEnvoy,
+    StateEnvoy,
+    envoy_classes,
+    fit,
+)
+from mamba_trace.errors import SiteValueError
+from mamba_trace.sites import SITES, describe_axes, walk
+
+
+def test_every_site_has_an_envoy_that_knows_its_row(tiny):
+    for site, layer in walk(3):
+        envoy = tiny.hook(site.path(layer))
+        assert isinstance(envoy, SiteEnvoy)
+        assert envoy.site is site
+        assert envoy.path == f"model.{site.module_path(layer)}"
+    assert isinstance(tiny.layers[0], BlockEnvoy)
+    assert isinstance(tiny.layers[0].ssm, MixerEnvoy)
+    assert isinstance(tiny.layers[0].ssm.h, StateEnvoy)
+    assert isinstance(tiny.layers[0].ssm.skip, SkipEnvoy)
+    assert isinstance(tiny.layers[0].ssm.h[1], PositionEnvoy)
+
+
+def test_the_names_of_hugging_face_lead_to_the_same_envoys(tiny):
+    assert tiny.backbone.layers[1].mixer is tiny.layers[1].ssm
+    assert tiny.backbone.embeddings is tiny.embeddings
+    assert tiny.backbone.norm_f is tiny.norm_f
+    assert tiny.layers[-1] is tiny.layers[2]
+    assert len(tiny.layers) == 3
+
+
+def test_the_parameters_keep_their_names(tiny, tiny_hf):
+    assert list(tiny._module.state_dict()) == list(tiny_hf().state_dict())
+
+
+def test_sites_of_the_map_name_no_other_module(tiny):
+    """`norm` of a block and `norm_f` are sites; act, and what a user hangs below a mixer, are not."""
+    assert type(tiny.layers[0].ssm.act) is Envoy
+    tiny._module.backbone.layers[0].mixer.add_module("probe", torch.nn.Identity())
+    assert type(tiny.layers[0].ssm.probe) is Envoy
+    assert set(envoy_classes().values()) >= {SiteEnvoy, StateEnvoy, SkipEnvoy, BlockEnvoy, MixerEnvoy}
+
+
+def test_the_users_own_envoys_come_first(tiny_hf, tokens):
+    class Own(Envoy):
+        pass
+
+    model = MambaTrace(tiny_hf(), envoys={"mixer.x_proj": Own}, rename={"lm_head": "unembed"})
+    assert isinstance(model.layers[0].ssm.x_proj, Own)
+    assert model.unembed is model.lm_head
+    with model.trace(tokens):
+        value = model.layers[0].ssm.h[1].output.save()
+    assert value.dim() == 3
+
+
+def test_print_shows_every_site_with_its_shape(tiny):
+    text = repr(tiny)
+    for site in SITES:
+        assert site.hook in text, site.name
+    for shape in ("[B, L, 24], hook_conv", "[B, L, 24, 5], hook_A_bar", "[24, 5], hook_A", "[B, 24, 5], hook_h_start",
+                  "[B, L, 4], hook_delta_1", "[B, L, 12], hook_resid_pre", "[B, L, 5], hook_B"):  # fmt: skip
+        assert shape in text
+    assert "hook_conv" in repr(tiny.layers[0].ssm)
+    assert repr(tiny.layers[2].ssm.h[-3]) == "layers[2].ssm.h[-3]: state [B,E,N] after token -3"
+
+
+def test_describe_axes():
+    assert describe_axes("BEN") == "[B batch, E d_inner, N d_state]"
+
+
+def test_a_position_belongs_to_its_site(tiny):
+    place = tiny.layers[1].ssm.h[-2]
+    assert place.path == "model.backbone.layers[1].mixer.h.-2".replace("[1]", ".1")
+    assert place.position == -2
+    assert place.interleaver is tiny.interleaver
+    assert place._module is tiny.layers[1].ssm.h._module
+    # Making one registers nothing: the tree has the same envoys as before.
+    before = len(list(tiny.modules()))
+    _ = [tiny.layers[1].ssm.h[p] for p in range(9)]
+    assert len(list(tiny.modules())) == before
+
+
+@pytest.mark.parametrize("copier", [copy.copy, copy.deepcopy], ids=["copy", "deepcopy"])
+def test_a_copied_position(tiny, tiny_hf, tokens, copier):
+    place = tiny.layers[1].ssm.h[3]
+    if copier is copy.copy:
+        twin, model = copy.copy(place), tiny
+        assert twin._site is place._site
+    else:
+        model = copy.deepcopy(tiny)
+        twin = model.layers[1].ssm.h[3]
+    with torch.no_grad(), model.trace(tokens):
+        value = twin.output.save()
+    same(value, by_hand(tiny_hf().double(), tokens)["layers[1].ssm.h[3]"])
+
+
+def test_a_pickled_position_is_its_site_and_its_number(tiny):
+    """As nnsight ships code to a server: the interleaver and modules stay behind, by their persistent ids."""
+    place = tiny.layers[1].ssm.h[3]
+    function, arguments = place.__reduce__()
+    assert function is operator.getitem
+    assert arguments == (tiny.layers[1].ssm.h, 3)
+
+    kept: dict[str, object] = {}
+
+    class Pickler(pickle.Pickler):
+        def persistent_id(self, value: object) -> str | None:
+            name = getattr(value, "__dict__", {}).get("_persistent_id")
+            if name is not None:
+                kept[name] = value
+            return name
+
+    class Unpickler(pickle.Unpickler):
+        def persistent_load(self, name: str) -> object:
+            return kept[name]
+
+    file = io.BytesIO()
+    Pickler(file).dump(place)
+    file.seek(0)
+    twin = Unpickler(file).load()
+    assert isinstance(twin, PositionEnvoy)
+    assert (twin.path, twin.position) == (place.path, 3)
+
+
+def test_other_values_of_an_envoy_stay_nnsights(tiny, tiny_hf, tokens):
+    expected = by_hand(tiny_hf().double(), tokens)
+    with torch.no_grad(), tiny.trace(tokens):
+        (resid,), _ = tiny.layers[1].inputs
+        resid = resid.clone().save()
+        mixer_in = tiny.layers[1].ssm.input.clone().save()
+        site_in = tiny.layers[1].ssm.conv.input.clone().save()
+        out = tiny.layers[1].ssm.output.save()
+        block = tiny.layers[1].output.save()
+        logits = tiny.output.logits.save()
+    same(resid, expected["layers[1].resid_pre"])
+    same(mixer_in, expected["layers[1].norm"])
+    same(site_in, expected["layers[1].ssm.conv"])
+    same(out, expected["layers[1].ssm.out_proj"])
+    same(block, expected["layers[1].resid_post"])
+    same(logits, expected["lm_head"])
+
+
+@pytest.mark.parametrize("place", ["input", "inputs"])
+def test_the_input_of_a_site_may_be_edited_too(tiny, tiny_hf, tokens, place):
+    conv = tiny.layers[1].ssm.conv
+    with torch.no_grad(), tiny.trace(tokens):
+        if place == "input":
+            conv.input = conv.input * 0.5
+        else:
+            conv.inputs = ((conv.input * 0.5,), {})
+        logits = tiny.lm_head.output.save()
+    same(logits, by_hand(tiny_hf().double(), tokens, {"layers[1].ssm.conv": lambda v: v * 0.5})["lm_head"])
+
+
+@pytest.mark.parametrize("level", ["block", "mixer"])
+def test_the_output_of_a_block_or_mixer_may_be_edited(tiny, tiny_hf, tokens, level):
+    envoy = tiny.layers[1] if level == "block" else tiny.layers[1].ssm
+    path = "layers[1].resid_post" if level == "block" else "layers[1].ssm.out_proj"
+    with torch.no_grad(), tiny.trace(tokens):
+        before = envoy.output.save()
+        envoy.output[:] = envoy.output * 0.5
+        logits = tiny.lm_head.output.save()
+    expected = by_hand(tiny_hf().double(), tokens)
+    same(before, expected[path])
+    same(logits, by_hand(tiny_hf().double(), tokens, {path: lambda v: v * 0.5})["lm_head"])
+
+
+# -- fit: what may be assigned -----------------------------------------------------------------------------
+
+
+def test_fit_gives_back_what_already_fits():
+    value = torch.ones(2, 3)
+    assert fit("x", "BL", value, torch.zeros(2, 3)) is value
+
+
+def test_fit_casts_and_keeps_the_graph():
+    value = torch.ones(2, 3, dtype=torch.float64, requires_grad=True)
+    fitted = fit("x", "BL", value, torch.zeros(2, 3, dtype=torch.bfloat16))
+    assert fitted.dtype == torch.bfloat16
+    fitted.float().sum().backward()
+    assert (value.grad == 1).all()
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (torch.ones(3), r"x takes shape \(2, 3\) \[B batch, L positions\], not \(3,\)"),
+        (torch.ones(2, 3, 1), r"not \(2, 3, 1\)"),
+        (torch.ones(2, 3, dtype=torch.long), r"not torch.int64: use .float\(\)"),
+        (2.0, r"not a float. To fill it with a number, write x.output\[:\]"),
+        (torch.ones(2, 3, device="meta"), "meta device, which holds no numbers"),
+    ],
+)
+def test_fit_refuses(value, message):
+    with pytest.raises(SiteValueError, match=message):
+        fit("x", "BL", value, torch.zeros(2, 3))

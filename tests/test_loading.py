@@ -1,0 +1,233 @@
+"""`MambaTrace(...)`: every way to get a model gives the same logits, and says what is wrong when it cannot."""
+
+import json
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoTokenizer, FalconMambaConfig, GPT2Config, GPT2LMHeadModel, MambaForCausalLM
+
+from mamba_trace import MambaTrace
+from mamba_trace.checkpoints import save_original
+from mamba_trace.conversion import FORMATS, convert_config, convert_state_dict
+from mamba_trace.errors import CheckpointError, PromptError
+from mamba_trace.model import DEMO
+
+pytestmark = pytest.mark.filterwarnings("ignore:no tokenizer")
+PROMPT = "Lately, Emma and Shelby had fun at school. Shelby gave an apple to"
+
+
+def logits(model: MambaTrace, tokens: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad(), model.trace(tokens):
+        out = model.lm_head.output.save()
+    return out
+
+
+def close(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    """Agreement to 1e-5 of the largest value."""
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
+
+
+@pytest.fixture
+def plain(tiny_hf):
+    return tiny_hf()
+
+
+@pytest.fixture
+def expected(plain, tokens):
+    with torch.no_grad():
+        return plain(tokens).logits
+
+
+@pytest.mark.parametrize("safe", [True, False], ids=["safetensors", "bin"])
+def test_a_hugging_face_folder(plain, tokens, expected, tmp_path, safe):
+    if safe:
+        plain.save_pretrained(tmp_path)
+    else:
+        plain.config.save_pretrained(tmp_path)
+        torch.save(plain.state_dict(), tmp_path / "pytorch_model.bin")
+    close(logits(MambaTrace(tmp_path), tokens), expected)
+
+
+@pytest.mark.parametrize("safe", [True, False], ids=["safetensors", "bin"])
+@pytest.mark.parametrize("lm_head", [True, False])
+def test_an_original_folder_gives_equal_logits(plain, tokens, tmp_path, safe, lm_head):
+    want = logits(MambaTrace(plain), tokens)
+    save_original(plain, tmp_path, safe_serialization=safe, lm_head=lm_head)
+    model = MambaTrace(str(tmp_path))
+    assert torch.equal(logits(model, tokens), want)
+    assert {name for name, _ in model._module.named_parameters()} == {n for n, _ in plain.named_parameters()}
+
+
+def test_weights_are_loaded_at_the_first_run(plain, tokens, tmp_path):
+    plain.save_pretrained(tmp_path)
+    model = MambaTrace(tmp_path)
+    assert not model.dispatched
+    assert next(model._module.parameters()).is_meta
+    assert isinstance(repr(model), str)
+    logits(model, tokens)
+    assert model.dispatched
+    assert MambaTrace(tmp_path, dispatch=True).dispatched
+
+
+@pytest.mark.parametrize("original", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64, "bfloat16"])
+def test_dtype(plain, tokens, tmp_path, dtype, original):
+    save_original(plain, tmp_path) if original else plain.save_pretrained(tmp_path)
+    model = MambaTrace(tmp_path, dtype=dtype)
+    out = logits(model, tokens)
+    assert out.dtype == (getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+    assert model.device.type == "cpu"
+
+
+@pytest.mark.parametrize("original", [True, False])
+@pytest.mark.parametrize("device_map", ["auto", {"": "cpu"}])
+def test_device_map(plain, tokens, expected, tmp_path, device_map, original):
+    save_original(plain, tmp_path) if original else plain.save_pretrained(tmp_path)
+    model = MambaTrace(tmp_path, device_map=device_map)
+    close(logits(model, tokens), expected)
+
+
+def test_layers_offloaded_to_disk(plain, tokens, expected, tmp_path):
+    plain.save_pretrained(tmp_path / "model")
+    device_map = {"backbone.embeddings": "cpu", "lm_head": "cpu", "backbone.norm_f": "cpu"}
+    device_map |= {f"backbone.layers.{i}": "disk" for i in range(1, len(plain.backbone.layers))}
+    device_map["backbone.layers.0"] = "cpu"
+    model = MambaTrace(tmp_path / "model", device_map=device_map, offload_folder=tmp_path / "offload")
+    close(logits(model, tokens), expected)
+    with torch.no_grad(), model.trace(tokens):
+        model.layers[1].ssm.h[2].output[:] = 0
+        y = model.layers[1].ssm.y.output.save()
+        out = model.lm_head.output.save()
+    assert y.shape[:2] == tokens.shape
+    assert not torch.allclose(out, expected)
+
+
+def test_arguments_reach_from_pretrained(plain, tmp_path, monkeypatch):
+    plain.save_pretrained(tmp_path)
+    seen = {}
+
+    def from_pretrained(name, **kwargs):
+        seen.update(kwargs, name=name)
+        return plain
+
+    monkeypatch.setattr(MambaForCausalLM, "from_pretrained", from_pretrained)
+    quantization = object()
+    MambaTrace(tmp_path, revision="v2", quantization_config=quantization, max_memory={0: "1GB"}, dispatch=True)
+    assert seen["revision"] == "v2"
+    assert seen["quantization_config"] is quantization
+    assert seen["max_memory"] == {0: "1GB"}
+
+
+def test_a_rescaled_config_does_not_rescale_loaded_weights(plain, tokens, expected, tmp_path):
+    plain.config.rescale_prenorm_residual = True
+    plain.save_pretrained(tmp_path)
+    model = MambaTrace(tmp_path, dispatch=True)
+    assert torch.equal(model.layers[0].ssm.out_proj.weight, plain.backbone.layers[0].mixer.out_proj.weight)
+    assert model.config.rescale_prenorm_residual
+    close(logits(model, tokens), expected)
+
+
+def test_a_loaded_module_is_made_hookable_in_place(plain, tokens):
+    parameters = dict(plain.named_parameters())
+    model = MambaTrace(plain)
+    assert model._module is plain
+    assert all(parameter is parameters[name] for name, parameter in model._module.named_parameters())
+    with model.trace(tokens):
+        saved = model.layers[0].ssm.h[0].output.save()
+    assert saved.shape[0] == len(tokens)
+
+
+@pytest.mark.parametrize("weights", FORMATS)
+@pytest.mark.parametrize("config", FORMATS)
+def test_from_state_dict_in_every_format(plain, tokens, config, weights):
+    want = logits(MambaTrace(plain), tokens)
+    converted = convert_state_dict(plain.state_dict(), weights)
+    model = MambaTrace.from_state_dict(convert_config(plain.config, config), converted)
+    assert torch.equal(logits(model, tokens), want)
+
+
+def test_from_state_dict_says_what_is_missing(plain):
+    weights = convert_state_dict(plain.state_dict(), "original")
+    del weights["backbone.layers.0.mixer.A_log"]
+    with pytest.raises(CheckpointError, match=r"layers\.0\.mixer\.A_log"):
+        MambaTrace.from_state_dict(plain.config, weights)
+
+
+def test_from_config_is_seeded_and_leaves_the_global_generator_alone(tiny_config, tokens):
+    state = torch.get_rng_state()
+    first, again, other = (MambaTrace.from_config(tiny_config, seed=seed) for seed in (1, 1, 2))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(logits(first, tokens), logits(again, tokens))
+    assert not torch.equal(logits(first, tokens), logits(other, tokens))
+
+
+def test_from_config_takes_the_seeds_configuration():
+    config = {
+        "d_model": 16,
+        "n_layer": 2,
+        "vocab_size": 30,
+        "ssm_cfg": {"d_state": 4, "d_conv": 2, "expand": 2},
+        "rms_norm": True,
+        "residual_in_fp32": True,
+        "fused_add_norm": True,
+        "pad_vocab_size_multiple": 8,
+    }
+    model = MambaTrace.from_config(config, dtype=torch.bfloat16)
+    assert model.config.vocab_size == 32
+    assert model.layers[0].ssm.A_log.dtype == torch.bfloat16
+    assert logits(model, torch.arange(6)[None]).shape == (1, 6, 32)
+
+
+def test_the_demo_model_answers():
+    model = MambaTrace.demo()
+    with model.trace(PROMPT):
+        answer = model.lm_head.output[0, -1].argmax().save()
+    assert model.to_string(answer) == " Emma"
+
+
+def test_a_tokenizer_is_found_with_the_checkpoint_or_given(plain, tmp_path):
+    assert MambaTrace(DEMO).tokenizer.decode([0]) == MambaTrace.demo().tokenizer.decode([0])
+    given = AutoTokenizer.from_pretrained(DEMO)
+    assert MambaTrace(plain, tokenizer=given).tokenizer is given
+
+
+def test_without_a_tokenizer_tokens_work_and_strings_say_why_not(plain, tokens):
+    model = MambaTrace(plain)
+    logits(model, tokens)
+    with pytest.raises(PromptError, match="no tokenizer"), model.trace("Hello"):
+        model.lm_head.output.save()
+    with pytest.raises(PromptError, match="tokenizer="):
+        model.to_tokens("Hello")
+    logits(model, tokens)
+
+
+def test_a_folder_that_is_no_checkpoint(tmp_path):
+    (tmp_path / "notes.txt").write_text("nothing")
+    with pytest.raises(CheckpointError, match=r"notes\.txt"):
+        MambaTrace(tmp_path)
+
+
+def test_an_architecture_that_is_no_mamba(tmp_path):
+    FalconMambaConfig().save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match="falcon_mamba"):
+        MambaTrace(tmp_path)
+    gpt2 = GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=1, n_embd=8, vocab_size=20))
+    with pytest.raises(CheckpointError, match="GPT2LMHeadModel"):
+        MambaTrace(gpt2)
+    with pytest.raises(CheckpointError, match="Linear"):
+        MambaTrace(nn.Linear(2, 2))
+
+
+def test_weights_that_do_not_fit_the_config(plain, tmp_path):
+    save_original(plain, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "d_model": 64}))
+    with pytest.raises(CheckpointError, match="64"):
+        MambaTrace(tmp_path, dispatch=True)
+
+
+def test_no_hub_names_the_demo_model(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(CheckpointError, match=r"MambaTrace\.demo\(\)"):
+        MambaTrace("state-spaces/no-such-mamba", local_files_only=True)

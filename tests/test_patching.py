@@ -1,0 +1,392 @@
+"""A patching grid is right in every cell, by an independent slow computation, and refuses clearly."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import reference
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer, MambaForCausalLM
+
+from mamba_trace import MambaTrace, patching
+from mamba_trace.cli import PROMPT, SOURCE
+from mamba_trace.errors import (
+    FileError,
+    MetricError,
+    MissingExtraError,
+    PositionError,
+    PromptError,
+    UnknownSiteError,
+)
+from mamba_trace.model import DEMO
+from mamba_trace.patching import POSITIONAL, PatchGrid, logit_diff, patch_grid
+from mamba_trace.prompts import aligned
+from mamba_trace.sites import BY_NAME, SITES
+
+NAME = 10  # where the seed's prompts differ: the name of who gives
+OURS, THEIRS = (
+    torch.tensor([[3, 0, 7, 9, 4, 2]]),
+    torch.tensor([[3, 0, 8, 9, 1, 2]]),
+)  # 0 is the padding token
+PLUS, MINUS = 5, 6
+
+
+@pytest.fixture(scope="module")
+def demo() -> MambaTrace:
+    return MambaTrace.demo()
+
+
+@pytest.fixture(scope="module")
+def metric(demo: MambaTrace) -> patching.Metric:
+    return logit_diff(demo, " Emma", " Shelby")
+
+
+@pytest.fixture(scope="module")
+def grid(demo: MambaTrace, metric: patching.Metric) -> PatchGrid:
+    return patch_grid(demo, PROMPT, SOURCE, metric=metric, progress=False)
+
+
+@pytest.fixture
+def never_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Any trace fails the test."""
+
+    def trace(self: Any, *args: Any, **kwargs: Any) -> None:
+        raise AssertionError("the model ran")
+
+    monkeypatch.setattr(MambaTrace, "trace", trace)
+
+
+def refusal(kind: type[Exception], call: Callable[[], Any]) -> str:
+    with pytest.raises(kind) as caught:
+        call()
+    return str(caught.value)
+
+
+# -- the numbers -------------------------------------------------------------------------------------------
+
+
+def slow_grid(module: MambaForCausalLM, site: str) -> Tensor:
+    """The grid of `OURS` and `THEIRS` by one float64 forward of the reference for each cell."""
+    weights, config = module.state_dict(), module.config
+    source: dict[str, Tensor] = {}
+    reference.forward(weights, config, THEIRS, lambda hook, value: source.setdefault(hook, value.clone()))
+
+    def cell(layer: int | None, position: int) -> Tensor:
+        target = BY_NAME[site].hook_name(layer) + (f".{position}" if site == "h" else "")
+
+        def edit(hook: str, value: Tensor) -> Tensor:
+            if hook != target:
+                return value
+            value = value.clone()
+            where = (slice(None),) if site == "h" else (slice(None), position)
+            value[where] = source[hook][where]
+            return value
+
+        logits = reference.forward(weights, config, OURS, edit)[0, -1]
+        return logits[PLUS] - logits[MINUS]
+
+    layers = [None] if BY_NAME[site].scope == "model" else list(range(config.num_hidden_layers))
+    return torch.stack([torch.stack([cell(layer, p) for p in range(OURS.shape[1])]) for layer in layers])
+
+
+@pytest.mark.parametrize("site", POSITIONAL)
+def test_every_cell_of_every_site_is_what_a_forward_of_its_own_gives(tiny_hf: Any, site: str) -> None:
+    model = MambaTrace(tiny_hf(dtype=torch.float64))
+    metric = logit_diff(model, PLUS, MINUS)
+    got = patch_grid(model, OURS, THEIRS, site, metric, batch_size=4, progress=False)
+    expected = slow_grid(tiny_hf(dtype=torch.float64), site)
+    assert got.values.dtype == torch.float32
+    torch.testing.assert_close(got.values.double(), expected, rtol=1e-6, atol=1e-6)
+    assert (expected - got.prompt_metric).abs().max() > 1e-3, (
+        "the site matters, so the comparison means something"
+    )
+
+
+def test_the_sites_of_a_grid_are_those_with_positions() -> None:
+    assert {site.name for site in SITES} - set(POSITIONAL) == {"A", "h_start"}
+
+
+def test_resid_pre_on_the_shipped_model_is_what_hooks_on_plain_transformers_give(
+    demo: MambaTrace, metric: patching.Metric
+) -> None:
+    plain = MambaForCausalLM.from_pretrained(DEMO, local_files_only=True).eval()
+    tokenizer = AutoTokenizer.from_pretrained(DEMO, local_files_only=True)
+    ours, theirs = (tokenizer(text, return_tensors="pt")["input_ids"] for text in (PROMPT, SOURCE))
+    plus, minus = (tokenizer(text)["input_ids"][0] for text in (" Emma", " Shelby"))
+    kept: dict[int, Tensor] = {}
+
+    def measure(tokens: Tensor) -> Tensor:
+        logits = plain(tokens).logits[0, -1]
+        return logits[plus] - logits[minus]
+
+    def patched(layer: int, position: int) -> Tensor:
+        def hook(module: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            resid = args[0].clone()
+            resid[:, position] = kept[layer][:, position]
+            return (resid, *args[1:])
+
+        handle = plain.backbone.layers[layer].register_forward_pre_hook(hook)
+        value = measure(ours)
+        handle.remove()
+        return value
+
+    with torch.no_grad():
+        handles = [
+            block.register_forward_pre_hook(lambda module, args, layer=layer: kept.update({layer: args[0]}))
+            for layer, block in enumerate(plain.backbone.layers)
+        ]
+        source_metric = measure(theirs)
+        for handle in handles:
+            handle.remove()
+        layers, length = range(len(plain.backbone.layers)), ours.shape[1]
+        expected = torch.stack([torch.stack([patched(layer, p) for p in range(length)]) for layer in layers])
+        prompt_metric = measure(ours)
+    got = patch_grid(demo, PROMPT, SOURCE, "resid_pre", metric, progress=False)
+    torch.testing.assert_close(got.values, expected, rtol=1e-5, atol=1e-4)
+    assert got.prompt_metric == pytest.approx(float(prompt_metric), rel=1e-5)
+    assert got.source_metric == pytest.approx(float(source_metric), rel=1e-5)
+
+
+def test_the_shipped_model_shows_the_real_thing(demo: MambaTrace, grid: PatchGrid) -> None:
+    assert grid.prompt_metric > 2 > -2 > grid.source_metric, "it answers both prompts, differently"
+    share = grid.normalized()
+    assert share.shape == (len(demo.layers), 15)
+    assert share[:, :NAME].abs().max() < 1e-5, "before the second name the two runs are the same"
+    assert (share[:, NAME:].abs().amax(0) > 0.3).all(), "from the second name on, the state holds the answer"
+    assert share[:, -1].amax() > 0.9
+
+
+def test_model_sites_give_one_row(demo: MambaTrace, metric: patching.Metric) -> None:
+    embeddings = patch_grid(demo, PROMPT, SOURCE, "hook_embed", metric, progress=False)
+    assert embeddings.site == "embeddings"
+    assert embeddings.row_labels == ["embeddings"]
+    assert embeddings.values.shape == (1, 15)
+    assert embeddings.normalized()[0, NAME] == pytest.approx(1, abs=1e-5)
+    assert "site embeddings" in embeddings.figure().data[0].text[0][0]
+
+
+def test_neither_the_batch_nor_a_second_run_changes_the_numbers(tiny: MambaTrace) -> None:
+    metric = logit_diff(tiny, PLUS, MINUS)
+    first, again, single = (
+        patch_grid(tiny, OURS, THEIRS, metric=metric, batch_size=size, progress=False) for size in (32, 32, 1)
+    )
+    assert torch.equal(first.values, again.values)
+    torch.testing.assert_close(first.values, single.values, rtol=1e-5, atol=1e-5)
+
+
+def test_gradients_are_not_recorded_and_the_model_is_left_as_it_was(tiny: MambaTrace) -> None:
+    seen: list[Tensor] = []
+
+    def metric(logits: Tensor) -> Tensor:
+        seen.append(logits)
+        return logits[:, PLUS]
+
+    def logits() -> Tensor:
+        with torch.no_grad(), tiny.trace(OURS):
+            value = tiny.lm_head.output.save()
+        return value
+
+    before = logits()
+    grid = patch_grid(tiny, OURS, THEIRS, "conv", metric, progress=False)
+    assert grid.metric == "metric"
+    assert all(not one.requires_grad and one.dim() == 2 for one in seen)
+    assert torch.equal(before, logits())
+
+
+def test_hook_names_name_sites(tiny: MambaTrace) -> None:
+    metric = logit_diff(tiny, PLUS, MINUS)
+    by_hook = patch_grid(tiny, OURS, THEIRS, "hook_in_proj", metric, progress=False)
+    by_name = patch_grid(tiny, OURS, THEIRS, "x_in", metric, progress=False)
+    assert by_hook.site == by_name.site == "x_in"
+    assert torch.equal(by_hook.values, by_name.values)
+
+
+def test_progress_goes_to_stderr_and_can_be_silenced(
+    tiny: MambaTrace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    metric = logit_diff(tiny, PLUS, MINUS)
+    patch_grid(tiny, OURS, THEIRS, metric=metric)
+    shown = capsys.readouterr()
+    assert "patching h" in shown.err
+    assert "18/18" in shown.err
+    assert not shown.out
+    patch_grid(tiny, OURS, THEIRS, metric=metric, progress=False)
+    assert capsys.readouterr() == ("", "")
+
+
+# -- what comes back ---------------------------------------------------------------------------------------
+
+
+def test_labels_show_tokens_and_where_they_differ(grid: PatchGrid, tiny: MambaTrace) -> None:
+    assert grid.labels[:3] == ["Lately_0", ",_1", " Emma_2"]
+    assert grid.labels[NAME] == " Shelby-> Emma_10"
+    assert grid.row_labels == [str(layer) for layer in range(len(grid.values))]
+    without_tokenizer = patch_grid(tiny, OURS, THEIRS, metric=logit_diff(tiny, PLUS, MINUS), progress=False)
+    assert without_tokenizer.labels == ["3_0", "0_1", "7->8_2", "9_3", "4->1_4", "2_5"]
+
+
+def test_normalized_is_0_as_prompt_and_1_as_source() -> None:
+    grid = PatchGrid(
+        torch.tensor([[6.0, 2.0, -2.0, 8.0]]), 6.0, -2.0, "h", "m", ["0"], list("abcd"), list("abcd")
+    )
+    assert grid.normalized().tolist() == [[0.0, 0.5, 1.0, -0.25]]
+
+
+def test_prompts_answered_alike_have_no_scale(demo: MambaTrace, metric: patching.Metric) -> None:
+    same = patch_grid(demo, PROMPT, PROMPT, "resid_pre", metric, progress=False)
+    message = refusal(MetricError, same.normalized)
+    assert "prompt and source have the same metric (logit of ' Emma' minus logit of ' Shelby': +" in message
+    assert "look at .values" in message
+    assert refusal(MetricError, same.figure) == message
+
+
+def test_the_figure_is_the_grid_centred_at_zero(grid: PatchGrid) -> None:
+    figure = grid.figure()
+    heatmap = figure.data[0]
+    torch.testing.assert_close(torch.tensor(heatmap.z), grid.normalized())
+    assert heatmap.zmid == 0
+    assert heatmap.zmax == -heatmap.zmin == grid.normalized().abs().max().item()
+    assert heatmap.colorscale[0][1] == "rgb(103,0,31)", "red for negative, as in the seed's picture"
+    assert list(figure.layout.xaxis.ticktext) == [label.replace(">", "&gt;") for label in grid.labels]
+    assert figure.layout.yaxis.autorange == "reversed", "layer 0 on top"
+    assert (figure.layout.xaxis.title.text, figure.layout.yaxis.title.text) == ("Position", "Layer")
+    assert "hook_h" in figure.layout.title.text
+    assert heatmap.text[1][NAME].startswith(
+        "layer 1<br>position 10: prompt ' Shelby', source ' Emma'<br>value "
+    )
+    assert heatmap.text[3][0] == "layer 3<br>position 0: token 'Lately'<br>value +0.0000"
+
+
+def test_the_figure_spells_tokens_out() -> None:
+    grid = PatchGrid(torch.tensor([[1.0]]), 0.0, 1.0, "h", "m", ["0"], ["<|endoftext|>"], ["<|endoftext|>"])
+    assert grid.figure().layout.xaxis.ticktext == ("&lt;|endoftext|&gt;_0",)
+
+
+def test_json_comes_back_to_the_last_bit(grid: PatchGrid, tmp_path: Path) -> None:
+    path = grid.save(tmp_path / "grid.json")
+    loaded = PatchGrid.load(path)
+    assert torch.equal(loaded.values, grid.values)
+    assert loaded.values.dtype == torch.float32
+    for name in ("prompt_metric", "source_metric", "site", "metric", "row_labels", "labels", "source_tokens"):
+        assert getattr(loaded, name) == getattr(grid, name)
+    content = json.loads(path.read_text(encoding="utf-8"))
+    assert content["labels"] == grid.labels
+    assert content["site"] == "h"
+
+
+def test_html_holds_plotly_and_png_is_a_picture(grid: PatchGrid, tmp_path: Path) -> None:
+    page = grid.save(tmp_path / "grid.html").read_text(encoding="utf-8")
+    assert "Plotly.newPlot" in page
+    assert len(page) > 1_000_000, "plotly itself is inside, so that the page opens offline"
+    picture = grid.save(str(tmp_path / "grid.png")).read_bytes()
+    assert picture.startswith(b"\x89PNG")
+    assert len(picture) > 10_000
+
+
+def test_files_that_cannot_be(grid: PatchGrid, tmp_path: Path) -> None:
+    assert "a grid is saved as .html, .png, .json, not .pdf" in refusal(
+        FileError, lambda: grid.save(tmp_path / "grid.pdf")
+    )
+    assert "not without a suffix" in refusal(FileError, lambda: grid.save(tmp_path / "grid"))
+    assert "there is no folder" in refusal(FileError, lambda: grid.save(tmp_path / "no" / "grid.json"))
+    assert "cannot be read" in refusal(FileError, lambda: PatchGrid.load(tmp_path / "none.json"))
+    (tmp_path / "other.json").write_text('{"labels": [], "values": []}', encoding="utf-8")
+    assert "is no grid" in refusal(FileError, lambda: PatchGrid.load(tmp_path / "other.json"))
+
+
+@pytest.mark.parametrize(
+    ("module", "suffix"), [("plotly.graph_objects", "html"), ("matplotlib.figure", "png")]
+)
+def test_a_missing_library_is_named_with_the_line_that_installs_it(
+    grid: PatchGrid, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str, suffix: str
+) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    message = refusal(MissingExtraError, lambda: grid.save(tmp_path / f"grid.{suffix}"))
+    assert f"needs {module.partition('.')[0]}: pip install 'mamba_trace[plot]'" in message
+
+
+# -- what is refused, before anything runs -----------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("never_run")
+def test_prompts_of_different_lengths_are_shown_aligned(demo: MambaTrace, metric: patching.Metric) -> None:
+    longer = SOURCE.replace("at school", "at the school")
+    message = refusal(PromptError, lambda: patch_grid(demo, PROMPT, longer, metric=metric))
+    first, ours, theirs = message.split("\n")
+    assert "prompt has 15 tokens and source 16" in first
+    assert ours.startswith("  prompt:  ... ' had'  ' fun'  ' at'          ' school'  '.'  ' Shelby'")
+    assert theirs.startswith("  source:  ... ' had'  ' fun'  ' at'  ' the'  ' school'  '.'  ' Emma'  ")
+    assert len(ours) < 200
+
+
+def test_alignment_of_long_prompts_is_cut() -> None:
+    ours, theirs = [str(i) for i in range(99)], ["x", *(str(i) for i in range(99))]
+    first, second = aligned(ours, theirs).split("\n")
+    assert first.startswith("  prompt:       '0'  '1'")
+    assert second.startswith("  source:  'x'  '0'  '1'")
+    assert second.endswith("'10' ...")
+
+
+@pytest.mark.usefixtures("never_run")
+@pytest.mark.parametrize(
+    ("prompt", "said"),
+    [
+        ("", "prompt is empty: '' has no tokens"),
+        (torch.ones(2, 5, dtype=torch.long), "prompt must be one prompt [1,L], not a tensor of shape [2, 5]"),
+        (torch.ones(5, dtype=torch.long), "prompt must be one prompt [1,L], not a tensor of shape [5]"),
+        (torch.ones(1, 5), "token ids [1,L], not a tensor of shape [1, 5] and dtype float32"),
+        ([PROMPT], "prompt must be one string or a tensor of token ids [1,L], not a list"),
+        (torch.tensor([[1, 99999]]), "token 99999 is not in the vocabulary, whose ids are 0 to"),
+        (PROMPT.replace("Emma", "Zorro"), "prompt has words that this tokenizer does not know"),
+    ],
+)
+def test_what_is_no_single_prompt_is_refused(
+    demo: MambaTrace, metric: patching.Metric, prompt: Any, said: str
+) -> None:
+    assert said in refusal(PromptError, lambda: patch_grid(demo, prompt, SOURCE, metric=metric))
+    assert said.replace("prompt", "source", 1) in refusal(
+        PromptError, lambda: patch_grid(demo, PROMPT, prompt, metric=metric)
+    )
+
+
+@pytest.mark.usefixtures("never_run")
+def test_unknown_sites_are_refused_with_the_nearest(demo: MambaTrace, metric: patching.Metric) -> None:
+    def message(site: str) -> str:
+        return refusal(UnknownSiteError, lambda: patch_grid(demo, PROMPT, SOURCE, site, metric))
+
+    assert "no site is called 'resid_prae'; did you mean resid_pre" in message("resid_prae")
+    assert "did you mean hook_conv" in message("hook_convv")
+    assert "A grid patches one of embeddings, resid_pre, " in message("qqq")
+    for site in ("A", "h_start", "hook_A"):
+        refused = refusal(PositionError, lambda site=site: patch_grid(demo, PROMPT, SOURCE, site, metric))
+        assert "has no positions to patch one by one. A grid patches one of embeddings, " in refused
+
+
+@pytest.mark.usefixtures("never_run")
+def test_answers_are_single_different_tokens(demo: MambaTrace) -> None:
+    def message(answer: str | int, wrong: str | int = " Emma") -> str:
+        return refusal(PromptError, lambda: logit_diff(demo, answer, wrong))
+
+    assert "answer and wrong are both ' Emma'" in message(" Emma")
+    assert "are both" in message(demo.to_single_token(" Emma"))
+    assert "' Emma gave' is 2 tokens, [' Emma', ' gave'], not one" in message(" Emma gave")
+    assert "a word inside a sentence carries its space: ' gave'" in message("gave")
+    assert "token -1 is not in the vocabulary" in message(-1)
+
+
+def test_metrics_give_one_number_for_each_row(demo: MambaTrace) -> None:
+    def message(metric: Any) -> str:
+        return refusal(MetricError, lambda: patch_grid(demo, PROMPT, SOURCE, metric=metric, progress=False))
+
+    assert "metric=logit_diff(model, answer, wrong) is one" in message(None)
+    assert "returns one number for each row [B]" in message(lambda logits: logits.mean())
+    assert "this one returned a float" in message(lambda logits: 1.0)
+    assert "batch_size=0" in refusal(
+        PromptError, lambda: patch_grid(demo, PROMPT, SOURCE, metric=len, batch_size=0, progress=False)
+    )
