@@ -28,6 +28,7 @@ from .errors import BackendError, PositionError, PromptError, UnknownSiteError
 from .initialization import initialize
 from .sites import SITES, STATE
 from .tokens import Tokens
+from .tracer import SiteTracer
 
 #: Names of this package for modules of Hugging Face's.
 RENAME = {
@@ -191,6 +192,12 @@ class MambaTrace(Tokens, TransformersModel):
             if name not in known and not names.nearest(name, sorted(known | {"layers"})):
                 raise
             raise unknown(self, name) from error
+
+    def trace(self, *inputs: Any, **kwargs: Any) -> Any:
+        """nnsight's ``trace``, with a `SiteTracer`."""
+        if kwargs.get("trace", True):
+            kwargs.setdefault("tracer_cls", SiteTracer)
+        return super().trace(*inputs, **kwargs)
 
     # -- loading ---------------------------------------------------------------------------------------
 

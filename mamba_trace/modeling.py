@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from .demand import Visit
 from .offers import Offers
@@ -36,10 +36,13 @@ class HookableBlock:
     """Mixin over Hugging Face's block: residual stream -> norm -> mixer -> residual stream."""
 
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
-        # Checkpointing would run the block again in the backward pass, without the edits of the trace.
-        if Visit(self).tracing:
-            return nn.Module.__call__(self, *args, **kwargs)
-        return super().__call__(*args, **kwargs)  # type: ignore[misc]
+        checkpointing = self.gradient_checkpointing
+        # It would run the block again in the backward pass, without the edits of the trace.
+        self.gradient_checkpointing = checkpointing and not Visit(self).tracing
+        try:
+            return super().__call__(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            self.gradient_checkpointing = checkpointing
 
     def forward(
         self: Any,
@@ -51,10 +54,12 @@ class HookableBlock:
         offer = Offers(self, "block")
         resid = offer("resid_pre", hidden_states)  # [B,L,D]
         layer_input = offer("layer_input", resid)  # [B,L,D]
-        normalized = offer.call("norm", layer_input.to(self.norm.weight.dtype))  # [B,L,D]
+        normalized = self.norm(offer.into("norm", layer_input.to(self.norm.weight.dtype)))  # [B,L,D]
         if self.residual_in_fp32:
             resid = resid.to(accumulation_dtype(resid))
-        out = offer.call("mixer", normalized, cache_params=cache_params, attention_mask=attention_mask)
+        out = self.mixer(
+            offer.into("mixer", normalized), cache_params=cache_params, attention_mask=attention_mask
+        )
         resid = offer("resid_post", resid + out)  # [B,L,D]
         offer.close()
         return offer.result(resid)
@@ -85,7 +90,7 @@ class HookableMixer:
         mask = None if attention_mask is None else attention_mask[:, -length:]  # [B,L]
         past = PastStates(self, cache_params)
 
-        fused = offer.call("in_proj", masked(hidden_states, mask))  # [B,L,2E]
+        fused = self.in_proj(offer.into("in_proj", masked(hidden_states, mask)))  # [B,L,2E]
         x_in, skip = fused.split(self.intermediate_size, dim=-1)  # [B,L,E] each
         skip = offer("skip", skip)
         x_in = offer("x_in", x_in if self.in_proj.bias is None else masked(x_in, mask))
@@ -100,7 +105,7 @@ class HookableMixer:
         ssm_output = offer("ssm_output", y + x * self.D.to(y.dtype))  # [B,L,E]
         gated = ssm_output * F.silu(skip.to(y.dtype))
         after_skip = offer("after_skip", gated.to(hidden_states.dtype))  # [B,L,E]
-        out = offer.call("out_proj", after_skip)  # [B,L,D]
+        out = self.out_proj(offer.into("out_proj", after_skip))  # [B,L,D]
         offer.close()
         return offer.result(out)
 
@@ -112,12 +117,12 @@ class HookableMixer:
             context = before.shape[-1]
             columns = torch.cat((before.to(columns.dtype), columns), dim=-1)
         # The module pads both ends; what lies past the last token is cut off.
-        return offer.call("conv1d", columns)[..., context : context + length].transpose(1, 2)
+        return self.conv1d(offer.into("conv1d", columns))[..., context : context + length].transpose(1, 2)
 
     def selective_parameters(self: Any, offer: Offers, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x_proj, split: delta_1 [B,L,R], B [B,L,N] and C [B,L,N]."""
         sizes = [self.time_step_rank, self.ssm_state_size, self.ssm_state_size]
-        return offer.call("x_proj", x).split(sizes, dim=-1)
+        return self.x_proj(offer.into("x_proj", x)).split(sizes, dim=-1)
 
     def discretise(
         self: Any, offer: Offers, x: Tensor, mask: Tensor | None, past: PastStates
@@ -128,7 +133,8 @@ class HookableMixer:
             h.requires_grad_()  # so that its gradient can be asked for
         h = offer("h_start", h)
         delta_1, B, C = self.selective_parameters(offer, x)
-        delta_2 = offer("delta_2", offer.call("dt_proj", offer("delta_1", delta_1)))  # [B,L,E]
+        delta_1 = offer("delta_1", delta_1)  # [B,L,R]
+        delta_2 = offer("delta_2", self.dt_proj(offer.into("dt_proj", delta_1)))  # [B,L,E]
         # Padding takes no time: a step of 0 neither decays the state nor writes to it.
         delta = offer("delta", masked(F.softplus(delta_2), mask))  # [B,L,E]
         A = offer("A", -torch.exp(self.A_log.to(accumulation_dtype(self.A_log))))  # [E,N]

@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from .errors import UnknownSiteError
-from .sites import BY_HOOK, BY_NAME, STATE, Site, walk
+from .sites import BY_HOOK, BY_NAME, MODULE_PREFIX, STATE, Site, walk
 
 #: TransformerLens 4 bridge names that mean the same place. Of the model:
 BRIDGE_MODEL = {
@@ -67,6 +67,7 @@ BRIDGE_DIFFERENT = {
 NATIVE_MODULES = ("in_proj", "conv1d", "x_proj", "dt_proj")
 
 _PATH = re.compile(r"layers(?:\[(?P<layer>\d+)\]|\.(?P<dotted>\d+))\.(?P<rest>.+)")
+_CONTAINER = re.compile(r"backbone\.layers\.(?P<layer>\d+)(?P<mixer>\.mixer)?(\.output)?")
 _POSITION = re.compile(rf"{STATE}(?:\[(?P<index>-?\d+)\]|\.(?P<dotted>-?\d+))")
 _BLOCK_HOOK = re.compile(r"blocks\.(?P<layer>\d+)\.(?P<rest>.+)")
 _STATE_HOOK = re.compile(r"hook_h\.(?P<position>-?\d+)")
@@ -95,6 +96,14 @@ class Place:
             return f"layers[{self.layer}].ssm.{self.native}"
         suffix = "" if self.position is None else f"[{self.position}]"
         return self.site.path(self.layer) + suffix
+
+    @property
+    def module_path(self) -> str:
+        """The path in the Hugging Face module tree, which nnsight's locations and caches are named by."""
+        if self.site is None:
+            return f"{MODULE_PREFIX['mixer'].format(layer=self.layer)}{self.native}"
+        suffix = "" if self.position is None else f".{self.position}"
+        return self.site.module_path(self.layer) + suffix
 
     @property
     def hook_name(self) -> str:
@@ -221,6 +230,9 @@ def public_path(location: str) -> str:
     'layers[3].ssm.h[5]'
     """
     inner = location[location.find("backbone.") :] if "backbone." in location else location
+    container = _CONTAINER.fullmatch(inner)
+    if container is not None:
+        return f"layers[{container['layer']}]" + (".ssm" if container["mixer"] else "")
     try:
         return parse(inner).path
     except UnknownSiteError:

@@ -8,7 +8,6 @@ called, so that nnsight serves it and PyTorch hooks on it fire.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -64,12 +63,10 @@ class Offers:
         with self.visit.whole_batch():
             return module(value)
 
-    def call(self, name: str, value: Tensor, **kwargs: Any) -> Tensor:
-        """Call the inner module ``name`` on ``value``: a copy where its input is wanted, as editing that in
-        place must not reach the site which the value is as well."""
-        module = self.module._modules[name]
-        assert module is not None
-        return module(value.clone() if self.wants(name) else value, **kwargs)
+    def into(self, name: str, value: Tensor) -> Tensor:
+        """``value`` as the input of inner module ``name``: a copy where that is wanted, since an edit of it
+        in place must not reach the site that the value is as well."""
+        return value.clone() if self.wants(name) else value
 
     def result(self, value: Tensor) -> Tensor:
         """What the module returns: ``value``, or a copy where somebody wants it under that name too."""

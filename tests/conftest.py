@@ -9,6 +9,7 @@ B=3, L=9, D=12, E=24, N=5, R=4 and V=31 all differ, so that no axis passes for a
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any, Protocol
 
@@ -29,18 +30,32 @@ SIZES = {
     "conv_kernel": 3,
     "time_step_rank": 4,
 }
+#: Changes of the tiny configuration that take other paths through the code or change which axes are equal.
+VARIANTS: list[dict[str, Any]] = [
+    {},
+    {"use_bias": True},
+    {"use_conv_bias": False, "conv_kernel": 2},
+    {"conv_kernel": 4, "time_step_rank": 1, "state_size": 16},
+    {"time_step_rank": "auto", "state_size": 3, "expand": 3, "tie_word_embeddings": False},
+    {"residual_in_fp32": False, "layer_norm_epsilon": 1e-2, "use_bias": True, "conv_kernel": 1},
+]
 
 
 class ModuleFactory(Protocol):
     """Makes a new seeded ``MambaForCausalLM`` at each call."""
 
     def __call__(
-        self, config: MambaConfig | None = None, *, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any
+        self,
+        config: MambaConfig | None = None,
+        *,
+        seed: int = 0,
+        dtype: torch.dtype = torch.float32,
+        **changes: Any,
     ) -> MambaForCausalLM: ...
 
 
 def make_config(**changes: Any) -> MambaConfig:
-    """The tiny configuration, with fields changed. It has no end-of-sequence token, so generate never stops early."""
+    """The tiny configuration, with fields changed. No token ends a sequence, so generate never stops early."""
     return MambaConfig(**{**SIZES, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None, **changes})
 
 
@@ -80,6 +95,20 @@ def lively(name: str, old: Tensor, generator: torch.Generator) -> Tensor:
     if name.endswith("bias"):
         return 0.2 * noise
     return 1.1 * noise / math.sqrt(math.prod(old.shape[1:]))
+
+
+def pair(tiny_hf: ModuleFactory, **changes: Any) -> tuple[MambaForCausalLM, MambaTrace]:
+    """A plain module, and a MambaTrace over another with the same weights."""
+    module = tiny_hf(**changes)
+    return copy.deepcopy(module), MambaTrace(module)
+
+
+def agree(actual: Tensor, expected: Tensor, tolerance: float = 1e-5) -> None:
+    """Equal in shape, dtype and, within ``tolerance`` of the largest value, in numbers."""
+    assert actual.shape == expected.shape
+    assert actual.dtype == expected.dtype
+    largest = float(expected.detach().abs().max())
+    torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance * largest)
 
 
 @pytest.fixture(autouse=True, scope="session")

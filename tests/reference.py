@@ -1,9 +1,9 @@
 """Mamba once more, written out from the paper in float64, with a function that may edit every value.
 
 The tests need a reference that is independent of the package and of Hugging Face's module and that can be
-intervened on everywhere. `forward` is one: plain tensors, no modules, no cache, no padding, no fast path. Each
-value passes through ``edit(hook name, value)``, which returns what the computation goes on with; so the same
-interventions can be applied here and in a trace, and autograd and finite differences give their gradients.
+intervened on everywhere. `forward` is one: plain tensors, no modules, no cache, no padding, no fast path.
+Each value passes through ``edit(hook name, value)``, which returns what the computation goes on with; so the
+same interventions can be made here and in a trace, and autograd gives their gradients.
 
 `Edit` is one such intervention, which can also be made in a trace.
 
@@ -22,7 +22,9 @@ from torch import Tensor
 EditValue = Callable[[str, Tensor], Tensor]
 
 
-def forward(weights: Mapping[str, Tensor], config: Any, tokens: Tensor, edit: EditValue | None = None) -> Tensor:
+def forward(
+    weights: Mapping[str, Tensor], config: Any, tokens: Tensor, edit: EditValue | None = None
+) -> Tensor:
     """The logits [B,L,V] in float64.
 
     Args:
@@ -36,8 +38,12 @@ def forward(weights: Mapping[str, Tensor], config: Any, tokens: Tensor, edit: Ed
     w = {name: weight.double() for name, weight in weights.items()}
     resid = edit("hook_embed", w["backbone.embeddings.weight"][tokens])  # [B,L,D]
     for layer in range(config.num_hidden_layers):
-        block = {n.removeprefix(f"backbone.layers.{layer}."): t for n, t in w.items() if f".layers.{layer}." in n}
-        resid = _block(block, config, resid, lambda hook, v, layer=layer: edit(f"blocks.{layer}.hook_{hook}", v))
+        block = {
+            n.removeprefix(f"backbone.layers.{layer}."): t for n, t in w.items() if f".layers.{layer}." in n
+        }
+        resid = _block(
+            block, config, resid, lambda hook, v, layer=layer: edit(f"blocks.{layer}.hook_{hook}", v)
+        )
     final = edit("hook_norm", _rms_norm(resid, w["backbone.norm_f.weight"], config))
     return edit("hook_logits", final @ w.get("lm_head.weight", w["backbone.embeddings.weight"]).T)
 
@@ -92,8 +98,8 @@ class Edit:
 
     Attributes:
         hook: the hook's name.
-        op: ``scale``, ``add``, ``replace``, ``zero``, ``add_at_position`` (``value[:, position] += argument``) or
-            ``replace_first_row`` (``value[0] = argument``).
+        op: ``scale``, ``add``, ``replace``, ``zero``, ``add_at_position`` (``value[:, position] += argument``)
+            or ``replace_first_row`` (``value[0] = argument``).
         argument: the factor of ``scale``, the tensor of the others.
         position: of ``add_at_position``, along the value's second axis.
     """

@@ -1,5 +1,8 @@
-"""Every error: it names what was asked for, what exists and what to do, at the user's line; and the model goes on
-as if nothing had happened."""
+"""Every error: it names what was asked for, what exists and what to do, at the user's line; and the model
+goes on as if nothing had happened."""
+
+# A traced block is not a statement under test: what pytest.raises expects comes out of its end.
+# ruff: noqa: PT012, SIM117
 
 from __future__ import annotations
 
@@ -67,7 +70,9 @@ def at_users_line(error: Any, line: str) -> None:
 )
 def test_an_unknown_site_suggests_the_nearest(tiny, place, name, suggestion):
     envoy = {"": tiny, "layers[0]": tiny.layers[0], "layers[0].ssm": tiny.layers[0].ssm}[place]
-    with pytest.raises(UnknownSiteError, match=f"has no '{name}'; did you mean .*{suggestion}.*It has: ") as error:
+    with pytest.raises(
+        UnknownSiteError, match=f"has no '{name}'; did you mean .*{suggestion}.*It has: "
+    ) as error:
         getattr(envoy, name)
     assert isinstance(error.value, AttributeError)
     assert not hasattr(envoy, name)
@@ -102,7 +107,10 @@ def test_attributes_of_python_are_no_sites(tiny):
 
 
 def test_unknown_hook_names_and_layers(tiny):
-    with pytest.raises(UnknownSiteError, match=r"no site is called 'blocks\.0\.hook_detla'; did you mean blocks\.0\.hook_delta"):
+    with pytest.raises(
+        UnknownSiteError,
+        match=r"no site is called 'blocks\.0\.hook_detla'; did you mean blocks\.0\.hook_delta",
+    ):
         tiny.hook("blocks.0.hook_detla")
     with pytest.raises(UnknownSiteError, match=r"'blocks\.3\.hook_delta': this model has layers 0 to 2"):
         tiny.hook("blocks.3.hook_delta")
@@ -123,7 +131,9 @@ def test_a_position_out_of_range(tiny, tokens, p, read):
             tiny.layers[1].ssm.h[p].output = torch.zeros(1)
     at_users_line(
         error,
-        "_ = tiny.layers[1].ssm.h[p].output.save()" if read else "tiny.layers[1].ssm.h[p].output = torch.zeros(1)",
+        "_ = tiny.layers[1].ssm.h[p].output.save()"
+        if read
+        else "tiny.layers[1].ssm.h[p].output = torch.zeros(1)",
     )
     assert f"layers[1].ssm.h[{p}]" in str(error.value)
     assert "9 positions" in str(error.value)
@@ -152,7 +162,7 @@ def test_a_position_out_of_range_that_the_block_catches(tiny, tiny_hf, tokens):
 
 
 def test_a_prompts_position_in_a_decode_step(tiny, tokens):
-    with pytest.raises(PositionError, match="has 1 position,.*every decode step of generate has 1"):  # noqa: SIM117
+    with pytest.raises(PositionError, match=r"has 1 position,.*every decode step of generate has 1"):
         with tiny.generate(tokens, max_new_tokens=3, do_sample=False) as tracer:
             for _ in tracer.iter[:3]:
                 _ = tiny.layers[1].ssm.h[5].output.save()
@@ -181,11 +191,14 @@ def test_a_position_that_is_no_integer(tiny, index):
 
 
 def test_what_a_position_does_not_have(tiny, tokens):
-    with pytest.raises(SiteValueError, match=r"layers\[1\].ssm.h\[3\] has no input; read h\[p - 1\]"), tiny.trace(tokens):
+    with (
+        pytest.raises(SiteValueError, match=r"layers\[1\].ssm.h\[3\] has no input; read h\[p - 1\]"),
+        tiny.trace(tokens),
+    ):
         _ = tiny.layers[1].ssm.h[3].input
     with pytest.raises(SiteValueError, match="cannot be skipped; assign to its output"), tiny.trace(tokens):
         tiny.layers[1].ssm.h[3].skip(0)
-    with pytest.raises(UnknownSiteError, match="has no 'weight'; it has .output"):
+    with pytest.raises(UnknownSiteError, match=r"has no 'weight'; it has .output"):
         _ = tiny.layers[1].ssm.h[3].weight
 
 
@@ -226,6 +239,27 @@ def test_out_of_order(tiny, tokens, first, second, write):
     assert str(error.value).startswith(f"{second} was already computed in this run")
     assert f"before {first}" in str(error.value)
     assert not reached_end
+
+
+@pytest.mark.parametrize("step", [1, 2])
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ("layers[1].ssm.y", "layers[1].ssm.conv"),
+        ("layers[1].ssm.y", "layers[1].ssm.h[-1]"),
+        ("layers[2].ssm.h[-1]", "layers[1].ssm.h[-1]"),
+        ("lm_head", "embeddings"),
+    ],
+)
+def test_out_of_order_in_a_decode_step(tiny, tokens, first, second, step):
+    """nnsight alone would wait, and hand out the value of the next step."""
+    one, other = tiny.hook(first), tiny.hook(second)
+    with pytest.raises(SiteOrderError, match="was already computed") as error:
+        with tiny.generate(tokens, max_new_tokens=4, do_sample=False) as tracer:
+            for _ in tracer.iter[step]:
+                _ = one.output.save()
+                _ = other.output.save()
+    at_users_line(error, "_ = other.output.save()")
 
 
 def test_out_of_order_that_the_block_catches(tiny, tiny_hf, tokens):
@@ -282,14 +316,20 @@ def test_a_value_that_is_no_tensor(tiny, tokens, path, value):
 @pytest.mark.parametrize("path", ["layers[1].ssm.delta", "layers[1].ssm.h[3]", "lm_head"])
 def test_a_value_that_is_not_floating(tiny, tokens, path, dtype):
     place = tiny.hook(path)
-    with pytest.raises(SiteValueError, match=rf"such as torch.float32, not {dtype}: use .float\(\)") as error, tiny.trace(tokens):
+    with (
+        pytest.raises(SiteValueError, match=rf"such as torch.float32, not {dtype}: use .float\(\)") as error,
+        tiny.trace(tokens),
+    ):
         place.output = place.output.to(dtype)
     at_users_line(error, "place.output = place.output.to(dtype)")
     assert str(error.value).startswith(path)
 
 
 def test_a_value_on_the_meta_device(tiny, tokens):
-    with pytest.raises(SiteValueError, match=r"layers\[1\].ssm.delta was given a tensor on the meta device"), tiny.trace(tokens):
+    with (
+        pytest.raises(SiteValueError, match=r"layers\[1\].ssm.delta was given a tensor on the meta device"),
+        tiny.trace(tokens),
+    ):
         tiny.layers[1].ssm.delta.output = torch.empty_like(tiny.layers[1].ssm.delta.output, device="meta")
 
 
@@ -318,7 +358,10 @@ def test_a_wrong_value_that_the_block_catches(tiny, tokens):
 
 
 def test_a_value_of_all_rows_assigned_in_one_invoke(tiny, tokens):
-    with pytest.raises(SiteValueError, match=r"takes shape \(2, 9, 24\) .*not \(3, 9, 24\)"), tiny.trace() as tracer:
+    with (
+        pytest.raises(SiteValueError, match=r"takes shape \(2, 9, 24\) .*not \(3, 9, 24\)"),
+        tiny.trace() as tracer,
+    ):
         with tracer.invoke(tokens[:1]):
             _ = tiny.lm_head.output.save()
         with tracer.invoke(tokens[1:]):
@@ -330,7 +373,12 @@ def test_a_value_of_all_rows_assigned_in_one_invoke(tiny, tokens):
 
 @pytest.mark.parametrize("prompt", ["Hello", ["Hello", "World"]], ids=str)
 def test_a_prompt_without_a_tokenizer(tiny, prompt):
-    with pytest.raises(PromptError, match=r"has no tokenizer.*tensor of token ids \[B,L\].*tokenizer=") as error, tiny.trace(prompt):
+    with (
+        pytest.raises(
+            PromptError, match=r"has no tokenizer.*tensor of token ids \[B,L\].*tokenizer="
+        ) as error,
+        tiny.trace(prompt),
+    ):
         _ = tiny.lm_head.output.save()
     assert isinstance(error.value, ValueError)
     with pytest.raises(PromptError, match="has no tokenizer"), tiny.generate(prompt, max_new_tokens=2):
@@ -340,12 +388,16 @@ def test_a_prompt_without_a_tokenizer(tiny, prompt):
 
 
 def test_a_backend_that_does_not_exist(tiny, tiny_hf):
-    with pytest.raises(BackendError, match="kernels='nonsense' is no backend; there is .*'auto'.*'reference'"):
+    with pytest.raises(
+        BackendError, match=r"kernels='nonsense' is no backend; there is .*'auto'.*'reference'"
+    ):
         MambaTrace(tiny_hf(), kernels="nonsense")
 
 
 def test_a_module_that_is_no_mamba(tiny):
-    with pytest.raises(CheckpointError, match="Linear.*is no architecture this package knows; it knows mamba"):
+    with pytest.raises(
+        CheckpointError, match=r"Linear.*is no architecture this package knows; it knows mamba"
+    ):
         MambaTrace(torch.nn.Linear(2, 2))
 
 

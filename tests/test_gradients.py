@@ -1,8 +1,8 @@
 """Gradients of every site and through every site, in float64, against finite differences of the same trace.
 
-The derivative along a random direction, read through autograd, must equal the change of the score when a trace
-moves the site's value that way. The finite difference only uses forward runs, which other tests hold to
-independent references.
+The derivative along a random direction, read through autograd, must equal the change of the score when a
+trace moves the site's value that way. The finite difference only uses forward runs, which other tests hold
+to independent references.
 """
 
 from __future__ import annotations
@@ -20,8 +20,14 @@ from mamba_trace import MambaTrace, names
 L = 6
 STEP, TOLERANCE = 1e-5, 1e-6
 TRAJECTORY = "layers[{layer}].ssm.h"
-HOOKS = [name for name in names.hook_names(3, L) if "hook_h." not in name or name.endswith((".0", ".3", f".{L - 1}"))]
-PLACES = [name for name in HOOKS if not name.startswith("blocks.1.")] + [TRAJECTORY.format(layer=n) for n in (0, 2)]
+HOOKS = [
+    name
+    for name in names.hook_names(3, L)
+    if "hook_h." not in name or name.endswith((".0", ".3", f".{L - 1}"))
+]
+PLACES = [name for name in HOOKS if not name.startswith("blocks.1.")] + [
+    TRAJECTORY.format(layer=n) for n in (0, 2)
+]
 EDITS = ["read", "assigned", "in place", "partly in place"]
 
 
@@ -70,7 +76,7 @@ def assert_close(actual: Tensor, expected: float, scale: float = 0.0) -> None:
 
 
 def along(model: MambaTrace, place: str, how: str, tokens: Tensor) -> Callable[[float], float]:
-    """The score when a trace edits a place as ``how`` says, then moves it by t in the direction of seed 11."""
+    """The score when a trace edits a place as ``how`` says and moves it by t in the direction of seed 11."""
 
     def score(t: float) -> float:
         with torch.no_grad(), model.trace(tokens):
@@ -161,7 +167,15 @@ def test_an_assigned_gradient_is_what_flows_on(model: MambaTrace) -> None:
     assert not gradient_of_h1(cut=True).any()
 
 
-PARAMETERS = ["A_log", "D", "conv1d.weight", "in_proj.weight", "x_proj.weight", "dt_proj.weight", "dt_proj.bias"]
+PARAMETERS = [
+    "A_log",
+    "D",
+    "conv1d.weight",
+    "in_proj.weight",
+    "x_proj.weight",
+    "dt_proj.weight",
+    "dt_proj.bias",
+]
 ACTIVE = {
     "none": [],
     "A_bar": ["blocks.1.hook_A_bar"],
@@ -219,7 +233,9 @@ def test_parameter_gradients_of_one_backward_are_those_of_hugging_face(tiny_hf: 
         score_of(model.lm_head.output).backward()
     for (name, ours), theirs in zip(model._module.named_parameters(), plain.parameters(), strict=True):
         tolerance = 1e-4 * float(theirs.grad.abs().max())
-        torch.testing.assert_close(ours.grad, theirs.grad, rtol=0, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            ours.grad, theirs.grad, rtol=0, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 def test_gradients_of_a_soft_prompt(model: MambaTrace) -> None:

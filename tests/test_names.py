@@ -80,7 +80,9 @@ def test_inverse_over_any_layer_and_position(site, layer, position):
 def test_hook_names_are_in_the_order_of_the_walk():
     expected = []
     for site, layer in walk(2):
-        expected += [f"blocks.{layer}.hook_h.{p}" for p in range(4)] if site.name == "h" else [site.hook_name(layer)]
+        expected += (
+            [f"blocks.{layer}.hook_h.{p}" for p in range(4)] if site.name == "h" else [site.hook_name(layer)]
+        )
     assert hook_names(2, 4) == expected
     assert hook_names(2, 4)[0] == "hook_embed"
     assert hook_names(2, 4)[-2:] == ["hook_norm", "hook_logits"]
@@ -91,7 +93,11 @@ def test_hook_names_are_those_of_mamba_lens():
     if not recorded.exists():
         pytest.skip("no recording of MambaLens")
     with safe_open(recorded, "pt") as file:
-        hooks = {match[0] for key in file.keys() if (match := re.search(r"(blocks\.\d+\.)?hook_[\w.]+$", key))}
+        hooks = {
+            match[0]
+            for key in list(file.keys())
+            if (match := re.search(r"(blocks\.\d+\.)?hook_[\w.]+$", key))
+        }
     layers = 1 + max(int(hook.split(".")[1]) for hook in hooks if hook.startswith("blocks"))
     positions = 1 + max((int(hook.split(".")[-1]) for hook in hooks if "hook_h." in hook), default=0)
     assert hooks <= set(hook_names(layers, positions))
@@ -125,19 +131,26 @@ def test_every_site_by_its_module_path(site):
 
 
 def test_a_location_that_is_no_site_is_told_as_it_is():
-    assert names.public_path("model.backbone.layers.0.mixer.act.output") == "model.backbone.layers.0.mixer.act.output"
+    assert (
+        names.public_path("model.backbone.layers.0.mixer.act.output")
+        == "model.backbone.layers.0.mixer.act.output"
+    )
 
 
 @pytest.mark.parametrize("native", ["in_proj", "conv1d", "x_proj", "dt_proj"])
 def test_inner_modules_have_a_path_and_no_hook(native):
     assert to_path(f"layers.2.ssm.{native}") == f"layers[2].ssm.{native}"
-    with pytest.raises(UnknownSiteError, match=rf"layers\[2\]\.ssm\.{native} has no MambaLens hook: {native} is a module"):
+    with pytest.raises(
+        UnknownSiteError, match=rf"layers\[2\]\.ssm\.{native} has no MambaLens hook: {native} is a module"
+    ):
         to_hook_name(f"layers[2].ssm.{native}")
 
 
 def test_the_whole_trajectory_has_a_path_and_no_hook():
     assert to_path("layers.2.ssm.h") == "layers[2].ssm.h"
-    with pytest.raises(UnknownSiteError, match=r"blocks\.2\.hook_h\.p, which is layers\[2\]\.ssm\.h\[p\] here"):
+    with pytest.raises(
+        UnknownSiteError, match=r"blocks\.2\.hook_h\.p, which is layers\[2\]\.ssm\.h\[p\] here"
+    ):
         to_hook_name("layers[2].ssm.h")
 
 
@@ -206,7 +219,9 @@ def test_bridge_names_of_another_meaning_are_refused_with_the_reason(name):
 
 
 def test_hook_ssm_state_is_never_taken_for_h():
-    with pytest.raises(UnknownSiteError, match="changes y at the same position alone.*carried to every later"):
+    with pytest.raises(
+        UnknownSiteError, match=r"changes y at the same position alone.*carried to every later"
+    ):
         to_path("blocks.0.mixer.hook_ssm_state")
     with pytest.raises(UnknownSiteError, match="delta x B"):
         to_path("blocks.0.mixer.hook_ssm_write")
@@ -229,7 +244,9 @@ def test_every_hook_name_reads_its_place(tiny, tiny_hf, tokens):
         same(value, expected[to_path(name)])
 
 
-@pytest.mark.parametrize("spelling", ["layers.1.ssm.h.5", "layers.1.ssm.h.-4", "layers.1.ssm.delta", "layers.1.ssm.h"])
+@pytest.mark.parametrize(
+    "spelling", ["layers.1.ssm.h.5", "layers.1.ssm.h.-4", "layers.1.ssm.delta", "layers.1.ssm.h"]
+)
 def test_get(tiny, tiny_hf, tokens, spelling):
     place = tiny.get(spelling)
     with torch.no_grad(), tiny.trace(tokens):
@@ -269,8 +286,22 @@ def test_an_unknown_name_suggests_the_nearest(name, suggestion):
         assert suggestion in str(error.value)
 
 
-@pytest.mark.parametrize("name", ["", "qqqq", "blocks.hook_h.5", "blocks.x.hook_h.5", "blocks.0.hook_h.", "h[5]", "layers[0]",
-                                  "layers[-1].ssm.h[0]", "layers[0].ssm.h[1:2]", "blocks.0.hook_h.5.5", "layers[0].ssm"])  # fmt: skip
+@pytest.mark.parametrize(
+    "name",
+    [
+        "",
+        "qqqq",
+        "blocks.hook_h.5",
+        "blocks.x.hook_h.5",
+        "blocks.0.hook_h.",
+        "h[5]",
+        "layers[0]",
+        "layers[-1].ssm.h[0]",
+        "layers[0].ssm.h[1:2]",
+        "blocks.0.hook_h.5.5",
+        "layers[0].ssm",
+    ],
+)
 def test_a_name_that_is_none(name):
     with pytest.raises(UnknownSiteError, match="no site is called") as error:
         to_path(name)
@@ -280,7 +311,12 @@ def test_a_name_that_is_none(name):
 
 
 def test_a_layer_out_of_range(tiny):
-    for name in ("blocks.3.hook_h.5", "layers[17].ssm.h[5]", "blocks.3.hook_resid_pre", "layers.3.ssm.x_proj"):
+    for name in (
+        "blocks.3.hook_h.5",
+        "layers[17].ssm.h[5]",
+        "blocks.3.hook_resid_pre",
+        "layers.3.ssm.x_proj",
+    ):
         with pytest.raises(UnknownSiteError, match="this model has layers 0 to 2") as error:
             tiny.hook(name)
         assert name in str(error.value)

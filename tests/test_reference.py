@@ -1,4 +1,4 @@
-"""Any set of interventions, in float64, against tests/reference.py: logits, and gradients of every parameter."""
+"""Any interventions, in float64, against tests/reference.py: logits, saved values, gradients of parameters."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ModuleFactory, make_hf
+from conftest import VARIANTS, ModuleFactory, make_hf
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from reference import Edit, editing, forward
@@ -17,14 +17,6 @@ from mamba_trace import MambaTrace
 
 L, N_LAYERS = 6, 3
 FLOAT64, FLOAT32 = 1e-12, 1e-5  # of the largest value
-VARIANTS: list[dict[str, Any]] = [
-    {},
-    {"use_bias": True},
-    {"use_conv_bias": False, "conv_kernel": 2},
-    {"conv_kernel": 4, "time_step_rank": 1, "state_size": 16},
-    {"time_step_rank": "auto", "state_size": 3, "expand": 3, "tie_word_embeddings": False},
-    {"residual_in_fp32": False, "layer_norm_epsilon": 1e-2, "use_bias": True, "conv_kernel": 1},
-]
 
 
 def draw_tokens(batch: int, seed: int, length: int = L) -> Tensor:
@@ -117,7 +109,9 @@ class Step:
 def plans(hooks: list[str]) -> st.SearchStrategy[list[Step]]:
     """Up to eight steps, each at another place."""
     fields = (st.sampled_from(OPERATIONS), st.integers(0, 20), st.booleans(), st.booleans(), st.booleans())
-    return st.lists(st.builds(Step, st.sampled_from(hooks), *fields), min_size=1, max_size=8, unique_by=lambda s: s.hook)
+    return st.lists(
+        st.builds(Step, st.sampled_from(hooks), *fields), min_size=1, max_size=8, unique_by=lambda s: s.hook
+    )
 
 
 class Plan:
@@ -219,7 +213,9 @@ def test_any_interventions(setup: Setup, data: Any, batch: int, seed: int) -> No
 
 def same_gradients(actual: Tensor, expected: Tensor, parameters: list[Tensor], seed: int) -> None:
     """Equal derivatives of a random combination of logits with respect to every parameter."""
-    cotangent = torch.randn(expected.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    cotangent = torch.randn(
+        expected.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    )
     ours, theirs = gradients(actual, parameters, cotangent), gradients(expected, parameters, cotangent)
     for one, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-11 * max(1.0, float(other.abs().max())))

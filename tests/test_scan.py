@@ -12,7 +12,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mamba_trace import MambaTrace
-from mamba_trace.scan import Explicit, Recurrence, Selective, Watched, explicit_scan, recurrence, selective_scan
+from mamba_trace.scan import (
+    Explicit,
+    Recurrence,
+    Selective,
+    Watched,
+    explicit_scan,
+    recurrence,
+    selective_scan,
+)
 
 HALF = (torch.float16, torch.bfloat16)
 SELECTIVE, EXPLICIT = ("x", "delta", "A", "B", "C", "h_start"), ("A_bar", "B_bar", "x", "C", "h_start")
@@ -62,7 +70,9 @@ def by_definition(inputs: Arguments) -> tuple[Tensor, Tensor, Tensor]:
 def close(actual: Tensor, expected: Tensor, tolerance: float) -> None:
     assert actual.shape == expected.shape
     largest = float(expected.abs().max()) if expected.numel() else 1.0
-    torch.testing.assert_close(actual.double(), expected.double(), rtol=0, atol=tolerance * max(largest, 1e-30))
+    torch.testing.assert_close(
+        actual.double(), expected.double(), rtol=0, atol=tolerance * max(largest, 1e-30)
+    )
 
 
 def run_both(inputs: Arguments) -> list[tuple[Tensor, Tensor]]:
@@ -71,7 +81,13 @@ def run_both(inputs: Arguments) -> list[tuple[Tensor, Tensor]]:
 
 
 @settings(deadline=None, derandomize=True, max_examples=30)
-@given(B=st.integers(1, 3), L=st.integers(0, 12), E=st.integers(1, 5), N=st.integers(1, 9), seed=st.integers(0, 99))
+@given(
+    B=st.integers(1, 3),
+    L=st.integers(0, 12),
+    E=st.integers(1, 5),
+    N=st.integers(1, 9),
+    seed=st.integers(0, 99),
+)
 def test_both_scans_are_the_definition(B: int, L: int, E: int, N: int, seed: int) -> None:
     inputs = discretised(arguments(B, L, E, N, seed))
     y, h_last, _ = by_definition(inputs)

@@ -16,6 +16,8 @@ The facts about nnsight 0.8 this module rests on, each held by a test in tests/t
   ``mediator.counts_at_start`` what it was when the worker began;
 * ``interleaver.batcher`` narrows every value whose first dimension equals the number of rows of the batch,
   and nothing when it is ``None``;
+* ``mediator.iteration`` is the step of ``tracer.iter`` a worker is pinned to, 0 outside of one, and ``None``
+  once it was served in that step; while a worker runs, ``mediator.pending`` is what it was last served;
 * ``mediator.transform`` is a write-back, swapped in when the worker next asks for anything;
 * the route from a module to the running trace is `source.STATE` of its ``__dict__``: ``.active()``;
 

@@ -23,13 +23,24 @@ def expect(location: str) -> None:
     """
     mediator = Mediator.current(public_path(location))
     path, last = public_path(location), getattr(mediator, "_mamba_trace_last", None)
-    if mediator.iteration == 0 and mediator.occurrence(location) > 0:
+    if _passed(mediator, location):
         after = f" before {last}, which this block has already asked for" if last else ""
         raise SiteOrderError(
             f"{path} was already computed in this run. Sites are served in execution order: ask for "
             f"{path}{after} (`mamba-trace sites` prints the order), or in an invoke of its own"
         )
     mediator._mamba_trace_last = path
+
+
+def _passed(mediator: Mediator, location: str) -> bool:
+    # Inside a step of `tracer.iter` a worker that was served once asks for the next visit of whatever it
+    # names: one later than the visit it was served at means that this step's is gone.
+    occurrence, served = mediator.occurrence(location), mediator.pending
+    if mediator.iteration == 0:
+        return occurrence > 0
+    if mediator.iteration is not None or served is None or served.iteration is None:
+        return False
+    return occurrence > served.iteration
 
 
 def expect_position(site: Any, position: int) -> None:

@@ -66,13 +66,15 @@ class Selective(Recurrence):
 class Watched(Selective):
     """A `Selective` recurrence whose A_bar and B_bar [B,L,E,N] were handed out, and not edited.
 
-    It runs as ever. Gradients go by way of the matrices, so that theirs can be asked for.
+    It runs as ever. Gradients, the first ones, go by way of the matrices, so that theirs can be asked for.
     """
 
     A_bar: Tensor
     B_bar: Tensor
 
     def run(self, start: int, stop: int, h: Tensor) -> tuple[Tensor, Tensor]:
+        if start == stop:
+            return super().run(start, stop, h)
         span = slice(start, stop)
         matrices = self.A_bar[:, span], self.B_bar[:, span], self.x[:, span], self.C[:, span], h
         return _ThroughMatrices.apply(super().run, start, stop, *matrices)
