@@ -55,7 +55,7 @@ class ModuleFactory(Protocol):
 
 
 def make_config(**changes: Any) -> MambaConfig:
-    """The tiny configuration, with fields changed. No token ends a sequence, so generate never stops early."""
+    """The tiny configuration, with fields changed. No token ends a sequence: generate never stops early."""
     return MambaConfig(**{**SIZES, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None, **changes})
 
 

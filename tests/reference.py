@@ -98,8 +98,8 @@ class Edit:
 
     Attributes:
         hook: the hook's name.
-        op: ``scale``, ``add``, ``replace``, ``zero``, ``add_at_position`` (``value[:, position] += argument``)
-            or ``replace_first_row`` (``value[0] = argument``).
+        op: ``scale``, ``add``, ``replace``, ``zero``, ``add_at_position`` (``value[:, position] += t``)
+            or ``replace_first_row`` (``value[0] = t``), t the argument.
         argument: the factor of ``scale``, the tensor of the others.
         position: of ``add_at_position``, along the value's second axis.
     """

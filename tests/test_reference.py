@@ -1,4 +1,4 @@
-"""Any interventions, in float64, against tests/reference.py: logits, saved values, gradients of parameters."""
+"""Any interventions, in float64, against tests/reference.py: logits, saved values, parameter gradients."""
 
 from __future__ import annotations
 
