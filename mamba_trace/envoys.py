@@ -15,7 +15,8 @@ from typing import Any
 
 from nnsight.intervention.envoy import Envoy
 from nnsight.intervention.eproperty import eproperty
-from torch import Tensor
+from nnsight.intervention.util import first_input, replace_first_input
+from torch import Tensor, nn
 
 from .demand import current_value, expect, expect_position, keep_apart, skip_module
 from .errors import PositionError, SiteValueError, UnknownSiteError
@@ -47,6 +48,21 @@ class Located(Envoy):
     def output(self, value: Any) -> Any:
         """The value here: read it, assign to it, or edit it in place, inside a trace."""
         return keep_apart(f"{self.path}.output", value)
+
+    @eproperty
+    def input(self, value: Any) -> Any:
+        """The first input of the module: read it, assign to it, or edit it in place, inside a trace."""
+        args, kwargs = value
+        return keep_apart(
+            f"{self.path}.input",
+            first_input(args, kwargs),
+            lambda tensor: replace_first_input(args, kwargs, tensor),
+        )
+
+    @input.postprocess  # type: ignore[no-redef]
+    def input(self, value: Any) -> Any:
+        args, kwargs = current_value(f"{self.path}.input")
+        return replace_first_input(args, kwargs, value)
 
 
 class SiteEnvoy(Located):
@@ -102,6 +118,9 @@ class StateEnvoy(SiteEnvoy):
                 f"{public_path(self.path)}.output [B,L,E,N]"
             )
         return PositionEnvoy(self, operator.index(position))
+
+    def __setitem__(self, position: Any, value: Any) -> None:
+        raise not_a_value(f"{public_path(self.path)}[{position}]")
 
     def __getattr__(self, name: str) -> Any:
         if re.fullmatch(r"-?\d+", name):  # model.get("layers.3.ssm.h.5")
@@ -186,7 +205,11 @@ class SkipEnvoy(SiteEnvoy):
 
 
 class Suggesting(Located):
-    """An envoy with sites below it, which suggests the nearest name for an unknown one."""
+    """An envoy with sites below it: it suggests the nearest name for an unknown one, and is not a value."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        refuse_value(self, name, value)
+        super().__setattr__(name, value)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -203,6 +226,17 @@ class BlockEnvoy(Suggesting):
 
 class MixerEnvoy(Suggesting):
     """The envoy of a mixer."""
+
+
+def refuse_value(envoy: Envoy, name: str, value: Any) -> None:
+    """Refuse ``ssm.y = value``, which would hide the site and change nothing in the run."""
+    if name in BY_NAME and not isinstance(value, (nn.Module, Envoy)):
+        raise not_a_value(f"{public_path(envoy.path)}.{name}".removeprefix("model."))
+
+
+def not_a_value(path: str) -> SiteValueError:
+    """The error for an assignment to a place instead of to its value."""
+    return SiteValueError(f"{path} is a place, not a value: assign to {path}.output, inside a trace")
 
 
 def unknown(envoy: Envoy, name: str) -> UnknownSiteError:
@@ -255,12 +289,8 @@ def fit(path: str, axes: str, value: Any, current: Any) -> Tensor:
         )
     if value.is_meta and not current.is_meta:
         raise SiteValueError(f"{path} was given a tensor on the meta device, which holds no numbers")
-    return value.to(device=current.device, dtype=current.dtype) if not same_kind(value, current) else value
-
-
-def same_kind(value: Tensor, current: Tensor) -> bool:
-    """Whether two tensors agree in dtype and device."""
-    return value.dtype == current.dtype and value.device == current.device
+    # A copy: the run's value may be edited in place later, and this tensor is the user's own.
+    return value.to(device=current.device, dtype=current.dtype, copy=True)
 
 
 __all__ = [

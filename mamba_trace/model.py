@@ -23,9 +23,10 @@ from . import names
 from .architectures import architecture_of, make_hookable
 from .checkpoints import Checkpoint, find_checkpoint, load_tokenizer, read_state_dict
 from .conversion import check_state_dict, convert_config, convert_state_dict, residuals_per_layer
-from .envoys import envoy_classes, unknown
-from .errors import BackendError, PositionError, PromptError, UnknownSiteError
+from .envoys import envoy_classes, refuse_value, unknown
+from .errors import PositionError, PromptError, UnknownSiteError
 from .initialization import initialize
+from .scan import check
 from .sites import SITES, STATE
 from .tokens import Tokens
 from .tracer import SiteTracer
@@ -38,7 +39,6 @@ RENAME = {
     "mixer": "ssm",
 }
 DEMO = Path(__file__).parent / "demo_model"
-KERNELS = ("auto", "reference")
 
 
 class MambaTrace(Tokens, TransformersModel):
@@ -48,7 +48,7 @@ class MambaTrace(Tokens, TransformersModel):
         repo_id: a hub id or a local folder, in Hugging Face's or the original state-spaces format, or a
             loaded ``MambaForCausalLM``, which is made hookable in place.
         tokenizer: the tokenizer; found with the checkpoint where it is not given.
-        kernels: which scan runs: ``"auto"`` or ``"reference"``.
+        kernels: which scan runs: ``"auto"``, ``"reference"`` or ``"cpu"``.
         **kwargs: ``revision``, ``dtype``, ``device``, ``device_map``, ``quantization_config`` and whatever
             else ``from_pretrained`` takes; ``dispatch=True`` loads the weights now, not at the first run.
 
@@ -65,11 +65,7 @@ class MambaTrace(Tokens, TransformersModel):
     """
 
     def __init__(self, repo_id: Any, *args: Any, kernels: str = "auto", **kwargs: Any) -> None:
-        if kernels not in KERNELS:
-            raise BackendError(
-                f"kernels={kernels!r} is no backend; there is {' and '.join(map(repr, KERNELS))}"
-            )
-        self.kernels = kernels
+        self.kernels = check(kernels)
         self._sought_tokenizer = False
         if isinstance(repo_id, Path):
             repo_id = str(repo_id)
@@ -184,6 +180,10 @@ class MambaTrace(Tokens, TransformersModel):
             raise PositionError(f"a prompt has at least one position, not {n_positions}")
         return names.hook_names(len(self.layers), n_positions)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        refuse_value(self, name, value)
+        super().__setattr__(name, value)
+
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
@@ -230,6 +230,8 @@ class MambaTrace(Tokens, TransformersModel):
         checkpoint = self._find(repo_id, kwargs)
         self._find_tokenizer(checkpoint)
         device = kwargs.pop("device", None)
+        if "torch_dtype" in kwargs:
+            kwargs["dtype"] = kwargs.pop("torch_dtype")
         config = copy.deepcopy(kwargs.pop("config", None) or checkpoint.config)
         # transformers 5 rescales *loaded* weights too where this is set; it concerns new ones alone.
         rescale, config.rescale_prenorm_residual = config.rescale_prenorm_residual, False
@@ -247,7 +249,7 @@ class MambaTrace(Tokens, TransformersModel):
     def _wrap(
         self, module: nn.Module, *args: Any, device: Any = None, placed: bool = True, **kwargs: Any
     ) -> nn.Module:
-        make_hookable(module)
+        make_hookable(module, self.kernels)
         module.eval()
         # A module on its way in stays where its owner put it; one loaded here goes where nnsight's others go.
         if placed and device is None and not getattr(module, "hf_device_map", None):

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .demand import Visit
+from .demand import Visit, version
 from .offers import Offers
 from .past import PastStates, masked
 from .scan import Explicit, Recurrence, Selective, Watched
@@ -77,6 +77,8 @@ class HookableRMSNorm:
 class HookableMixer:
     """Mixin over Hugging Face's mixer: the selective state space layer, site by site."""
 
+    kernels = "auto"
+
     def forward(
         self: Any,
         hidden_states: Tensor,
@@ -90,10 +92,11 @@ class HookableMixer:
         mask = None if attention_mask is None else attention_mask[:, -length:]  # [B,L]
         past = PastStates(self, cache_params)
 
-        fused = self.in_proj(offer.into("in_proj", masked(hidden_states, mask)))  # [B,L,2E]
+        fused = self.in_proj(offer.into("in_proj", hidden_states))  # [B,L,2E]
         x_in, skip = fused.split(self.intermediate_size, dim=-1)  # [B,L,E] each
         skip = offer("skip", skip)
-        x_in = offer("x_in", x_in if self.in_proj.bias is None else masked(x_in, mask))
+        # After in_proj, which may have a bias of its own or an adapter's.
+        x_in = offer("x_in", masked(x_in, mask))
         conv = offer("conv", self.convolve(offer, x_in, past.convolution(x_in, mask)))  # [B,L,E]
         x = offer("ssm_input", masked(self.act(conv), mask))  # [B,L,E]
 
@@ -117,7 +120,8 @@ class HookableMixer:
             context = before.shape[-1]
             columns = torch.cat((before.to(columns.dtype), columns), dim=-1)
         # The module pads both ends; what lies past the last token is cut off.
-        return self.conv1d(offer.into("conv1d", columns))[..., context : context + length].transpose(1, 2)
+        columns = self.conv1d(offer.into("conv1d", columns))[..., context : context + length]  # [B,E,L]
+        return columns.transpose(1, 2).contiguous()
 
     def selective_parameters(self: Any, offer: Offers, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x_proj, split: delta_1 [B,L,R], B [B,L,N] and C [B,L,N]."""
@@ -145,10 +149,12 @@ class HookableMixer:
         edited = A_bar_edited or B_bar_edited
         handed_out = A_bar is not None or B_bar is not None
         if not edited and not (handed_out and torch.is_grad_enabled() and delta.requires_grad):
-            return Selective(x, C, delta, A, B), h
+            return Selective(x, C, delta, A, B, kernels=self.kernels), h
         A_bar = discrete_A(delta, A) if A_bar is None else A_bar
         B_bar = discrete_B(delta, B, A.dtype) if B_bar is None else B_bar
-        return Explicit(x, C, A_bar, B_bar) if edited else Watched(x, C, delta, A, B, A_bar, B_bar), h
+        if edited:
+            return Explicit(x, C, A_bar, B_bar), h
+        return Watched(x, C, delta, A, B, A_bar, B_bar, kernels=self.kernels), h
 
     def recur(
         self, offer: Offers, recurrence: Recurrence, h: Tensor, mask: Tensor | None
@@ -163,25 +169,34 @@ class HookableMixer:
                 start, h = at + 1, done[-1].after
             if offer.wants(STATE):
                 offer.visit.stand_at(STATE, length, length)
-                states = [
-                    *(stretch.states(recurrence) for stretch in done),
-                    recurrence.states(start, length, h),
-                ]
-                served = offer(STATE, torch.cat(states, dim=1))  # [B,L,E,N]
-                return recurrence.read(served), served[:, -1]
+                return self.serve_states(offer, recurrence, done, start, h)
             offer.pass_over(STATE)
-        y, h = recurrence.run(start, length, h)
-        return torch.cat([*(stretch.y for stretch in done), y], dim=1) if done else y, h
+        if start < length or not done:
+            y, h = recurrence.run(start, length, h)
+            done.append(Stretch(start, length, h, y, h))
+        return torch.cat([stretch.y for stretch in done], dim=1) if len(done) > 1 else done[0].y, h
 
     def run_to(self, at: int, offer: Offers, recurrence: Recurrence, start: int, h: Tensor) -> Stretch:
         """Run from ``start`` to position ``at``, offer the state there, and read y from what came back."""
         y, reached = recurrence.run(start, at + 1, h)
         # A copy, since the backward pass of y reads the original, which an edit in place must not touch.
-        after = offer.visit.serve_position(
-            STATE, at, recurrence.x.shape[1], reached.clone(memory_format=torch.contiguous_format)
-        )
-        y = torch.cat((y[:, :-1], recurrence.read(after, at)[:, None]), dim=1)
+        reached = reached.clone(memory_format=torch.contiguous_format)
+        before = version(reached)
+        after = offer.visit.serve_position(STATE, at, recurrence.x.shape[1], reached)
+        if touched(reached, before, after):
+            y = torch.cat((y[:, :-1], recurrence.read(after, at)[:, None]), dim=1)
         return Stretch(start, at + 1, h, y, after)
+
+    def serve_states(
+        self, offer: Offers, recurrence: Recurrence, done: list[Stretch], start: int, h: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Run the rest from ``start``, offer the trajectory, and read y and h_last from what came back."""
+        parts = [*(stretch.states(recurrence) for stretch in done)]
+        parts.append(recurrence.states(start, recurrence.x.shape[1], h))
+        y, states = (torch.cat(pieces, dim=1) for pieces in zip(*parts, strict=True))
+        before = version(states)
+        served = offer(STATE, states)  # [B,L,E,N]
+        return recurrence.read(served) if touched(states, before, served) else y, served[:, -1]
 
 
 @dataclass
@@ -201,10 +216,15 @@ class Stretch:
     y: Tensor
     after: Tensor
 
-    def states(self, recurrence: Recurrence) -> Tensor:
-        """The state after each of the positions, an edit of the last one included: [B,l,E,N]."""
-        states = recurrence.states(self.start, self.stop - 1, self.before)
-        return torch.cat((states, self.after[:, None]), dim=1)
+    def states(self, recurrence: Recurrence) -> tuple[Tensor, Tensor]:
+        """y [B,l,E] and the state after each position [B,l,E,N], an edit of the last one included."""
+        _, states = recurrence.states(self.start, self.stop - 1, self.before)
+        return self.y, torch.cat((states, self.after[:, None]), dim=1)
+
+
+def touched(handed_out: Tensor, before: int | None, served: Tensor) -> bool:
+    """Whether what follows must be computed from ``served``: it was edited, or its gradient is kept."""
+    return served is not handed_out or before is None or version(served) != before or served.requires_grad
 
 
 def discrete_A(delta: Tensor, A: Tensor) -> Tensor:

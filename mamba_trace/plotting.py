@@ -143,7 +143,10 @@ def hover_texts(heatmap: Heatmap) -> list[list[str]]:
         tokens = f"token {ours!r}" if ours == theirs else f"prompt {ours!r}, source {theirs!r}"
         places.append(f"position {position}: {literal(tokens)}")
     return [
-        [f"{row}<br>{place}<br>value {value:+.4f}" for place, value in zip(places, values, strict=True)]
+        [
+            f"{row}<br>{place}<br>value {round(value, 4) + 0.0:+.4f}"
+            for place, value in zip(places, values, strict=True)
+        ]
         for row, values in zip(rows, heatmap.values.tolist(), strict=True)
     ]
 

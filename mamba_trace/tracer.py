@@ -7,8 +7,6 @@ from typing import Any
 from nnsight.intervention.cache import CacheView
 from nnsight.intervention.tracer import InterleavingTracer
 
-from . import names
-
 
 class SiteTracer(InterleavingTracer):
     """What ``with model.trace(...) as tracer`` binds."""
@@ -37,4 +35,4 @@ class SiteTracer(InterleavingTracer):
     def _envoy_path(self, module: Any) -> Any:
         if not isinstance(module, str) or module in {path for path, _ in self.envoy.named_modules()}:
             return module
-        return f"{self.envoy.path}.{names.parse(module).module_path}"
+        return self.envoy.hook(module).path

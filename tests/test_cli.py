@@ -86,7 +86,7 @@ def test_patch_warns_of_an_answer_without_its_space() -> None:
         (("--answer", " Emma Shelby"), "is 2 tokens"),
         (("--answer", " Shelby"), "answer and wrong are both ' Shelby'"),
         (("--source", SOURCE + " the"), "prompt has 15 tokens and source 16"),
-        (("--kernels", "magic"), "kernels='magic'"),
+        (("--kernels", "magic"), "no backend is called 'magic'"),
     ],
 )
 def test_errors_are_one_message_and_exit_code_2(options: tuple[str, ...], said: str) -> None:

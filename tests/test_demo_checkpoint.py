@@ -34,7 +34,8 @@ PROMPTS = {
 def demo() -> ModuleType:
     """tutorials/train_demo.py as a module (tutorials is not a package)."""
     spec = importlib.util.spec_from_file_location("train_demo", ROOT / "tutorials" / "train_demo.py")
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -166,8 +167,10 @@ def test_the_generator_yields_both_orders_both_givers_and_the_seed_sentences(dem
         for giver in ("Emma", "Shelby")
     }
     assert set(PROMPTS) <= filled
-    assert "Lately" in demo.LEADS and "school" in demo.PLACES
-    assert "gave" in demo.VERBS and "an apple" in demo.OBJECTS
+    assert "Lately" in demo.LEADS
+    assert "school" in demo.PLACES
+    assert "gave" in demo.VERBS
+    assert "an apple" in demo.OBJECTS
 
 
 def test_tokens_carry_their_space_and_join_to_the_text(
@@ -185,7 +188,8 @@ def test_tokens_carry_their_space_and_join_to_the_text(
 
 def test_special_tokens(demo: ModuleType, tokenizer: Any) -> None:
     assert tokenizer.bos_token == tokenizer.eos_token == tokenizer.pad_token == END
-    assert tokenizer.bos_token_id == 0 and tokenizer.padding_side == "left"
+    assert tokenizer.bos_token_id == 0
+    assert tokenizer.padding_side == "left"
     assert tokenizer.encode("Emma") == tokenizer.encode("Emma", add_special_tokens=False)
     assert tokenizer.encode(" quokka", add_special_tokens=False) == [tokenizer.unk_token_id]
     for name in demo.NAMES:
@@ -220,6 +224,7 @@ def test_initialisation_is_mambas(demo: ModuleType) -> None:
         mixer = block.mixer
         torch.testing.assert_close(mixer.A_log, torch.arange(1.0, 17.0).log().expand(128, 16))
         dt = torch.nn.functional.softplus(mixer.dt_proj.bias)
-        assert 0.9e-3 < dt.min() < 2e-3 and 0.05 < dt.max() < 0.101
+        assert 0.9e-3 < dt.min() < 2e-3
+        assert 0.05 < dt.max() < 0.101
         assert dt.log().std().item() == pytest.approx(math.log(100) / math.sqrt(12), rel=0.2)
         assert torch.equal(mixer.D, torch.ones(128))

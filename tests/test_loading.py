@@ -1,4 +1,4 @@
-"""`MambaTrace(...)`: every way to get a model gives the same logits, and says what is wrong when it cannot."""
+"""`MambaTrace(...)`: every way to get a model gives the same logits, or says what is wrong."""
 
 import json
 
@@ -113,7 +113,9 @@ def test_arguments_reach_from_pretrained(plain, tmp_path, monkeypatch):
 
     monkeypatch.setattr(MambaForCausalLM, "from_pretrained", from_pretrained)
     quantization = object()
-    MambaTrace(tmp_path, revision="v2", quantization_config=quantization, max_memory={0: "1GB"}, dispatch=True)
+    MambaTrace(
+        tmp_path, revision="v2", quantization_config=quantization, max_memory={0: "1GB"}, dispatch=True
+    )
     assert seen["revision"] == "v2"
     assert seen["quantization_config"] is quantization
     assert seen["max_memory"] == {0: "1GB"}

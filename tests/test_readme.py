@@ -23,12 +23,15 @@ def command(name: str) -> str:
 
 def site_table() -> str:
     """The README's table of sites, written from the table that the code reads."""
-    rows = [
-        f"| `{site.path('l') + ('[p]' if site.name == 'h' else '')}` | {' '.join(site.axes.replace('L', '') if site.name == 'h' else site.axes)} "
-        f"| `{site.hook_name('l') + ('.p' if site.name == 'h' else '')}` | {site.meaning} |"
-        for site in SITES
-    ]
-    return "\n".join(["| path under `model` | shape | MambaLens name | meaning |", "|---|---|---|---|", *rows])
+    rows = []
+    for site in SITES:
+        path, hook, axes = site.path("l"), site.hook_name("l"), site.axes
+        if site.name == "h":
+            path, hook, axes = f"{path}[p]", f"{hook}.p", "BEN"
+        rows.append(f"| `{path}` | {' '.join(axes)} | `{hook}` | {site.meaning} |")
+    return "\n".join(
+        ["| path under `model` | shape | MambaLens name | meaning |", "|---|---|---|---|", *rows]
+    )
 
 
 def test_every_code_block_runs_in_order(tmp_path):

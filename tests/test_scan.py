@@ -205,7 +205,8 @@ def test_states_are_those_of_each_position(start: int, stop: int) -> None:
     y, _, trajectory = by_definition(inputs)
     before = inputs["h_start"] if start == 0 else trajectory[:, start - 1]
     for one in recurrences(inputs):
-        states = one.states(start, stop, before)
+        out, states = one.states(start, stop, before)
+        close(out, y[:, start:stop], FLOAT64)
         close(states, trajectory[:, start:stop], FLOAT64)
         close(one.read(states, slice(start, stop)), y[:, start:stop], FLOAT64)
         close(one.read(trajectory[:, 3], 3), y[:, 3], FLOAT64)
@@ -230,7 +231,7 @@ def count_segments(monkeypatch: pytest.MonkeyPatch) -> dict[int, list[int]]:
     """How many positions each scan call had, by the A that it was given: one for each layer."""
     calls: dict[int, list[int]] = {}
 
-    def counted(x: Tensor, delta: Tensor, A: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor]:
+    def counted(x: Tensor, delta: Tensor, A: Tensor, *rest: Tensor, kernels: str) -> tuple[Tensor, Tensor]:
         calls.setdefault(round(float(A.detach().double().sum()) * 1e6), []).append(x.shape[1])
         return selective_scan(x, delta, A, *rest)
 

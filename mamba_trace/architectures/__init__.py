@@ -9,6 +9,7 @@ from torch import nn
 
 from ..demand import rebind_forward
 from ..errors import CheckpointError
+from ..modeling import HookableMixer
 from ..offers import SiteModule
 from ..sites import Scope, offered
 from . import mamba
@@ -47,11 +48,12 @@ def architecture_of(model: nn.Module) -> Architecture:
     return ARCHITECTURES[model_type]
 
 
-def make_hookable(model: nn.Module) -> nn.Module:
+def make_hookable(model: nn.Module, kernels: str = "auto") -> nn.Module:
     """Give every block and mixer of a loaded model its sites, in place; calling it again changes nothing.
 
     Args:
         model: a causal language model of a supported architecture, adapted, quantised or dispatched or not.
+        kernels: which scan its mixers run.
 
     Returns:
         ``model``.
@@ -62,10 +64,14 @@ def make_hookable(model: nn.Module) -> nn.Module:
     architecture = architecture_of(model)
     sizes = axis_sizes(model.config)
     for module in model.modules():
+        if isinstance(module, HookableMixer):
+            module.kernels = kernels
         if type(module) not in architecture.hookable:
             continue
         hookable, scope = architecture.hookable[type(module)]
         module.__class__ = hookable
+        if isinstance(module, HookableMixer):
+            module.kernels = kernels
         rebind_forward(module)
         for site in offered(scope) if scope is not None else ():
             module.add_module(site.name, SiteModule(site, sizes))

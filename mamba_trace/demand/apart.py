@@ -9,6 +9,7 @@ edited in any of them.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,12 +27,13 @@ SERVED = "_mamba_trace_served"
 HANDLES = "_mamba_trace_handles"
 
 
-def keep_apart(location: str, value: Any) -> Any:
+def keep_apart(location: str, value: Any, rebuild: Callable[[Tensor], Any] = lambda tensor: tensor) -> Any:
     """What to hand out for a read of ``value``: itself, or a copy that the run goes on with.
 
     Args:
         location: where the running worker read it.
-        value: what nnsight served.
+        value: the tensor nnsight served there.
+        rebuild: makes what stands at the location of a tensor in the place of ``value``.
 
     Raises:
         SiteValueError: when the worker moves on, if two tensors read here were edited in place to disagree.
@@ -51,9 +53,9 @@ def keep_apart(location: str, value: Any) -> Any:
         handles.append((value, value.detach().clone()))
     handles.append((copy, copy.detach().clone()))
 
-    def carry_on() -> Tensor:
+    def carry_on() -> Any:
         mediator.__dict__[HANDLES] = (visit, [(handle, handle.detach().clone()) for handle, _ in handles])
-        return _merge(public_path(location), handles)
+        return rebuild(_merge(public_path(location), handles))
 
     # nnsight swaps the result in as soon as the worker asks for anything else, or ends.
     mediator.transform = WriteBack(carry_on, copy, None, location, mediator.wanted(location))

@@ -171,10 +171,14 @@ class Visit:
             if position >= 0:
                 _warn_if_padded(mediator, location, position, mask)
             wanted.append(position % length)
-        for location in self.interleaver.observers:
+        for location, observers in self.interleaver.observers.items():
             position = position_of(location, prefix)
-            if position is not None and -length <= position < length:
+            if position is None:
+                continue
+            if -length <= position < length:
                 wanted.append(position % length)
+            elif observers[0][0].occurrence(f"{prefix}output") == 0:  # a later step may be too short for it
+                raise position_error(public_path(location), length)
         return min((position for position in wanted if position >= start), default=None)
 
     def serve_position(self, name: str, position: int, length: int, value: Tensor) -> Tensor:

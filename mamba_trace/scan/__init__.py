@@ -10,7 +10,18 @@ initial state, return the last one, and are differentiable in every argument and
 is what a mixer holds: the inputs of one call, from which it runs any stretch of positions.
 """
 
+from .dispatch import KERNELS, check, selective_scan, selective_states
 from .recurrence import Explicit, Recurrence, Selective, Watched
-from .reference import explicit_scan, selective_scan
+from .reference import explicit_scan
 
-__all__ = ["Explicit", "Recurrence", "Selective", "Watched", "explicit_scan", "selective_scan"]
+__all__ = [
+    "KERNELS",
+    "Explicit",
+    "Recurrence",
+    "Selective",
+    "Watched",
+    "check",
+    "explicit_scan",
+    "selective_scan",
+    "selective_states",
+]

@@ -8,14 +8,15 @@ B_bar, which is what remains to be done once somebody has edited those. The mixe
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .reference import explicit_scan, read_out, selective_scan
+from .dispatch import selective_scan, selective_states
+from .reference import explicit_scan, read_out
 
 
 @dataclass
@@ -34,13 +35,16 @@ class Recurrence(ABC):
     def run(self, start: int, stop: int, h: Tensor) -> tuple[Tensor, Tensor]:
         """Positions ``start`` to ``stop - 1`` from state ``h`` [B,E,N]: ``(y [B,l,E], h_last [B,E,N])``."""
 
-    def states(self, start: int, stop: int, h: Tensor) -> Tensor:
-        """The state after each position from ``start`` to ``stop - 1``, from state ``h``: [B,l,E,N]."""
-        trajectory = []
+    def states(self, start: int, stop: int, h: Tensor) -> tuple[Tensor, Tensor]:
+        """The same with the state after each position: ``(y [B,l,E], states [B,l,E,N])``."""
+        y, trajectory = [], []
         for position in range(start, stop):
-            _, h = self.run(position, position + 1, h)
+            out, h = self.run(position, position + 1, h)
+            y.append(out)
             trajectory.append(h)
-        return torch.stack(trajectory, dim=1) if trajectory else h.new_zeros(h.shape[0], 0, *h.shape[1:])
+        if not y:
+            return self.run(start, start, h)[0], h.new_zeros(h.shape[0], 0, *h.shape[1:])
+        return torch.cat(y, dim=1), torch.stack(trajectory, dim=1)
 
     def read(self, h: Tensor, position: int | slice = slice(None)) -> Tensor:
         """y from states: h [B,E,N] at one position, or [B,L,E,N] at all of them."""
@@ -49,17 +53,22 @@ class Recurrence(ABC):
 
 @dataclass
 class Selective(Recurrence):
-    """The recurrence of delta [B,L,E], A [E,N] and B [B,L,N]."""
+    """The recurrence of delta [B,L,E], A [E,N] and B [B,L,N], on the backend ``kernels``."""
 
     delta: Tensor
     A: Tensor
     B: Tensor
+    kernels: str = field(default="auto", kw_only=True)
 
     def run(self, start: int, stop: int, h: Tensor) -> tuple[Tensor, Tensor]:
+        return selective_scan(*self._stretch(start, stop), h, kernels=self.kernels)
+
+    def states(self, start: int, stop: int, h: Tensor) -> tuple[Tensor, Tensor]:
+        return selective_states(*self._stretch(start, stop), h, kernels=self.kernels)
+
+    def _stretch(self, start: int, stop: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         span = slice(start, stop)
-        return selective_scan(
-            self.x[:, span], self.delta[:, span], self.A, self.B[:, span], self.C[:, span], h
-        )
+        return self.x[:, span], self.delta[:, span], self.A, self.B[:, span], self.C[:, span]
 
 
 @dataclass

@@ -51,6 +51,22 @@ def selective_scan(
     return _stack(y, x), h
 
 
+def selective_states(
+    x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, h_start: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """`selective_scan` with the state after each position: ``(y [B,L,E], states [B,L,E,N])``."""
+    y, states = [], []
+    h = _start(x, A.shape[-1], h_start, accumulation_dtype(x, delta, A, B, C, h_start))
+    for position in range(x.shape[1]):
+        at = slice(position, position + 1)
+        out, h = selective_scan(x[:, at], delta[:, at], A, B[:, at], C[:, at], h)
+        y.append(out)
+        states.append(h)
+    if not states:
+        return x.to(h.dtype), h.new_zeros(h.shape[0], 0, *h.shape[1:])
+    return torch.cat(y, dim=1), torch.stack(states, dim=1)
+
+
 def explicit_scan(
     A_bar: Tensor, B_bar: Tensor, x: Tensor, C: Tensor, h_start: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
