@@ -189,9 +189,11 @@ def test_the_output_of_a_block_or_mixer_may_be_edited(tiny, tiny_hf, tokens, lev
 # -- fit: what may be assigned -----------------------------------------------------------------------------
 
 
-def test_fit_gives_back_what_already_fits():
+def test_fit_copies_so_that_a_later_edit_leaves_the_assigned_tensor_alone():
     value = torch.ones(2, 3)
-    assert fit("x", "BL", value, torch.zeros(2, 3)) is value
+    fitted = fit("x", "BL", value, torch.zeros(2, 3))
+    fitted[:] = 0
+    assert torch.equal(value, torch.ones(2, 3))
 
 
 def test_fit_casts_and_keeps_the_graph():

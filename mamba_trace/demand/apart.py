@@ -9,6 +9,7 @@ edited in any of them.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +18,7 @@ from nnsight.intervention.eproperty import WriteBack
 from nnsight.intervention.interleaver import Mediator
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from ..errors import SiteValueError
 from ..names import public_path
@@ -92,22 +94,28 @@ def version(value: Tensor) -> int | None:
     return None if value.is_inference() else value._version
 
 
-def _served_in_this_run(interleaver: Any) -> dict[int, list[tuple[int, int]]]:
-    # `observers` is a new object in every run.
+#: Storage -> a weak reference, which keeps its address from being used again, and the ranges handed out.
+Served = dict[int, tuple[StorageWeakRef, list[tuple[int, int]]]]
+
+
+def _served_in_this_run(interleaver: Any) -> Served:
+    # Every run starts its workers anew.
+    worker = interleaver.mediators[0].worker
     run, served = interleaver.__dict__.get(SERVED, (None, {}))
-    if run != id(interleaver.observers):
+    if run is None or run() is not worker:
         served = {}
-        interleaver.__dict__[SERVED] = (id(interleaver.observers), served)
+        interleaver.__dict__[SERVED] = (weakref.ref(worker), served)
     return served
 
 
-def _record(served: dict[int, list[tuple[int, int]]], value: Tensor) -> bool:
+def _record(served: Served, value: Tensor) -> bool:
     # Remember the memory of `value`; say whether any of it was handed out before.
     first = int(value.storage_offset())
     last = first + sum(
         int((size - 1) * stride) for size, stride in zip(value.shape, value.stride(), strict=True)
     )
-    ranges = served.setdefault(value.untyped_storage()._cdata, [])
+    storage = StorageWeakRef(value.untyped_storage())
+    _, ranges = served.setdefault(storage.cdata, (storage, []))
     overlap = any(first <= end and start <= last for start, end in ranges)
     ranges.append((first, last))
     return overlap and value.numel() > 0
