@@ -13,6 +13,7 @@ says what was found, what was expected and what to do. Files are fetched by hugg
 
 import contextlib
 import json
+import re
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +31,7 @@ from .errors import CheckpointError
 
 DEFAULT_TOKENIZER = "EleutherAI/gpt-neox-20b"  # what the state-spaces checkpoints were trained with
 DEFAULT_TOKENIZER_SIZE = 50277
+NO_HUB_ID = re.compile(r"^[./~]|[\\\s]")  # names that can be a folder's alone
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 
 
@@ -72,27 +74,54 @@ def find_checkpoint(
         revision, cache_dir, token, local_files_only: as for `transformers.AutoConfig.from_pretrained`.
 
     Raises:
-        CheckpointError: no such folder or hub id, hub not reachable, neither format, not a Mamba-1.
+        CheckpointError: no name at all, no such folder or hub id, hub not reachable, neither format, not
+            a Mamba-1.
 
     >>> find_checkpoint("state-spaces/mamba-130m").format    # doctest: +SKIP
     'original'
     """
+    if not isinstance(name_or_path, (str, Path)):
+        raise CheckpointError(
+            f"MambaTrace takes a hub id, a folder or a loaded MambaForCausalLM; for a configuration use "
+            f"MambaTrace.from_config. This is a {type(name_or_path).__name__}"
+        )
     name = str(name_or_path)
-    options = {
-        "revision": revision,
-        "cache_dir": cache_dir,
-        "token": token,
-        "local_files_only": local_files_only,
-    }
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        path, config_file = folder, folder / CONFIG_NAME
-        if not config_file.is_file():
-            raise CheckpointError(f"{name} has no {CONFIG_NAME}; it has {listing(folder)}. {BOTH_FORMATS}")
-    elif folder.exists():
-        raise CheckpointError(f"{name} is a file; give the folder that it is in")
+    path = _local_folder(name)
+    if path is None:
+        config_file = from_hub(
+            name,
+            CONFIG_NAME,
+            revision=revision,
+            cache_dir=cache_dir,
+            token=token,
+            local_files_only=local_files_only,
+        )
     else:
-        path, config_file = None, from_hub(name, CONFIG_NAME, **options)
+        config_file = path / CONFIG_NAME
+    format, config = _recognised(name, path, config_file)
+    return Checkpoint(name, path, format, config, revision, cache_dir, token, local_files_only)
+
+
+def _local_folder(name: str) -> Path | None:
+    """The folder of that name, with a config.json in it; None where the name may be a hub id."""
+    try:
+        folder = Path(name).expanduser()
+        is_folder, exists = folder.is_dir(), folder.exists()
+    except (OSError, RuntimeError):  # a name too long for a file; ~ of nobody
+        folder, is_folder, exists = Path(name), False, False
+    if is_folder:
+        if not (folder / CONFIG_NAME).is_file():
+            raise CheckpointError(f"{name} has no {CONFIG_NAME}; it has {listing(folder)}. {BOTH_FORMATS}")
+        return folder
+    if exists:
+        raise CheckpointError(f"{name} is a file; give the folder that it is in")
+    if NO_HUB_ID.search(name):
+        raise CheckpointError(f"no such folder: {name}. It is looked for at {folder.absolute()}")
+    return None
+
+
+def _recognised(name: str, path: Path | None, config_file: Path) -> tuple[str, MambaConfig]:
+    """The format of a config.json, "huggingface" or "original", and Hugging Face's configuration of it."""
     raw = read_json(config_file)
     try:
         format = detect_config_format(raw)
@@ -107,7 +136,7 @@ def find_checkpoint(
             f"{name} has the config of a MambaLens model; convert it with convert_config and its weights "
             f"with convert_state_dict of mamba_trace.conversion. {BOTH_FORMATS}"
         )
-    return Checkpoint(name, path, format, config, revision, cache_dir, token, local_files_only)
+    return format, config
 
 
 def read_state_dict(checkpoint: Checkpoint) -> dict[str, Tensor]:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from ._version import __version__
 from .errors import MambaTraceError
 
 if TYPE_CHECKING:
@@ -54,6 +55,22 @@ app = typer.Typer(
 def main() -> None:
     """Run the command line."""
     app(prog_name="mamba-trace")
+
+
+def print_version(wanted: bool) -> None:
+    """Print the version and stop, where ``--version`` is given."""
+    if wanted:
+        typer.echo(f"mamba-trace {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=print_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """What can be given before a command."""
 
 
 @app.command()
@@ -94,15 +111,18 @@ def sites(
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
 ) -> None:
     """List every place that can be read or edited, in execution order."""
-    rows = site_rows()
+    from .sites import rows
+
+    table = list(rows())
     if as_json:
-        typer.echo(json.dumps(rows, indent=1))
+        keys = ("path", "shape", "hook", "meaning")
+        typer.echo(json.dumps([{key: getattr(row, key) for key in keys} for row in table], indent=1))
         return
-    titles = {"path": "path", "shape": "shape", "hook": "hook name", "meaning": "meaning"}
-    lines = [titles, *({**row, "hook": row["hook"] or "-"} for row in rows)]
-    widths = {key: max(len(line[key]) for line in lines) for key in titles}
+    lines = [("path", "shape", "hook name", "meaning")]
+    lines += [(row.path, row.shape, row.hook or "(none)", row.meaning) for row in table]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     for line in lines:
-        typer.echo("  ".join(line[key].ljust(widths[key]) for key in titles).rstrip())
+        typer.echo("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
     typer.echo(f"\n{axes_legend()}")
 
 
@@ -126,28 +146,6 @@ def report(grid: PatchGrid, model: str, prompt: str, source: str) -> None:
         screen.print(f"{name:<12} {value}", markup=False, highlight=False, soft_wrap=True)
     screen.print("\nnormalised metric after patching: 0 as prompt, 1 as source", highlight=False)
     screen.print(terminal_table(grid.heatmap(), screen.width), soft_wrap=True)
-
-
-def site_rows() -> list[dict[str, Any]]:
-    """The site table as plain data; the state after one position and the whole trajectory are a row each."""
-    from .sites import PUBLIC_PREFIX, SITES, STATE
-
-    rows: list[dict[str, Any]] = []
-    for site in SITES:
-        path = PUBLIC_PREFIX[site.scope].format(layer="l") + site.name
-        hook = site.hook if site.scope == "model" else f"blocks.l.{site.hook}"
-        row: dict[str, Any] = {
-            "path": path,
-            "shape": " ".join(site.axes),
-            "hook": hook,
-            "meaning": site.meaning,
-        }
-        if site.name == STATE:
-            carried = "state carried after token p: an edit changes y at p and everything after"
-            rows.append({"path": f"{path}[p]", "shape": "B E N", "hook": f"{hook}.p", "meaning": carried})
-            row |= {"hook": None, "meaning": "the whole trajectory, edits of h[p] included"}
-        rows.append(row)
-    return rows
 
 
 def axes_legend() -> str:

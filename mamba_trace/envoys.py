@@ -19,9 +19,12 @@ from nnsight.intervention.util import first_input, replace_first_input
 from torch import Tensor, nn
 
 from .demand import current_value, expect, expect_position, keep_apart, skip_module
-from .errors import PositionError, SiteValueError, UnknownSiteError
+from .errors import LayerError, PositionError, SiteValueError, UnknownSiteError
 from .names import NATIVE_MODULES, nearest, public_path
 from .sites import BY_NAME, SITES, STATE, Site, describe_axes, in_scope
+
+#: Names that a user reads values at and never assigns to.
+PLACES = {*BY_NAME, *NATIVE_MODULES, "layers", "ssm"}
 
 
 class SiteValue(eproperty):
@@ -58,6 +61,12 @@ class Located(Envoy):
             first_input(args, kwargs),
             lambda tensor: replace_first_input(args, kwargs, tensor),
         )
+
+    @eproperty(key="input")
+    def inputs(self, value: Any) -> Any:
+        """All the inputs of the module, as ``(args, kwargs)``; the first is `input`."""
+        args, kwargs = value
+        return replace_first_input(args, kwargs, Located.input._preprocess(self, value))
 
     @input.postprocess  # type: ignore[no-redef]
     def input(self, value: Any) -> Any:
@@ -220,6 +229,18 @@ class Suggesting(Located):
             raise unknown(self, name) from error
 
 
+class LayersEnvoy(Envoy):
+    """The envoy of the list of blocks."""
+
+    def __getitem__(self, key: Any) -> Any:
+        if isinstance(key, int) and not -len(self) <= key < len(self):
+            raise LayerError(f"layers[{key}]: this model has layers 0 to {len(self) - 1}")
+        return super().__getitem__(key)
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        raise not_a_value(f"layers[{key}]")
+
+
 class BlockEnvoy(Suggesting):
     """The envoy of a block."""
 
@@ -230,7 +251,7 @@ class MixerEnvoy(Suggesting):
 
 def refuse_value(envoy: Envoy, name: str, value: Any) -> None:
     """Refuse ``ssm.y = value``, which would hide the site and change nothing in the run."""
-    if name in BY_NAME and not isinstance(value, (nn.Module, Envoy)):
+    if name in PLACES and not isinstance(value, (nn.Module, Envoy)):
         raise not_a_value(f"{public_path(envoy.path)}.{name}".removeprefix("model."))
 
 
@@ -257,7 +278,8 @@ def envoy_classes() -> dict[str, type[Envoy]]:
         for scope in prefixes
         for site in in_scope(scope)  # type: ignore[arg-type]
     }
-    native = {f"mixer.{name}": Located for name in NATIVE_MODULES}
+    native: dict[str, type[Envoy]] = {f"mixer.{name}": Located for name in NATIVE_MODULES}
+    native["backbone.layers"] = LayersEnvoy
     return {**classes, **native, "layers.*": BlockEnvoy, "layers.*.mixer": MixerEnvoy}
 
 

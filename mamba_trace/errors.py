@@ -15,6 +15,10 @@ class UnknownSiteError(MambaTraceError, AttributeError, KeyError):
     __str__ = Exception.__str__  # KeyError would show the message quoted
 
 
+class LayerError(MambaTraceError, IndexError):
+    """A layer that the model does not have."""
+
+
 class PositionError(MambaTraceError, IndexError):
     """A position outside the forward call it was asked of."""
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from nnsight import TransformersModel
 from nnsight.intervention.envoy import Envoy
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import MambaConfig, MambaForCausalLM, PreTrainedTokenizerBase, TextGenerationPipeline
 
@@ -24,7 +25,7 @@ from .architectures import architecture_of, make_hookable
 from .checkpoints import Checkpoint, find_checkpoint, load_tokenizer, read_state_dict
 from .conversion import check_state_dict, convert_config, convert_state_dict, residuals_per_layer
 from .envoys import envoy_classes, refuse_value, unknown
-from .errors import PositionError, PromptError, UnknownSiteError
+from .errors import CheckpointError, PositionError, PromptError, UnknownSiteError
 from .initialization import initialize
 from .scan import check
 from .sites import SITES, STATE
@@ -65,7 +66,7 @@ class MambaTrace(Tokens, TransformersModel):
     """
 
     def __init__(self, repo_id: Any, *args: Any, kernels: str = "auto", **kwargs: Any) -> None:
-        self.kernels = check(kernels)
+        self._kernels = check(kernels)
         self._sought_tokenizer = False
         if isinstance(repo_id, Path):
             repo_id = str(repo_id)
@@ -80,6 +81,14 @@ class MambaTrace(Tokens, TransformersModel):
             envoys={**envoy_classes(), **envoys} if isinstance(envoys, dict) else envoys,
             **kwargs,
         )
+        # The tree is printed once, not again under each of its other names.
+        for alias in RENAME.values():
+            self._aliases.pop(alias, None)
+
+    @property
+    def kernels(self) -> str:
+        """Which scan runs; a property of the module, so the last wrapper around one module decides."""
+        return self.layers[0].ssm._module.kernels
 
     # -- other ways to make one ------------------------------------------------------------------------
 
@@ -235,21 +244,34 @@ class MambaTrace(Tokens, TransformersModel):
         config = copy.deepcopy(kwargs.pop("config", None) or checkpoint.config)
         # transformers 5 rescales *loaded* weights too where this is set; it concerns new ones alone.
         rescale, config.rescale_prenorm_residual = config.rescale_prenorm_residual, False
-        if checkpoint.format == "original":
-            weights = read_state_dict(checkpoint)
-            kwargs.setdefault("dtype", next(iter(weights.values())).dtype)
-            module = MambaForCausalLM.from_pretrained(None, config=config, state_dict=weights, **kwargs)
-        else:
-            revision = self.revision or "main"
-            module = MambaForCausalLM.from_pretrained(repo_id, config=config, revision=revision, **kwargs)
+        module = self._read(checkpoint, config, kwargs)
         module.config.rescale_prenorm_residual = rescale
         module.name_or_path = repo_id
         return self._wrap(module, device=device, placed="device_map" in kwargs)
 
+    def _read(self, checkpoint: Checkpoint, config: MambaConfig, kwargs: dict[str, Any]) -> Any:
+        name: str | None = checkpoint.name
+        if checkpoint.format == "original":
+            name, kwargs["state_dict"] = None, read_state_dict(checkpoint)
+            kwargs.setdefault("dtype", next(iter(kwargs["state_dict"].values())).dtype)
+        else:
+            kwargs["revision"] = self.revision or "main"
+        try:
+            loaded: Any = MambaForCausalLM.from_pretrained(
+                name, config=config, output_loading_info=True, **{**kwargs, "ignore_mismatched_sizes": True}
+            )
+        except (RuntimeError, OSError, SafetensorError) as error:
+            raise CheckpointError(f"cannot load the weights of {checkpoint.name}: {error}") from error
+        module, found = loaded
+        # Quantised weights go by names of their own, which their quantiser checks.
+        if getattr(module, "hf_quantizer", None) is None and not kwargs.get("ignore_mismatched_sizes"):
+            check_loaded(checkpoint.name, found)
+        return module
+
     def _wrap(
         self, module: nn.Module, *args: Any, device: Any = None, placed: bool = True, **kwargs: Any
     ) -> nn.Module:
-        make_hookable(module, self.kernels)
+        make_hookable(module, self._kernels)
         module.eval()
         # A module on its way in stays where its owner put it; one loaded here goes where nnsight's others go.
         if placed and device is None and not getattr(module, "hf_device_map", None):
@@ -266,6 +288,31 @@ class MambaTrace(Tokens, TransformersModel):
                 "or give it one: MambaTrace(..., tokenizer=...)"
             )
         return super()._batch(invokes, fn)
+
+
+def check_loaded(name: str, found: Mapping[str, Any]) -> None:
+    """Refuse a checkpoint that transformers filled up with random weights, or took only in part.
+
+    Raises:
+        CheckpointError: naming the keys that are missing, not the model's, or of another shape.
+    """
+    keys = {
+        "lack": found.get("missing_keys") or (),
+        "have besides": found.get("unexpected_keys") or (),
+        "have other shapes than it for": [
+            f"{key} ({tuple(there)} and not {tuple(here)})"
+            for key, there, here in found.get("mismatched_keys") or ()
+        ],
+    }
+    problems = [
+        f"{what} {', '.join(sorted(names)[:8])} ({len(names)} in all)"
+        for what, names in keys.items()
+        if names
+    ]
+    if problems:
+        raise CheckpointError(
+            f"the weights of {name} do not fit its config.json: they {' and '.join(problems)}"
+        )
 
 
 def _empty(config: MambaConfig, dtype: torch.dtype) -> MambaForCausalLM:

@@ -228,8 +228,8 @@ def touched(handed_out: Tensor, before: int | None, served: Tensor) -> bool:
 
 
 def discrete_A(delta: Tensor, A: Tensor) -> Tensor:
-    """exp(delta A): delta [B,L,E], A [E,N] -> [B,L,E,N]."""
-    A_bar = torch.exp(delta.to(A.dtype)[..., None] * A)
+    """exp(delta A): delta [B,L,E], A [E,N] or [B,E,N] -> [B,L,E,N]."""
+    A_bar = torch.exp(delta.to(A.dtype)[..., None] * (A[:, None] if A.dim() == 3 else A))
     # The backward pass of exp reads its result, which an edit in place must not touch.
     return A_bar.clone() if A_bar.requires_grad else A_bar
 

@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from .demand import Visit, version
 from .sites import BY_NAME, Scope, Site, offered
@@ -60,8 +61,7 @@ class Offers:
             value = value.clone(memory_format=layout) if site.aliases_earlier else value.contiguous()
         if site.axes.startswith("B"):
             return self.visit.pass_on(module(value))
-        with self.visit.whole_batch():
-            return module(value)
+        return self.visit.serve_whole(module, value)
 
     def into(self, name: str, value: Tensor) -> Tensor:
         """``value`` as the input of inner module ``name``: a copy where that is wanted, since an edit of it
@@ -89,8 +89,10 @@ class Offers:
         value = make()
         before = version(value)
         served = self(name, value)
-        # What cannot be told from an edit is taken for one.
-        return served, served is not value or before is None or version(served) != before
+        # A mere copy is no edit. What cannot be told from an edit is taken for one.
+        if before is None or version(value) != before or isinstance(served, FakeTensor):
+            return served, True
+        return served, served is not value and not torch.equal(served, value)
 
     def close(self) -> None:
         """Count the sites of a call that offered none."""

@@ -14,7 +14,8 @@ Source: activation patching as in Vig et al. (arXiv 2004.12265) and Meng et al. 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -111,8 +112,7 @@ def patch_grid(
     if batch_size < 1:
         raise PromptError(f"batch_size={batch_size}: a forward patches at least one position")
     layers = [None] if where.scope == "model" else list(range(len(model.layers)))
-    length = tokens.shape[1]
-    values = torch.empty(len(layers), length)
+    values = torch.empty(len(layers), tokens.shape[1])
     with (
         torch.no_grad(),
         tqdm(total=values.numel(), desc=f"patching {where.name}", disable=not progress) as bar,
@@ -120,9 +120,7 @@ def patch_grid(
         logits = plain_logits(model, torch.cat((source_tokens, tokens)))  # [2,V]
         source_metric, prompt_metric = measured(metric, logits).tolist()
         for row, layer in enumerate(layers):
-            for positions in torch.arange(length).split(batch_size):
-                batch = torch.cat((source_tokens, tokens.expand(len(positions), -1)))  # [1+k,L]
-                logits = patched_logits(model, batch, where, layer, positions.tolist())  # [k,V]
+            for positions, logits in swept(model, tokens, source_tokens, where, layer, batch_size):
                 values[row, positions] = measured(metric, logits)
                 bar.update(len(positions))
     return PatchGrid(
@@ -145,6 +143,16 @@ def plain_logits(model: MambaTrace, tokens: Tensor) -> Tensor:
     with model.trace(tokens, logits_to_keep=1):
         logits = model.lm_head.output[:, -1].save()
     return logits
+
+
+def swept(
+    model: MambaTrace, tokens: Tensor, source_tokens: Tensor, site: Site, layer: int | None, batch_size: int
+) -> Iterator[tuple[list[int], Tensor]]:
+    """`patched_logits` at every position of tokens [1,L], ``batch_size`` at a time: (positions, [k,V])."""
+    for start in range(0, tokens.shape[1], batch_size):
+        positions = list(range(start, min(start + batch_size, tokens.shape[1])))
+        batch = torch.cat((source_tokens, tokens.expand(len(positions), -1)))  # [1+k,L]
+        yield positions, patched_logits(model, batch, site, layer, positions)
 
 
 def patched_logits(
@@ -210,10 +218,16 @@ def find_site(name: str) -> Site:
     """
     site = BY_NAME.get(name) or BY_HOOK.get(name)
     if site is None:
-        known = list(POSITIONAL) + [BY_NAME[one].hook for one in POSITIONAL]
+        one = site_of_place(name)
+        known = list(POSITIONAL) + [BY_NAME[positional].hook for positional in POSITIONAL]
+        if one is not None and one.name in POSITIONAL:
+            hint = (
+                f": that is one place, and a grid takes a site. {one.name} patches every layer and position."
+            )
+        else:
+            hint = names.nearest(name, known) or "."
         raise UnknownSiteError(
-            f"no site is called {name!r}{names.nearest(name, known) or '.'} A grid patches one of "
-            f"{', '.join(POSITIONAL)}"
+            f"no site is called {name!r}{hint} A grid patches one of {', '.join(POSITIONAL)}"
         )
     if "L" not in site.axes:
         raise PositionError(
@@ -221,3 +235,14 @@ def find_site(name: str) -> Site:
             f"one of {', '.join(POSITIONAL)}"
         )
     return site
+
+
+def site_of_place(name: str) -> Site | None:
+    """The site of ``"h[5]"``, ``"layers[1].ssm.h"`` or ``"blocks.1.hook_h.5"``; else ``None``."""
+    indexed = re.fullmatch(r"(\w+)\[.*\]", name)
+    if indexed:
+        return BY_NAME.get(indexed[1]) or BY_HOOK.get(indexed[1])
+    try:
+        return names.parse(name).site
+    except UnknownSiteError:
+        return None

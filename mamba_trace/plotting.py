@@ -66,7 +66,8 @@ def check_writable(path: str | Path) -> Path:
     """``path``, if a grid can be saved there: to be asked before the hours that lead to the grid.
 
     Raises:
-        FileError: if the suffix is none of `SUFFIXES`, or the folder does not exist.
+        FileError: if the suffix is none of `SUFFIXES`, the folder does not exist, or the file cannot be
+            opened for writing. A file that is there is left as it is; none is made.
         MissingExtraError: if the library that writes this kind of file is not installed.
     """
     path = Path(path)
@@ -76,11 +77,32 @@ def check_writable(path: str | Path) -> Path:
         )
     if not path.parent.is_dir():
         raise FileError(f"{path}: there is no folder {path.parent}; create it first")
+    try_opening(path)
     if path.suffix == ".html":
         optional("plotly.graph_objects", "an interactive figure")
     if path.suffix == ".png":
         optional("matplotlib.figure", "a PNG")
     return path
+
+
+def try_opening(path: Path) -> None:
+    """Open a file for appending and leave everything as it was.
+
+    Permissions alone do not tell: the file system may be read-only, the name too long or a folder's.
+
+    Raises:
+        FileError: if it cannot be opened, with the system's reason.
+    """
+    try:
+        file = path.resolve()  # where a symbolic link leads, so that it is not the link that is removed
+        existed = file.exists()
+        with file.open("ab"):
+            pass
+        if not existed:
+            file.unlink()
+    except (OSError, RuntimeError) as error:  # RuntimeError: a loop of symbolic links
+        reason = getattr(error, "strerror", None) or error
+        raise FileError(f"{path} cannot be written: {reason}. Choose another place") from error
 
 
 def optional(name: str, purpose: str) -> ModuleType:

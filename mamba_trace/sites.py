@@ -39,6 +39,28 @@ AXES = {
 
 
 @dataclass(frozen=True)
+class Row:
+    """One line of the table as people are shown it; see `rows`.
+
+    Attributes:
+        path: what users write under ``model``, e.g. ``layers[l].ssm.h[p]``.
+        axes: as `Site.axes`.
+        hook: the MambaLens name, or ``None`` where MambaLens has none.
+        meaning: one line for people.
+    """
+
+    path: str
+    axes: str
+    hook: str | None
+    meaning: str
+
+    @property
+    def shape(self) -> str:
+        """The axes, spaced: ``"B L E N"``."""
+        return " ".join(self.axes)
+
+
+@dataclass(frozen=True)
 class Site:
     """One row of the table.
 
@@ -129,7 +151,8 @@ SITES: tuple[Site, ...] = (
         "mixer",
         "BLEN",
         "hook_h",
-        "states; h[p] [B,E,N] is the state carried after token p: an edit changes y at p and all after",
+        "the whole trajectory, edits of h[p] included; writing it means writing every h[p], so an edit of "
+        "h[:, p] changes y at p alone and is not carried on",
     ),
     Site("y", "mixer", "BLE", "hook_y", "C h, before the D term"),
     Site("ssm_output", "mixer", "BLE", "hook_ssm_output", "y + D x"),
@@ -142,6 +165,8 @@ SITES: tuple[Site, ...] = (
 
 #: The site with a place of its own for each position.
 STATE = "h"
+#: What that place holds, where the site's own row says what all of them together do.
+STATE_MEANING = "the state carried after token p: an edit changes y at p and everything after"
 
 BY_NAME: dict[str, Site] = {site.name: site for site in SITES}
 BY_HOOK: dict[str, Site] = {site.hook: site for site in SITES}
@@ -169,6 +194,23 @@ def walk(n_layers: int) -> Iterator[tuple[Site, int | None]]:
     for layer in range(n_layers):
         yield from ((site, layer) for site in SITES[first:last])
     yield from ((site, None) for site in SITES[last:])
+
+
+def rows() -> Iterator[Row]:
+    """The table as people are shown it, in execution order: the command line and the README print these.
+
+    The state has two rows, as ``h[p]`` and the whole ``h`` are two things: what an edit of the first does is
+    carried on, what an edit of the second does is not.
+
+    >>> [(row.path, row.shape, row.hook) for row in rows() if "ssm.h" in row.path and "start" not in row.path]
+    [('layers[l].ssm.h[p]', 'B E N', 'blocks.l.hook_h.p'), ('layers[l].ssm.h', 'B L E N', None)]
+    """
+    for site in SITES:
+        path = PUBLIC_PREFIX[site.scope].format(layer="l") + site.name
+        hook = site.hook if site.scope == "model" else f"blocks.l.{site.hook}"
+        if site.name == STATE:
+            yield Row(f"{path}[p]", site.axes.replace("L", ""), f"{hook}.p", STATE_MEANING)
+        yield Row(path, site.axes, None if site.name == STATE else hook, site.meaning)
 
 
 def describe_axes(axes: str) -> str:

@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import MambaConfig, MambaForCausalLM, PreTrainedTokenizerFast
 
-from mamba_trace import checkpoint_files, checkpoints
+from mamba_trace import MambaTrace, checkpoint_files, checkpoints
 from mamba_trace.checkpoints import find_checkpoint, load_tokenizer, read_state_dict, save_original
 from mamba_trace.conversion import convert_config, convert_state_dict
 from mamba_trace.errors import CheckpointError
@@ -215,8 +215,50 @@ def test_folders_that_are_neither_format(tmp_path: Path) -> None:
     config.write_text("[]")
     assert "must hold a JSON object, found a list" in fails(lambda: find_checkpoint(tmp_path))
     assert "is a file; give the folder" in fails(lambda: find_checkpoint(config))
-    missing = tmp_path / "missing"
-    assert "is neither a folder that exists nor a hub id" in fails(lambda: find_checkpoint(missing))
+
+
+NO_NAMES = (
+    "./nope",
+    "../nope",
+    ".",
+    "/no/such/folder",
+    "~/nope/x",
+    "~nobody-here/x",
+    "C:\\models\\x",
+    "my models",
+    "a/b\n",
+)
+
+
+@pytest.mark.parametrize("name", NO_NAMES)
+def test_what_can_only_be_a_folder_is_not_looked_for_on_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    asked = hub(monkeypatch, lambda name, file: AssertionError("the hub was asked"))
+    monkeypatch.chdir(tmp_path)
+    said = ". has no config.json" if name == "." else f"no such folder: {name}. It is looked for at "
+    assert fails(lambda: find_checkpoint(name)).startswith(said)
+    assert not asked
+
+
+@pytest.mark.parametrize("name", ["a/b/c", "a--b", "x" * 300])
+def test_other_names_that_are_no_hub_ids_keep_the_hub_s_words(name: str) -> None:
+    assert f"{name!r} is neither a folder that exists nor a hub id: " in fails(lambda: find_checkpoint(name))
+
+
+@pytest.mark.parametrize("name", [None, 3, b"a/b", MambaConfig()], ids=lambda name: type(name).__name__)
+def test_what_is_no_name_is_refused_without_asking_the_hub(
+    monkeypatch: pytest.MonkeyPatch, name: Any
+) -> None:
+    asked = hub(monkeypatch, lambda name, file: AssertionError("the hub was asked"))
+    words = (
+        "takes a hub id, a folder or a loaded MambaForCausalLM; "
+        "for a configuration use MambaTrace.from_config"
+    )
+    for take in (find_checkpoint, MambaTrace):
+        assert words in fails(lambda take=take: take(name))  # type: ignore[misc]
+    assert fails(lambda: find_checkpoint(name)).endswith(f"This is a {type(name).__name__}")
+    assert not asked
 
 
 def test_folder_without_weights(tmp_path: Path) -> None:
@@ -360,6 +402,7 @@ def test_default_tokenizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_no_tokenizer_warns_once_and_gives_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_original(tiny_model(), tmp_path)
+    monkeypatch.setattr(checkpoints, "offline", lambda options: False)  # whatever HF_HUB_OFFLINE says
     for size, words, requests in (
         (24, "gpt-neox-20b is neither cached nor within reach", 2),
         (25, "gpt-neox-20b has 25 tokens, the model 24", 0),

@@ -14,10 +14,11 @@ import torch
 from rich.console import Console
 from typer.testing import CliRunner, Result
 
+from mamba_trace import __version__
 from mamba_trace.cli import PROMPT, SOURCE, app, main
 from mamba_trace.patching import PatchGrid
 from mamba_trace.plotting import Heatmap, terminal_table
-from mamba_trace.sites import SITES
+from mamba_trace.sites import SITES, rows
 
 
 def run(*arguments: str, **environment: str) -> Result:
@@ -82,6 +83,11 @@ def test_patch_warns_of_an_answer_without_its_space() -> None:
     [
         (("--site", "resid_prae"), "no site is called 'resid_prae'; did you mean resid_pre"),
         (("--site", "h_start"), "has no positions"),
+        (
+            ("--site", "h[5]"),
+            "a grid takes a site. h patches every layer and position. A grid patches one of",
+        ),
+        (("--site", "layers[1].ssm.h"), "no site is called 'layers[1].ssm.h': that is one place"),
         (("--out", "grid.pdf"), "grid.pdf: a grid is saved as .html, .png, .json, not .pdf"),
         (("--answer", " Emma Shelby"), "is 2 tokens"),
         (("--answer", " Shelby"), "answer and wrong are both ' Shelby'"),
@@ -91,6 +97,29 @@ def test_patch_warns_of_an_answer_without_its_space() -> None:
 )
 def test_errors_are_one_message_and_exit_code_2(options: tuple[str, ...], said: str) -> None:
     assert said in refused("patch", "-q", *options)
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_anything_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(*arguments: object) -> None:
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr("mamba_trace.cli.load_model", load)
+    (tmp_path / "folder.json").mkdir()
+    (tmp_path / "link.json").symlink_to(tmp_path / "gone" / "grid.json")
+    (tmp_path / "loop.json").symlink_to(tmp_path / "loop.json")
+    before = sorted(tmp_path.iterdir())
+    for name in ("folder.json", "link.json", "loop.json", "x" * 300 + ".json"):
+        words = refused("patch", "-q", "--out", str(tmp_path / name))
+        assert f"{name} cannot be written: " in words
+    assert "there is no folder" in refused("patch", "-q", "--out", str(tmp_path / "gone" / "grid.json"))
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_version() -> None:
+    result = run("--version")
+    assert (result.exit_code, result.stdout) == (0, f"mamba-trace {__version__}\n")
 
 
 def test_an_error_found_only_by_running_is_one_message_too() -> None:
@@ -119,7 +148,9 @@ def test_sites_lists_the_table() -> None:
     table = [re.split(r" {2,}", line) for line in lines[1 : len(SITES) + 2]]
     assert ["layers[l].ssm.conv", "B L E", "blocks.l.hook_conv"] in [row[:3] for row in table]
     assert ["layers[l].ssm.h[p]", "B E N", "blocks.l.hook_h.p"] in [row[:3] for row in table]
-    assert ["layers[l].ssm.h", "B L E N", "-"] in [row[:3] for row in table]
+    assert ["layers[l].ssm.h", "B L E N", "(none)"] in [row[:3] for row in table]
+    shown = [[row.path, row.shape, row.hook or "(none)", row.meaning] for row in rows()]
+    assert table == shown
     assert "B batch, L positions, D d_model" in lines[-1]
 
 

@@ -396,7 +396,7 @@ def test_a_backend_that_does_not_exist(tiny, tiny_hf):
 
 def test_a_module_that_is_no_mamba(tiny):
     with pytest.raises(
-        CheckpointError, match=r"Linear.*is no architecture this package knows; it knows mamba"
+        CheckpointError, match=r"Linear is no language model this package knows; it knows MambaForCausalLM"
     ):
         MambaTrace(torch.nn.Linear(2, 2))
 

@@ -109,7 +109,7 @@ def test_arguments_reach_from_pretrained(plain, tmp_path, monkeypatch):
 
     def from_pretrained(name, **kwargs):
         seen.update(kwargs, name=name)
-        return plain
+        return plain, {}
 
     monkeypatch.setattr(MambaForCausalLM, "from_pretrained", from_pretrained)
     quantization = object()
@@ -219,6 +219,38 @@ def test_an_architecture_that_is_no_mamba(tmp_path):
         MambaTrace(gpt2)
     with pytest.raises(CheckpointError, match="Linear"):
         MambaTrace(nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (
+            lambda weights: weights.pop("backbone.layers.1.mixer.x_proj.weight"),
+            "lack backbone.layers.1.mixer.x_proj",
+        ),
+        (lambda weights: weights.update({"surplus.weight": torch.zeros(2)}), "have besides surplus.weight"),
+        (
+            lambda weights: weights.update({"backbone.norm_f.weight": torch.zeros(2)}),
+            r"norm_f.weight \(\(2,\) and not \(12,\)\)",
+        ),
+    ],
+    ids=["missing", "extra", "wrong shape"],
+)
+def test_hugging_face_weights_that_do_not_fit(plain, tmp_path, change, words):
+    weights = plain.state_dict()
+    change(weights)
+    plain.config.save_pretrained(tmp_path)
+    torch.save(weights, tmp_path / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match=words):
+        MambaTrace(tmp_path, dispatch=True)
+
+
+@pytest.mark.parametrize("original", [True, False])
+def test_torch_dtype_is_understood(plain, tmp_path, original):
+    save_original(plain, tmp_path) if original else plain.save_pretrained(tmp_path)
+    assert (
+        MambaTrace(tmp_path, torch_dtype=torch.bfloat16, dispatch=True).lm_head.weight.dtype == torch.bfloat16
+    )
 
 
 def test_weights_that_do_not_fit_the_config(plain, tmp_path):

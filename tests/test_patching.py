@@ -26,6 +26,7 @@ from mamba_trace.errors import (
 )
 from mamba_trace.model import DEMO
 from mamba_trace.patching import POSITIONAL, PatchGrid, logit_diff, patch_grid
+from mamba_trace.plotting import check_writable
 from mamba_trace.prompts import aligned
 from mamba_trace.sites import BY_NAME, SITES
 
@@ -300,6 +301,20 @@ def test_files_that_cannot_be(grid: PatchGrid, tmp_path: Path) -> None:
     assert "is no grid" in refusal(FileError, lambda: PatchGrid.load(tmp_path / "other.json"))
 
 
+def test_asking_whether_a_file_can_be_written_changes_nothing(tmp_path: Path) -> None:
+    there, link = tmp_path / "there.json", tmp_path / "link.json"
+    there.write_text("old", encoding="utf-8")
+    link.symlink_to(tmp_path / "new.json")
+    for path in (there, link, tmp_path / "other.json"):
+        assert check_writable(path) == path
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link.json", "there.json"]
+    assert there.read_text(encoding="utf-8") == "old"
+    (tmp_path / "folder.json").mkdir()
+    assert "folder.json cannot be written: Is a directory" in refusal(
+        FileError, lambda: check_writable(tmp_path / "folder.json")
+    )
+
+
 @pytest.mark.parametrize(
     ("module", "suffix"), [("plotly.graph_objects", "html"), ("matplotlib.figure", "png")]
 )
@@ -363,8 +378,21 @@ def test_unknown_sites_are_refused_with_the_nearest(demo: MambaTrace, metric: pa
     assert "no site is called 'resid_prae'; did you mean resid_pre" in message("resid_prae")
     assert "did you mean hook_conv" in message("hook_convv")
     assert "A grid patches one of embeddings, resid_pre, " in message("qqq")
+    for place, site in (
+        ("h[5]", "h"),
+        ("h[:, 5]", "h"),
+        ("layers[1].ssm.h", "h"),
+        ("blocks.1.hook_h.5", "h"),
+        ("layers[1].resid_pre", "resid_pre"),
+    ):
+        refused = message(place)
+        assert f"no site is called {place!r}: that is one place, and a grid takes a site" in refused
+        assert f"{site} patches every layer and position" in refused
+    assert "in_proj'; did you mean" in message("layers[0].ssm.in_proj")
     for site in ("A", "h_start", "hook_A"):
-        refused = refusal(PositionError, lambda site=site: patch_grid(demo, PROMPT, SOURCE, site, metric))
+        with pytest.raises(PositionError) as caught:
+            patch_grid(demo, PROMPT, SOURCE, site, metric)
+        refused = str(caught.value)
         assert "has no positions to patch one by one. A grid patches one of embeddings, " in refused
 
 
@@ -380,7 +408,7 @@ def test_answers_are_single_different_tokens(demo: MambaTrace) -> None:
     assert "token -1 is not in the vocabulary" in message(-1)
 
 
-def test_metrics_give_one_number_for_each_row(demo: MambaTrace) -> None:
+def test_metrics_give_one_number_for_each_row(demo: MambaTrace, metric: patching.Metric) -> None:
     def message(metric: Any) -> str:
         return refusal(MetricError, lambda: patch_grid(demo, PROMPT, SOURCE, metric=metric, progress=False))
 
@@ -388,5 +416,5 @@ def test_metrics_give_one_number_for_each_row(demo: MambaTrace) -> None:
     assert "returns one number for each row [B]" in message(lambda logits: logits.mean())
     assert "this one returned a float" in message(lambda logits: 1.0)
     assert "batch_size=0" in refusal(
-        PromptError, lambda: patch_grid(demo, PROMPT, SOURCE, metric=len, batch_size=0, progress=False)
+        PromptError, lambda: patch_grid(demo, PROMPT, SOURCE, metric=metric, batch_size=0, progress=False)
     )

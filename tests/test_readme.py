@@ -6,8 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from mamba_trace.sites import SITES
+from mamba_trace import MambaTrace, __version__
+from mamba_trace.sites import SITES, rows
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -17,24 +19,26 @@ def blocks() -> list[str]:
     return re.findall(r"^```python\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
 
 
+def found(pattern: str) -> str:
+    match = re.search(pattern, README, flags=re.DOTALL)
+    assert match, pattern
+    return match[1]
+
+
 def command(name: str) -> str:
-    return re.search(rf"<!-- command: {name} -->\n```bash\n(.*?)\n```", README, flags=re.DOTALL)[1]
+    return found(rf"<!-- command: {name} -->\n```bash\n(.*?)\n```")
 
 
 def site_table() -> str:
     """The README's table of sites, written from the table that the code reads."""
-    rows = []
-    for site in SITES:
-        path, hook, axes = site.path("l"), site.hook_name("l"), site.axes
-        if site.name == "h":
-            path, hook, axes = f"{path}[p]", f"{hook}.p", "BEN"
-        rows.append(f"| `{path}` | {' '.join(axes)} | `{hook}` | {site.meaning} |")
-    return "\n".join(
-        ["| path under `model` | shape | MambaLens name | meaning |", "|---|---|---|---|", *rows]
-    )
+    lines = ["| path under `model` | shape | MambaLens name | meaning |", "|---|---|---|---|"]
+    for row in rows():
+        hook = f"`{row.hook}`" if row.hook else "(none)"
+        lines.append(f"| `{row.path}` | {row.shape} | {hook} | {row.meaning} |")
+    return "\n".join(lines)
 
 
-def test_every_code_block_runs_in_order(tmp_path):
+def test_every_code_block_runs_in_order(tmp_path: Path) -> None:
     script = tmp_path / "readme.py"
     script.write_text("\n\n".join(blocks()), encoding="utf-8")
     run = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True, timeout=300)
@@ -42,19 +46,87 @@ def test_every_code_block_runs_in_order(tmp_path):
     assert (tmp_path / "heatmap.html").stat().st_size > 1000
 
 
-def test_the_two_experiments_are_short():
+def test_the_first_block_prints_what_it_says(tmp_path: Path) -> None:
+    script = tmp_path / "first.py"
+    script.write_text(blocks()[0], encoding="utf-8")
+    run = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    edited, plain = re.findall(
+        r"print\(.*# ('.*?'); without the edit it is ('.*?')$", blocks()[0], re.MULTILINE
+    )[0]
+    assert run.stdout.strip() == edited, run.stderr
+    without = [line for line in blocks()[0].splitlines() if "[:] = 0" not in line]
+    script.write_text("\n".join(without), encoding="utf-8")
+    run = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert run.stdout.strip() == plain, run.stderr
+
+
+def test_loading_names_every_kernel() -> None:
+    from mamba_trace.scan.dispatch import KERNELS
+
+    assert "kernels=" + " | ".join(f'"{name}"' for name in KERNELS) in README
+
+
+def test_the_changelog_begins_with_this_version() -> None:
+    changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    versions = re.findall(r"^## \[(.*?)\]", changelog, flags=re.MULTILINE)
+    assert versions[0] == __version__
+
+
+def test_the_two_experiments_are_short() -> None:
     experiments = [block for block in blocks() if "grid[l, p]" in block]
     assert len(experiments) == 2
     for block in experiments:
         assert len([line for line in block.splitlines() if line.strip()]) <= 15
 
 
-def test_the_site_table_is_the_table():
-    shown = re.search(r"<!-- sites -->\n(.*?)\n<!-- /sites -->", README, flags=re.DOTALL)[1]
-    assert shown == site_table()
+def test_the_site_table_is_the_table() -> None:
+    assert found(r"<!-- sites -->\n(.*?)\n<!-- /sites -->") == site_table()
+
+
+def test_every_site_has_a_row_and_the_state_has_two() -> None:
+    table = list(rows())
+    names = [row.path.rpartition(".")[2] for row in table]
+    assert [name for name in names if name != "h[p]"] == [site.name for site in SITES]
+    one, whole = (table[names.index(name)] for name in ("h[p]", "h"))
+    assert names.index("h[p]") + 1 == names.index("h")
+    assert (one.path, one.shape, one.hook) == ("layers[l].ssm.h[p]", "B E N", "blocks.l.hook_h.p")
+    assert (whole.path, whole.shape, whole.hook) == ("layers[l].ssm.h", "B L E N", None)
+    assert one.meaning == "the state carried after token p: an edit changes y at p and everything after"
+    assert whole.meaning.endswith("an edit of h[:, p] changes y at p alone and is not carried on")
+
+
+def test_an_edit_is_carried_from_one_position_and_not_from_the_whole(tiny: MambaTrace) -> None:
+    """What the rows of h[p] and h say, and the README of gradients."""
+    tokens, p = torch.tensor([[3, 1, 7, 9, 4, 2]]), 2
+    ssm = tiny.layers[1].ssm
+    with torch.no_grad(), tiny.trace(tokens):
+        plain = ssm.y.output.save()  # [1,L,E]
+    with torch.no_grad(), tiny.trace(tokens):
+        ssm.h[p].output[:] = 0
+        carried = ssm.y.output.save()
+    with torch.no_grad(), tiny.trace(tokens):
+        ssm.h.output[:, p] = 0
+        alone = ssm.y.output.save()
+    assert positions_apart(carried, plain) == [2, 3, 4, 5]
+    assert positions_apart(alone, plain) == [2]
+    with tiny.trace(tokens):
+        h = ssm.h[p].output.save()
+        last = ssm.y.output[:, -1].sum().save()
+    (gradient,) = torch.autograd.grad(last, h)
+    assert gradient.abs().max() > 1e-6
+    with tiny.trace(tokens):
+        states = ssm.h.output.save()
+        last = ssm.y.output[:, -1].sum().save()
+    (gradient,) = torch.autograd.grad(last, states)
+    assert positions_apart(gradient.flatten(2), torch.zeros_like(gradient.flatten(2))) == [5]
+
+
+def positions_apart(one: torch.Tensor, other: torch.Tensor) -> list[int]:
+    """The positions where [1,L,...] values differ by more than rounding."""
+    return (one - other).abs().amax((0, 2)).gt(1e-6).nonzero().flatten().tolist()
 
 
 @pytest.mark.parametrize("part", ["pip install -e '.[dev]' && python -m pytest -n 2"])
-def test_ci_runs_the_test_command(part):
+def test_ci_runs_the_test_command(part: str) -> None:
     assert command("test").endswith(part)
     assert command("test") in (ROOT / ".ci" / "run").read_text(encoding="utf-8")

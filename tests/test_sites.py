@@ -752,3 +752,63 @@ def test_grad_modes_around_a_trace(tiny, hf, tokens, mode, path):
 def test_every_row_of_the_table_is_covered_here():
     assert {path.rsplit(".", 1)[-1] for path in SITE_PATHS} == set(BY_NAME)
     assert functools.reduce(set.union, ({a, b} for a, b in CROSS)) >= set(SITE_PATHS)
+
+
+def test_an_edit_of_A_in_one_invoke_leaves_the_others_alone(tiny, hf, tokens):
+    one, two = tokens[:1], tokens[1:]
+    halved = by_hand(hf, two, {"layers[0].ssm.A": lambda A: A * 0.5})["lm_head"]
+    for in_place in (True, False):
+        with torch.no_grad(), tiny.trace() as tracer:
+            with tracer.invoke(one):
+                first = tiny.lm_head.output.save()
+            with tracer.invoke(two):
+                if in_place:
+                    tiny.layers[0].ssm.A.output *= 0.5
+                else:
+                    tiny.layers[0].ssm.A.output = tiny.layers[0].ssm.A.output * 0.5
+                second = tiny.lm_head.output.save()
+        same(first, by_hand(hf, one)["lm_head"])
+        same(second, halved)
+
+
+@pytest.mark.parametrize("name", ["A_bar", "B_bar"])
+def test_reading_a_discretised_matrix_twice_keeps_the_selective_scan(tiny, tokens, name, monkeypatch):
+    monkeypatch.setattr("mamba_trace.modeling.Explicit", None)  # calling it would raise
+    with torch.no_grad(), tiny.trace(tokens):
+        tiny.layers[0].ssm.get(name).output.sum()
+        again = tiny.layers[0].ssm.get(name).output.save()
+    assert again.dim() == 4
+
+
+@pytest.mark.parametrize("name", ["y", "in_proj"])
+def test_a_place_is_not_a_value(tiny, tokens, name):
+    with pytest.raises(SiteValueError, match=rf"layers\[0\].ssm.{name} is a place.*{name}.output"):
+        setattr(tiny.layers[0].ssm, name, torch.zeros(1))
+    with pytest.raises(SiteValueError, match=r"layers\[0\].ssm is a place"):
+        tiny.layers[0].ssm = torch.zeros(1)
+    with pytest.raises(SiteValueError, match=r"h\[3\] is a place"):
+        tiny.layers[0].ssm.h[3] = torch.zeros(1)
+
+
+def test_an_assigned_tensor_is_not_changed_by_a_later_edit(tiny, tokens):
+    with torch.no_grad(), tiny.trace(tokens):
+        given = tiny.layers[0].ssm.y.output.clone().save()
+        tiny.layers[0].ssm.y.output = given
+        tiny.layers[0].ssm.y.output[:] = 0
+    assert given.any()
+
+
+def test_a_saved_stream_survives_an_edit_of_the_input_of_the_next_block(tiny, tokens):
+    for inputs in (True, False):
+        with torch.no_grad(), tiny.trace(tokens):
+            saved = tiny.layers[0].resid_post.output.save()
+            block = tiny.layers[1]
+            (block.inputs[0][0] if inputs else block.input)[:] = 0
+            stream = block.resid_pre.output.save()
+        assert saved.any()
+        assert not stream.any()
+
+
+def test_a_layer_that_does_not_exist(tiny):
+    with pytest.raises(IndexError, match=r"layers\[7\]: this model has layers 0 to"):
+        tiny.layers[7]

@@ -39,13 +39,12 @@ def architecture_of(model: nn.Module) -> Architecture:
     Raises:
         CheckpointError: if the model is not one of the supported architectures.
     """
-    model_type = getattr(getattr(model, "config", None), "model_type", None)
-    if model_type not in ARCHITECTURES:
-        raise CheckpointError(
-            f"{type(model).__name__} (model_type {model_type!r}) is no architecture this package knows; "
-            f"it knows {', '.join(sorted(ARCHITECTURES))}. Load a MambaForCausalLM"
-        )
-    return ARCHITECTURES[model_type]
+    for architecture in ARCHITECTURES.values():
+        # PEFT and the like wrap the model they adapt.
+        if any(isinstance(module, architecture.model_class) for module in model.modules()):
+            return architecture
+    known = ", ".join(architecture.model_class.__name__ for architecture in ARCHITECTURES.values())
+    raise CheckpointError(f"{type(model).__name__} is no language model this package knows; it knows {known}")
 
 
 def make_hookable(model: nn.Module, kernels: str = "auto") -> nn.Module:

@@ -18,9 +18,13 @@ from torch._subclasses.fake_tensor import FakeTensor
 from ..errors import PositionError
 from ..names import public_path
 from ..sites import STATE
+from .invokes import PerInvoke
 
 #: The three locations nnsight counts for every module call.
 LOCATIONS = ("input", "skip", "output")
+
+#: Packages whose frames are no user's.
+INTERNAL = ("mamba_trace", "nnsight", "greenlet")
 
 #: Where a pass over positions stands, kept on the site's module: (interleaver, next position, length).
 CURSOR = "_mamba_trace_cursor"
@@ -129,17 +133,23 @@ class Visit:
                 location = f"{self.path}.{name}.{key}"
                 counts[location] = counts.get(location, 0) + 1
 
-    @contextlib.contextmanager
-    def whole_batch(self) -> Iterator[None]:
-        """Serve values whole: for those without a batch dimension, which nnsight might take for one."""
+    def serve_whole(self, module: nn.Module, value: Tensor) -> Tensor:
+        """Offer a value without a batch axis at ``module``: whole to each invoke, which may edit its own.
+
+        Returns:
+            ``value`` or what replaced it; with a batch axis in front where invokes made it differ.
+        """
         if self.interleaver is None:
-            yield
-            return
-        batcher, self.interleaver.batcher = self.interleaver.batcher, None
+            return module(value)
+        batcher = self.interleaver.batcher
+        invokes = PerInvoke(value, self.interleaver) if self.batching else None
+        self.interleaver.batcher = invokes
         try:
-            yield
+            returned = module(value)
         finally:
             self.interleaver.batcher = batcher
+        # A PyTorch hook may have replaced the value for all.
+        return returned if invokes is None or returned is not value else invokes.merged()
 
     # -- the state after a position --------------------------------------------------------------------
 
@@ -279,8 +289,12 @@ def _warn_if_padded(mediator: Mediator, location: str, position: int, mask: Tens
     if not any(offsets):
         return
     told = str(offsets[0]) if len(set(offsets)) == 1 else str(offsets)
-    warnings.warn(
+    message = (
         f"{public_path(location)}: this invoke is left-padded by {told}, so column {position} is not its "
-        f"token {position}. Add the padding to the position, or count from the end with a negative one",
-        stacklevel=2,
+        f"token {position}. Add the padding to the position, or count from the end with a negative one"
     )
+    frame = mediator.worker.gr_frame
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in INTERNAL:
+        frame = frame.f_back
+    # At the user's line, where the worker is parked.
+    warnings.warn_explicit(message, UserWarning, frame.f_code.co_filename, frame.f_lineno)

@@ -11,6 +11,7 @@ Layouts: x, delta, y [B,L,E]; A [E,N]; B, C [B,L,N]; h [B,E,N]; all float32 and 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -21,9 +22,17 @@ from numba.extending import intrinsic
 WIDTH = 16  # channels in a block
 CHUNK = 64  # positions between the states that the backward pass keeps
 LOG2E = np.float32(math.log2(math.e))
-#: Minimax coefficients of 2**f on [-1/2, 1/2], lowest first; relative error 2e-8 before rounding.
+#: Taylor coefficients of 2**f, lowest first; on [-1/2, 1/2] their error is below float32's.
 EXP2 = tuple(np.float32(math.log(2) ** k / math.factorial(k)) for k in range(8))
 FAST = {"contract", "reassoc", "nsz", "arcp"}
+
+
+def compiled(function: Callable[..., None]) -> Any:
+    """Compile at the first call, and keep the result on disk where there is a folder to write to."""
+    try:
+        return njit(nogil=True, cache=True, fastmath=FAST)(function)
+    except RuntimeError:  # numba found no such folder
+        return njit(nogil=True, fastmath=FAST)(function)
 
 
 @intrinsic
@@ -53,7 +62,7 @@ def _exp2(v):  # type: ignore[no-untyped-def]
     return p * _as_float(np.int32(np.int32(whole) + np.int32(127)) << np.int32(23))
 
 
-@njit(nogil=True, cache=True, fastmath=FAST)
+@compiled
 def forward(x, delta, A, B, C, h_start, y, h_last, states, first, last):  # type: ignore[no-untyped-def]
     """Run the blocks ``first`` to ``last - 1`` (of batch x channel blocks) over all positions.
 
@@ -97,7 +106,7 @@ def forward(x, delta, A, B, C, h_start, y, h_last, states, first, last):  # type
                 h_last[b, e0 + e, n] = h[n, e]
 
 
-@njit(nogil=True, cache=True, fastmath=FAST)
+@compiled
 def backward(  # type: ignore[no-untyped-def]
     x, delta, A, B, C, h_start, gy, gh_last, gstates, gx, gdelta, gA, gB, gC, gh, first, last
 ):

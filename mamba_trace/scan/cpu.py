@@ -1,7 +1,7 @@
 """The scan on a CPU in float32: compiled, over blocks of channels, on as many threads as PyTorch uses.
 
 Registered with PyTorch as custom operators, so that they run under fake tensors (``model.scan``) and in
-compiled graphs. Differentiable once, in every argument and every result.
+compiled graphs. Differentiable in every argument and every result; the second derivative is `reference`'s.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from __future__ import annotations
 import functools
 import importlib.util
 import itertools
+import os
+import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -16,9 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .reference import explicit_scan
+from . import reference
+from .reference import gradients
 
-__all__ = ["explicit_scan", "selective_scan", "selective_states", "unavailable"]
+__all__ = ["selective_scan", "selective_states", "unavailable"]
 
 #: Fewer channel blocks x positions than this are not worth a second thread.
 SMALL = 512
@@ -26,13 +29,28 @@ SMALL = 512
 
 def unavailable(x: Tensor | None = None, dtype: torch.dtype = torch.float32) -> str | None:
     """Why this backend cannot run on inputs such as ``x`` accumulated in ``dtype``; ``None`` if it can."""
-    if importlib.util.find_spec("numba") is None:
-        return "it needs numba: pip install numba"
+    if (reason := _broken()) is not None:
+        return reason
     if x is not None and x.device.type != "cpu":
         return f"the model is on {x.device}, and it runs on the CPU alone"
     if dtype != torch.float32:
         return f"it computes in float32, not {dtype}"
     return None
+
+
+@functools.cache
+def _broken() -> str | None:
+    # Importing compiled code can fail in many ways, and none of them may stop a model from running.
+    if importlib.util.find_spec("numba") is None:
+        reason = "it needs numba: pip install numba"
+    else:
+        try:
+            importlib.import_module("._kernels", __package__)
+            return None
+        except Exception as error:
+            reason = f"numba does not work here ({type(error).__name__}: {error})"
+    warnings.warn(f"the compiled scan cannot run, so the slower reference does: {reason}", stacklevel=3)
+    return reason
 
 
 def selective_scan(
@@ -64,7 +82,7 @@ def _run(
 
     results = _results(x, A, h, keep)
     arrays = [tensor.detach().numpy() for tensor in (x, delta, A, B, C, h, *results)]
-    _in_pieces(x, lambda piece, first, last: _kernels.forward(*arrays, first, last))  # type: ignore[call-arg]
+    _in_pieces(x, lambda piece, first, last: _kernels.forward(*arrays, first, last))
     return results
 
 
@@ -95,7 +113,7 @@ def _run_backward(
     sums = list(zip(gB.numpy(), gC.numpy(), strict=True))
 
     def run(piece: int, first: int, last: int) -> None:
-        _kernels.backward(*given, *made, *sums[piece], gh.numpy(), first, last)  # type: ignore[call-arg]
+        _kernels.backward(*given, *made, *sums[piece], gh.numpy(), first, last)
 
     _in_pieces(x, run)
     return [gx, gdelta, gA.sum(0), gB.sum(0), gC.sum(0), gh]
@@ -105,8 +123,15 @@ def _keep_inputs(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.save_for_backward(*inputs[:6])
 
 
-def _differentiate(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-    return (*_scan_backward(*ctx.saved_tensors, *(grad.contiguous() for grad in grads)), None)
+def _differentiate(ctx: Any, gy: Tensor, gh_last: Tensor, gstates: Tensor) -> tuple[Any, ...]:
+    inputs = ctx.saved_tensors
+    if torch.is_grad_enabled():  # a second derivative will be asked for
+        results = [*reference.selective_scan(*inputs)]
+        if gstates.shape[1]:
+            results.append(reference.selective_states(*inputs)[1])
+        return (*gradients(results, inputs, (gy, gh_last, gstates)), None)
+    grads = (grad.contiguous() for grad in (gy, gh_last, gstates))
+    return (*_scan_backward(*inputs, *grads), None)
 
 
 _scan: Any = torch.library.custom_op("mamba_trace::selective_scan_cpu", _run, mutates_args=())
@@ -143,3 +168,7 @@ def _in_pieces(x: Tensor, run: Callable[[int, int, int], None]) -> None:
 @functools.cache
 def _pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, thread_name_prefix="mamba_trace_scan")
+
+
+if hasattr(os, "register_at_fork"):  # threads do not survive a fork
+    os.register_at_fork(after_in_child=_pool.cache_clear)

@@ -28,13 +28,15 @@ def check(kernels: str) -> str:
     return kernels
 
 
-def backend(kernels: str, x: Tensor, *others: Tensor | None) -> ModuleType:
-    """The backend for inputs such as ``x`` [B,L,E].
+def backend(kernels: str, x: Tensor, A: Tensor, *others: Tensor | None) -> ModuleType:
+    """The backend for inputs such as ``x`` [B,L,E] and ``A`` [E,N], or [B,E,N] where rows have their own.
 
     Raises:
         BackendError: if the forced one cannot run on these inputs, with the reason.
     """
-    reason = cpu.unavailable(x, accumulation_dtype(x, *others))
+    reason = cpu.unavailable(x, accumulation_dtype(x, A, *others))
+    if A.dim() == 3:
+        reason = "invokes of the batch have an A of their own"
     if kernels == "auto":
         return cpu if reason is None else reference
     if kernels == "cpu" and reason is not None:
@@ -53,7 +55,7 @@ def selective_scan(
     kernels: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """`reference.selective_scan` on the backend ``kernels`` names or that suits the inputs best."""
-    return backend(kernels, x, delta, A, B, C, h_start).selective_scan(x, delta, A, B, C, h_start)
+    return backend(kernels, x, A, delta, B, C, h_start).selective_scan(x, delta, A, B, C, h_start)
 
 
 def selective_states(
@@ -67,4 +69,4 @@ def selective_states(
     kernels: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """`reference.selective_states` on the backend ``kernels`` names or that suits the inputs best."""
-    return backend(kernels, x, delta, A, B, C, h_start).selective_states(x, delta, A, B, C, h_start)
+    return backend(kernels, x, A, delta, B, C, h_start).selective_states(x, delta, A, B, C, h_start)

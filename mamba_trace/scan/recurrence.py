@@ -13,10 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .dispatch import selective_scan, selective_states
-from .reference import explicit_scan, read_out
+from .reference import explicit_scan, gradients, read_out
 
 
 @dataclass
@@ -75,7 +74,7 @@ class Selective(Recurrence):
 class Watched(Selective):
     """A `Selective` recurrence whose A_bar and B_bar [B,L,E,N] were handed out, and not edited.
 
-    It runs as ever. Gradients, the first ones, go by way of the matrices, so that theirs can be asked for.
+    It runs as ever. Gradients go by way of the matrices, so that theirs can be asked for.
     """
 
     A_bar: Tensor
@@ -98,12 +97,14 @@ class _ThroughMatrices(torch.autograd.Function):
         return run(start, stop, matrices[-1])
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        matrices = ctx.saved_tensors
+        if torch.is_grad_enabled():  # a second derivative will be asked for
+            return (None, None, None, *gradients(explicit_scan(*matrices), matrices, grads))
         with torch.enable_grad():
-            matrices = [tensor.detach().requires_grad_() for tensor in ctx.saved_tensors]
-            results = explicit_scan(*matrices)
-            return (None, None, None, *torch.autograd.grad(results, matrices, grads))
+            leaves = [tensor.detach().requires_grad_() for tensor in matrices]
+            results = explicit_scan(*leaves)
+        return (None, None, None, *gradients(results, leaves, grads))
 
 
 @dataclass

@@ -6,6 +6,8 @@ device, under fake tensors and with any strides, and accumulates in float32 or b
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -27,7 +29,7 @@ def selective_scan(
     Args:
         x: input [B,L,E].
         delta: step sizes, after softplus [B,L,E].
-        A: state matrix, negative [E,N].
+        A: state matrix, negative [E,N], or one for each row [B,E,N].
         B: input matrix [B,L,N].
         C: output matrix [B,L,N].
         h_start: state before the first position [B,E,N]; zeros if ``None``.
@@ -105,3 +107,21 @@ def _start(x: Tensor, d_state: int, h_start: Tensor | None, dtype: torch.dtype) 
 
 def _stack(y: list[Tensor], x: Tensor) -> Tensor:
     return torch.stack(y, dim=1) if y else torch.zeros_like(x)
+
+
+def gradients(
+    results: Sequence[Tensor], inputs: Sequence[Tensor], grads: Sequence[Tensor]
+) -> list[Tensor | None]:
+    """The gradient of each of ``inputs``, ``None`` where it takes none, itself differentiable."""
+    wanted = [tensor for tensor in inputs if tensor.requires_grad]
+    pairs = [(result, grad) for result, grad in zip(results, grads, strict=False) if result.requires_grad]
+    found = iter(
+        torch.autograd.grad(
+            [result for result, _ in pairs],
+            wanted,
+            [grad for _, grad in pairs],
+            create_graph=torch.is_grad_enabled(),
+            allow_unused=True,
+        )
+    )
+    return [next(found) if tensor.requires_grad else None for tensor in inputs]

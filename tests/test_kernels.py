@@ -1,0 +1,219 @@
+"""``kernels=``: every backend gives the model the same numbers, whatever a trace does to it."""
+
+# A traced block is not a statement under test: what pytest.raises expects comes out of its end.
+# ruff: noqa: PT012
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any
+
+import nnsight
+import pytest
+import torch
+from conftest import SIZES, ModuleFactory, agree
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from mamba_trace import MambaTrace
+from mamba_trace.errors import BackendError
+from mamba_trace.scan import cpu, reference
+from mamba_trace.sites import STATE, walk
+
+BACKENDS = ("reference", "cpu", "auto")
+LENGTH = 9
+
+
+@pytest.fixture(scope="module")
+def models(tiny_hf: ModuleFactory) -> dict[str, MambaTrace]:
+    """The same weights under every choice of ``kernels``."""
+    return {kernels: MambaTrace(tiny_hf(), kernels=kernels) for kernels in BACKENDS}
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Which backend each scan ran on."""
+    ran: list[str] = []
+
+    def recorded(name: str, run: Any) -> Any:
+        def call(*arguments: Any) -> Any:
+            ran.append(name)
+            return run(*arguments)
+
+        return call
+
+    for name, module in (("reference", reference), ("cpu", cpu)):
+        for function in ("selective_scan", "selective_states"):
+            monkeypatch.setattr(module, function, recorded(name, getattr(module, function)))
+    return ran
+
+
+def parameter_gradients(model: MambaTrace, score: Tensor) -> dict[str, Tensor]:
+    model._module.zero_grad()
+    score.backward()
+    return {name: parameter.grad.clone() for name, parameter in model._module.named_parameters()}
+
+
+def weighted(logits: Tensor) -> Tensor:
+    """A score that every logit enters with a weight of its own."""
+    generator = torch.Generator().manual_seed(5)
+    return (logits * torch.randn(logits.shape, generator=generator).to(logits.dtype)).sum()
+
+
+# -- the same numbers ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kernels", ["cpu", "auto"])
+def test_logits_states_and_gradients_are_those_of_the_reference(
+    models: dict[str, MambaTrace], tokens: Tensor, kernels: str
+) -> None:
+    found = []
+    for model in (models["reference"], models[kernels]):
+        with model.trace(tokens):
+            state = model.layers[1].ssm.h[4].output.save()
+            whole = model.layers[2].ssm.h.output.save()
+            logits = model.lm_head.output.save()
+        (gradient,) = torch.autograd.grad(weighted(logits), state, retain_graph=True)
+        found.append((logits, state, whole, gradient, parameter_gradients(model, weighted(logits))))
+    expected, actual = found
+    for one, other in zip(actual[:4], expected[:4], strict=True):
+        agree(one, other)
+    assert actual[4].keys() == expected[4].keys()
+    for name, gradient in actual[4].items():
+        agree(gradient, expected[4][name], 2e-5 if name.endswith("A_log") else 1e-5)
+
+
+@pytest.mark.parametrize("kernels", BACKENDS)
+def test_decoding_gives_the_same_tokens_and_states(
+    models: dict[str, MambaTrace], tokens: Tensor, kernels: str
+) -> None:
+    found = []
+    for model in (models["reference"], models[kernels]):
+        with torch.no_grad(), model.generate(tokens, max_new_tokens=4, do_sample=False) as tracer:
+            states = nnsight.save([])
+            for _ in tracer.iter[:4]:
+                states.append(model.layers[1].ssm.h[-1].output)
+            output = tracer.result.save()
+        found.append((output, states))
+    (expected, expected_states), (actual, states) = found
+    assert torch.equal(actual, expected)
+    assert len(states) == 4
+    for one, other in zip(states, expected_states, strict=True):
+        agree(one, other)
+
+
+@pytest.mark.parametrize(("kernels", "runs"), [("reference", "reference"), ("cpu", "cpu"), ("auto", "cpu")])
+def test_the_choice_is_what_runs(
+    models: dict[str, MambaTrace], tokens: Tensor, calls: list[str], kernels: str, runs: str
+) -> None:
+    model = models[kernels]
+    with torch.no_grad(), model.trace(tokens):
+        model.layers[0].ssm.h[2].output[:] = 0
+        model.layers[1].ssm.h.output.save()
+    assert len(calls) >= 4  # two stretches, the trajectory, and the last layer
+    assert set(calls) == {runs}
+
+
+@pytest.mark.parametrize("kernels", ["reference", "auto"])
+def test_float64_runs_on_the_reference(tiny_hf: ModuleFactory, tokens: Tensor, kernels: str) -> None:
+    model = MambaTrace(tiny_hf(dtype=torch.float64), kernels=kernels)
+    single = MambaTrace(tiny_hf())
+    with torch.no_grad(), model.trace(tokens):
+        state = model.layers[1].ssm.h[4].output.save()
+        logits = model.lm_head.output.save()
+    with torch.no_grad(), single.trace(tokens):
+        single_state = single.layers[1].ssm.h[4].output.save()
+        single_logits = single.lm_head.output.save()
+    assert state.dtype == logits.dtype == torch.float64
+    agree(single_state.double(), state)
+    agree(single_logits.double(), logits)
+
+
+def test_cpu_on_a_float64_model_says_why_not_and_the_model_stays_usable(
+    tiny_hf: ModuleFactory, tokens: Tensor
+) -> None:
+    model = MambaTrace(tiny_hf(dtype=torch.float64), kernels="cpu")
+    reason = r"kernels='cpu' cannot run this scan: it computes in float32, not torch.float64; .*'auto'"
+    for _ in range(2):  # the first failure leaves nothing behind
+        with pytest.raises(BackendError, match=reason):
+            model._module(tokens)
+        with pytest.raises(BackendError, match=reason), model.trace(tokens):
+            model.layers[1].ssm.h[4].output.save()
+    model._module.float()
+    with torch.no_grad(), model.trace(tokens):
+        state = model.layers[1].ssm.h[4].output.save()
+        logits = model.lm_head.output.save()
+    expected = MambaTrace(tiny_hf())
+    with torch.no_grad(), expected.trace(tokens):
+        expected_state = expected.layers[1].ssm.h[4].output.save()
+        expected_logits = expected.lm_head.output.save()
+    agree(state, expected_state)
+    agree(logits, expected_logits)
+
+
+@pytest.mark.parametrize("optional", ["numba", "plotly", "matplotlib"])
+def test_importing_pulls_in_no_compiler_and_nothing_optional(optional: str) -> None:
+    """Neither does making a model from a configuration; the first scan compiles."""
+    code = (
+        "import sys, mamba_trace; mamba_trace.MambaTrace; import mamba_trace.scan, mamba_trace.patching; "
+        f"assert 'mamba_trace.scan.cpu' in sys.modules; sys.exit({optional!r} in sys.modules)"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert ran.returncode == 0, ran.stderr or f"{optional} was imported"
+
+
+# -- any set of sites ------------------------------------------------------------------------------------
+
+ACTIONS = ("read", "scale", "assign")
+N_LAYERS = SIZES["num_hidden_layers"]
+
+
+def places() -> list[str]:
+    """Every site of every layer in execution order, and each position of the state before the whole of it."""
+    found = []
+    for site, layer in walk(N_LAYERS):
+        path = site.path(layer)
+        if site.name == STATE:
+            found += [f"{path}[{position}]" for position in range(LENGTH)]
+        found.append(path)
+    return found
+
+
+PLACES = places()
+DRAWS = st.dictionaries(st.integers(0, len(PLACES) - 1), st.sampled_from(ACTIONS), min_size=1, max_size=8)
+
+
+def perform(model: MambaTrace, plan: dict[str, str], tokens: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    """Run ``plan`` (path -> action) in one trace: the values read or assigned over, and the logits."""
+    with model.trace(tokens):
+        seen = nnsight.save({})
+        for path, action in plan.items():
+            envoy = model.hook(path)
+            seen[path] = envoy.output.detach().clone()
+            if action == "scale":
+                envoy.output[:] *= 0.9
+            elif action == "assign":
+                envoy.output = envoy.output * 0.8 - 0.01
+        logits = model.output.logits.save()
+    return seen, logits
+
+
+@settings(deadline=None, derandomize=True, max_examples=25)
+@given(draw=DRAWS)
+def test_any_set_of_sites_means_the_same_on_every_backend(
+    models: dict[str, MambaTrace], tokens: Tensor, draw: dict[int, str]
+) -> None:
+    plan = {PLACES[index]: draw[index] for index in sorted(draw)}
+    found = []
+    for kernels in ("reference", "auto"):
+        seen, logits = perform(models[kernels], plan, tokens)
+        found.append((seen, logits, parameter_gradients(models[kernels], weighted(logits))))
+    (expected, expected_logits, expected_gradients), (actual, logits, gradients) = found
+    assert actual.keys() == expected.keys() == plan.keys()
+    for path, value in actual.items():
+        agree(value, expected[path])
+    agree(logits, expected_logits)
+    for name in ("backbone.layers.0.mixer.A_log", "backbone.layers.1.mixer.x_proj.weight"):
+        agree(gradients[name], expected_gradients[name], 3e-5)

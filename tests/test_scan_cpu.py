@@ -1,0 +1,321 @@
+"""The compiled scan for the CPU against the reference in float64: values, first gradients, every odd shape."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from mamba_trace.scan import cpu, reference
+
+TOLERANCE = 1e-5  # of a tensor's largest value
+NAMES = ("x", "delta", "A", "B", "C", "h_start")
+RESULTS = ("y", "h_last", "states")
+
+#: B, L, E, N: each length with each kind of width, and every N with several of both; 64 is a chunk, 16 a block.
+SHAPES = [
+    (1, 1, 1, 1),
+    (1, 2, 17, 3),
+    (3, 63, 40, 16),
+    (1, 64, 17, 33),
+    (2, 65, 1, 16),
+    (1, 200, 40, 3),
+    (3, 1, 40, 33),
+    (1, 2, 40, 1),
+    (2, 63, 1, 33),
+    (3, 64, 40, 1),
+    (1, 65, 17, 16),
+    (3, 200, 17, 1),
+]
+
+
+def arguments(B: int, L: int, E: int, N: int, seed: int = 0) -> list[Tensor]:
+    """x, delta, A, B, C and h_start in float32: delta from 0.002 to 2, so that some states last, others not."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    inputs = [normal(B, L, E), (1.7 * normal(B, L, E) - 2.5).exp().clamp(0.002, 2), -normal(E, N).exp()]
+    return [*inputs, normal(B, L, N), normal(B, L, N), normal(B, E, N)]
+
+
+def everything(scan: Any, inputs: list[Tensor]) -> dict[str, Tensor]:
+    """y and h_last of ``scan.selective_scan``, states of ``scan.selective_states``, whose y is y as well."""
+    y, h_last = scan.selective_scan(*inputs)
+    other_y, states = scan.selective_states(*inputs)
+    assert torch.equal(y, other_y)
+    return dict(zip(RESULTS, (y, h_last, states), strict=True))
+
+
+def exact(inputs: list[Tensor]) -> dict[str, Tensor]:
+    return everything(reference, [tensor.double() for tensor in inputs])
+
+
+def close(actual: Tensor, expected: Tensor, what: str, tolerance: float = TOLERANCE) -> None:
+    assert actual.shape == expected.shape, what
+    assert actual.dtype == torch.float32, what
+    if not expected.numel():
+        return
+    error, largest = (actual.double() - expected).abs().max(), expected.abs().max()
+    assert error <= tolerance * largest, f"{what}: {float(error / largest):.1e} of the largest value"
+
+
+def gradients(scan: Any, inputs: list[Tensor], through: str) -> dict[str, Tensor]:
+    """The gradient of every argument, through one result weighted at random."""
+    inputs = [tensor.detach().requires_grad_() for tensor in inputs]
+    run = scan.selective_states if through == "states" else scan.selective_scan
+    result = run(*inputs)[0 if through == "y" else 1]
+    generator = torch.Generator().manual_seed(7)
+    weights = torch.randn(result.shape, generator=generator, dtype=torch.float64).to(result.dtype)
+    grads = torch.autograd.grad((result * weights).sum(), inputs, allow_unused=True)
+    # y is a function of C, the states are not.
+    return {
+        name: torch.zeros_like(tensor) if grad is None else grad
+        for name, tensor, grad in zip(NAMES, inputs, grads, strict=True)
+    }
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_values_are_those_of_float64(shape: tuple[int, ...]) -> None:
+    inputs = arguments(*shape)
+    actual, expected = everything(cpu, inputs), exact(inputs)
+    for name in RESULTS:
+        close(actual[name], expected[name], name)
+
+
+@pytest.mark.parametrize("through", RESULTS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_gradients_are_those_of_float64(shape: tuple[int, ...], through: str) -> None:
+    inputs = arguments(*shape)
+    actual = gradients(cpu, inputs, through)
+    expected = gradients(reference, [tensor.double() for tensor in inputs], through)
+    for name in NAMES:
+        close(actual[name], expected[name], f"gradient of {name}")
+        if name != "C" or through == "y":
+            assert bool(actual[name].any()), f"no gradient of {name}"
+
+
+def test_gradients_through_all_results_at_once() -> None:
+    inputs = [tensor.requires_grad_() for tensor in arguments(2, 70, 17, 5)]
+    doubles = [tensor.detach().double().requires_grad_() for tensor in inputs]
+    grads = []
+    for scan, leaves in ((cpu, inputs), (reference, doubles)):
+        y, h_last = scan.selective_scan(*leaves)
+        also_y, states = scan.selective_states(*leaves)
+        score = y.square().sum() + h_last.sum() + (also_y * states.sum(-1)).sum() + states[:, 30].sum()
+        grads.append(torch.autograd.grad(score, leaves))
+    for name, actual, expected in zip(NAMES, *grads, strict=True):
+        close(actual, expected, f"gradient of {name}")
+
+
+@pytest.mark.parametrize(("B", "L"), [(0, 5), (2, 0), (0, 0)])
+def test_nothing_to_do(B: int, L: int) -> None:
+    inputs = [tensor.requires_grad_() for tensor in arguments(B, L, 17, 3)]
+    y, h_last = cpu.selective_scan(*inputs)
+    also_y, states = cpu.selective_states(*inputs)
+    assert y.shape == also_y.shape == (B, L, 17)
+    assert states.shape == (B, L, 17, 3)
+    assert torch.equal(h_last, inputs[-1])  # no positions leave the state alone
+    grads = torch.autograd.grad(y.sum() + 2 * h_last.sum(), inputs)
+    for name, tensor, grad in zip(NAMES, inputs, grads, strict=True):
+        assert torch.equal(grad, torch.full_like(tensor, 2.0 if name == "h_start" else 0.0)), name
+
+
+def test_without_h_start_the_state_begins_at_zero() -> None:
+    inputs = arguments(2, 20, 17, 3)
+    zero = [*inputs[:-1], torch.zeros_like(inputs[-1])]
+    for run in (cpu.selective_scan, cpu.selective_states):
+        for actual, expected in zip(run(*inputs[:-1]), run(*zero), strict=True):
+            assert torch.equal(actual, expected)
+    leaves = [tensor.requires_grad_() for tensor in inputs[:-1]]
+    doubles = [tensor.detach().double().requires_grad_() for tensor in leaves]
+    actual = torch.autograd.grad(cpu.selective_scan(*leaves)[0].sum(), leaves)
+    expected = torch.autograd.grad(reference.selective_scan(*doubles)[0].sum(), doubles)
+    for name, one, other in zip(NAMES, actual, expected, strict=False):
+        close(one, other, f"gradient of {name}")
+
+
+def strided(tensor: Tensor) -> Tensor:
+    """The same numbers with the axes laid out in reverse, every second place unused and full of NaN."""
+    axes = tuple(reversed(range(tensor.dim())))
+    wide = torch.stack((tensor, torch.full_like(tensor, torch.nan)), -1).flatten(-2)
+    view = wide.permute(axes).contiguous().permute(axes)[..., ::2]
+    assert not view.is_contiguous()
+    return view
+
+
+@pytest.mark.parametrize("through", RESULTS)
+def test_any_strides_will_do(through: str) -> None:
+    inputs = arguments(2, 70, 17, 3)
+    views = [strided(tensor) for tensor in inputs]
+    for name, actual in everything(cpu, views).items():
+        assert torch.equal(actual, everything(cpu, inputs)[name]), name
+    for name, actual in gradients(cpu, views, through).items():
+        assert torch.equal(actual, gradients(cpu, inputs, through)[name]), name
+
+
+def test_broadcast_arguments_and_broadcast_gradients() -> None:
+    x, delta, A, B, C, h_start = arguments(2, 30, 17, 3)
+    broadcast = [x, delta[:1, :1, :1].expand_as(delta), A, B[:1].expand_as(B), C, h_start]  # strides of 0
+    expected = exact(broadcast)
+    for name, actual in everything(cpu, broadcast).items():
+        close(actual, expected[name], name)
+    leaf, double = x.clone().requires_grad_(), x.double().requires_grad_()
+    cpu.selective_scan(leaf, *broadcast[1:])[0].sum().backward()  # sum's gradient has strides of 0
+    reference.selective_scan(double, *[t.double() for t in broadcast[1:]])[0].sum().backward()
+    close(leaf.grad, double.grad, "gradient of x")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_comes_in_and_float32_goes_out(dtype: torch.dtype) -> None:
+    inputs = [tensor.to(dtype) for tensor in arguments(2, 65, 17, 5)]
+    expected = exact(inputs)
+    for name, actual in everything(cpu, inputs).items():
+        close(actual, expected[name], name)
+    doubles = gradients(reference, [tensor.double() for tensor in inputs], "y")
+    for name, actual in gradients(cpu, inputs, "y").items():
+        assert actual.dtype == dtype  # of the argument, as autograd has it
+        largest = float(doubles[name].abs().max())
+        error = float((actual.double() - doubles[name]).abs().max())
+        assert error <= torch.finfo(dtype).eps * largest, name  # one rounding
+
+
+@pytest.mark.parametrize("step", [1e4, 1e30, 0.0])
+def test_extreme_steps_give_numbers(step: float) -> None:
+    """A large step forgets everything, A_bar being 0; a step of zero neither forgets nor writes."""
+    x, delta, A, B, C, h_start = arguments(2, 70, 17, 5)
+    delta[:, ::3] = step
+    if step > 1e9:
+        x = x / step  # so that delta x stays finite
+    inputs = [x, delta, A, B, C, h_start]
+    expected = exact(inputs)
+    for name, actual in everything(cpu, inputs).items():
+        assert bool(actual.isfinite().all()), name
+        close(actual, expected[name], name)
+    for through in RESULTS:
+        for name, grad in gradients(cpu, inputs, through).items():
+            assert bool(grad.isfinite().all()), f"gradient of {name} through {through}"
+
+
+def test_decay_that_underflows_is_zero() -> None:
+    """Around exp(-87.3), the smallest normal float32, and beyond exp(-103), the smallest of all."""
+    steps = torch.tensor([80.0, 87.0, 87.5, 88.0, 90.0, 103.0, 104.0, 200.0, 1e4, 3e38])
+    x, B, C = torch.zeros(1, 1, 10), torch.zeros(1, 1, 1), torch.ones(1, 1, 1)
+    y, h_last = cpu.selective_scan(x, steps.reshape(1, 1, 10), -torch.ones(10, 1), B, C, torch.ones(1, 10, 1))
+    expected = torch.exp(-steps.double())
+    assert bool(((h_last.flatten().double() - expected).abs() <= 2 * torch.finfo(torch.float32).tiny).all())
+    torch.testing.assert_close(h_last.flatten()[0].double(), expected[0], rtol=2e-5, atol=0)
+    assert not h_last.flatten()[-3:].any()
+    assert torch.equal(y.flatten(), h_last.flatten())
+
+
+@pytest.mark.usefixtures("two_threads")
+@pytest.mark.parametrize("shape", [(1, 700, 40, 16), (3, 300, 17, 3), (2, 400, 100, 5)], ids=str)
+def test_threads_change_no_bit(shape: tuple[int, ...]) -> None:
+    inputs = arguments(*shape)
+    assert len(cpu._pieces(inputs[0])) == 2, "too small for two threads: this test would show nothing"
+    several = everything(cpu, inputs)
+    grads = {through: gradients(cpu, inputs, through) for through in RESULTS}
+    torch.set_num_threads(1)
+    for name, one in everything(cpu, inputs).items():
+        assert torch.equal(several[name], one), name
+    for through in RESULTS:
+        for name, grad in gradients(cpu, inputs, through).items():
+            if name in ("B", "C"):  # sums over channels, which the threads share out
+                close(grads[through][name], grad.double(), f"gradient of {name}", 1e-6)
+            else:
+                assert torch.equal(grads[through][name], grad), name
+
+
+@pytest.mark.parametrize("cut", [0, 1, 63, 64, 65, 129, 130])
+def test_a_cut_changes_no_bit(cut: int) -> None:
+    x, delta, A, B, C, h_start = arguments(2, 130, 17, 5)
+    whole, h_last = cpu.selective_scan(x, delta, A, B, C, h_start)
+    _, states = cpu.selective_states(x, delta, A, B, C, h_start)
+    before, h = cpu.selective_scan(x[:, :cut], delta[:, :cut], A, B[:, :cut], C[:, :cut], h_start)
+    if cut:
+        assert torch.equal(h, states[:, cut - 1])
+    after, h = cpu.selective_scan(x[:, cut:], delta[:, cut:], A, B[:, cut:], C[:, cut:], h)
+    assert torch.equal(torch.cat((before, after), 1), whole)
+    assert torch.equal(h, h_last)
+    assert torch.equal(states[:, -1], h_last)
+
+
+def test_five_thousand_positions() -> None:
+    inputs = arguments(1, 5000, 17, 3)
+    y, h_last = cpu.selective_scan(*inputs)
+    expected_y, expected_h = reference.selective_scan(*[tensor.double() for tensor in inputs])
+    close(y, expected_y, "y", 1e-4)
+    close(h_last, expected_h, "h_last", 1e-4)
+
+
+def test_the_inputs_are_left_alone() -> None:
+    inputs = arguments(2, 70, 17, 5)
+    copies = [tensor.clone() for tensor in inputs]
+    y, h_last = cpu.selective_scan(*inputs)
+    y.zero_(), h_last.zero_()
+    gradients(cpu, inputs, "states")
+    for name, tensor, copy in zip(NAMES, inputs, copies, strict=True):
+        assert torch.equal(tensor, copy), name
+
+
+def test_fake_tensors_have_the_shapes_and_no_data() -> None:
+    with FakeTensorMode() as mode:
+        inputs = [tensor.requires_grad_() for tensor in map(torch.empty_like, _meta(2, 9, 17, 3))]
+        y, h_last = cpu.selective_scan(*inputs)
+        also_y, states = cpu.selective_states(*inputs)
+        grads = torch.autograd.grad(y.sum() + h_last.sum() + states.sum(), inputs)
+    for result, shape in ((y, (2, 9, 17)), (also_y, (2, 9, 17)), (h_last, (2, 17, 3)), (states, (2, 9, 17, 3))):
+        assert result.fake_mode is mode
+        assert result.shape == shape
+        assert result.dtype == torch.float32
+        assert result.device.type == "cpu"
+    assert [grad.shape for grad in grads] == [tensor.shape for tensor in inputs]
+
+
+def _meta(B: int, L: int, E: int, N: int) -> list[Tensor]:
+    return [torch.empty(shape) for shape in ((B, L, E), (B, L, E), (E, N), (B, L, N), (B, L, N), (B, E, N))]
+
+
+@pytest.mark.parametrize("keep", [False, True], ids=["scan", "states"])
+def test_the_operators_are_proper_ones(keep: bool) -> None:
+    inputs = [tensor.requires_grad_() for tensor in arguments(2, 5, 17, 3)]
+    torch.library.opcheck(torch.ops.mamba_trace.selective_scan_cpu, (*inputs, keep))
+
+
+def test_half_of_the_arguments_may_be_constant() -> None:
+    """A gradient is that of all six, whichever are asked for."""
+    inputs = arguments(1, 70, 17, 3)
+    expected = gradients(cpu, inputs, "y")
+    for index, name in enumerate(NAMES):
+        leaves = [tensor.detach().requires_grad_(i == index) for i, tensor in enumerate(inputs)]
+        (grad,) = torch.autograd.grad(gradient_score(leaves), leaves[index])
+        assert torch.equal(grad, expected[name]), name
+
+
+def gradient_score(inputs: list[Tensor]) -> Tensor:
+    """What `gradients` differentiates through y."""
+    y, _ = cpu.selective_scan(*inputs)
+    generator = torch.Generator().manual_seed(7)
+    return (y * torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y.dtype)).sum()
+
+
+def test_reasons_why_it_cannot_run() -> None:
+    x = torch.zeros(1, 2, 3)
+    assert cpu.unavailable() is None
+    assert cpu.unavailable(x) is None
+    assert cpu.unavailable(x.double(), torch.float64) == "it computes in float32, not torch.float64"
+    assert cpu.unavailable(x.to("meta")) == "the model is on meta, and it runs on the CPU alone"
