@@ -100,11 +100,6 @@ class SiteEnvoy(Located):
     def output(self, value: Any) -> Any:
         return fit(public_path(self.path), self._axes, value, current_value(f"{self.path}.output"))
 
-    def __repr__(self) -> str:
-        if self.site.module is None:
-            return super().__repr__()
-        return f"{super().__repr__()}  # {self.site.hook}"
-
 
 class StateEnvoy(SiteEnvoy):
     """The site with positions: ``h`` is the whole trajectory, ``h[p]`` the state carried after token p."""

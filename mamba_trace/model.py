@@ -21,14 +21,14 @@ from torch import Tensor, nn
 from transformers import MambaConfig, MambaForCausalLM, PreTrainedTokenizerBase, TextGenerationPipeline
 
 from . import names
-from .architectures import architecture_of, make_hookable
+from .architectures import architecture_of, axis_sizes, make_hookable
 from .checkpoints import Checkpoint, find_checkpoint, load_tokenizer, read_state_dict
 from .conversion import check_state_dict, convert_config, convert_state_dict, residuals_per_layer
 from .envoys import envoy_classes, refuse_value, unknown
 from .errors import CheckpointError, PositionError, PromptError, UnknownSiteError
 from .initialization import initialize
 from .scan import check
-from .sites import SITES, STATE
+from .sites import SITES, STATE, rows
 from .tokens import Tokens
 from .tracer import SiteTracer
 
@@ -188,6 +188,14 @@ class MambaTrace(Tokens, TransformersModel):
         if n_positions < 1:
             raise PositionError(f"a prompt has at least one position, not {n_positions}")
         return names.hook_names(len(self.layers), n_positions)
+
+    def __repr__(self) -> str:
+        sizes = axis_sizes(self.config)
+        lines = []
+        for row in rows():
+            shape = f"[{', '.join(str(sizes.get(axis, axis)) for axis in row.axes)}]"
+            lines.append(f"  {row.path:26} {shape:22} {row.hook or ''}".rstrip())
+        return "\n".join([super().__repr__(), "Sites, in the order to ask for them:", *lines])
 
     def __setattr__(self, name: str, value: Any) -> None:
         refuse_value(self, name, value)

@@ -1,8 +1,5 @@
 """``kernels=``: every backend gives the model the same numbers, whatever a trace does to it."""
 
-# A traced block is not a statement under test: what pytest.raises expects comes out of its end.
-# ruff: noqa: PT012
-
 from __future__ import annotations
 
 import subprocess
@@ -82,7 +79,7 @@ def test_logits_states_and_gradients_are_those_of_the_reference(
         agree(one, other)
     assert actual[4].keys() == expected[4].keys()
     for name, gradient in actual[4].items():
-        agree(gradient, expected[4][name], 2e-5 if name.endswith("A_log") else 1e-5)
+        agree(gradient, expected[4][name])
 
 
 @pytest.mark.parametrize("kernels", BACKENDS)
@@ -153,15 +150,15 @@ def test_cpu_on_a_float64_model_says_why_not_and_the_model_stays_usable(
     agree(logits, expected_logits)
 
 
-@pytest.mark.parametrize("optional", ["numba", "plotly", "matplotlib"])
-def test_importing_pulls_in_no_compiler_and_nothing_optional(optional: str) -> None:
-    """Neither does making a model from a configuration; the first scan compiles."""
+def test_importing_pulls_in_no_compiler_and_nothing_optional() -> None:
+    """Not even importing all that a user imports; the first scan compiles."""
     code = (
-        "import sys, mamba_trace; mamba_trace.MambaTrace; import mamba_trace.scan, mamba_trace.patching; "
-        f"assert 'mamba_trace.scan.cpu' in sys.modules; sys.exit({optional!r} in sys.modules)"
+        "import sys, mamba_trace; mamba_trace.MambaTrace; import mamba_trace.scan.cpu, mamba_trace.patching; "
+        "print(*(name for name in ('numba', 'llvmlite', 'plotly', 'matplotlib') if name in sys.modules))"
     )
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    assert ran.returncode == 0, ran.stderr or f"{optional} was imported"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.split() == [], "these were imported"
 
 
 # -- any set of sites ------------------------------------------------------------------------------------
@@ -216,4 +213,4 @@ def test_any_set_of_sites_means_the_same_on_every_backend(
         agree(value, expected[path])
     agree(logits, expected_logits)
     for name in ("backbone.layers.0.mixer.A_log", "backbone.layers.1.mixer.x_proj.weight"):
-        agree(gradients[name], expected_gradients[name], 3e-5)
+        agree(gradients[name], expected_gradients[name])

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from mamba_trace import MambaTrace, modeling
 from mamba_trace.errors import SiteValueError
-from mamba_trace.sites import BY_NAME, SITES, walk
+from mamba_trace.sites import BY_NAME, SITES, rows, walk
 
 Edit = Callable[[Tensor], Tensor]
 N_LAYERS = 3
@@ -812,3 +812,11 @@ def test_a_saved_stream_survives_an_edit_of_the_input_of_the_next_block(tiny, to
 def test_a_layer_that_does_not_exist(tiny):
     with pytest.raises(IndexError, match=r"layers\[7\]: this model has layers 0 to"):
         tiny.layers[7]
+
+
+def test_printing_a_model_shows_every_site_with_its_shape_once(tiny):
+    shown = str(tiny)
+    table = [line.split() for line in shown[shown.index("Sites, in the order") :].splitlines()[1:]]
+    assert [line[0] for line in table] == [row.path for row in rows()]
+    assert shown.count("HookableMambaMixer") == 1
+    assert "layers[l].ssm.h[p]         [B, 24, 5]             blocks.l.hook_h.p" in shown
