@@ -152,8 +152,11 @@ def _pieces(x: Tensor) -> list[tuple[int, int]]:
     from ._kernels import WIDTH
 
     blocks = x.shape[0] * -(-x.shape[2] // WIDTH)
-    threads = min(torch.get_num_threads(), blocks) if blocks * x.shape[1] >= SMALL else 1
-    bounds = [blocks * piece // max(threads, 1) for piece in range(threads + 1)]
+    threads = torch.get_num_threads()
+    # PyTorch's own threads go on spinning for a while after each matmul: of two cores they leave one.
+    worthwhile = threads > 2 and blocks * x.shape[1] >= SMALL
+    threads = min(threads, blocks) if worthwhile else 1
+    bounds = [blocks * piece // threads for piece in range(threads + 1)]
     return list(itertools.pairwise(bounds))
 
 
