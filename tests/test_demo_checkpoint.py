@@ -12,6 +12,8 @@ import itertools
 import json
 import math
 import re
+import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -228,3 +230,12 @@ def test_initialisation_is_mambas(demo: ModuleType) -> None:
         assert 0.05 < dt.max() < 0.101
         assert dt.log().std().item() == pytest.approx(math.log(100) / math.sqrt(12), rel=0.2)
         assert torch.equal(mixer.D, torch.ones(128))
+
+
+def test_the_tutorial_runs_from_the_command_line(tmp_path: Path) -> None:
+    options = ["--steps", "2", "--batch-size", "4", "--layers", "1", "--eval-sentences", "4"]
+    command = [sys.executable, ROOT / "tutorials" / "train_demo.py", "--out", tmp_path / "model", *options]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert run.returncode == 0, run.stderr
+    assert MambaForCausalLM.from_pretrained(tmp_path / "model").config.num_hidden_layers == 1
+    assert len(AutoTokenizer.from_pretrained(tmp_path / "model")) > 100
