@@ -274,7 +274,7 @@ def envoy_classes() -> dict[str, type[Envoy]]:
         for site in in_scope(scope)  # type: ignore[arg-type]
     }
     native: dict[str, type[Envoy]] = {f"mixer.{name}": Located for name in NATIVE_MODULES}
-    native["backbone.layers"] = LayersEnvoy
+    native |= {"backbone": Located, "backbone.layers": LayersEnvoy}
     return {**classes, **native, "layers.*": BlockEnvoy, "layers.*.mixer": MixerEnvoy}
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from nnsight import TransformersModel
 from nnsight.intervention.envoy import Envoy
+from nnsight.intervention.eproperty import eproperty
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import MambaConfig, MambaForCausalLM, PreTrainedTokenizerBase, TextGenerationPipeline
@@ -24,6 +25,7 @@ from . import names
 from .architectures import architecture_of, axis_sizes, make_hookable
 from .checkpoints import Checkpoint, find_checkpoint, load_tokenizer, read_state_dict
 from .conversion import check_state_dict, convert_config, convert_state_dict, residuals_per_layer
+from .demand import keep_apart
 from .envoys import envoy_classes, refuse_value, unknown
 from .errors import CheckpointError, PositionError, PromptError, UnknownSiteError
 from .initialization import initialize
@@ -188,6 +190,11 @@ class MambaTrace(Tokens, TransformersModel):
         if n_positions < 1:
             raise PositionError(f"a prompt has at least one position, not {n_positions}")
         return names.hook_names(len(self.layers), n_positions)
+
+    @eproperty
+    def output(self, value: Any) -> Any:
+        """What the forward returns: a ``MambaCausalLMOutput``, whose ``logits`` are float32 [B,L,V]."""
+        return keep_apart(f"{self.path}.output", value)
 
     def __repr__(self) -> str:
         sizes = axis_sizes(self.config)

@@ -809,6 +809,18 @@ def test_a_saved_stream_survives_an_edit_of_the_input_of_the_next_block(tiny, to
         assert not stream.any()
 
 
+def test_a_saved_site_survives_an_edit_of_what_the_model_returns(tiny, tokens):
+    with torch.no_grad(), tiny.trace(tokens):
+        normed = tiny.norm_f.output.save()
+        tiny.backbone.output.last_hidden_state[:] = 0
+        zeroed = tiny.lm_head.output.save()
+        tiny.output.logits[:] = 7
+        returned = tiny.output.logits.save()
+    assert normed.any()
+    assert not zeroed.any()
+    assert (returned == 7).all()
+
+
 def test_a_layer_that_does_not_exist(tiny):
     with pytest.raises(IndexError, match=r"layers\[7\]: this model has layers 0 to"):
         tiny.layers[7]

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from nnsight.intervention.eproperty import WriteBack
 from nnsight.intervention.interleaver import Mediator
+from nnsight.util import apply
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -29,21 +30,25 @@ SERVED = "_mamba_trace_served"
 HANDLES = "_mamba_trace_handles"
 
 
+#: Storage -> a weak reference, which keeps its address from being used again, and the ranges handed out.
+Served = dict[int, tuple[StorageWeakRef, list[tuple[int, int]]]]
+
+
 def keep_apart(location: str, value: Any, rebuild: Callable[[Tensor], Any] = lambda tensor: tensor) -> Any:
     """What to hand out for a read of ``value``: itself, or a copy that the run goes on with.
 
     Args:
         location: where the running worker read it.
-        value: the tensor nnsight served there.
+        value: what nnsight served there: a tensor, or a container of tensors.
         rebuild: makes what stands at the location of a tensor in the place of ``value``.
 
     Raises:
         SiteValueError: when the worker moves on, if two tensors read here were edited in place to disagree.
     """
-    if not isinstance(value, Tensor):
-        return value
     mediator = Mediator.current(location)
     served = _served_in_this_run(mediator.interleaver)
+    if not isinstance(value, Tensor):
+        return _keep_parts_apart(location, served, value)
     if not _record(served, value):
         return value
     copy = value.clone()
@@ -62,6 +67,23 @@ def keep_apart(location: str, value: Any, rebuild: Callable[[Tensor], Any] = lam
     # nnsight swaps the result in as soon as the worker asks for anything else, or ends.
     mediator.transform = WriteBack(carry_on, copy, None, location, mediator.wanted(location))
     return copy
+
+
+def _keep_parts_apart(location: str, served: Served, value: Any) -> Any:
+    # A container of tensors, such as a model's output: the run goes on with the one that is handed out.
+    copied = []
+
+    def part(tensor: Tensor) -> Tensor:
+        if not _record(served, tensor):
+            return tensor
+        copied.append(tensor.clone())
+        _record(served, copied[-1])
+        return copied[-1]
+
+    fresh = apply(value, part, Tensor)
+    if copied:
+        Mediator.swap(location, fresh)
+    return fresh if copied else value
 
 
 def _merge(path: str, handles: list[tuple[Tensor, Tensor]]) -> Tensor:
@@ -92,10 +114,6 @@ def _changed(value: Tensor, contents: Tensor) -> Tensor:
 def version(value: Tensor) -> int | None:
     """How often a tensor was edited in place; ``None`` where PyTorch does not count (inference mode)."""
     return None if value.is_inference() else value._version
-
-
-#: Storage -> a weak reference, which keeps its address from being used again, and the ranges handed out.
-Served = dict[int, tuple[StorageWeakRef, list[tuple[int, int]]]]
 
 
 def _served_in_this_run(interleaver: Any) -> Served:
