@@ -254,3 +254,18 @@ def test_gradients_of_a_soft_prompt(model: MambaTrace) -> None:
         return float(result)
 
     assert_close((gradient * noise(state.shape, seed=11)).sum(), central_difference(at), 100.0)
+
+
+@pytest.mark.parametrize("name", ["A_bar", "B_bar"])
+def test_the_gradient_of_a_matrix_that_was_read_beside_the_whole_trajectory(tiny_hf, tokens, name) -> None:
+    model = MambaTrace(tiny_hf(dtype=torch.float64))
+    grads = []
+    for whole in (False, True):
+        with model.trace(tokens):
+            matrix = model.layers[0].ssm.get(name).output
+            if whole:
+                model.layers[0].ssm.h.output.sum()
+            loss = model.lm_head.output.square().sum()
+            with loss.backward():
+                grads.append(matrix.grad.clone().save())
+    torch.testing.assert_close(grads[1], grads[0], rtol=1e-9, atol=1e-9)

@@ -181,6 +181,31 @@ def test_from_config_takes_the_seeds_configuration():
     assert logits(model, torch.arange(6)[None]).shape == (1, 6, 32)
 
 
+class Adapter(nn.Module):
+    """A linear layer with a low-rank addition, and no ``weight`` of its own to read."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.base, generator = base, torch.Generator().manual_seed(0)
+        self.down = nn.Parameter(torch.randn(2, base.in_features, generator=generator))
+        self.up = nn.Parameter(torch.randn(base.out_features, 2, generator=generator) * 0.1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.base(x) + x @ self.down.T @ self.up.T
+
+
+def test_adapted_inner_layers_are_called(tiny_hf, tokens):
+    adapted, merged = tiny_hf(), tiny_hf()
+    for name in ("in_proj", "x_proj", "dt_proj", "out_proj"):
+        mixer = adapted.backbone.layers[1].mixer
+        adapter = Adapter(getattr(mixer, name))
+        setattr(mixer, name, adapter)
+        weight = getattr(merged.backbone.layers[1].mixer, name).weight
+        weight.data += (adapter.up @ adapter.down).detach()
+    with torch.no_grad():
+        close(logits(MambaTrace(adapted), tokens), merged(tokens).logits)
+
+
 def test_the_demo_model_answers():
     model = MambaTrace.demo()
     with model.trace(PROMPT):

@@ -20,17 +20,15 @@ class Architecture:
     """How one model type of Hugging Face's is made hookable.
 
     Attributes:
-        model_type: ``config.model_type``.
         model_class: the causal language model class.
         hookable: class of a module -> (the hookable class it becomes, which sites it gets).
     """
 
-    model_type: str
     model_class: type[nn.Module]
     hookable: dict[type[nn.Module], tuple[type[nn.Module], Scope | None]]
 
 
-ARCHITECTURES = {"mamba": Architecture("mamba", mamba.MODEL, mamba.HOOKABLE)}
+ARCHITECTURES = (Architecture(mamba.MODEL, mamba.HOOKABLE),)
 
 
 def architecture_of(model: nn.Module) -> Architecture:
@@ -39,11 +37,11 @@ def architecture_of(model: nn.Module) -> Architecture:
     Raises:
         CheckpointError: if the model is not one of the supported architectures.
     """
-    for architecture in ARCHITECTURES.values():
+    for architecture in ARCHITECTURES:
         # PEFT and the like wrap the model they adapt.
         if any(isinstance(module, architecture.model_class) for module in model.modules()):
             return architecture
-    known = ", ".join(architecture.model_class.__name__ for architecture in ARCHITECTURES.values())
+    known = ", ".join(architecture.model_class.__name__ for architecture in ARCHITECTURES)
     raise CheckpointError(f"{type(model).__name__} is no language model this package knows; it knows {known}")
 
 

@@ -87,6 +87,9 @@ class Watched(Selective):
         matrices = self.A_bar[:, span], self.B_bar[:, span], self.x[:, span], self.C[:, span], h
         return _ThroughMatrices.apply(super().run, start, stop, *matrices)
 
+    def states(self, start: int, stop: int, h: Tensor) -> tuple[Tensor, Tensor]:
+        return Recurrence.states(self, start, stop, h)  # by way of `run`, and so of the matrices
+
 
 class _ThroughMatrices(torch.autograd.Function):
     """Any run forwards; backwards, the gradient of `explicit_scan` on the given matrices."""
