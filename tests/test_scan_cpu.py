@@ -1,8 +1,12 @@
-"""The compiled scan for the CPU against the reference in float64: values, first gradients, odd shapes."""
+"""The compiled scan for the CPU against the reference in float64: values, gradients, odd shapes."""
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +14,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from mamba_trace.scan import cpu, reference
+from mamba_trace.scan import _kernels, cpu, reference
 
 TOLERANCE = 1e-5  # of a tensor's largest value
 NAMES = ("x", "delta", "A", "B", "C", "h_start")
@@ -319,3 +323,55 @@ def test_reasons_why_it_cannot_run() -> None:
     assert cpu.unavailable(x) is None
     assert cpu.unavailable(x.double(), torch.float64) == "it computes in float32, not torch.float64"
     assert cpu.unavailable(x.to("meta")) == "the model is on meta, and it runs on the CPU alone"
+
+
+def test_second_derivatives_are_those_of_the_reference() -> None:
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"x": (1, 6, 3), "delta": (1, 6, 3), "A": (3, 2), "B": (1, 6, 2), "C": (1, 6, 2), "h": (1, 3, 2)}
+    values = [torch.rand(shape, generator=generator, dtype=torch.float64) for shape in shapes.values()]
+    values[2] = -values[2]
+    products = []
+    for backend, dtype in ((reference, torch.float64), (cpu, torch.float32)):
+        leaves = [value.to(dtype, copy=True).requires_grad_() for value in values]
+        y, h_last = backend.selective_scan(*leaves)
+        first = torch.autograd.grad(y.pow(2).sum() + h_last.pow(3).sum(), leaves, create_graph=True)
+        products.append(torch.autograd.grad(sum(grad.pow(2).sum() for grad in first), leaves))
+    for exact, given in zip(*products, strict=True):
+        torch.testing.assert_close(given.double(), exact, rtol=0, atol=1e-5 * exact.abs().max().item())
+
+
+FORK = """
+import os, signal, torch
+from mamba_trace.scan import cpu
+torch.set_num_threads(4)
+x, B = torch.rand(1, 200, 64), torch.rand(1, 200, 4)
+inputs = [x, x, -torch.rand(64, 4), B, B]
+assert len(cpu._pieces(inputs[0])) > 1
+expected = cpu.selective_scan(*inputs)[0]
+child = os.fork()
+if child == 0:
+    signal.alarm(20)
+    os._exit(0 if torch.equal(cpu.selective_scan(*inputs)[0], expected) else 1)
+raise SystemExit(os.waitpid(child, 0)[1] != 0)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_a_forked_child_scans_too(tmp_path: Path) -> None:
+    script = tmp_path / "fork.py"
+    script.write_text(FORK, encoding="utf-8")
+    assert subprocess.run([sys.executable, script], timeout=60, check=False).returncode == 0
+
+
+def test_nowhere_to_keep_compiled_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def njit(**options: bool) -> object:
+        asked.append(options.get("cache", False))
+        if asked[-1]:
+            raise RuntimeError("cannot cache function: no locator available")
+        return lambda function: function
+
+    monkeypatch.setattr(_kernels, "njit", njit)
+    assert _kernels.compiled(print) is print
+    assert asked == [True, False]
