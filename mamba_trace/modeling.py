@@ -47,7 +47,7 @@ class HookableBlock:
     def forward(
         self: Any,
         hidden_states: Tensor,
-        cache_params: Any = None,
+        cache: Any = None,
         attention_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor:
@@ -57,9 +57,7 @@ class HookableBlock:
         normalized = self.norm(offer.into("norm", layer_input.to(self.norm.weight.dtype)))  # [B,L,D]
         if self.residual_in_fp32:
             resid = resid.to(accumulation_dtype(resid))
-        out = self.mixer(
-            offer.into("mixer", normalized), cache_params=cache_params, attention_mask=attention_mask
-        )
+        out = self.mixer(offer.into("mixer", normalized), cache=cache, attention_mask=attention_mask)
         resid = offer("resid_post", resid + out)  # [B,L,D]
         offer.close()
         return offer.result(resid)
@@ -82,7 +80,7 @@ class HookableMixer:
     def forward(
         self: Any,
         hidden_states: Tensor,
-        cache_params: Any = None,
+        cache: Any = None,
         attention_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor:
@@ -90,7 +88,7 @@ class HookableMixer:
         length = hidden_states.shape[1]
         # A mask may cover the cached tokens too; this call's are the last ones.
         mask = None if attention_mask is None else attention_mask[:, -length:]  # [B,L]
-        past = PastStates(self, cache_params)
+        past = PastStates(self, cache)
 
         fused = self.in_proj(offer.into("in_proj", hidden_states))  # [B,L,2E]
         x_in, skip = fused.split(self.intermediate_size, dim=-1)  # [B,L,E] each

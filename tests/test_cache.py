@@ -43,10 +43,8 @@ def test_the_cache_holds_what_hugging_face_caches(
             states.append(layer.ssm.h[-1].output.save())
         output = model.output.save()
     agree(output.logits, expected.logits)
-    assert model._module(tokens, use_cache=False).cache_params is None
-    for actual, layer, state in zip(
-        output.cache_params.layers, expected.cache_params.layers, states, strict=True
-    ):
+    assert model._module(tokens, use_cache=False).cache is None
+    for actual, layer, state in zip(output.cache.layers, expected.cache.layers, states, strict=True):
         agree(actual.conv_states[0], layer.conv_states[0])
         agree(actual.recurrent_states[0], layer.recurrent_states[0])
         agree(state, layer.recurrent_states[0])
@@ -62,8 +60,8 @@ def test_prefill_in_pieces(
     expected, cache, traced_cache = plain(tokens).logits, empty_cache(model), empty_cache(model)
     edges = [0, *sorted(cuts), tokens.shape[1]]
     for start, stop in itertools.pairwise(edges):
-        logits.append(model._module(tokens[:, start:stop], cache_params=cache).logits)
-        with model.trace(tokens[:, start:stop], cache_params=traced_cache):
+        logits.append(model._module(tokens[:, start:stop], cache=cache).logits)
+        with model.trace(tokens[:, start:stop], cache=traced_cache):
             model.layers[0].ssm.h[0].output.save()
             model.layers[2].ssm.h.output.save()
             piece = model.lm_head.output.save()
@@ -79,11 +77,11 @@ def test_prefill_then_single_steps(tiny_hf: ModuleFactory, tokens: Tensor) -> No
         trajectory = model.layers[1].ssm.h.output.save()
     held = torch.zeros_like(trajectory[:, 0])
     for start, stop in ((0, 4), *((p, p + 1) for p in range(4, 9))):
-        with model.trace(tokens[:, start:stop], cache_params=cache):
+        with model.trace(tokens[:, start:stop], cache=cache):
             h_start = model.layers[1].ssm.h_start.output.save()
             h = model.layers[1].ssm.h[-1].output.save()
             logits = model.lm_head.output.save()
-        agree(logits, plain(tokens[:, start:stop], cache_params=theirs).logits)
+        agree(logits, plain(tokens[:, start:stop], cache=theirs).logits)
         agree(logits, full.logits[:, start:stop])
         agree(h, trajectory[:, stop - 1])
         assert torch.equal(h_start, held)
@@ -99,13 +97,13 @@ def test_an_edit_reaches_the_next_piece_through_the_cache(
         model.layers[1].ssm.h[4].output[:] *= -1
         expected = model.lm_head.output.save()
     cache = empty_cache(model)
-    with model.trace(tokens[:, :5], cache_params=cache):
+    with model.trace(tokens[:, :5], cache=cache):
         if place == "h":
             model.layers[1].ssm.h.output[:, -1] *= -1
         else:
             model.layers[1].ssm.h[-1].output[:] *= -1
         first = model.lm_head.output.save()
-    with model.trace(tokens[:, 5:], cache_params=cache):
+    with model.trace(tokens[:, 5:], cache=cache):
         second = model.lm_head.output.save()
     agree(torch.cat((first, second), dim=1), expected)
 
@@ -115,16 +113,16 @@ def test_a_served_initial_state_is_not_the_cache(tiny_hf: ModuleFactory, tokens:
     """Editing h_start, or a saved h[-1] afterwards, leaves what the cache held alone."""
     _, model = pair(tiny_hf)
     cache = empty_cache(model)
-    model._module(tokens[:, :5], cache_params=cache)
+    model._module(tokens[:, :5], cache=cache)
     held = cache.layers[1].recurrent_states[0]
     before = held.clone()
-    with model.trace(tokens[:, 5:], cache_params=copy.deepcopy(cache)):
+    with model.trace(tokens[:, 5:], cache=copy.deepcopy(cache)):
         expected = model.lm_head.output.save()
-    with model.trace(tokens[:, 5:], cache_params=copy.deepcopy(cache)) as tracer:
+    with model.trace(tokens[:, 5:], cache=copy.deepcopy(cache)) as tracer:
         model.layers[1].ssm.h_start.output[:] = 0
         tracer.stop()
     assert torch.equal(held, before)
-    with model.trace(tokens[:, 5:], cache_params=cache):
+    with model.trace(tokens[:, 5:], cache=cache):
         logits = model.lm_head.output.save()
     assert torch.equal(logits, expected)
 
@@ -202,11 +200,11 @@ def test_decoding_after_a_padded_prefill(
     padded, mask = (value[rows] for value in padded_batch(tokens, side))
     more = tokens.flip(0)[rows][:, :4]
     cache, steps = empty_cache(model), []
-    model._module(padded, attention_mask=mask, cache_params=cache)
+    model._module(padded, attention_mask=mask, cache=cache)
     for start, stop in ((0, 1), (1, 2), (2, 4)):
         mask = torch.cat((mask, torch.ones_like(more[:, start:stop])), dim=1)
         options = {"attention_mask": mask} if longer_mask else {}
-        steps.append(model._module(more[:, start:stop], cache_params=cache, **options).logits)
+        steps.append(model._module(more[:, start:stop], cache=cache, **options).logits)
     logits = torch.cat(steps, dim=1)
     for row, pads in enumerate(PADS[rows]):
         whole = torch.cat((tokens[rows][row : row + 1, pads:], more[row : row + 1]), dim=1)
@@ -219,8 +217,8 @@ def test_a_prompt_of_fewer_tokens_than_the_convolution(tiny_hf: ModuleFactory, t
     for side in ("left", "right"):
         padded, mask = padded_batch(tokens, side, pads)
         cache = empty_cache(model)
-        model._module(padded, attention_mask=mask, cache_params=cache)
-        logits = model._module(tokens[:, :1], cache_params=cache).logits
+        model._module(padded, attention_mask=mask, cache=cache)
+        logits = model._module(tokens[:, :1], cache=cache).logits
         for row, n in enumerate(pads):
             whole = torch.cat((tokens[row : row + 1, n:], tokens[row : row + 1, :1]), dim=1)
             agree(logits[row], plain(whole).logits[0, -1:])

@@ -419,8 +419,8 @@ def test_other_ways_to_generate(tiny, tokens, options, rows, lengths):
 
 def test_a_prompt_in_pieces(tiny, hf, tokens):
     with torch.no_grad():
-        cache = tiny._module(tokens[:, :4], use_cache=True).cache_params
-    with torch.no_grad(), tiny.trace(tokens[:, 4:], cache_params=cache, use_cache=True):
+        cache = tiny._module(tokens[:, :4], use_cache=True).cache
+    with torch.no_grad(), tiny.trace(tokens[:, 4:], cache=cache, use_cache=True):
         start = tiny.layers[1].ssm.h_start.output.save()
         tiny.layers[1].ssm.h[1].output = change(tiny.layers[1].ssm.h[1].output)
         last = tiny.layers[1].ssm.h[-1].output.save()
