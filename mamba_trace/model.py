@@ -29,6 +29,7 @@ from .demand import keep_apart
 from .envoys import envoy_classes, refuse_value, unknown
 from .errors import CheckpointError, PositionError, PromptError, UnknownSiteError
 from .initialization import initialize
+from .report import RunReport
 from .scan import check
 from .sites import SITES, STATE, rows
 from .tokens import Tokens
@@ -51,13 +52,14 @@ class MambaTrace(Tokens, TransformersModel):
         repo_id: a hub id or a local folder, in Hugging Face's or the original state-spaces format, or a
             loaded ``MambaForCausalLM``, which is made hookable in place.
         tokenizer: the tokenizer; found with the checkpoint where it is not given.
-        kernels: which scan runs: ``"auto"``, ``"reference"`` or ``"cpu"``.
+        kernels: which scan runs: ``"auto"``, the fastest for each call, or one of ``"reference"``, ``"cpu"``,
+            ``"cuda"`` and ``"triton"``.
         **kwargs: ``revision``, ``dtype``, ``device``, ``device_map``, ``quantization_config`` and whatever
             else ``from_pretrained`` takes; ``dispatch=True`` loads the weights now, not at the first run.
 
     Raises:
         CheckpointError: if there is no such checkpoint, or it is no Mamba.
-        BackendError: if ``kernels`` names no backend.
+        BackendError: if ``kernels`` names no backend, or one that cannot run here.
 
     Example::
 
@@ -91,6 +93,19 @@ class MambaTrace(Tokens, TransformersModel):
     def kernels(self) -> str:
         """Which scan runs; a property of the module, so the last wrapper around one module decides."""
         return self.layers[0].ssm._module.kernels
+
+    @property
+    def last_run(self) -> RunReport:
+        """What each layer ran in the last forward call of the module: kernels, stretches of positions, reasons.
+
+        Example::
+
+            with model.trace(prompt):
+                model.layers[1].ssm.h[5].output.save()
+            print(model.last_run)
+        """
+        mixers = (layer.ssm._module for layer in self.layers)
+        return RunReport([mixer.last_run for mixer in mixers if mixer.last_run is not None])
 
     # -- other ways to make one ------------------------------------------------------------------------
 

@@ -17,17 +17,24 @@ Differences from Hugging Face 5, all of them on purpose:
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from .demand import Visit, version
+from .discretisation import Discretisation
 from .offers import Offers
-from .past import PastStates, masked
-from .scan import Explicit, Recurrence, Selective, Watched
+from .past import PastStates, attention_mask_of, masked
+from .report import LayerRun
+from .scan import Recurrence, causal_conv, convolution, gated_scan
+from .scan.record import note, recording
 from .scan.reference import accumulation_dtype
 from .sites import STATE
 
@@ -72,11 +79,25 @@ class HookableRMSNorm:
         return self.weight * x.to(hidden_states.dtype)
 
 
+def recorded(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A mixer's forward, which leaves in ``last_run`` what it ran."""
+
+    @functools.wraps(forward)
+    def wrapper(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        self.last_run = LayerRun(self.layer_idx, hidden_states.shape[1])
+        with recording(self.last_run.calls):
+            return forward(self, hidden_states, *args, **kwargs)
+
+    return wrapper
+
+
 class HookableMixer:
     """Mixin over Hugging Face's mixer: the selective state space layer, site by site."""
 
     kernels = "auto"
+    last_run: LayerRun | None = None
 
+    @recorded
     def forward(
         self: Any,
         hidden_states: Tensor,
@@ -84,34 +105,51 @@ class HookableMixer:
         attention_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor:
+        mask = attention_mask_of(attention_mask, hidden_states.shape[1])  # [B,L] or None
         offer = Offers(self, "mixer")
-        length = hidden_states.shape[1]
-        # A mask may cover the cached tokens too; this call's are the last ones.
-        mask = None if attention_mask is None else attention_mask[:, -length:]  # [B,L]
         past = PastStates(self, cache)
-
         fused = self.in_proj(offer.into("in_proj", hidden_states))  # [B,L,2E]
         x_in, skip = fused.split(self.intermediate_size, dim=-1)  # [B,L,E] each
         skip = offer("skip", skip)
         # After in_proj, which may have a bias of its own or an adapter's.
         x_in = offer("x_in", masked(x_in, mask))
-        conv = offer("conv", self.convolve(offer, x_in, past.convolution(x_in, mask)))  # [B,L,E]
-        x = offer("ssm_input", masked(self.act(conv), mask))  # [B,L,E]
-
-        recurrence, h = self.discretise(offer, x, mask, past)
-        y, h = self.recur(offer, recurrence, h, mask)  # [B,L,E], [B,E,N]
+        x = self.convolve(offer, x_in, past.convolution(x_in, mask))  # [B,L,E]
+        x = offer("ssm_input", masked(x, mask))  # [B,L,E]
+        gated, h = self.scan(offer, x, skip, mask, past)  # [B,L,E], [B,E,N]
         past.keep(h)
-
-        y = offer("y", y)  # [B,L,E]
-        ssm_output = offer("ssm_output", y + x * self.D.to(y.dtype))  # [B,L,E]
-        gated = ssm_output * F.silu(skip.to(y.dtype))
         after_skip = offer("after_skip", gated.to(hidden_states.dtype))  # [B,L,E]
         out = self.out_proj(offer.into("out_proj", after_skip))  # [B,L,D]
         offer.close()
         return offer.result(out)
 
+    # -- the convolution -------------------------------------------------------------------------------
+
     def convolve(self: Any, offer: Offers, x_in: Tensor, before: Tensor | None) -> Tensor:
-        """The causal convolution [B,L,E] of ``x_in`` [B,L,E] after the columns ``before`` [B,E,K]."""
+        """SiLU of the causal convolution [B,L,E] of ``x_in`` [B,L,E] after the columns ``before`` [B,E,K]."""
+        backend = self.conv_backend(x_in)
+        conv1d = None if backend is None else offer.bypass("conv1d", nn.Conv1d)
+        if backend is None or conv1d is None:
+            if backend is not None:
+                self.last_run.reasons.append("conv1d is wanted, hooked or changed")
+            return self.act(offer("conv", self.call_convolution(offer, x_in, before)))
+        whole = offer.first_wanted("conv") is None and offer.bypass("act", type(self.act)) is not None
+        weight = conv1d.weight[:, 0]  # [E,K]
+        conv = causal_conv(x_in, weight, conv1d.bias, before, activate=whole, backend=backend)
+        if whole:
+            offer.pass_over("conv")
+            return conv
+        self.last_run.reasons.append("conv or its SiLU is wanted or hooked")
+        return self.act(offer("conv", conv))
+
+    def conv_backend(self: Any, x_in: Tensor) -> ModuleType | None:
+        """What can convolve ``x_in`` and apply SiLU faster than PyTorch, or ``None``."""
+        if isinstance(x_in, FakeTensor) or x_in.numel() == 0 or self.activation not in ("silu", "swish"):
+            return None
+        return convolution(self.kernels, x_in.device, x_in.dtype, self.conv_kernel_size)
+
+    def call_convolution(self: Any, offer: Offers, x_in: Tensor, before: Tensor | None) -> Tensor:
+        """The convolution [B,L,E] by way of its module."""
+        note("causal_conv", "PyTorch", x_in.shape[1])
         columns = x_in.transpose(1, 2)  # [B,E,L]
         length, context = columns.shape[-1], 0
         if before is not None:
@@ -121,43 +159,54 @@ class HookableMixer:
         columns = self.conv1d(offer.into("conv1d", columns))[..., context : context + length]  # [B,E,L]
         return columns.transpose(1, 2).contiguous()
 
+    # -- the scan --------------------------------------------------------------------------------------
+
+    def scan(
+        self: Any, offer: Offers, x: Tensor, skip: Tensor, mask: Tensor | None, past: PastStates
+    ) -> tuple[Tensor, Tensor]:
+        """The gated output of the SSM [B,L,E] and its last state [B,E,N], in as few kernels as will do."""
+        h = self.initial_state(offer, x, past)  # [B,E,N] or None
+        delta_1, B, C = self.selective_parameters(offer, x)
+        delta_1 = offer("delta_1", delta_1)  # [B,L,R]
+        # The only reference to delta_2 [B,L,E], which is given up where delta takes its place.
+        parameters = Discretisation(
+            offer("delta_2", self.dt_proj(offer.into("dt_proj", delta_1))), mask, self.A_log, B, C
+        )
+        parameters.offer(offer)
+        wanted = parameters.seen or offer.first_wanted(STATE, "y", "ssm_output")
+        if wanted is None:
+            offer.pass_over(STATE, "y", "ssm_output")
+            steps, A, B, C = parameters.before_softplus(), parameters.A, parameters.B, parameters.C
+            return gated_scan(x, steps, A, B, C, self.D, skip, h, kernels=self.kernels)
+        self.last_run.reasons.append(f"{wanted} is wanted" + ", A_bar or B_bar edited" * parameters.edited)
+        done = self.recur(offer, parameters.recurrence(x, self.kernels), h, mask)
+        del parameters  # and with it delta, which makes room for what follows
+        h = done[-1].after  # [B,E,N]
+        y = offer("y", joined(done))  # [B,L,E]
+        ssm_output = offer("ssm_output", torch.addcmul(y, x.to(y.dtype), self.D.to(y.dtype)))  # [B,L,E]
+        return F.silu(skip.to(y.dtype)).mul_(ssm_output), h
+
+    def initial_state(self: Any, offer: Offers, x: Tensor, past: PastStates) -> Tensor | None:
+        """The state before the first position [B,E,N], or ``None`` for zeros that nobody wants."""
+        h = past.state()
+        if not offer.wants("h_start"):
+            offer.pass_over("h_start")
+            return h
+        if h is None:
+            h = x.new_zeros(x.shape[0], x.shape[2], self.ssm_state_size, dtype=accumulation_dtype(x))
+        if x.requires_grad:
+            h.requires_grad_()  # so that its gradient can be asked for
+        return offer("h_start", h)
+
     def selective_parameters(self: Any, offer: Offers, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x_proj, split: delta_1 [B,L,R], B [B,L,N] and C [B,L,N]."""
         sizes = [self.time_step_rank, self.ssm_state_size, self.ssm_state_size]
         return self.x_proj(offer.into("x_proj", x)).split(sizes, dim=-1)
 
-    def discretise(
-        self: Any, offer: Offers, x: Tensor, mask: Tensor | None, past: PastStates
-    ) -> tuple[Recurrence, Tensor]:
-        """Offer h_start to C; return the recurrence they define and the initial state [B,E,N]."""
-        h = past.state(x)  # [B,E,N]
-        if offer.wants("h_start") and x.requires_grad:
-            h.requires_grad_()  # so that its gradient can be asked for
-        h = offer("h_start", h)
-        delta_1, B, C = self.selective_parameters(offer, x)
-        delta_1 = offer("delta_1", delta_1)  # [B,L,R]
-        delta_2 = offer("delta_2", self.dt_proj(offer.into("dt_proj", delta_1)))  # [B,L,E]
-        # Padding takes no time: a step of 0 neither decays the state nor writes to it.
-        delta = offer("delta", masked(F.softplus(delta_2), mask))  # [B,L,E]
-        A = offer("A", -torch.exp(self.A_log.to(accumulation_dtype(self.A_log))))  # [E,N]
-        A_bar, A_bar_edited = offer.optional("A_bar", lambda: discrete_A(delta, A))  # [B,L,E,N]
-        B = offer("B", B)  # [B,L,N]
-        B_bar, B_bar_edited = offer.optional("B_bar", lambda: discrete_B(delta, B, A.dtype))  # [B,L,E,N]
-        C = offer("C", C)  # [B,L,N]
-        edited = A_bar_edited or B_bar_edited
-        handed_out = A_bar is not None or B_bar is not None
-        if not edited and not (handed_out and torch.is_grad_enabled() and delta.requires_grad):
-            return Selective(x, C, delta, A, B, kernels=self.kernels), h
-        A_bar = discrete_A(delta, A) if A_bar is None else A_bar
-        B_bar = discrete_B(delta, B, A.dtype) if B_bar is None else B_bar
-        if edited:
-            return Explicit(x, C, A_bar, B_bar), h
-        return Watched(x, C, delta, A, B, A_bar, B_bar, kernels=self.kernels), h
-
     def recur(
-        self, offer: Offers, recurrence: Recurrence, h: Tensor, mask: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """Run the recurrence from state ``h``, stopping where a state is wanted: ``(y [B,L,E], h_last)``."""
+        self, offer: Offers, recurrence: Recurrence, h: Tensor | None, mask: Tensor | None
+    ) -> list[Stretch]:
+        """Run the recurrence from state ``h``, stopping where a state is wanted."""
         length = recurrence.x.shape[1]
         done: list[Stretch] = []
         start = 0
@@ -167,14 +216,13 @@ class HookableMixer:
                 start, h = at + 1, done[-1].after
             if offer.wants(STATE):
                 offer.visit.stand_at(STATE, length, length)
-                return self.serve_states(offer, recurrence, done, start, h)
+                return [self.serve_states(offer, recurrence, done, start, h)]
             offer.pass_over(STATE)
         if start < length or not done:
-            y, h = recurrence.run(start, length, h)
-            done.append(Stretch(start, length, h, y, h))
-        return torch.cat([stretch.y for stretch in done], dim=1) if len(done) > 1 else done[0].y, h
+            done.append(Stretch(start, length, h, *recurrence.run(start, length, h)))
+        return done
 
-    def run_to(self, at: int, offer: Offers, recurrence: Recurrence, start: int, h: Tensor) -> Stretch:
+    def run_to(self, at: int, offer: Offers, recurrence: Recurrence, start: int, h: Tensor | None) -> Stretch:
         """Run from ``start`` to position ``at``, offer the state there, and read y from what came back."""
         y, reached = recurrence.run(start, at + 1, h)
         # A copy, since the backward pass of y reads the original, which an edit in place must not touch.
@@ -186,15 +234,19 @@ class HookableMixer:
         return Stretch(start, at + 1, h, y, after)
 
     def serve_states(
-        self, offer: Offers, recurrence: Recurrence, done: list[Stretch], start: int, h: Tensor
-    ) -> tuple[Tensor, Tensor]:
+        self, offer: Offers, recurrence: Recurrence, done: list[Stretch], start: int, h: Tensor | None
+    ) -> Stretch:
         """Run the rest from ``start``, offer the trajectory, and read y and h_last from what came back."""
-        parts = [*(stretch.states(recurrence) for stretch in done)]
-        parts.append(recurrence.states(start, recurrence.x.shape[1], h))
-        y, states = (torch.cat(pieces, dim=1) for pieces in zip(*parts, strict=True))
+        length = recurrence.x.shape[1]
+        parts = [stretch.states(recurrence) for stretch in done]
+        if start < length or not done:
+            parts.append(recurrence.states(start, length, h))
+        y, states = (torch.cat(pieces, dim=1) if done else pieces[0] for pieces in zip(*parts, strict=True))
         before = version(states)
         served = offer(STATE, states)  # [B,L,E,N]
-        return recurrence.read(served) if touched(states, before, served) else y, served[:, -1]
+        if touched(states, before, served):
+            y = recurrence.read(served)
+        return Stretch(0, length, None, y, served[:, -1])
 
 
 @dataclass
@@ -203,14 +255,14 @@ class Stretch:
 
     Attributes:
         start, stop: the positions ``start`` to ``stop - 1``.
-        before: the state before them [B,E,N].
+        before: the state before them [B,E,N], or ``None`` for zeros.
         y: their outputs [B,l,E].
         after: the state handed on after the last of them, edited or not [B,E,N].
     """
 
     start: int
     stop: int
-    before: Tensor
+    before: Tensor | None
     y: Tensor
     after: Tensor
 
@@ -220,18 +272,13 @@ class Stretch:
         return self.y, torch.cat((states, self.after[:, None]), dim=1)
 
 
+def joined(done: list[Stretch]) -> Tensor:
+    """y of all positions [B,L,E]. The stretches are used up."""
+    pieces = [stretch.y for stretch in done]
+    done.clear()
+    return torch.cat(pieces, dim=1) if len(pieces) > 1 else pieces[0]
+
+
 def touched(handed_out: Tensor, before: int | None, served: Tensor) -> bool:
     """Whether what follows must be computed from ``served``: it was edited, or its gradient is kept."""
     return served is not handed_out or before is None or version(served) != before or served.requires_grad
-
-
-def discrete_A(delta: Tensor, A: Tensor) -> Tensor:
-    """exp(delta A): delta [B,L,E], A [E,N] or [B,E,N] -> [B,L,E,N]."""
-    A_bar = torch.exp(delta.to(A.dtype)[..., None] * (A[:, None] if A.dim() == 3 else A))
-    # The backward pass of exp reads its result, which an edit in place must not touch.
-    return A_bar.clone() if A_bar.requires_grad else A_bar
-
-
-def discrete_B(delta: Tensor, B: Tensor, dtype: torch.dtype) -> Tensor:
-    """delta B: delta [B,L,E], B [B,L,N] -> [B,L,E,N]."""
-    return delta.to(dtype)[..., None] * B.to(dtype)[:, :, None, :]

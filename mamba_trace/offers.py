@@ -8,12 +8,13 @@ called, so that nnsight serves it and PyTorch hooks on it fire.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from .demand import Visit, version
+from .demand import Visit, is_itself, version
 from .sites import BY_NAME, Scope, Site, offered
 
 
@@ -76,10 +77,34 @@ class Offers:
         """Whether the value of site ``name`` is wanted now, so that one made for it alone is worth making."""
         return self.open and self.visit.wants(name)
 
-    def pass_over(self, name: str) -> None:
-        """Leave out a site whose value nobody wants and the computation does not need."""
+    def first_wanted(self, *names: str) -> str | None:
+        """The first of ``names`` that is wanted now, positions of a site and inner modules included.
+
+        With ``.source`` of the module wanted the first of them is: its forward must do all that it says.
+        """
+        if not self.open:
+            return None
+        if self.visit.wants_within("source"):
+            return names[0]
+        return next((name for name in names if self.visit.wants_within(name)), None)
+
+    def pass_over(self, *names: str) -> None:
+        """Leave out sites whose values nobody wants and the computation does not need."""
         if self.open:
-            self.visit.pass_over((name,))
+            self.visit.pass_over(names)
+
+    def bypass(self, name: str, plain: type[nn.Module]) -> Any:
+        """Inner module ``name``, if its weights may be used without calling it; else ``None``.
+
+        It may where it is a ``plain`` one that nobody has changed, hooked or wants to look into. nnsight then
+        counts a visit of it all the same.
+        """
+        module = self.module._modules[name]
+        assert module is not None
+        if not is_itself(module, plain) or self.first_wanted(name) is not None:
+            return None
+        self.visit.pass_over((name,))
+        return module
 
     def optional(self, name: str, make: Callable[[], Tensor]) -> tuple[Tensor | None, bool]:
         """Offer a value that is made only if wanted: ``(value or None, whether it was edited)``."""

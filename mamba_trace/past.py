@@ -10,8 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-
-from .scan.reference import accumulation_dtype
+from torch._subclasses.fake_tensor import FakeTensor
 
 
 class PastStates:
@@ -37,18 +36,33 @@ class PastStates:
         self.cache.update_conv_state(recent.transpose(1, 2), layer, conv_kernel_size=kernel)
         return before
 
-    def state(self, x: Tensor) -> Tensor:
-        """The state to start from [B,E,N]: the cached one, or zeros."""
+    def state(self) -> Tensor | None:
+        """The cached state to start from [B,E,N], or ``None`` for zeros."""
         if self.cache is not None:
             layer = self.cache.layers[self.mixer.layer_idx]
             if layer.is_recurrent_states_initialized[0]:
                 return layer.recurrent_states[0].clone()
-        return x.new_zeros(x.shape[0], x.shape[2], self.mixer.ssm_state_size, dtype=accumulation_dtype(x))
+        return None
 
     def keep(self, h: Tensor) -> None:
         """Store the state after the last token of this call."""
         if self.cache is not None:
             self.cache.update_recurrent_state(h, self.mixer.layer_idx)
+
+
+def attention_mask_of(mask: Tensor | None, length: int) -> Tensor | None:
+    """The mask [B,L] of this call's tokens, or ``None`` where none of them is known to be padding.
+
+    Args:
+        mask: of the cached tokens too, where there are any; this call's are the last ones.
+        length: the number L of this call's.
+    """
+    if mask is None:
+        return None
+    mask = mask[:, -length:]
+    # On a GPU a look at it would wait for the device.
+    looked_at = mask.device.type == "cpu" and not isinstance(mask, FakeTensor)
+    return None if looked_at and bool(mask.all()) else mask
 
 
 def masked(value: Tensor, mask: Tensor | None) -> Tensor:

@@ -11,11 +11,16 @@ from __future__ import annotations
 
 import copy
 import math
+import os
 from typing import Any, Protocol
 
 import pytest
 import torch
 from torch import Tensor
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports Triton, which reads it then
+
 from transformers import MambaConfig, MambaForCausalLM
 
 from mamba_trace import MambaTrace

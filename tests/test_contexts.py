@@ -14,6 +14,7 @@ from typing import Any
 import nnsight
 import pytest
 import torch
+from conftest import agree
 from test_sites import by_hand, change, same
 from torch import Tensor
 
@@ -323,7 +324,7 @@ def test_one_step_alone(tiny, hf, tokens, path, step, first):
             _ = before.output.sum()
         for _ in tracer.iter[step]:
             one = place.output.save()
-    assert torch.equal(one, every[step])
+    agree(one, every[step])  # which kernels run depends on what is wanted, and so does the last bit
 
 
 @pytest.mark.parametrize("in_place", [False, True], ids=["assigned", "in place"])
@@ -447,7 +448,7 @@ def test_edit_of_a_copy(tiny, hf, tokens):
         same(logits, expected["lm_head"])
     with torch.no_grad(), tiny.trace(tokens):
         clean = tiny.lm_head.output.save()
-    same(clean, plain(tiny, tokens), 1e-6)
+    agree(clean, plain(tiny, tokens))
 
 
 def test_edit_in_place_and_clear_edits(tiny, hf, tokens):
@@ -462,7 +463,7 @@ def test_edit_in_place_and_clear_edits(tiny, hf, tokens):
     tiny.clear_edits()
     with torch.no_grad(), tiny.trace(tokens):
         logits = tiny.lm_head.output.save()
-    same(logits, plain(tiny, tokens), 1e-6)
+    agree(logits, plain(tiny, tokens))
 
 
 def test_an_edit_and_a_trace_of_the_same_position(tiny, hf, tokens):
@@ -543,7 +544,7 @@ def test_scan_gives_every_shape_without_loading_weights(tiny_hf, tokens, tmp_pat
     assert all(parameter.is_meta for parameter in from_disk._module.parameters())
     with torch.no_grad(), from_disk.trace(tokens):
         logits = from_disk.lm_head.output.save()
-    same(logits, plain(loaded, tokens), 1e-6)
+    agree(logits, plain(loaded, tokens))
 
 
 def test_scan_of_edits(tiny, tokens):
@@ -676,7 +677,7 @@ def test_stop(tiny, hf, tokens, path):
         again = place.output.save()
         logits = tiny.lm_head.output.save()
     assert torch.equal(again, value)
-    same(logits, plain(tiny, tokens), 1e-6)
+    agree(logits, plain(tiny, tokens))
 
 
 # -- inner modules, source, skip -----------------------------------------------------------------------------

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from mamba_trace.scan import _kernels, cpu, reference
+from mamba_trace.errors import BackendError
+from mamba_trace.scan import _compiled, cpu, reference, team
 
 TOLERANCE = 1e-5  # of a tensor's largest value
 NAMES = ("x", "delta", "A", "B", "C", "h_start")
@@ -230,11 +231,19 @@ def test_decay_that_underflows_is_zero() -> None:
     assert torch.equal(y.flatten(), h_last.flatten())
 
 
+def pieces_of(inputs: list[Tensor]) -> int:
+    batch, length, width = inputs[0].shape
+    return team.pieces(batch * -(-width // 16), length, shares=1)
+
+
+@pytest.mark.parametrize("pool", ["openmp", "python"])
 @pytest.mark.usefixtures("four_threads")
 @pytest.mark.parametrize("shape", [(1, 700, 40, 16), (3, 300, 17, 3), (2, 400, 100, 5)], ids=str)
-def test_threads_change_no_bit(shape: tuple[int, ...]) -> None:
+def test_threads_change_no_bit(shape: tuple[int, ...], pool: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if pool == "python":
+        monkeypatch.setattr(team, "_openmp", lambda: None)
     inputs = arguments(*shape)
-    assert len(cpu._pieces(inputs[0])) > 2, "too small for several threads: this test would show nothing"
+    assert pieces_of(inputs) > 2, "too small for several threads: this test would show nothing"
     several = everything(cpu, inputs)
     grads = {through: gradients(cpu, inputs, through) for through in RESULTS}
     torch.set_num_threads(1)
@@ -318,11 +327,10 @@ def test_one_argument_alone_may_ask_for_its_gradient() -> None:
 
 
 def test_reasons_why_it_cannot_run() -> None:
-    x = torch.zeros(1, 2, 3)
     assert cpu.unavailable() is None
-    assert cpu.unavailable(x) is None
-    assert cpu.unavailable(x.double(), torch.float64) == "it computes in float32, not torch.float64"
-    assert cpu.unavailable(x.to("meta")) == "the model is on meta, and it runs on the CPU alone"
+    assert cpu.unavailable(torch.device("cpu"), torch.float32, 1000) is None
+    assert cpu.unavailable(torch.device("cpu"), torch.float64) == "it computes in float32, not torch.float64"
+    assert cpu.unavailable(torch.device("meta")) == "the model is on meta, and it runs on the CPU alone"
 
 
 def test_second_derivatives_are_those_of_the_reference() -> None:
@@ -342,11 +350,12 @@ def test_second_derivatives_are_those_of_the_reference() -> None:
 
 FORK = """
 import os, signal, torch
-from mamba_trace.scan import cpu
+from mamba_trace.scan import cpu, team
 torch.set_num_threads(4)
 x, B = torch.rand(1, 200, 64), torch.rand(1, 200, 4)
 inputs = [x, x, -torch.rand(64, 4), B, B]
-assert len(cpu._pieces(inputs[0])) > 1
+assert team.pieces(4, 200) > 1
+cpu.selective_scan(*inputs)  # so that there are threads to lose
 expected = cpu.selective_scan(*inputs)[0]
 child = os.fork()
 if child == 0:
@@ -366,12 +375,204 @@ def test_a_forked_child_scans_too(tmp_path: Path) -> None:
 def test_nowhere_to_keep_compiled_code(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
-    def njit(**options: bool) -> object:
+    def cfunc(signature: object, **options: Any) -> Any:
         asked.append(options.get("cache", False))
         if asked[-1]:
             raise RuntimeError("cannot cache function: no locator available")
         return lambda function: function
 
-    monkeypatch.setattr(_kernels, "njit", njit)
-    assert _kernels.compiled(print) is print
+    monkeypatch.setattr(_compiled, "cfunc", cfunc)
+    assert _compiled.kernel(print) is print
     assert asked == [True, False]
+
+
+def test_a_tensor_on_another_device_is_refused() -> None:
+    with pytest.raises(BackendError, match="a tensor on meta among the inputs of a scan on the CPU"):
+        cpu.causal_conv(torch.zeros(1, 5, 17), torch.zeros(17, 3, device="meta"), None)
+
+
+# -- the gated scan ---------------------------------------------------------------------------------------
+
+
+def gated_arguments(B: int, L: int, E: int, N: int) -> list[Tensor | None]:
+    """x, delta_2, A, B, C, D, skip, h_start; delta_2 from about -8 to 3."""
+    x, _, A, B_, C, h_start = arguments(B, L, E, N)
+    generator = torch.Generator().manual_seed(3)
+    delta_2 = 2 * torch.randn(B, L, E, generator=generator) - 2.5
+    D, skip = torch.randn(E, generator=generator), 3 * torch.randn(B, L, E, generator=generator)
+    return [x, delta_2, A, B_, C, D, skip, h_start]
+
+
+def double(inputs: list[Tensor | None]) -> list[Tensor | None]:
+    return [None if tensor is None else tensor.double() for tensor in inputs]
+
+
+@pytest.mark.parametrize("from_zero", [False, True])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_the_gated_scan_is_that_of_float64(shape: tuple[int, ...], from_zero: bool) -> None:
+    inputs = gated_arguments(*shape)
+    if from_zero:
+        inputs[-1] = None
+    for name, actual, expected in zip(
+        ("out", "h_last"), cpu.gated_scan(*inputs), reference.gated_scan(*double(inputs)), strict=True
+    ):
+        close(actual, expected, name)
+
+
+def test_the_gated_scan_takes_the_views_that_a_mixer_has() -> None:
+    x, delta_2, A, B, C, D, skip, h_start = gated_arguments(2, 70, 17, 3)
+    fused = torch.cat((x, skip), dim=-1)
+    projected = torch.cat((torch.full((2, 70, 4), torch.nan), B, C), dim=-1)
+    views = [
+        fused[..., :17],
+        delta_2,
+        A,
+        projected[..., 4:7],
+        projected[..., 7:],
+        D,
+        fused[..., 17:],
+        h_start,
+    ]
+    for actual, expected in zip(
+        cpu.gated_scan(*views), cpu.gated_scan(x, delta_2, A, B, C, D, skip, h_start), strict=True
+    ):
+        assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("which", [0, 1], ids=["out", "h_last"])
+def test_gradients_of_the_gated_scan(which: int) -> None:
+    inputs = gated_arguments(2, 70, 17, 5)
+    grads = []
+    for scan, given in ((cpu, inputs), (reference, double(inputs))):
+        leaves = [tensor.detach().requires_grad_() for tensor in given]
+        result = scan.gated_scan(*leaves)[which]
+        weights = torch.randn(result.shape, generator=torch.Generator().manual_seed(1)).to(result)
+        grads.append(torch.autograd.grad((result * weights).sum(), leaves, allow_unused=True))
+    for name, actual, expected in zip(
+        ("x", "delta_2", "A", "B", "C", "D", "skip", "h_start"), *grads, strict=True
+    ):
+        if expected is None:
+            assert actual is None or not actual.any(), name
+        else:
+            close(actual, expected, f"gradient of {name}", 2e-5)
+
+
+@pytest.mark.parametrize("delta_2", [-1e4, -200.0, -30.0, 30.0, 1e4, 3e38])
+def test_extreme_steps_before_softplus(delta_2: float) -> None:
+    inputs = gated_arguments(1, 70, 17, 3)
+    inputs[0] = inputs[0] / max(delta_2, 1.0)
+    inputs[1][:, ::3] = delta_2
+    for name, actual, expected in zip(
+        ("out", "h_last"), cpu.gated_scan(*inputs), reference.gated_scan(*double(inputs)), strict=True
+    ):
+        assert bool(actual.isfinite().all()), name
+        close(actual, expected, name)
+
+
+def test_softplus_is_precise_however_small() -> None:
+    """Its value for -60 is 9e-27, and what that lets into the state is right to 1e-5 of itself."""
+    steps = torch.tensor([-60.0, -20.0, -10.0, -5.0, -1e-3, 0.0, 1e-3, 5.0, 25.0])
+    one, zero = torch.ones(1, 1, 9), torch.zeros(9)
+    B = torch.ones(1, 1, 1)
+    _, h_last = cpu.gated_scan(one, steps.reshape(1, 1, 9), -torch.ones(9, 1), B, B, zero, one)
+    expected = torch.nn.functional.softplus(steps.double())
+    torch.testing.assert_close(h_last.flatten().double(), expected, rtol=1e-5, atol=0)
+
+
+# -- the explicit scan ------------------------------------------------------------------------------------
+
+EXPLICIT = ("A_bar", "B_bar", "x", "C", "h_start")
+
+
+def explicit_arguments(B: int, L: int, E: int, N: int) -> list[Tensor]:
+    """A_bar in (-1, 1), some of it 0, as edits may make it."""
+    generator = torch.Generator().manual_seed(2)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    A_bar = normal(B, L, E, N).tanh()
+    A_bar[:, ::4] = 0
+    return [A_bar, normal(B, L, E, N), normal(B, L, E), normal(B, L, N), normal(B, E, N)]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_the_explicit_scan_is_that_of_float64(shape: tuple[int, ...]) -> None:
+    inputs = explicit_arguments(*shape)
+    for given in (inputs, [*inputs[:-1], None]):
+        for run in ("explicit_scan", "explicit_states"):
+            results = getattr(cpu, run)(*given), getattr(reference, run)(*double(given))
+            for name, actual, expected in zip(("y", "second"), *results, strict=True):
+                close(actual, expected, f"{name} of {run}")
+
+
+@pytest.mark.parametrize("run", ["explicit_scan", "explicit_states"])
+@pytest.mark.parametrize("shape", SHAPES[:6], ids=str)
+def test_gradients_of_the_explicit_scan(shape: tuple[int, ...], run: str) -> None:
+    inputs = explicit_arguments(*shape)
+    grads = []
+    for scan, given in ((cpu, inputs), (reference, double(inputs))):
+        leaves = [tensor.detach().requires_grad_() for tensor in given]
+        results = getattr(scan, run)(*leaves)
+        score = sum(
+            (result * torch.randn(result.shape, generator=torch.Generator().manual_seed(1)).to(result)).sum()
+            for result in results
+        )
+        grads.append(torch.autograd.grad(score, leaves))
+    for name, actual, expected in zip(EXPLICIT, *grads, strict=True):
+        close(actual, expected, f"gradient of {name}")
+
+
+def test_second_derivatives_of_the_explicit_scan() -> None:
+    inputs = explicit_arguments(1, 5, 3, 2)
+    products = []
+    for scan, given in ((reference, double(inputs)), (cpu, inputs)):
+        leaves = [tensor.detach().requires_grad_() for tensor in given]
+        y, h_last = scan.explicit_scan(*leaves)
+        first = torch.autograd.grad(y.pow(2).sum() + h_last.pow(3).sum(), leaves, create_graph=True)
+        products.append(torch.autograd.grad(sum(grad.pow(2).sum() for grad in first), leaves))
+    for name, expected, actual in zip(EXPLICIT, *products, strict=True):
+        close(actual, expected, name)
+
+
+def test_the_explicit_scan_takes_any_strides() -> None:
+    inputs = explicit_arguments(2, 20, 17, 3)
+    for actual, expected in zip(
+        cpu.explicit_scan(*map(strided, inputs)), cpu.explicit_scan(*inputs), strict=True
+    ):
+        assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("states", [False, True])
+def test_the_explicit_operator_is_a_proper_one(states: bool) -> None:
+    inputs = [tensor.requires_grad_() for tensor in explicit_arguments(2, 5, 17, 3)]
+    torch.library.opcheck(torch.ops.mamba_trace.explicit_scan_cpu, (*inputs, states))
+
+
+# -- the convolution --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("activate", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("before", [False, True])
+@pytest.mark.parametrize(("L", "K"), [(1, 4), (2, 4), (3, 1), (70, 2), (70, 3), (5, 6)])
+def test_the_convolution_is_pytorch_s(L: int, K: int, before: bool, bias: bool, activate: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    x_in = normal(2, L, 2 * 17)[..., :17]  # half of what in_proj gives
+    given = [x_in, normal(17, K), normal(17) if bias else None, normal(2, 17, K) if before else None]
+    grads = []
+    for backend, inputs in ((cpu, given), (reference, double(given))):
+        leaves = [None if tensor is None else tensor.detach().requires_grad_() for tensor in inputs]
+        result = backend.causal_conv(*leaves, activate=activate)
+        wanted = [leaf for leaf in leaves if leaf is not None]
+        grads.append((result, torch.autograd.grad(result.pow(2).sum(), wanted)))
+    (actual, gradient), (expected, expected_gradient) = grads
+    close(actual.detach(), expected.detach(), "conv")
+    for one, other in zip(gradient, expected_gradient, strict=True):
+        close(one, other, "a gradient")
+    with torch.no_grad():
+        assert torch.equal(cpu.causal_conv(*given, activate=activate), actual)

@@ -18,9 +18,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import agree
 from torch import Tensor
 
-from mamba_trace import MambaTrace, modeling
+from mamba_trace import MambaTrace, discretisation
 from mamba_trace.errors import SiteValueError
 from mamba_trace.sites import BY_NAME, SITES, rows, walk
 
@@ -128,7 +129,7 @@ def test_every_site_has_its_value_and_reading_it_changes_nothing(tiny, hf, token
         value = place.output.save()
         logits = tiny.lm_head.output.save()
     same(value, expected[path])
-    same(logits, before, 1e-6)
+    agree(logits, before)
 
 
 @pytest.mark.parametrize("site", SITES, ids=lambda site: site.name)
@@ -337,7 +338,7 @@ def assert_saved(
         expected = tiny.lm_head.output.save()
     saved, logits = trace(place)
     assert torch.equal(saved, clean)
-    same(logits, expected, 1e-6)
+    agree(logits, expected)
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -700,7 +701,7 @@ def test_reading_a_discretised_matrix_keeps_the_selective_scan(tiny, tokens, nam
     def never(*args: Any) -> None:
         raise AssertionError("the explicit recurrence ran")
 
-    monkeypatch.setattr(modeling, "Explicit", never)
+    monkeypatch.setattr(discretisation, "Explicit", never)
     with torch.no_grad(), tiny.trace(tokens):
         value = getattr(tiny.layers[0].ssm, name).output.save()
     assert value.dim() == 4
@@ -773,7 +774,7 @@ def test_an_edit_of_A_in_one_invoke_leaves_the_others_alone(tiny, hf, tokens):
 
 @pytest.mark.parametrize("name", ["A_bar", "B_bar"])
 def test_reading_a_discretised_matrix_twice_keeps_the_selective_scan(tiny, tokens, name, monkeypatch):
-    monkeypatch.setattr("mamba_trace.modeling.Explicit", None)  # calling it would raise
+    monkeypatch.setattr("mamba_trace.discretisation.Explicit", None)  # calling it would raise
     with torch.no_grad(), tiny.trace(tokens):
         tiny.layers[0].ssm.get(name).output.sum()
         again = tiny.layers[0].ssm.get(name).output.save()

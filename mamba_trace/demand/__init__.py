@@ -20,6 +20,7 @@ The facts about nnsight 0.8 this module rests on, each held by a test in tests/t
   once it was served in that step; while a worker runs, ``mediator.pending`` is what it was last served;
 * ``mediator.transform`` is a write-back, swapped in when the worker next asks for anything;
 * the route from a module to the running trace is `source.STATE` of its ``__dict__``: ``.active()``;
+* the forward of a wrapped module is a `Controller`, whose ``state.body`` is the forward it stands for;
 
 Positions. ``h[p]`` has a location of its own, ``<h>.<p>.output``, but no module, and counting a visit of
 each position in every pass would cost a loop over all tokens. So the count of a position is not kept: it
@@ -28,7 +29,7 @@ served (`Visit.next_position`).
 """
 
 from .apart import keep_apart, version
-from .visit import Visit, listened_to, rebind_forward
+from .visit import Visit, is_itself, listened_to, rebind_forward
 from .worker import SiteOrderError, current_value, expect, expect_position, skip_module
 
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
     "current_value",
     "expect",
     "expect_position",
+    "is_itself",
     "keep_apart",
     "listened_to",
     "rebind_forward",

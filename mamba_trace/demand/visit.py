@@ -9,11 +9,14 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
+from accelerate.hooks import AlignDevicesHook
 from greenlet import getcurrent
 from nnsight.intervention.interleaver import Mediator
 from nnsight.intervention.source import STATE as CONTROLLER_STATE
+from nnsight.intervention.source import Controller
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.modules.module import _has_any_global_hook as has_global_hooks
 
 from ..errors import PositionError
 from ..names import public_path
@@ -31,13 +34,29 @@ CURSOR = "_mamba_trace_cursor"
 
 
 def listened_to(module: nn.Module | None) -> bool:
-    """Whether PyTorch hooks are registered on a module, so that it must be called to fire them."""
+    """Whether PyTorch hooks are registered on a module, or on all, so that it must be called to fire them."""
     return module is not None and bool(
         module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
+        or has_global_hooks()
     )
+
+
+def is_itself(module: nn.Module, plain: type[nn.Module]) -> bool:
+    """Whether calling ``module`` does what its class ``plain`` does with its weights, and nothing else.
+
+    Not so for a subclass or what replaced it (an adapter, a quantised layer), nor where somebody has hooks
+    on it, another forward in place of its own, or its weights elsewhere until it is called (accelerate).
+    """
+    forward = module.__dict__.get("forward", plain.forward)
+    if isinstance(forward, Controller):
+        forward = forward.state.body
+    if type(module) is not plain or forward is not plain.forward or listened_to(module):
+        return False
+    hook = module.__dict__.get("_hf_hook")
+    return hook is None or (isinstance(hook, AlignDevicesHook) and not hook.offload)
 
 
 def rebind_forward(module: nn.Module) -> None:
@@ -105,6 +124,18 @@ class Visit:
         if not locations.isdisjoint(self.interleaver.observers):
             return True
         return any(location in locations for _, location in self._parked(f"{self.path}.{name}."))
+
+    def wants_within(self, name: str) -> bool:
+        """Whether anything at or below ``name`` is wanted now: a position of a site, an inner module's input."""
+        if listened_to(self.module._modules.get(name)):
+            return True
+        if self.interleaver is None:
+            return False
+        prefix = f"{self.path}.{name}."
+        self._count_positions(prefix)
+        if any(location.startswith(prefix) for location in self.interleaver.observers):
+            return True
+        return any(self._parked(prefix))
 
     def wants_output(self) -> bool:
         """Whether the output of the module itself is wanted, now that it is about to be returned."""

@@ -10,9 +10,18 @@ initial state, return the last one, and are differentiable in every argument and
 is what a mixer holds: the inputs of one call, from which it runs any stretch of positions.
 """
 
-from .dispatch import KERNELS, check, selective_scan, selective_states
+from .dispatch import (
+    KERNELS,
+    causal_conv,
+    check,
+    convolution,
+    explicit_scan,
+    explicit_states,
+    gated_scan,
+    selective_scan,
+    selective_states,
+)
 from .recurrence import Explicit, Recurrence, Selective, Watched
-from .reference import explicit_scan
 
 __all__ = [
     "KERNELS",
@@ -20,8 +29,12 @@ __all__ = [
     "Recurrence",
     "Selective",
     "Watched",
+    "causal_conv",
     "check",
+    "convolution",
     "explicit_scan",
+    "explicit_states",
+    "gated_scan",
     "selective_scan",
     "selective_states",
 ]

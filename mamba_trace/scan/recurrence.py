@@ -9,18 +9,17 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import Any
 
-import torch
 from torch import Tensor
 
-from .dispatch import selective_scan, selective_states
-from .reference import explicit_scan, gradients, read_out
+from .dispatch import explicit_scan, explicit_states, selective_scan, selective_states
+from .recompute import recompute
+from .reference import read_out
 
 
 @dataclass
 class Recurrence(ABC):
-    """A recurrence h_p = a_p h_{p-1} + b_p with outputs y_p = C_p h_p.
+    """A recurrence h_p = a_p h_{p-1} + b_p with outputs y_p = C_p h_p, run on the backend ``kernels``.
 
     Attributes:
         x: [B,L,E].
@@ -29,21 +28,15 @@ class Recurrence(ABC):
 
     x: Tensor
     C: Tensor
+    kernels: str = field(default="auto", kw_only=True)
 
     @abstractmethod
-    def run(self, start: int, stop: int, h: Tensor) -> tuple[Tensor, Tensor]:
+    def run(self, start: int, stop: int, h: Tensor | None) -> tuple[Tensor, Tensor]:
         """Positions ``start`` to ``stop - 1`` from state ``h`` [B,E,N]: ``(y [B,l,E], h_last [B,E,N])``."""
 
-    def states(self, start: int, stop: int, h: Tensor) -> tuple[Tensor, Tensor]:
+    @abstractmethod
+    def states(self, start: int, stop: int, h: Tensor | None) -> tuple[Tensor, Tensor]:
         """The same with the state after each position: ``(y [B,l,E], states [B,l,E,N])``."""
-        y, trajectory = [], []
-        for position in range(start, stop):
-            out, h = self.run(position, position + 1, h)
-            y.append(out)
-            trajectory.append(h)
-        if not y:
-            return self.run(start, start, h)[0], h.new_zeros(h.shape[0], 0, *h.shape[1:])
-        return torch.cat(y, dim=1), torch.stack(trajectory, dim=1)
 
     def read(self, h: Tensor, position: int | slice = slice(None)) -> Tensor:
         """y from states: h [B,E,N] at one position, or [B,L,E,N] at all of them."""
@@ -52,62 +45,21 @@ class Recurrence(ABC):
 
 @dataclass
 class Selective(Recurrence):
-    """The recurrence of delta [B,L,E], A [E,N] and B [B,L,N], on the backend ``kernels``."""
+    """The recurrence of delta [B,L,E], A [E,N] and B [B,L,N]."""
 
     delta: Tensor
     A: Tensor
     B: Tensor
-    kernels: str = field(default="auto", kw_only=True)
 
-    def run(self, start: int, stop: int, h: Tensor) -> tuple[Tensor, Tensor]:
+    def run(self, start: int, stop: int, h: Tensor | None) -> tuple[Tensor, Tensor]:
         return selective_scan(*self._stretch(start, stop), h, kernels=self.kernels)
 
-    def states(self, start: int, stop: int, h: Tensor) -> tuple[Tensor, Tensor]:
+    def states(self, start: int, stop: int, h: Tensor | None) -> tuple[Tensor, Tensor]:
         return selective_states(*self._stretch(start, stop), h, kernels=self.kernels)
 
     def _stretch(self, start: int, stop: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         span = slice(start, stop)
         return self.x[:, span], self.delta[:, span], self.A, self.B[:, span], self.C[:, span]
-
-
-@dataclass
-class Watched(Selective):
-    """A `Selective` recurrence whose A_bar and B_bar [B,L,E,N] were handed out, and not edited.
-
-    It runs as ever. Gradients go by way of the matrices, so that theirs can be asked for.
-    """
-
-    A_bar: Tensor
-    B_bar: Tensor
-
-    def run(self, start: int, stop: int, h: Tensor) -> tuple[Tensor, Tensor]:
-        if start == stop:
-            return super().run(start, stop, h)
-        span = slice(start, stop)
-        matrices = self.A_bar[:, span], self.B_bar[:, span], self.x[:, span], self.C[:, span], h
-        return _ThroughMatrices.apply(super().run, start, stop, *matrices)
-
-    def states(self, start: int, stop: int, h: Tensor) -> tuple[Tensor, Tensor]:
-        return Recurrence.states(self, start, stop, h)  # by way of `run`, and so of the matrices
-
-
-class _ThroughMatrices(torch.autograd.Function):
-    """Any run forwards; backwards, the gradient of `explicit_scan` on the given matrices."""
-
-    @staticmethod
-    def forward(ctx: Any, run: Any, start: int, stop: int, *matrices: Tensor) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(*matrices)
-        return run(start, stop, matrices[-1])
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        matrices = ctx.saved_tensors
-        if torch.is_grad_enabled():  # a second derivative will be asked for
-            return (None, None, None, *gradients(explicit_scan(*matrices), matrices, grads))
-        with torch.enable_grad():
-            leaves = [tensor.detach().requires_grad_() for tensor in matrices]
-            results = explicit_scan(*leaves)
-        return (None, None, None, *gradients(results, leaves, grads))
 
 
 @dataclass
@@ -117,6 +69,36 @@ class Explicit(Recurrence):
     A_bar: Tensor
     B_bar: Tensor
 
-    def run(self, start: int, stop: int, h: Tensor) -> tuple[Tensor, Tensor]:
+    def run(self, start: int, stop: int, h: Tensor | None) -> tuple[Tensor, Tensor]:
+        return explicit_scan(*self._matrices(start, stop), h, kernels=self.kernels)
+
+    def states(self, start: int, stop: int, h: Tensor | None) -> tuple[Tensor, Tensor]:
+        return explicit_states(*self._matrices(start, stop), h, kernels=self.kernels)
+
+    def _matrices(self, start: int, stop: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         span = slice(start, stop)
-        return explicit_scan(self.A_bar[:, span], self.B_bar[:, span], self.x[:, span], self.C[:, span], h)
+        return self.A_bar[:, span], self.B_bar[:, span], self.x[:, span], self.C[:, span]
+
+
+@dataclass
+class Watched(Explicit):
+    """A selective recurrence whose A_bar and B_bar were handed out, and not edited.
+
+    It runs as ever. Gradients go by way of the matrices, so that theirs can be asked for.
+    """
+
+    selective: Selective
+
+    def run(self, start: int, stop: int, h: Tensor | None) -> tuple[Tensor, Tensor]:
+        return recompute(
+            lambda *matrices: self.selective.run(start, stop, matrices[-1]),
+            lambda *matrices: explicit_scan(*matrices, kernels=self.kernels),
+            *(*self._matrices(start, stop), h),
+        )
+
+    def states(self, start: int, stop: int, h: Tensor | None) -> tuple[Tensor, Tensor]:
+        return recompute(
+            lambda *matrices: self.selective.states(start, stop, matrices[-1]),
+            lambda *matrices: explicit_states(*matrices, kernels=self.kernels),
+            *(*self._matrices(start, stop), h),
+        )

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -19,6 +20,13 @@ def accumulation_dtype(*tensors: Tensor | None) -> torch.dtype:
         if tensor is not None:
             dtype = torch.promote_types(dtype, tensor.dtype)
     return dtype
+
+
+def unavailable(
+    device: torch.device | None = None, dtype: torch.dtype = torch.float32, d_state: int = 16
+) -> str | None:
+    """Why this backend cannot run on ``device``, accumulating in ``dtype``: there is no reason."""
+    return None
 
 
 def selective_scan(
@@ -69,6 +77,38 @@ def selective_states(
     return torch.cat(y, dim=1), torch.stack(states, dim=1)
 
 
+def gated_scan(
+    x: Tensor,
+    delta_2: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    skip: Tensor,
+    h_start: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`selective_scan` with what stands around it in a mixer: softplus before, D and the gate after.
+
+    Args:
+        x, A, B, C, h_start: as for `selective_scan`.
+        delta_2: step sizes before softplus [B,L,E].
+        D: weight of the term that passes the state by [E].
+        skip: the gate before SiLU [B,L,E].
+
+    Returns:
+        ``(after_skip, h_last)``: (y + D x) SiLU(skip) [B,L,E] in the dtype of x, rounded once, and the state
+        after the last position [B,E,N].
+    """
+    dtype = accumulation_dtype(x, delta_2, A, B, C, h_start)
+    y, h_last = selective_scan(x, F.softplus(delta_2.to(dtype)), A, B, C, h_start)
+    return gate(y, x, D, skip), h_last
+
+
+def gate(y: Tensor, x: Tensor, D: Tensor, skip: Tensor) -> Tensor:
+    """(y + D x) SiLU(skip) [B,L,E] in the dtype of x: y, x, skip [B,L,E], D [E]."""
+    return ((y + x.to(y.dtype) * D.to(y.dtype)) * F.silu(skip.to(y.dtype))).to(x.dtype)
+
+
 def explicit_scan(
     A_bar: Tensor, B_bar: Tensor, x: Tensor, C: Tensor, h_start: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -83,15 +123,45 @@ def explicit_scan(
     Returns:
         ``(y [B,L,E], h_last [B,E,N])``, as `selective_scan`.
     """
+    y, states = explicit_states(A_bar, B_bar, x, C, h_start)
+    return y, states[:, -1] if states.shape[1] else _start(y, A_bar.shape[-1], h_start, y.dtype)
+
+
+def explicit_states(
+    A_bar: Tensor, B_bar: Tensor, x: Tensor, C: Tensor, h_start: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """`explicit_scan` with the state after each position: ``(y [B,L,E], states [B,L,E,N])``."""
     dtype = accumulation_dtype(A_bar, B_bar, x, C, h_start)
     x, C = x.to(dtype), C.to(dtype)
     h = _start(x, A_bar.shape[-1], h_start, dtype)
-    y = []
+    y, states = [], []
     for position in range(x.shape[1]):
         write = B_bar[:, position].to(dtype) * x[:, position, :, None]  # [B,E,N]
         h = A_bar[:, position].to(dtype) * h + write
         y.append(read_out(h, C[:, position]))
-    return _stack(y, x), h
+        states.append(h)
+    return _stack(y, x), torch.stack(states, dim=1) if states else h.new_zeros(A_bar.shape)
+
+
+def causal_conv(
+    x_in: Tensor, weight: Tensor, bias: Tensor | None, before: Tensor | None = None, *, activate: bool = False
+) -> Tensor:
+    """The causal depthwise convolution over positions, followed by SiLU where ``activate``.
+
+    Args:
+        x_in: [B,L,E].
+        weight: [E,K]; the last column meets the position itself.
+        bias: [E] or ``None``.
+        before: the columns before the first position [B,E,K]; zeros if ``None``.
+
+    Returns:
+        [B,L,E] in the dtype of ``x_in``.
+    """
+    width, kernel = weight.shape
+    history = x_in.new_zeros(x_in.shape[0], width, kernel) if before is None else before.to(x_in.dtype)
+    columns = torch.cat((history[..., 1:], x_in.transpose(1, 2)), dim=-1)  # [B,E,K-1+L]
+    conv = F.conv1d(columns, weight[:, None], bias, groups=width).transpose(1, 2)
+    return F.silu(conv) if activate else conv
 
 
 def read_out(h: Tensor, C: Tensor) -> Tensor:
@@ -110,10 +180,10 @@ def _stack(y: list[Tensor], x: Tensor) -> Tensor:
 
 
 def gradients(
-    results: Sequence[Tensor], inputs: Sequence[Tensor], grads: Sequence[Tensor]
+    results: Sequence[Tensor], inputs: Sequence[Tensor | None], grads: Sequence[Tensor]
 ) -> list[Tensor | None]:
     """The gradient of each of ``inputs``, ``None`` where it takes none, itself differentiable."""
-    wanted = [tensor for tensor in inputs if tensor.requires_grad]
+    wanted = [tensor for tensor in inputs if tensor is not None and tensor.requires_grad]
     pairs = [(result, grad) for result, grad in zip(results, grads, strict=False) if result.requires_grad]
     found = iter(
         torch.autograd.grad(
@@ -124,4 +194,4 @@ def gradients(
             allow_unused=True,
         )
     )
-    return [next(found) if tensor.requires_grad else None for tensor in inputs]
+    return [next(found) if t is not None and t.requires_grad else None for t in inputs]

@@ -1,23 +1,24 @@
-"""What a forward and a trace cost, beside the fastest that this machine could be and beside Hugging Face.
+"""What a forward and a trace cost, beside the fastest that this machine could be and beside the peers.
 
-A time in milliseconds says little: it differs between machines, and between minutes of a busy one. So every
-contender runs in one process, on one set of weights, in turn within each repeat, and what counts is the
-ratio of their medians. The *floor* is the bare matmuls of the model (in_proj, x_proj, dt_proj and out_proj
-of every layer, and lm_head): no implementation can be faster than 1.0 of it.
+Every contender runs in turn within each repeat, and what counts is the ratio of their medians (`timing` says
+why). The *floor* is the bare matmuls of the model (in_proj, x_proj, dt_proj and out_proj of every layer, and
+lm_head): no implementation can be faster than 1.0 of it. Hugging Face runs on our weights in this process;
+MambaLens, where it is installed in an environment of its own, in one beside it (`peer_mamba_lens`).
 
-The model has the shape of mamba-130m, random weights in float32, batch 1.
+The model has the shape of mamba-130m, random weights in float32, batch 1. A second one is so small that
+nothing but what a trace itself costs is left: it is compared with nnsight around Hugging Face's own module.
 
-    python tests/benchmarks/forward.py --lengths 20 128 512 --threads 2 --json out.json
+    python tests/benchmarks/forward.py --lengths 20 128 512 --threads 2 --json out.json \\
+        --mamba-lens /tmp/mamba_lens_venv/bin/python
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import platform
-import statistics
-import time
-from collections.abc import Callable
+from contextlib import AbstractContextManager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -25,19 +26,26 @@ from typing import Any
 import nnsight
 import torch
 import torch.nn.functional as F
+from peer_mamba_lens import MambaLens
+from timing import Contender, measure, summary, table
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from torch import Tensor
-from transformers import MambaConfig, MambaForCausalLM
+from transformers import MambaConfig, MambaForCausalLM, PreTrainedTokenizerFast
 
 from mamba_trace import MambaTrace
 
 SHAPE = {"num_hidden_layers": 24, "hidden_size": 768, "state_size": 16, "vocab_size": 50280}
 LAYER, POSITION = 12, 5  # what the traces look at
+TINY = {"num_hidden_layers": 2, "hidden_size": 64, "state_size": 16, "vocab_size": 100}
+TINY_LENGTH, TINY_REPEATS = 8, 20  # a trace of it takes a millisecond or two: repeats of it in each repeat
 PACKAGES = ("mamba_trace", "torch", "nnsight", "transformers", "numba")
 
-Contender = Callable[[], Any]
 #: What each contender's time is divided by, and what that says.
 BESIDE = {
     "floor": "floor",
+    "mamba lens": "floor",
+    "mamba lens, edit h[5]": "mamba lens",
     "hugging face": "floor",
     "untraced": "floor",
     "trace, empty": "untraced",
@@ -45,16 +53,33 @@ BESIDE = {
     "trace, read every h[p]": "untraced",
     "trace, read h": "untraced",
 }
+#: The same for the tiny model.
+TINY_BESIDE = {
+    "nnsight on hugging face, empty trace": "nnsight on hugging face, empty trace",
+    "trace, empty": "nnsight on hugging face, empty trace",
+    "hugging face": "hugging face",
+    "untraced": "hugging face",
+}
 
 
-def models() -> tuple[MambaForCausalLM, MambaTrace]:
+def models(
+    shape: dict[str, int], tokenizer: PreTrainedTokenizerFast | None = None
+) -> tuple[MambaForCausalLM, MambaTrace]:
     """Hugging Face's module and ours, on the same weights in the same memory."""
-    config = MambaConfig(**SHAPE)
-    ours = MambaTrace.from_config(config)
+    config = MambaConfig(**shape)
+    ours = MambaTrace.from_config(config, tokenizer)
     with torch.device("meta"):
         plain = MambaForCausalLM(config)
     plain.load_state_dict(ours._module.state_dict(), assign=True)
     return plain.eval(), ours
+
+
+def prompt(plain: MambaForCausalLM, model: MambaTrace, length: int) -> Tensor:
+    """Random tokens [1,L], on which both models are checked to agree."""
+    vocabulary = plain.config.vocab_size
+    tokens = torch.randint(0, vocabulary, (1, length), generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(model._module(tokens).logits, plain(tokens).logits, rtol=1e-3, atol=1e-3)
+    return tokens
 
 
 def floor(module: MambaForCausalLM, length: int) -> Contender:
@@ -107,63 +132,57 @@ def traces(model: MambaTrace, tokens: Tensor) -> dict[str, Contender]:
     }
 
 
-def contenders(plain: MambaForCausalLM, model: MambaTrace, length: int) -> dict[str, Contender]:
+def contenders(
+    plain: MambaForCausalLM, model: MambaTrace, lens: MambaLens | None, length: int
+) -> dict[str, Contender]:
     """All that are timed at one length, in the order in which they run."""
-    tokens = torch.randint(0, SHAPE["vocab_size"], (1, length), generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(model._module(tokens).logits, plain(tokens).logits, rtol=1e-3, atol=1e-3)
+    tokens = prompt(plain, model, length)
+    runs: dict[str, Contender] = {"floor": floor(plain, length)}
+    if lens is not None:
+        runs["mamba lens"] = lens.contender("forward", length)
+        runs["mamba lens, edit h[5]"] = lens.contender("edit", length)
+    runs["hugging face"] = lambda: plain(tokens)
+    runs["untraced"] = lambda: model._module(tokens)
+    return {**runs, **traces(model, tokens)}
+
+
+def tiny_contenders() -> dict[str, Contender]:
+    """A trace that asks for nothing, of nnsight's own class around Hugging Face's module and of ours."""
+    # nnsight asks for a tokenizer; a prompt of tokens uses none.
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(WordLevel({"[UNK]": 0}, unk_token="[UNK]")), pad_token="[UNK]"
+    )
+    plain, model = models(TINY, tokenizer)
+    tokens = prompt(plain, model, TINY_LENGTH)
+    wrapped = nnsight.TransformersModel(plain, task="text-generation", tokenizer=tokenizer)
+
+    def theirs() -> None:
+        with wrapped.trace(tokens):
+            pass
+
+    def ours() -> None:
+        with model.trace(tokens):
+            pass
+
     return {
-        "floor": floor(plain, length),
+        "nnsight on hugging face, empty trace": theirs,
+        "trace, empty": ours,
         "hugging face": lambda: plain(tokens),
         "untraced": lambda: model._module(tokens),
-        **traces(model, tokens),
     }
 
 
-def measure(runs: dict[str, Contender], repeats: int, warm_up: int = 2) -> dict[str, list[float]]:
-    """Milliseconds of each contender in each repeat; every repeat starts with another one."""
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    names = list(runs)
-    for repeat in range(-warm_up, repeats):
-        first = repeat % len(names)
-        for name in names[first:] + names[:first]:
-            start = time.perf_counter()
-            result = runs[name]()
-            elapsed = time.perf_counter() - start
-            del result
-            if repeat >= 0:
-                times[name].append(1000 * elapsed)
-    return times
+def mamba_lens(python: str | None, threads: int) -> AbstractContextManager[MambaLens | None]:
+    """MambaLens in the environment of the interpreter ``python``; without one, nothing."""
+    if python is None:
+        print("no --mamba-lens PYTHON is given: its rows are left out")
+        return contextlib.nullcontext()
+    return MambaLens(python, SHAPE, f"blocks.{LAYER}.hook_h.{POSITION}", threads)
 
 
-def summary(times: dict[str, list[float]]) -> dict[str, dict[str, float | str]]:
-    """Of each contender: median, best run, spread (middle half, in medians), ratio of medians, of bests.
-
-    On a machine that others use too, the ratio of the best runs is what noise disturbs least.
-    """
-    medians = {name: statistics.median(values) for name, values in times.items()}
-    best = {name: min(values) for name, values in times.items()}
-    rows: dict[str, dict[str, float | str]] = {}
-    for name, values in times.items():
-        low, _, high = statistics.quantiles(values, n=4, method="inclusive")
-        rows[name] = {
-            "ms": round(medians[name], 2),
-            "best": round(best[name], 2),
-            "spread": round((high - low) / medians[name], 3),
-            "ratio": round(medians[name] / medians[BESIDE[name]], 3),
-            "best_ratio": round(best[name] / best[BESIDE[name]], 3),
-            "beside": BESIDE[name],
-        }
-    return rows
-
-
-def table(length: int, repeats: int, rows: dict[str, dict[str, Any]]) -> str:
-    """One length's numbers for people."""
-    lines = [f"L = {length}, {repeats} repeats"]
-    lines.append(f"  {'':24}{'ms':>9}{'best':>9}{'spread':>9}   ratio  of bests")
-    for name, row in rows.items():
-        ratios = f"{row['ratio']:8.2f}{row['best_ratio']:10.2f} x {row['beside']}" if name != "floor" else ""
-        lines.append(f"  {name:24}{row['ms']:9.1f}{row['best']:9.1f}{row['spread']:9.0%}{ratios}")
-    return "\n".join(lines)
+def in_words(versions: dict[str, str]) -> str:
+    """Names and version numbers on one line."""
+    return ", ".join(f"{name} {number}" for name, number in versions.items())
 
 
 @torch.no_grad()
@@ -172,22 +191,32 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, nargs="+", default=[20, 128, 512], help="tokens of the prompt")
     parser.add_argument("--threads", type=int, default=2, help="of PyTorch and of the scan")
     parser.add_argument("--repeats", type=int, default=15, help="timed runs of each contender")
+    parser.add_argument("--mamba-lens", metavar="PYTHON", help="interpreter of an environment that has it")
     parser.add_argument("--json", type=Path, help="where to write the numbers")
     arguments = parser.parse_args()
-    if min(arguments.lengths) <= POSITION or arguments.repeats < 2:
+    repeats, tiny_repeats = arguments.repeats, TINY_REPEATS * arguments.repeats
+    if min(arguments.lengths) <= POSITION or repeats < 2:
         parser.error(f"a length is at least {POSITION + 1}, and there are at least 2 repeats")
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
     versions = {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
-    print(", ".join(f"{name} {number}" for name, number in versions.items()), f"{arguments.threads} threads")
-    plain, model = models()
+    print(in_words(versions), f"{arguments.threads} threads", sep=", ")
     results: dict[str, Any] = {"versions": versions, "threads": arguments.threads, "shape": SHAPE}
+
+    rows = summary(measure(tiny_contenders(), tiny_repeats), TINY_BESIDE)
+    print(table(f"tiny model, L = {TINY_LENGTH}, {tiny_repeats} repeats", rows, digits=2), flush=True)
+    results["tiny"] = {"shape": TINY, "length": TINY_LENGTH, "repeats": tiny_repeats, "contenders": rows}
+
+    plain, model = models(SHAPE)
     results["lengths"] = {}
-    for length in arguments.lengths:
-        times = measure(contenders(plain, model, length), arguments.repeats)
-        rows = summary(times)
-        results["lengths"][length] = {"repeats": arguments.repeats, "contenders": rows}
-        print(table(length, arguments.repeats, rows), flush=True)
+    with mamba_lens(arguments.mamba_lens, arguments.threads) as lens:
+        if lens is not None:
+            results["versions of mamba lens"] = lens.versions
+            print("beside it:", in_words(lens.versions))
+        for length in arguments.lengths:
+            rows = summary(measure(contenders(plain, model, lens, length), repeats), BESIDE)
+            print(table(f"L = {length}, {repeats} repeats", rows), flush=True)
+            results["lengths"][length] = {"repeats": repeats, "contenders": rows}
     if arguments.json is not None:
         arguments.json.write_text(json.dumps(results, indent=2) + "\n")
 

@@ -1,0 +1,186 @@
+"""The Triton kernels called on tensors: what they write into, their grid and their blocks.
+
+Importing this imports Triton. Nothing here is differentiable; gradients are functions of their own.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import _triton_backward, _triton_kernels
+
+#: Positions between the states that the backward pass keeps, a multiple of what is unrolled.
+CHUNK = 64
+#: Positions loaded together, for a block of TILE: more wait less often, and must fit in registers.
+UNROLL = 8
+#: The same going backwards, where a position needs more of them.
+UNROLL_BACKWARD = 4
+#: Elements of a block of the state: 4 for each thread of a warp. With more there would be too few programs to
+#: fill a GPU from one batch row (E=1536, N=16: 192 programs), with fewer a step is all waiting for the last.
+TILE = 128
+#: Whether Triton's interpreter runs these, on a CPU too: TRITON_INTERPRET=1 when Triton was imported.
+#: ``tl.sum`` is a kernel of Triton's own, which must be interpreted as well.
+INTERPRETED = triton.knobs.runtime.interpret and not isinstance(tl.sum, triton.runtime.JITFunction)
+
+
+def run_selective(
+    x: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    h_start: Tensor | None,
+    *,
+    D: Tensor | None = None,
+    skip: Tensor | None = None,
+    states: Tensor | None = None,
+    checkpoints: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """``(y, h_last)`` of `reference.selective_scan`, or of `reference.gated_scan` given ``D`` and ``skip``.
+
+    ``states`` [B,L,E,N] and ``checkpoints`` [B,ceil(L/CHUNK),E,N] are written where they are given.
+    """
+    batch, length, width = x.shape
+    y = x.new_empty(x.shape, dtype=torch.float32 if skip is None else x.dtype)
+    h_last = x.new_empty(batch, width, A.shape[-1], dtype=torch.float32)
+    A = A.expand(batch, -1, -1)
+    launch(
+        _triton_kernels.selective_kernel,
+        (batch, length, width, A.shape[-1]),
+        *(x, delta, A, B, C, h_start, D, skip),
+        *(y, h_last, states, checkpoints),
+        strides=(x, delta, A, B, C, h_start, D, skip),
+        CHUNK=CHUNK,
+    )
+    return y, h_last
+
+
+def run_explicit(
+    A_bar: Tensor,
+    B_bar: Tensor,
+    x: Tensor,
+    C: Tensor,
+    h_start: Tensor | None,
+    *,
+    after: Tensor | None = None,
+    before: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """``(y, h_last)`` of `reference.explicit_scan`.
+
+    The states ``after`` and ``before`` each position [B,L,E,N] are written where they are given.
+    """
+    batch, length, width, d_state = A_bar.shape
+    y = x.new_empty(x.shape, dtype=torch.float32)
+    h_last = x.new_empty(batch, width, d_state, dtype=torch.float32)
+    launch(
+        _triton_kernels.explicit_kernel,
+        (batch, length, width, d_state),
+        *(A_bar, B_bar, x, C, h_start),
+        *(y, h_last, after, before),
+        strides=(A_bar, B_bar, x, C, h_start),
+    )
+    return y, h_last
+
+
+def selective_gradients(
+    x: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    checkpoints: Tensor,
+    gy: Tensor | None,
+    gh_last: Tensor | None = None,
+    gstates: Tensor | None = None,
+) -> tuple[Tensor, ...]:
+    """The gradients of x, delta, A, B, C and h_start from those of y, h_last and states.
+
+    ``checkpoints`` [B,ceil(L/CHUNK),E,N] are the states before each CHUNK of positions.
+    """
+    batch, length, width = x.shape
+    d_state = A.shape[-1]
+    programs, block_e, block_n = blocks(width, d_state)
+    gx = x.new_empty(x.shape)
+    gdelta = delta.new_empty(x.shape)
+    gA, gh_start = x.new_empty(2, batch, width, d_state, dtype=torch.float32)
+    gB, gC = x.new_zeros(2, batch, length, d_state, dtype=torch.float32)
+    scratch = x.new_empty(batch * programs, CHUNK, block_e, block_n, dtype=torch.float32)
+    rows = A.expand(batch, -1, -1)
+    launch(
+        _triton_backward.selective_backward_kernel,
+        (batch, length, width, d_state),
+        *(x, delta, rows, B, C, gy, gh_last, gstates, checkpoints, scratch),
+        *(gx, gdelta, gA, gB, gC, gh_start),
+        strides=(x, delta, rows, B, C, gy, gh_last, gstates),
+        unroll=UNROLL_BACKWARD,
+        CHUNK=CHUNK,
+    )
+    return gx, gdelta, gA if A.dim() == 3 else gA.sum(0), gB, gC, gh_start
+
+
+def explicit_gradients(
+    A_bar: Tensor,
+    B_bar: Tensor,
+    x: Tensor,
+    C: Tensor,
+    h_start: Tensor | None,
+    gy: Tensor | None,
+    gh_last: Tensor | None = None,
+    gstates: Tensor | None = None,
+) -> tuple[Tensor, ...]:
+    """The gradients of A_bar, B_bar, x, C and h_start from those of y, h_last and states."""
+    batch, length, width, d_state = A_bar.shape
+    before = x.new_empty(A_bar.shape, dtype=torch.float32)
+    run_explicit(A_bar, B_bar, x, C, h_start, before=before)
+    gA_bar, gB_bar = A_bar.new_empty(A_bar.shape), B_bar.new_empty(A_bar.shape)
+    gx = x.new_empty(x.shape)
+    gC = x.new_zeros(batch, length, d_state, dtype=torch.float32)
+    gh_start = x.new_empty(batch, width, d_state, dtype=torch.float32)
+    launch(
+        _triton_backward.explicit_backward_kernel,
+        (batch, length, width, d_state),
+        *(A_bar, B_bar, x, C, gy, gh_last, gstates, before),
+        *(gA_bar, gB_bar, gx, gC, gh_start),
+        strides=(A_bar, B_bar, x, C, gy, gh_last, gstates),
+        unroll=UNROLL_BACKWARD,
+    )
+    return gA_bar, gB_bar, gx, gC, gh_start
+
+
+def blocks(width: int, d_state: int) -> tuple[int, int, int]:
+    """``(programs for each batch row, BLOCK_E, BLOCK_N)``."""
+    block_n = triton.next_power_of_2(d_state)
+    # The interpreter's time is that of the programs, whatever their blocks.
+    block_e = 16 if INTERPRETED else min(32, max(1, TILE // block_n))
+    return triton.cdiv(width, block_e), block_e, block_n
+
+
+def launch(
+    kernel: Any,
+    shape: tuple[int, int, int, int],
+    *tensors: Tensor | None,
+    strides: tuple[Tensor | None, ...],
+    unroll: int = UNROLL,
+    **constants: int,
+) -> None:
+    """Run ``kernel`` for each batch row and block of channels of ``shape`` (B, L, E, N)."""
+    batch, length, width, d_state = shape
+    programs, block_e, block_n = blocks(width, d_state)
+    some = next(tensor for tensor in tensors if tensor is not None)
+    with torch.cuda.device_of(some):
+        kernel[(batch * programs,)](
+            *tensors,
+            *(length, width, d_state),
+            *(None if tensor is None else tensor.stride() for tensor in strides),
+            **constants,
+            UNROLL=unroll * TILE // max(TILE, block_n),  # a single channel may have a state of more than TILE
+            BLOCK_E=block_e,
+            BLOCK_N=block_n,
+            num_warps=1,
+            enable_fp_fusion=True,
+        )
