@@ -182,9 +182,8 @@ class HookableMixer:
         done = self.recur(offer, parameters.recurrence(x, self.kernels), h, mask)
         del parameters  # and with it delta, which makes room for what follows
         h = done[-1].after  # [B,E,N]
-        y = offer("y", joined(done))  # [B,L,E]
-        ssm_output = offer("ssm_output", torch.addcmul(y, x.to(y.dtype), self.D.to(y.dtype)))  # [B,L,E]
-        return F.silu(skip.to(y.dtype)).mul_(ssm_output), h
+        ssm_output = offer("ssm_output", past_the_state(offer("y", joined(done)), x, self.D))  # [B,L,E]
+        return F.silu(skip.to(ssm_output.dtype)).mul_(ssm_output), h
 
     def initial_state(self: Any, offer: Offers, x: Tensor, past: PastStates) -> Tensor | None:
         """The state before the first position [B,E,N], or ``None`` for zeros that nobody wants."""
@@ -277,6 +276,11 @@ def joined(done: list[Stretch]) -> Tensor:
     pieces = [stretch.y for stretch in done]
     done.clear()
     return torch.cat(pieces, dim=1) if len(pieces) > 1 else pieces[0]
+
+
+def past_the_state(y: Tensor, x: Tensor, D: Tensor) -> Tensor:
+    """y + D x: y, x [B,L,E], D [E]."""
+    return torch.addcmul(y, x.to(y.dtype), D.to(y.dtype))
 
 
 def touched(handed_out: Tensor, before: int | None, served: Tensor) -> bool:

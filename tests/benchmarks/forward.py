@@ -82,14 +82,14 @@ def prompt(plain: MambaForCausalLM, model: MambaTrace, length: int) -> Tensor:
     return tokens
 
 
-def floor(module: MambaForCausalLM, length: int) -> Contender:
-    """The matmuls of a forward over ``length`` tokens, and nothing else."""
+def floor(module: MambaForCausalLM, length: int, logits: int | None = None) -> Contender:
+    """The matmuls of a forward over ``length`` tokens, of which ``logits`` get logits, and nothing else."""
     mixers = [block.mixer for block in module.backbone.layers]
     steps: list[tuple[Tensor, Tensor]] = []  # input [1,L,width], weight
     for mixer in mixers:
         for linear in (mixer.in_proj, mixer.x_proj, mixer.dt_proj, mixer.out_proj):
             steps.append((torch.randn(1, length, linear.in_features), linear.weight))
-    steps.append((torch.randn(1, length, module.lm_head.in_features), module.lm_head.weight))
+    steps.append((torch.randn(1, logits or length, module.lm_head.in_features), module.lm_head.weight))
 
     def run() -> None:
         for x, weight in steps:

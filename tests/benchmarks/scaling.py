@@ -1,8 +1,9 @@
 """Whether run time is linear in the length of the prompt, and what an edit of a state takes in memory.
 
 *Time*: microseconds per token of an untraced forward, and of a trace that zeroes the state after one
-position, at lengths that double from 128 to 16,384 tokens. Where run time is linear, the ratio to 1,024
-tokens stays 1.0. All lengths run in turn within each repeat (`timing` says why).
+position, at lengths that double from 128 to 16,384 tokens, beside those of the bare matmuls, which are linear
+in length but for what caches and fresh memory cost. All lengths run in turn within each repeat (`timing` says
+why).
 
 *Memory*: the most that a run holds at once beyond the model (`allocations` says how it is counted), beside an
 untraced forward's, and its largest single tensor, beside one of shape [B,L,E,N].
@@ -23,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from forward import floor
 from timing import Contender, measure
 from torch import Tensor
 from transformers import MambaConfig
@@ -65,6 +67,7 @@ def contenders(model: MambaTrace, length: int) -> dict[str, Contender]:
         return states
 
     return {
+        "floor": floor(model._module, length, logits=1),
         "untraced": lambda: model._module(tokens, logits_to_keep=1),
         "trace, empty": empty,
         "trace, edit h[5]": edit,
@@ -76,8 +79,8 @@ def contenders(model: MambaTrace, length: int) -> dict[str, Contender]:
 
 
 def times_per_token(model: MambaTrace, lengths: list[int], repeats: int) -> dict[str, list[dict[str, float]]]:
-    """Of the untraced forward and the edit, at each length: us per token, in the median and at best."""
-    kinds = ("untraced", "trace, edit h[5]")
+    """Of the matmuls, the untraced forward and the edit, at each length: us per token, in the median and at best."""
+    kinds = ("floor", "untraced", "trace, edit h[5]")
     runs = {(kind, length): contenders(model, length)[kind] for length in lengths for kind in kinds}
     times = measure(runs, repeats, warm_up=1)
     found: dict[str, list[dict[str, float]]] = {kind: [] for kind in kinds}
@@ -109,7 +112,8 @@ def table_of_times(found: dict[str, list[dict[str, float]]]) -> str:
 
 def peaks(model: MambaTrace, length: int) -> dict[str, dict[str, float]]:
     """Of each contender: MiB at the peak, beside the untraced forward's, and MiB of its largest tensor."""
-    found = {name: PeakMemory.of(run) for name, run in contenders(model, length).items()}
+    runs = contenders(model, length)
+    found = {name: PeakMemory.of(run) for name, run in runs.items() if name != "floor"}
     beside = found["untraced"].peak
     return {
         name: {"peak": memory.peak / MIB, "ratio": memory.peak / beside, "largest": memory.largest / MIB}
