@@ -1,6 +1,6 @@
 """The parameters of one scan, from delta_2 to C: made as far as somebody wants to see them, and no further.
 
-The scan kernels take delta_2 and make delta of it themselves, and never make A_bar or B_bar [B,L,E,N]. Whoever
+The scan kernels take delta_2, make delta of it themselves, and never make A_bar or B_bar [B,L,E,N]. Whoever
 wants one of these gets it, and then the scan runs on what came back.
 """
 
@@ -69,7 +69,7 @@ class Discretisation:
 
     @property
     def delta(self) -> Tensor:
-        """[B,L,E] in float32 or better. Padding takes no time: its step is 0, which neither decays nor writes."""
+        """[B,L,E] in float32 or better. Padding takes no time: a step of 0 neither decays nor writes."""
         if self._delta is None:
             assert self.delta_2 is not None
             dtype = accumulation_dtype(self.delta_2)

@@ -96,7 +96,7 @@ class MambaTrace(Tokens, TransformersModel):
 
     @property
     def last_run(self) -> RunReport:
-        """What each layer ran in the last forward call of the module: kernels, stretches of positions, reasons.
+        """What each layer ran in the last forward call of the module: kernels, stretches and reasons.
 
         Example::
 

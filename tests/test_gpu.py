@@ -147,6 +147,7 @@ def test_scans(function: str, L: int, N: int, dtype: torch.dtype, start: bool, b
 @pytest.mark.parametrize("start", [True, False], ids=["start", "no start"])
 @pytest.mark.parametrize(("L", "N", "dtype"), [size for size in SIZES if size[0] < 4000], ids=str)
 @pytest.mark.parametrize("function", ["explicit_scan", "explicit_states"])
+@pytest.mark.parametrize("backend", ["triton"], indirect=True)  # mamba-ssm's kernel takes no matrices
 def test_explicit_scans(
     function: str, L: int, N: int, dtype: torch.dtype, start: bool, backend: ModuleType
 ) -> None:

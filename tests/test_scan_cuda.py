@@ -400,18 +400,6 @@ def test_second_derivatives_of_the_convolution() -> None:
         close(actual, expected, "second derivative")
 
 
-# -- discretised matrices --------------------------------------------------------------------------------
-
-
-def test_explicit_matrices_run_elsewhere(kernels: StandIns) -> None:
-    generator = torch.Generator().manual_seed(0)
-    shapes = ((2, 6, 4, 3), (2, 6, 4, 3), (2, 6, 4), (2, 6, 3), (2, 4, 3))
-    inputs = [torch.rand(shape, generator=generator) for shape in shapes]
-    for function in ("explicit_scan", "explicit_states"):
-        compare(function, inputs)
-    assert not kernels.calls
-
-
 # -- why it cannot run -----------------------------------------------------------------------------------
 
 

@@ -126,7 +126,7 @@ class Visit:
         return any(location in locations for _, location in self._parked(f"{self.path}.{name}."))
 
     def wants_within(self, name: str) -> bool:
-        """Whether anything at or below ``name`` is wanted now: a position of a site, an inner module's input."""
+        """Whether anything at or below ``name`` is wanted now, such as one position of a site."""
         if listened_to(self.module._modules.get(name)):
             return True
         if self.interleaver is None:

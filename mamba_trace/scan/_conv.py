@@ -15,8 +15,8 @@ from ._compiled import FIRST_OWN, PIECES, array, flat, kernel, next_piece, param
 def forward(data):  # type: ignore[no-untyped-def]
     """Convolve pieces of the rows (batch x positions).
 
-    Parameters: B, L, E, K; whether to apply SiLU; then x_in [B,L,E], of any strides but for its last axis; then,
-    contiguous, what came before it [B,K-1,E], weight [K,E] and bias [E]; then the result [B,L,E].
+    Parameters: B, L, E, K; whether to apply SiLU; then x_in [B,L,E], of any strides but for its last axis;
+    then, contiguous, what came before it [B,K-1,E], weight [K,E] and bias [E]; then the result [B,L,E].
     """
     p = parameters(data)
     i = FIRST_OWN

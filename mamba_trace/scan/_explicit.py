@@ -18,8 +18,8 @@ def forward(data):  # type: ignore[no-untyped-def]
     """Run pieces of the blocks (batch x channel blocks) over all positions.
 
     Parameters: B, L, E, N; whether to keep the states; then A_bar and B_bar [B,L,E,N], of any strides but for
-    their last two axes; then, contiguous, x [B,L,E], C [B,L,N] and h_start [B,E,N], and the results y [B,L,E],
-    h_last [B,E,N] and states [B,L,E,N].
+    their last two axes; then, contiguous, x [B,L,E], C [B,L,N] and h_start [B,E,N]; then the results
+    y [B,L,E], h_last [B,E,N] and states [B,L,E,N].
     """
     p = parameters(data)
     i = FIRST_OWN

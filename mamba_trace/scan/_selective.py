@@ -18,9 +18,9 @@ WIDTH = 16  # channels in a block
 def forward(data):  # type: ignore[no-untyped-def]
     """Run pieces of the blocks (batch x channel blocks) over all positions.
 
-    Parameters: B, L, E, N; whether to take softplus of delta, to gate y, and to keep the states; then x, delta
-    [B,L,E], B, C [B,L,N] and skip [B,L,E], of any strides but for their last axis; then, contiguous, A [E,N],
-    D [E] and h_start [B,E,N]; then the results y [B,L,E], h_last [B,E,N] and states [B,L,E,N].
+    Parameters: B, L, E, N; whether to take softplus of delta, to gate y, and to keep the states; then x,
+    delta [B,L,E], B, C [B,L,N] and skip [B,L,E], of any strides but for their last axis; then, contiguous,
+    A [E,N], D [E] and h_start [B,E,N]; then the results y [B,L,E], h_last [B,E,N] and states [B,L,E,N].
     """
     p = parameters(data)
     i = FIRST_OWN

@@ -18,11 +18,10 @@ CHUNK = 64  # positions between the states that are kept
 def backward(data):  # type: ignore[no-untyped-def]
     """Gradients of pieces of the blocks of `_selective.forward`.
 
-    Parameters: B, L, E, N; whether there are gradients of the states; then, contiguous, each followed by two
-    strides that are not read where it has three axes or more: A [E,N]; x, delta [B,L,E], B, C [B,L,N] and
-    h_start [B,E,N]; the gradients of y [B,L,E], h_last [B,E,N] and the states [B,L,E,N]; then the results gx,
-    gdelta [B,L,E], gA [B,E,N] (to be summed over B), gh_start [B,E,N], and gB, gC [pieces,B,L,N] (zeros, to be
-    summed over the pieces).
+    Parameters: B, L, E, N; whether there are gradients of the states; then, contiguous, A [E,N]; x, delta
+    [B,L,E], B, C [B,L,N] and h_start [B,E,N]; the gradients of y [B,L,E], h_last [B,E,N] and the states
+    [B,L,E,N]; then the results gx, gdelta [B,L,E], gA [B,E,N] (to be summed over B), gh_start [B,E,N], and
+    gB, gC [pieces,B,L,N] (zeros, to be summed over the pieces).
     """
     p = parameters(data)
     i = FIRST_OWN

@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
-import warnings
 from typing import Any
 
 import torch
@@ -18,6 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import reference, team
+from ._cpu_arrays import as_dense, as_floats, count_blocks, empty_results, starting_state
+from ._cpu_explicit import explicit_scan, explicit_states
 from .recompute import recompute
 from .reference import gradients
 
@@ -67,7 +68,7 @@ def selective_scan(
     x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, h_start: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """As `reference.selective_scan`, in float32."""
-    y, h_last, _ = _scan(*_floats(x, delta, A, B, C), _state(x, A, h_start), False)
+    y, h_last, _ = _scan(*as_floats(x, delta, A, B, C), starting_state(x, A, h_start), False)
     return y, h_last
 
 
@@ -75,7 +76,7 @@ def selective_states(
     x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, h_start: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """As `reference.selective_states`, in float32."""
-    y, _, states = _scan(*_floats(x, delta, A, B, C), _state(x, A, h_start), True)
+    y, _, states = _scan(*as_floats(x, delta, A, B, C), starting_state(x, A, h_start), True)
     return y, states
 
 
@@ -93,22 +94,6 @@ def gated_scan(
     return recompute(_gated, _gated_in_steps, x, delta_2, A, B, C, D, skip, h_start)
 
 
-def explicit_scan(
-    A_bar: Tensor, B_bar: Tensor, x: Tensor, C: Tensor, h_start: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """As `reference.explicit_scan`, in float32."""
-    y, h_last, _ = _explicit(*_floats(A_bar, B_bar, x, C), _state(x, A_bar, h_start), False)
-    return y, h_last
-
-
-def explicit_states(
-    A_bar: Tensor, B_bar: Tensor, x: Tensor, C: Tensor, h_start: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """As `reference.explicit_states`, in float32."""
-    y, _, states = _explicit(*_floats(A_bar, B_bar, x, C), _state(x, A_bar, h_start), True)
-    return y, states
-
-
 def causal_conv(
     x_in: Tensor, weight: Tensor, bias: Tensor | None, before: Tensor | None = None, *, activate: bool = False
 ) -> Tensor:
@@ -117,35 +102,6 @@ def causal_conv(
     return recompute(
         fast, functools.partial(reference.causal_conv, activate=activate), x_in, weight, bias, before
     )
-
-
-# -- what the loops take and return --------------------------------------------------------------------------
-
-
-def _floats(*tensors: Tensor) -> list[Tensor]:
-    # In float32, with the last axis dense: of other axes the loops know the strides.
-    return [t if t.dtype == torch.float32 and t.stride(-1) == 1 else _dense(t) for t in tensors]
-
-
-def _dense(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.float32).contiguous()
-
-
-def _state(x: Tensor, A: Tensor, h: Tensor | None) -> Tensor:
-    if h is None:
-        return x.new_zeros(x.shape[0], x.shape[2], A.shape[-1], dtype=torch.float32)
-    return _dense(h)
-
-
-def _results(x: Tensor, A: Tensor, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
-    batch, length, width = x.shape
-    y = x.new_empty(batch, length, width, dtype=torch.float32)
-    h_last = y.new_empty(batch, width, A.shape[-1])
-    return y, h_last, y.new_empty(batch, length if keep else 0, width, A.shape[-1])
-
-
-def _blocks(x: Tensor, width: int) -> int:
-    return x.shape[0] * -(-x.shape[2] // width)
 
 
 # -- the selective scan --------------------------------------------------------------------------------------
@@ -171,7 +127,7 @@ def _forward(
     keep = states.shape[1] > 0
     team.run(
         _selective.forward,
-        team.pieces(_blocks(x, _selective.WIDTH), x.shape[1]),
+        team.pieces(count_blocks(x, _selective.WIDTH), x.shape[1]),
         *(*x.shape, A.shape[1], gated, gated, keep),
         *(x, delta, B, C, skip, A.contiguous(), D if D is not None else 0, h),
         *(y, h_last, states),
@@ -181,7 +137,7 @@ def _forward(
 def _run(
     x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, h: Tensor, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    results = _results(x, A, keep)
+    results = empty_results(x, A, keep)
     if x.shape[1]:
         _forward(x, delta, A, B, C, h, *results)
     else:
@@ -203,8 +159,8 @@ def _run_backward(
     from . import _selective_backward
     from ._selective import WIDTH
 
-    x, delta, A, B, C, h, gy, gh_last, gstates = map(_dense, (x, delta, A, B, C, h, gy, gh_last, gstates))
-    count = team.pieces(_blocks(x, WIDTH), x.shape[1], shares=1)
+    x, delta, A, B, C, h, gy, gh_last, gstates = map(as_dense, (x, delta, A, B, C, h, gy, gh_last, gstates))
+    count = team.pieces(count_blocks(x, WIDTH), x.shape[1], shares=1)
     gx, gdelta, gA, gh = (torch.empty_like(tensor) for tensor in (x, x, h, h))
     gB, gC = B.new_zeros(count, *B.shape), C.new_zeros(count, *C.shape)
     team.run(
@@ -232,7 +188,7 @@ def _differentiate(ctx: Any, gy: Tensor, gh_last: Tensor, gstates: Tensor) -> tu
 
 
 _scan: Any = torch.library.custom_op("mamba_trace::selective_scan_cpu", _run, mutates_args=())
-_scan.register_fake(lambda x, delta, A, B, C, h, keep: _results(x, A, keep))
+_scan.register_fake(lambda x, delta, A, B, C, h, keep: empty_results(x, A, keep))
 _scan.register_autograd(_differentiate, setup_context=_keep_inputs)
 
 _scan_backward: Any = torch.library.custom_op(
@@ -253,9 +209,9 @@ def _gated(
     skip: Tensor,
     h_start: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    y, h_last, states = _results(x, A, keep=False)
-    h, dtype = _state(x, A, h_start), x.dtype
-    x, delta_2, A, B, C, D, skip = _floats(x, delta_2, A, B, C, D, skip)
+    y, h_last, states = empty_results(x, A, keep=False)
+    h, dtype = starting_state(x, A, h_start), x.dtype
+    x, delta_2, A, B, C, D, skip = as_floats(x, delta_2, A, B, C, D, skip)
     _forward(x, delta_2, A, B, C, h, y, h_last, states, D, skip)
     return y.to(dtype), h_last
 
@@ -274,79 +230,6 @@ def _gated_in_steps(
     return reference.gate(y, x, D, skip), h_last
 
 
-# -- the explicit scan ---------------------------------------------------------------------------------------
-
-
-def _run_explicit(
-    A_bar: Tensor, B_bar: Tensor, x: Tensor, C: Tensor, h: Tensor, keep: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    from . import _explicit as compiled
-
-    results = _results(x, A_bar, keep)
-    matrices = [m if m.stride(-1) == 1 and m.stride(-2) == m.shape[-1] else _dense(m) for m in (A_bar, B_bar)]
-    team.run(
-        compiled.forward,
-        team.pieces(_blocks(x, compiled.WIDTH), x.shape[1]),
-        *(*A_bar.shape, keep),
-        *(*matrices, _dense(x), _dense(C), h, *results),
-    )
-    return results
-
-
-def _run_explicit_backward(
-    A_bar: Tensor,
-    B_bar: Tensor,
-    x: Tensor,
-    C: Tensor,
-    h: Tensor,
-    gy: Tensor,
-    gh_last: Tensor,
-    gstates: Tensor,
-) -> list[Tensor]:
-    from . import _explicit_backward
-    from ._explicit import WIDTH
-
-    A_bar, B_bar, x, C, h, gy, gh_last, gstates = map(_dense, (A_bar, B_bar, x, C, h, gy, gh_last, gstates))
-    *_, states = _run_explicit(A_bar, B_bar, x, C, h, True)
-    count = team.pieces(_blocks(x, WIDTH), x.shape[1], shares=1)
-    gA_bar, gB_bar, gx, gh = (torch.empty_like(tensor) for tensor in (A_bar, B_bar, x, h))
-    gC = C.new_zeros(count, *C.shape)
-    team.run(
-        _explicit_backward.backward,
-        count,
-        *(*A_bar.shape, gstates.shape[1] > 0),
-        *(A_bar, B_bar, x, C, h, states, gy, gh_last, gstates),
-        *(gA_bar, gB_bar, gx, gh, gC),
-    )
-    return [gA_bar, gB_bar, gx, gC.sum(0), gh]
-
-
-def _keep_explicit_inputs(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    ctx.save_for_backward(*inputs[:5])
-
-
-def _differentiate_explicit(ctx: Any, gy: Tensor, gh_last: Tensor, gstates: Tensor) -> tuple[Any, ...]:
-    inputs = ctx.saved_tensors
-    if torch.is_grad_enabled():
-        results = [*reference.explicit_scan(*inputs)]
-        if gstates.shape[1]:
-            results.append(reference.explicit_states(*inputs)[1])
-        return (*gradients(results, inputs, (gy, gh_last, gstates)), None)
-    return (*_explicit_scan_backward(*inputs, gy, gh_last, gstates), None)
-
-
-_explicit: Any = torch.library.custom_op("mamba_trace::explicit_scan_cpu", _run_explicit, mutates_args=())
-_explicit.register_fake(lambda A_bar, B_bar, x, C, h, keep: _results(x, A_bar, keep))
-_explicit.register_autograd(_differentiate_explicit, setup_context=_keep_explicit_inputs)
-
-_explicit_scan_backward: Any = torch.library.custom_op(
-    "mamba_trace::explicit_scan_cpu_backward", _run_explicit_backward, mutates_args=()
-)
-_explicit_scan_backward.register_fake(
-    lambda *tensors: [tensor.new_empty(tensor.shape) for tensor in tensors[:5]],
-)
-
-
 # -- the convolution -----------------------------------------------------------------------------------------
 
 
@@ -359,12 +242,12 @@ def _convolve(
     taps = weight.shape[1]
     history = x_in.new_zeros(batch, taps - 1, width) if before is None else before[..., 1:].transpose(1, 2)
     bias = x_in.new_zeros(width) if bias is None else bias
-    (x_in_f,) = _floats(x_in)
+    (x_in_f,) = as_floats(x_in)
     out = torch.empty(batch, length, width)
     team.run(
         _conv.forward,
         team.pieces(batch * length, -(-width // 4)),  # far less work at a position than in a scan
         *(batch, length, width, taps, int(activate)),
-        *(x_in_f, _dense(history), _dense(weight.t()), _dense(bias), out),
+        *(x_in_f, as_dense(history), as_dense(weight.t()), as_dense(bias), out),
     )
     return out.to(x_in.dtype)

@@ -18,7 +18,6 @@ precision that they share where it adds no virtual positions, since it then roun
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -26,7 +25,7 @@ from torch import Tensor
 
 from . import _cuda_calls as calls
 from . import _cuda_installed as installed
-from . import reference, triton
+from . import reference
 from ._cuda_installed import INSTALL_CONV, INSTALL_SCAN
 
 __all__ = [
@@ -34,8 +33,6 @@ __all__ = [
     "INSTALL_SCAN",
     "causal_conv",
     "conv_unavailable",
-    "explicit_scan",
-    "explicit_states",
     "gated_scan",
     "selective_scan",
     "selective_states",
@@ -122,25 +119,6 @@ def gated_scan(
     inputs = (x, delta_2, A, B, C, D, skip, h_start)
     out, h_last = _apply(calls.gated, _define(reference.gated_scan), *inputs)
     return out.transpose(1, 2), h_last
-
-
-def explicit_scan(
-    A_bar: Tensor, B_bar: Tensor, x: Tensor, C: Tensor, h_start: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """As `reference.explicit_scan`, on Triton where it runs: mamba-ssm's kernel takes no matrices."""
-    return _explicit(A_bar, C).explicit_scan(A_bar, B_bar, x, C, h_start)
-
-
-def explicit_states(
-    A_bar: Tensor, B_bar: Tensor, x: Tensor, C: Tensor, h_start: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """As `reference.explicit_states`, on Triton where it runs: mamba-ssm's kernel takes no matrices."""
-    return _explicit(A_bar, C).explicit_states(A_bar, B_bar, x, C, h_start)
-
-
-def _explicit(A_bar: Tensor, C: Tensor) -> ModuleType:
-    reason = triton.unavailable(A_bar.device, torch.float32, C.shape[-1])
-    return triton if reason is None else reference
 
 
 def causal_conv(

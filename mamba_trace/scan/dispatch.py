@@ -1,7 +1,8 @@
 """Which backend runs a scan: chosen at each call from device, dtype, size and availability, or forced.
 
 A backend is a module with the functions of `reference`, which say what they mean, and `unavailable`, which
-says why it cannot run. What is the same for all of them is here: fake tensors get their shapes and no more,
+says why it cannot run. One may lack the explicit scan or the convolution; Triton and PyTorch stand in for it.
+What is the same for all of them is here: fake tensors get their shapes and no more,
 a call without any element or of a single position needs no kernel, and rows that have an A of their own are
 run one at a time.
 """
@@ -179,11 +180,14 @@ def _run(
     name: str, inputs: tuple[Tensor | None, ...], kernels: str, A: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     first, C = inputs[0], inputs[4] if A is not None else inputs[3]
-    assert first is not None and C is not None
+    assert isinstance(first, Tensor)
+    assert isinstance(C, Tensor)
     if isinstance(first, FakeTensor) or first.is_meta:
         return getattr(outline, name)(*inputs)
-    chosen = choose(kernels, first.device, accumulation_dtype(*inputs), C.shape[-1])
-    length = first.shape[1]
+    dtype, length = accumulation_dtype(*inputs), first.shape[1]
+    chosen = choose(kernels, first.device, dtype, C.shape[-1])
+    if not hasattr(BACKENDS[chosen], name):  # mamba-ssm's kernel takes no matrices
+        chosen = "reference" if triton.unavailable(first.device, dtype, C.shape[-1]) else "triton"
     if first.numel() == 0 or (length == 1 and chosen != "cpu"):
         chosen = "reference"  # nothing to do, or one update of the state
     note(name, chosen, length)
@@ -192,7 +196,7 @@ def _run(
 
 
 def _by_rows(run: Callable[..., Any], inputs: tuple[Tensor | None, ...], A: Tensor) -> tuple[Tensor, Tensor]:
-    # Invokes that edited A have one each: A [B,E,N]. D [E], the only other input without a batch axis, is shared.
+    # Invokes that edited A have one each: A [B,E,N]. D [E] is the only other input without a batch axis.
     rows = [
         run(
             *(

@@ -41,7 +41,7 @@ def run(kernel: Any, count: int, *parameters: int | Tensor | None) -> None:
         kernel: the compiled function.
         count: how many pieces its work is cut into.
         *parameters: what it takes: a number as it is; a tensor as its address, followed, where it has three
-            or more axes, by the strides of its first two; ``None`` as a tensor of three axes that is never read.
+            or more axes, by the strides of its first two; ``None`` as a tensor of three axes, never read.
     """
     numbers = [0, count]
     for parameter in parameters:

@@ -79,7 +79,7 @@ def contenders(model: MambaTrace, length: int) -> dict[str, Contender]:
 
 
 def times_per_token(model: MambaTrace, lengths: list[int], repeats: int) -> dict[str, list[dict[str, float]]]:
-    """Of the matmuls, the untraced forward and the edit, at each length: us per token, in the median and at best."""
+    """Of the matmuls, the untraced forward and the edit, at each length: us per token, median and best."""
     kinds = ("floor", "untraced", "trace, edit h[5]")
     runs = {(kind, length): contenders(model, length)[kind] for length in lengths for kind in kinds}
     times = measure(runs, repeats, warm_up=1)
