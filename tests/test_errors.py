@@ -13,6 +13,7 @@ import pytest
 import torch
 from nnsight.intervention.interleaver import OutOfOrderError
 from test_sites import by_hand, same
+from torch import Tensor
 
 from mamba_trace import MambaTrace
 from mamba_trace.demand import SiteOrderError
@@ -408,3 +409,21 @@ def test_every_error_is_one_of_ours():
         if isinstance(error, type) and issubclass(error, Exception) and name != "MambaTraceError":
             assert issubclass(error, MambaTraceError), name
             assert error.__doc__, name
+
+
+def test_A_edited_by_an_invoke_and_replaced_by_a_hook(tiny: MambaTrace, tokens: Tensor) -> None:
+    """The hook's value is for all invokes, and would silently undo what one of them did."""
+    site = tiny._module.backbone.layers[1].mixer.A
+    handle = site.register_forward_hook(lambda module, args, value: 2 * value)
+    message = r"layers\[1\]\.ssm\.A was edited by an invoke and replaced for all of them by a PyTorch hook"
+    with torch.no_grad(), pytest.raises(SiteValueError, match=message), tiny.trace() as tracer:
+        with tracer.invoke(tokens[:1]):
+            tiny.layers[1].ssm.A.output[:] = -1
+        with tracer.invoke(tokens[1:]):
+            tiny.lm_head.output.save()
+    with torch.no_grad(), tiny.trace() as tracer:  # without an edit the hook has its way
+        with tracer.invoke(tokens[:1]):
+            tiny.layers[1].ssm.y.output.save()
+        with tracer.invoke(tokens[1:]):
+            tiny.lm_head.output.save()
+    handle.remove()

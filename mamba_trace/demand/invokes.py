@@ -60,11 +60,16 @@ class PerInvoke:
 
     def merged(self) -> Tensor:
         """The value that goes on: the shared one, or [B,...] if an invoke has edited its own."""
-        if not any(self._edited(start) for start, _ in self.groups):
+        if not self.edited:
             return self.shared
         rows = [self.own[start] if self._edited(start) else self.shared for start, _ in self.groups]
         sizes = [size for _, size in self.groups]
         return torch.cat([row.expand(size, *row.shape) for row, size in zip(rows, sizes, strict=True)])
+
+    @property
+    def edited(self) -> bool:
+        """Whether an invoke has edited its own."""
+        return any(self._edited(start) for start, _ in self.groups)
 
     def _edited(self, start: int) -> bool:
         if start not in self.own:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules.module import _has_any_global_hook as has_global_hooks
 
-from ..errors import PositionError
+from ..errors import PositionError, SiteValueError
 from ..names import public_path
 from ..sites import STATE
 from .invokes import PerInvoke
@@ -164,7 +164,7 @@ class Visit:
                 location = f"{self.path}.{name}.{key}"
                 counts[location] = counts.get(location, 0) + 1
 
-    def serve_whole(self, module: nn.Module, value: Tensor) -> Tensor:
+    def serve_whole(self, module: Any, value: Tensor) -> Tensor:
         """Offer a value without a batch axis at ``module``: whole to each invoke, which may edit its own.
 
         Returns:
@@ -179,8 +179,16 @@ class Visit:
             returned = module(value)
         finally:
             self.interleaver.batcher = batcher
-        # A PyTorch hook may have replaced the value for all.
-        return returned if invokes is None or returned is not value else invokes.merged()
+        if invokes is None:
+            return returned
+        if returned is value:
+            return invokes.merged()
+        if invokes.edited:
+            path = public_path(f"{self.path}.{module.site.name}")
+            raise SiteValueError(
+                f"{path} was edited by an invoke and replaced for all of them by a PyTorch hook: do one of the two"
+            )
+        return returned
 
     # -- the state after a position --------------------------------------------------------------------
 

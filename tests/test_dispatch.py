@@ -1,0 +1,391 @@
+"""What runs where: a kernel is given up in the layer and the stage where a site needs it, and nowhere else.
+
+Random sets of reads, edits, caches and invokes are run on every backend, and once more on the reference with
+every site of every layer made. The numbers have to agree, and each run's report has to name the kernels that
+the sites call for and no other. The CUDA kernels are stand-ins (`cuda_stand_ins`), Triton's are interpreted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import cuda_stand_ins
+import nnsight
+import pytest
+import torch
+from allocations import PeakMemory
+from conftest import SIZES, ModuleFactory, agree
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from mamba_trace import MambaTrace
+from mamba_trace.report import LayerRun
+from mamba_trace.scan import dispatch
+from mamba_trace.scan.record import Call
+from mamba_trace.sites import SITES, STATE, walk
+
+N_LAYERS, LENGTH = SIZES["num_hidden_layers"], 9
+BACKENDS = ("reference", "cpu", "cuda", "triton")
+#: What makes the scan leave delta, D and the gate to PyTorch.
+BARE = ("delta", "A_bar", "B_bar", STATE, "y", "ssm_output")
+
+
+@pytest.fixture(scope="module")
+def monkeymodule() -> Iterator[pytest.MonkeyPatch]:
+    with pytest.MonkeyPatch.context() as patch:
+        yield patch
+
+
+@pytest.fixture(scope="module")
+def models(tiny_hf: ModuleFactory, monkeymodule: pytest.MonkeyPatch) -> dict[str, MambaTrace]:
+    """The same weights on every backend, and with every site made on the reference."""
+    cuda_stand_ins.install(monkeymodule)
+    models = {kernels: MambaTrace(tiny_hf(), kernels=kernels) for kernels in BACKENDS}
+    everything = MambaTrace(tiny_hf(), kernels="reference")
+    for module in everything._module.modules():
+        if type(module).__name__ == "SiteModule":
+            module.register_forward_hook(lambda *args: None)  # wanted, and left alone
+    return {**models, "everything": everything}
+
+
+# -- any set of sites, any way ------------------------------------------------------------------------------
+
+
+def places() -> list[str]:
+    """Every site of every layer in execution order, each position of the state before the whole of it."""
+    found = []
+    for site, layer in walk(N_LAYERS):
+        path = site.path(layer)
+        if site.name == STATE:
+            found += [f"{path}[{position}]" for position in range(LENGTH)]
+        found.append(path)
+    return found
+
+
+PLACES = places()
+ACTIONS = ("read", "scale", "assign")
+INVOKE = st.dictionaries(st.integers(0, len(PLACES) - 1), st.sampled_from(ACTIONS), max_size=6)
+
+
+@dataclass
+class Plan:
+    """What a trace does: in each invoke, path -> action, in execution order; and the places it caches."""
+
+    invokes: list[dict[str, str]]
+    cached: list[str] = field(default_factory=list)
+
+    def wanted(self, layer: int) -> dict[str, str]:
+        """The places wanted in a layer's mixer, relative to it, and what is done there."""
+        prefix = f"layers[{layer}].ssm."
+        found = dict.fromkeys(self.cached, "read")
+        for invoke in self.invokes:
+            found.update({path: a for path, a in invoke.items() if found.get(path, "read") == "read"})
+        return {p.removeprefix(prefix): a for p, a in found.items() if p.startswith(prefix)}
+
+
+@st.composite
+def plans(draw: Callable[..., Any]) -> Plan:
+    drawn = draw(st.lists(INVOKE, min_size=1, max_size=2))
+    invokes = [{PLACES[index]: actions[index] for index in sorted(actions)} for actions in drawn]
+    in_layers = [path for path in PLACES if "[" in path]
+    cached = draw(st.lists(st.sampled_from(in_layers), max_size=2, unique=True))
+    return Plan(invokes, cached)
+
+
+def act(model: MambaTrace, actions: dict[str, str], seen: dict[str, Tensor]) -> None:
+    """Do what one invoke does; what it saw goes into ``seen``."""
+    for path, action in actions.items():
+        envoy = model.hook(path)
+        seen[path] = envoy.output.detach().clone()
+        if action == "scale":
+            envoy.output[:] *= 0.9
+        elif action == "assign":
+            envoy.output = envoy.output * 0.8 - 0.01
+
+
+def perform(model: MambaTrace, plan: Plan, tokens: Tensor) -> tuple[list[dict[str, Tensor]], Tensor]:
+    """Run a plan in one trace: what each invoke saw and what was cached, and the logits of all rows."""
+    seen: list[dict[str, Tensor]] = [{} for _ in plan.invokes]
+    with model.trace() as tracer:
+        for row, actions in enumerate(plan.invokes):
+            with tracer.invoke(tokens[row : row + 1]):
+                act(model, actions, nnsight.save(seen[row]))
+        with tracer.invoke():
+            cache = tracer.cache(modules=plan.cached or ["lm_head"])
+            logits = model.lm_head.output.save()
+    cached = {path: cache[path].output.detach() for path in cache.keys()}  # noqa: SIM118
+    return [*seen, cached], logits
+
+
+def parameter_gradients(model: MambaTrace, score: Tensor) -> dict[str, Tensor]:
+    model._module.zero_grad()
+    score.backward()
+    return {name: parameter.grad.clone() for name, parameter in model._module.named_parameters()}
+
+
+def weighted(logits: Tensor) -> Tensor:
+    """A score that every logit enters with a weight of its own."""
+    generator = torch.Generator().manual_seed(5)
+    return (logits * torch.randn(logits.shape, generator=generator).to(logits.dtype)).sum()
+
+
+def expected_calls(plan: Plan, layer: int, kernels: str) -> list[tuple[str, str, int]]:
+    """The kernel calls that the wanted sites of a layer call for: (function, backend, positions)."""
+    wanted = plan.wanted(layer)
+    conv = {"cpu": "cpu", "cuda": "cuda"}.get(kernels, "PyTorch")
+    fused = conv != "PyTorch" and "conv" not in wanted
+    calls = [("conv_silu" if fused else "causal_conv", conv, LENGTH)]
+    if not any(place.split("[")[0] in BARE for place in wanted):
+        return [*calls, ("gated_scan", kernels, LENGTH)]
+    explicit = any(wanted.get(name, "read") != "read" for name in ("A_bar", "B_bar"))
+    scan = "explicit" if explicit else "selective"
+    backend = "triton" if kernels == "cuda" and explicit else kernels
+
+    def call(function: str, positions: int) -> tuple[str, str, int]:
+        update = positions < 1 or (positions == 1 and kernels != "cpu")
+        return f"{scan}_{function}", "reference" if update else backend, positions
+
+    stops = sorted(int(place[2:-1]) + 1 for place in wanted if place.startswith("h["))
+    starts = [0, *stops]
+    stretches = [call("scan", stop - start) for start, stop in zip(starts, stops, strict=False)]
+    if STATE not in wanted:
+        return calls + stretches + [call("scan", LENGTH - starts[-1])] * (starts[-1] < LENGTH)
+    again = [call("states", positions - 1) for _, _, positions in stretches]
+    return calls + stretches + again + [call("states", LENGTH - starts[-1])] * (starts[-1] < LENGTH)
+
+
+@settings(deadline=None, derandomize=True, max_examples=30)
+@given(plan=plans())
+def test_any_set_of_sites_means_the_same_on_every_backend(
+    models: dict[str, MambaTrace], tokens: Tensor, plan: Plan
+) -> None:
+    expected, expected_logits = perform(models["everything"], plan, tokens)
+    expected_gradients = parameter_gradients(models["everything"], weighted(expected_logits))
+    for kernels in BACKENDS:
+        model = models[kernels]
+        seen, logits = perform(model, plan, tokens)
+        for layer in range(N_LAYERS):
+            calls = [(call.function, call.backend, call.positions) for call in model.last_run[layer].calls]
+            assert calls == expected_calls(plan, layer, kernels), f"layer {layer}"
+        gradients = parameter_gradients(model, weighted(logits))
+        agree(logits, expected_logits)
+        for one, other in zip(seen, expected, strict=True):
+            assert one.keys() == other.keys()
+            for path, value in one.items():
+                agree(value, other[path])
+        for name in ("A_log", "D", "x_proj.weight", "dt_proj.bias", "conv1d.weight"):
+            for layer in (0, 2):
+                path = f"backbone.layers.{layer}.mixer.{name}"
+                agree(gradients[path], expected_gradients[path], 2e-5)
+
+
+# -- the table, row by row --------------------------------------------------------------------------------
+
+FUSED = ["conv_silu", "gated_scan"]
+ROWS = [
+    ([], FUSED),
+    (["conv"], ["causal_conv", "gated_scan"]),
+    *(([name], FUSED) for name in ("skip", "x_in", "ssm_input", "delta_1", "delta_2", "A", "B", "C")),
+    (["delta"], ["conv_silu", "selective_scan"]),
+    (["h_start"], FUSED),
+    (["A_bar"], ["conv_silu", "selective_scan"]),
+    (["B_bar"], ["conv_silu", "selective_scan"]),
+    (["y"], ["conv_silu", "selective_scan"]),
+    (["ssm_output"], ["conv_silu", "selective_scan"]),
+    (["after_skip"], FUSED),
+    (["out_proj"], FUSED),
+    (["h[3]"], ["conv_silu", "selective_scan", "selective_scan"]),
+    (["h"], ["conv_silu", "selective_states"]),
+    (["in_proj"], FUSED),
+    (["x_proj"], FUSED),
+    (["dt_proj"], FUSED),
+    (["conv1d"], ["causal_conv", "gated_scan"]),
+]
+
+
+def functions(run: LayerRun) -> list[str]:
+    return [call.function for call in run.calls]
+
+
+@pytest.mark.parametrize("kernels", ["cpu", "cuda"])
+@pytest.mark.parametrize(("sites", "expected"), ROWS, ids=str)
+def test_a_read_costs_what_its_site_needs_and_in_its_layer_alone(
+    models: dict[str, MambaTrace], tokens: Tensor, sites: list[str], expected: list[str], kernels: str
+) -> None:
+    model = models[kernels]
+    with torch.no_grad(), model.trace(tokens):
+        for site in sites:
+            model.hook(f"layers[1].ssm.{site}").output.save()
+    runs = model.last_run
+    assert functions(runs[1]) == expected
+    assert functions(runs[0]) == functions(runs[2]) == FUSED
+    assert not runs[0].reasons
+    assert bool(runs[1].reasons) == (expected != FUSED)
+
+
+@pytest.mark.parametrize("name", ["A_bar", "B_bar"])
+@pytest.mark.parametrize(("kernels", "runs"), [("cpu", "cpu"), ("cuda", "triton"), ("triton", "triton")])
+def test_an_edited_matrix_costs_the_explicit_scan_of_its_layer(
+    models: dict[str, MambaTrace], tokens: Tensor, name: str, kernels: str, runs: str
+) -> None:
+    model = models[kernels]
+    with torch.no_grad(), model.trace(tokens):
+        getattr(model.layers[1].ssm, name).output[:, 2] = 0
+    assert [run.calls[-1].function for run in model.last_run] == ["gated_scan", "explicit_scan", "gated_scan"]
+    assert model.last_run[1].calls[-1].backend == runs
+
+
+def test_the_forward_does_what_its_source_says_where_that_is_wanted(tiny: MambaTrace, tokens: Tensor) -> None:
+    ssm = tiny.layers[1].ssm
+    assert "self_convolve" in str(ssm.source)
+    with torch.no_grad(), tiny.trace(tokens):
+        ssm.source.self_scan_0.output.save()
+    assert functions(tiny.last_run[1]) == ["causal_conv", "selective_scan"]
+    assert functions(tiny.last_run[0]) == FUSED
+
+
+def test_a_pytorch_hook_on_an_inner_module_fires(tiny: MambaTrace, tokens: Tensor) -> None:
+    mixer = tiny._module.backbone.layers[1].mixer
+    for name in ("conv1d", "act", "in_proj", "x_proj", "dt_proj", "out_proj"):
+        fired = []
+        handle = getattr(mixer, name).register_forward_hook(lambda *args, fired=fired: fired.append(1))
+        tiny._module(tokens)
+        assert fired == [1], name
+        handle.remove()
+    tiny._module(tokens)
+    assert [functions(run) for run in tiny.last_run] == [FUSED] * 3
+
+
+def test_a_hook_on_all_modules_fires_on_every_one(tiny: MambaTrace, tokens: Tensor) -> None:
+    called: set[int] = set()
+    handle = nn.modules.module.register_module_forward_hook(lambda module, *args: called.add(id(module)))
+    try:
+        tiny._module(tokens)
+    finally:
+        handle.remove()
+    named = dict(tiny._module.named_modules())
+    missed = [name for name, module in named.items() if id(module) not in called]
+    assert missed == ["backbone.layers"]  # a list, which is never called
+
+
+def test_a_replaced_convolution_is_called(tiny: MambaTrace, tokens: Tensor) -> None:
+    class Doubled(nn.Conv1d):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    before = tiny._module(tokens).logits
+    tiny._module.backbone.layers[1].mixer.conv1d.__class__ = Doubled
+    del tiny._module.backbone.layers[1].mixer.conv1d.forward  # what nnsight had put there
+    assert not torch.allclose(tiny._module(tokens).logits, before)
+    assert functions(tiny.last_run[1]) == ["causal_conv", "gated_scan"]
+
+
+def test_a_convolution_with_another_forward_is_called(tiny: MambaTrace, tokens: Tensor) -> None:
+    conv1d = tiny._module.backbone.layers[1].mixer.conv1d
+    own = conv1d.forward
+    conv1d.forward = lambda x: 2 * own(x)
+    tiny._module(tokens)
+    assert functions(tiny.last_run[1]) == ["causal_conv", "gated_scan"]
+
+
+def test_the_inner_convolution_is_found_at_a_later_step(tiny: MambaTrace, tokens: Tensor) -> None:
+    """A step that bypassed it counts as a visit all the same."""
+    found = []
+    with torch.no_grad(), tiny.generate(tokens, max_new_tokens=3, do_sample=False) as tracer:
+        for _ in tracer.iter[2]:
+            found.append(tiny.layers[1].ssm.conv1d.output.save())
+            found.append(tiny.layers[1].ssm.delta.output.save())
+    assert found[0].shape[0] == tokens.shape[0]
+    assert found[1].shape == (tokens.shape[0], 1, 24)
+
+
+# -- decoding ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kernels", BACKENDS)
+def test_a_decode_step_is_one_update_of_the_state(
+    models: dict[str, MambaTrace], tokens: Tensor, kernels: str
+) -> None:
+    model = models[kernels]
+    with torch.no_grad():
+        model._module.generate(tokens, max_new_tokens=3, do_sample=False)
+    backend = "cpu" if kernels == "cpu" else "reference"
+    for run in model.last_run:
+        assert run.positions == 1
+        assert run.calls[1:] == [Call("gated_scan", backend, 1)]
+
+
+# -- memory -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def wide() -> MambaTrace:
+    config = {"d_model": 64, "n_layer": 2, "vocab_size": 40, "ssm_cfg": {"d_state": 16}}
+    return MambaTrace.from_config(config, kernels="cpu")
+
+
+def test_no_trajectory_is_made_where_none_is_asked_for(wide: MambaTrace) -> None:
+    L, E, N = 512, 128, 16
+    tokens = torch.randint(1, 40, (1, L), generator=torch.Generator().manual_seed(0))
+
+    def edit() -> None:
+        with wide.trace(tokens, logits_to_keep=1):
+            wide.layers[1].ssm.h[5].output[:] = 0
+
+    def read_whole() -> None:
+        with wide.trace(tokens, logits_to_keep=1):
+            wide.layers[1].ssm.h.output.save()
+
+    with torch.no_grad():
+        plain = PeakMemory.of(lambda: wide._module(tokens, logits_to_keep=1))
+        edited, whole = PeakMemory.of(edit), PeakMemory.of(read_whole)
+    for memory in (plain, edited):
+        assert (1, L, E, N) not in memory.shapes
+        assert memory.largest < L * E * N * 4
+    assert edited.peak <= 1.05 * plain.peak
+    assert (1, L, E, N) in whole.shapes  # so that the tests above would notice
+
+
+def test_no_trajectory_is_kept_for_the_backward_pass(wide: MambaTrace) -> None:
+    L, E, N = 512, 128, 16
+    tokens = torch.randint(1, 40, (1, L), generator=torch.Generator().manual_seed(0))
+    memory = PeakMemory.of(lambda: wide._module(tokens).logits.sum().backward())
+    assert (1, L, E, N) not in memory.shapes
+    assert memory.largest < L * E * N * 4
+
+
+# -- choosing and forcing ---------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_fallback_warns_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "_warned", False)
+    for name in ("cpu",):
+        monkeypatch.setattr(dispatch.BACKENDS[name], "unavailable", lambda *args: "numba is broken")
+    cpu = torch.device("cpu")
+    with pytest.warns(UserWarning, match=r"no compiled scan .* \(cpu: numba is broken\).*mamba-trace info"):
+        assert dispatch.choose("auto", cpu, torch.float32, 16) == "reference"
+    assert dispatch.choose("auto", cpu, torch.float32, 16) == "reference"  # warnings are errors in this test
+
+
+def test_float64_is_no_fallback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "_warned", False)
+    assert dispatch.choose("auto", torch.device("cpu"), torch.float64, 16) == "reference"
+
+
+def test_a_gpu_prefers_the_installed_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu, reasons = torch.device("cuda"), {"cuda": None, "triton": None}
+    for name in reasons:
+        monkeypatch.setattr(dispatch.BACKENDS[name], "unavailable", lambda *args, name=name: reasons[name])
+    assert dispatch.choose("auto", gpu, torch.float32, 16) == "cuda"
+    reasons["cuda"] = "not installed"
+    assert dispatch.choose("auto", gpu, torch.float32, 16) == "triton"
+
+
+def test_every_site_of_a_mixer_has_a_row() -> None:
+    """A new site comes with what it costs."""
+    rows = {site.split("[")[0] for sites, _ in ROWS for site in sites}
+    assert {site.name for site in SITES if site.scope == "mixer"} <= rows
