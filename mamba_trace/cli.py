@@ -10,8 +10,11 @@ without a traceback, and the exit code is 2.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -126,6 +129,35 @@ def sites(
     typer.echo(f"\n{axes_legend()}")
 
 
+@app.command()
+def info(
+    model: Annotated[str, typer.Option(help="A hub id or a folder; 'demo' is the model that ships.")] = DEMO,
+    prompt: Annotated[str, typer.Option(help="What is run.")] = PROMPT,
+    kernels: Annotated[str, typer.Option(help="Which scan runs: auto or a backend.")] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
+) -> None:
+    """Say which kernels this machine has, how to install the others, and what a forward of a model runs."""
+    import torch
+
+    from .scan import availability
+
+    loaded = load_model(model, kernels, quiet=True)
+    with torch.no_grad(), loaded.trace(prompt):
+        loaded.lm_head.output.save()
+    found, run = availability(), loaded.last_run
+    if as_json:
+        layers = [asdict(layer) for layer in run.layers]
+        typer.echo(json.dumps({"kernels": [asdict(one) for one in found], "layers": layers}, indent=1))
+        return
+    typer.echo(f"{versions()}\n")
+    for what in ("scan", "convolution"):
+        typer.echo(what)
+        for one in found:
+            reason = getattr(one, what)
+            typer.echo(f"  {one.backend:<10} {'yes' if reason is None else f'no: {reason}'}")
+    typer.echo(f"\n{model}: {loaded.kernels} kernels, {run}")
+
+
 # -- what the commands print -------------------------------------------------------------------------------
 
 
@@ -146,6 +178,16 @@ def report(grid: PatchGrid, model: str, prompt: str, source: str) -> None:
         screen.print(f"{name:<12} {value}", markup=False, highlight=False, soft_wrap=True)
     screen.print("\nnormalised metric after patching: 0 as prompt, 1 as source", highlight=False)
     screen.print(terminal_table(grid.heatmap(), screen.width), soft_wrap=True)
+
+
+def versions() -> str:
+    """``"mamba_trace 0.1.0, torch 2.13.0, ..."``."""
+    packages = ("torch", "nnsight", "transformers", "mamba-ssm", "causal-conv1d", "triton", "numba")
+    found = [f"mamba_trace {__version__}"]
+    for package in packages:
+        with contextlib.suppress(PackageNotFoundError):
+            found.append(f"{package} {version(package)}")
+    return ", ".join(found)
 
 
 def axes_legend() -> str:

@@ -30,10 +30,12 @@ from .envoys import envoy_classes, refuse_value, unknown
 from .errors import CheckpointError, PositionError, PromptError, UnknownSiteError
 from .initialization import initialize
 from .report import RunReport
+from .running import HookedRuns
 from .scan import check
 from .sites import SITES, STATE, rows
 from .tokens import Tokens
 from .tracer import SiteTracer
+from .weights import LensViews
 
 #: Names of this package for modules of Hugging Face's.
 RENAME = {
@@ -45,7 +47,7 @@ RENAME = {
 DEMO = Path(__file__).parent / "demo_model"
 
 
-class MambaTrace(Tokens, TransformersModel):
+class MambaTrace(HookedRuns, LensViews, Tokens, TransformersModel):
     """A Mamba whose every intermediate value can be read and edited inside a trace.
 
     Args:

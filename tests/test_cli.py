@@ -142,6 +142,27 @@ def test_python_m_writes_the_page_and_fails_without_a_traceback(tmp_path: Path) 
 # -- sites and help ----------------------------------------------------------------------------------------
 
 
+def test_info_says_what_runs_and_how_to_get_the_rest() -> None:
+    from mamba_trace.scan.cuda import INSTALL_CONV, INSTALL_SCAN
+    from mamba_trace.scan.dispatch import BACKENDS
+
+    text = run("info").stdout
+    for name in BACKENDS:
+        assert re.search(rf"^  {name} +(yes|no: .+)$", text, re.MULTILINE)
+    assert INSTALL_SCAN in text
+    assert INSTALL_CONV in text
+    assert "layers 0-7: cpu conv with SiLU; cpu scan with softplus, D and gate" in text
+
+
+def test_info_as_json() -> None:
+    found = json.loads(run("info", "--json", "--kernels", "reference").stdout)
+    scans = {one["backend"]: one["scan"] for one in found["kernels"]}
+    assert scans["reference"] is scans["cpu"] is None
+    assert "pip install" in scans["cuda"]
+    calls = [[(call["function"], call["backend"]) for call in layer["calls"]] for layer in found["layers"]]
+    assert calls == [[("causal_conv", "PyTorch"), ("gated_scan", "reference")]] * 8
+
+
 def test_sites_lists_the_table() -> None:
     lines = run("sites").stdout.splitlines()
     assert re.fullmatch(r"path +shape +hook name +meaning", lines[0])

@@ -15,14 +15,15 @@ from typing import Any
 import nnsight
 import pytest
 import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from nnsight import NNsight
 from nnsight.intervention.batching import Batcher
 from nnsight.intervention.envoy import Envoy
 from nnsight.intervention.interleaver import Event, Interleaver, Mediator, OutOfOrderError
-from nnsight.intervention.source import STATE
+from nnsight.intervention.source import STATE, Controller
 from torch import nn
 
-from mamba_trace.demand import SiteOrderError, Visit, listened_to, rebind_forward
+from mamba_trace.demand import SiteOrderError, Visit, is_itself, listened_to, rebind_forward
 
 
 class Probe(nn.Module):
@@ -408,3 +409,34 @@ def test_nothing_is_kept_of_the_positions_after_a_run(tiny, tokens):
     with tiny.trace(tokens):
         tiny.layers[1].ssm.h[4].output[:] = 0
     assert set(state.__dict__) == before
+
+
+def test_the_forward_of_a_wrapped_module_is_a_controller_over_its_own(probe):
+    first = probe._module.first
+    assert isinstance(first.__dict__["forward"], Controller)
+    assert first.__dict__["forward"].state.body is nn.Linear.forward
+    assert str(probe.first.source) is not None
+    assert first.__dict__["forward"].state.body is not nn.Linear.forward  # the instrumented one
+
+
+def test_a_module_is_itself_until_somebody_changes_it():
+    class Other(nn.Linear):
+        pass
+
+    plain = nn.Linear(3, 3)
+    assert is_itself(plain, nn.Linear)
+    assert not is_itself(Other(3, 3), nn.Linear)
+    handle = plain.register_forward_pre_hook(lambda *args: None)
+    assert not is_itself(plain, nn.Linear)
+    handle.remove()
+    assert is_itself(plain, nn.Linear)
+    add_hook_to_module(plain, AlignDevicesHook(execution_device="cpu"))
+    assert not is_itself(plain, nn.Linear)  # its forward is accelerate's
+    wrapped = NNsight(nn.Sequential(plain))
+    assert is_itself(plain, nn.Linear)  # nnsight's, which runs what accelerate's hook does and then its own
+    torch.testing.assert_close(wrapped._module(X), X @ plain.weight.T + plain.bias)
+    plain._hf_hook.offload = True
+    assert not is_itself(plain, nn.Linear)
+    replaced = nn.Linear(3, 3)
+    replaced.forward = lambda x: x
+    assert not is_itself(replaced, nn.Linear)

@@ -60,6 +60,28 @@ def test_the_first_block_prints_what_it_says(tmp_path: Path) -> None:
     assert run.stdout.strip() == plain, run.stderr
 
 
+def test_the_report_is_what_it_says(tmp_path: Path) -> None:
+    script, (block,) = tmp_path / "report.py", [block for block in blocks() if "last_run" in block]
+    load = "from mamba_trace import MambaTrace\nmodel = MambaTrace.demo()\n"
+    (prompt,) = re.findall(r"^prompt = .*$", README, re.MULTILINE)[:1]
+    script.write_text(f"{load}{prompt}\n{block}", encoding="utf-8")
+    run = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert run.stdout.splitlines() == re.findall(r"^# (.*)$", block, re.MULTILINE), run.stderr
+
+
+def test_the_measurements_are_the_recorded_ones() -> None:
+    sys.path.insert(0, str(ROOT / "tests" / "benchmarks"))
+    from readme_table import forward_table, recorded, scaling_table
+
+    forward, scaling = recorded("forward"), recorded("scaling")
+    assert found(r"<!-- forward -->\n(.*?)\n<!-- /forward -->") == forward_table(forward)
+    assert found(r"<!-- scaling -->\n(.*?)\n<!-- /scaling -->") == scaling_table(scaling)
+    tiny = forward["tiny"]["contenders"]["trace, empty"]["ratio"]
+    assert f"takes {tiny:.2f} of the time of the same trace" in README
+    edit = scaling["memory"]["contenders"]["trace, edit h[5]"]["ratio"]
+    assert edit <= 1.0005, "the README says that it takes no more memory"
+
+
 def test_loading_names_every_kernel() -> None:
     from mamba_trace.scan.dispatch import KERNELS
 

@@ -275,8 +275,16 @@ def test_five_thousand_positions() -> None:
     inputs = arguments(1, 5000, 17, 3)
     y, h_last = cpu.selective_scan(*inputs)
     expected_y, expected_h = reference.selective_scan(*[tensor.double() for tensor in inputs])
-    close(y, expected_y, "y", 1e-4)
-    close(h_last, expected_h, "h_last", 1e-4)
+    close(y, expected_y, "y")
+    close(h_last, expected_h, "h_last")
+
+
+@pytest.mark.parametrize("L", [16384, 65536])
+def test_a_long_prompt(L: int) -> None:
+    inputs = arguments(1, L, 3, 2)
+    expected = reference.selective_scan(*[tensor.double() for tensor in inputs])
+    for name, actual, other in zip(("y", "h_last"), cpu.selective_scan(*inputs), expected, strict=True):
+        close(actual, other, name)
 
 
 def test_the_inputs_are_left_alone() -> None:

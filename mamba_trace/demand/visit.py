@@ -186,7 +186,7 @@ class Visit:
         if invokes.edited:
             path = public_path(f"{self.path}.{module.site.name}")
             raise SiteValueError(
-                f"{path} was edited by an invoke and replaced for all of them by a PyTorch hook: do one of the two"
+                f"{path} was edited by an invoke and replaced for all of them by a PyTorch hook: do either"
             )
         return returned
 

@@ -12,6 +12,8 @@ is what a mixer holds: the inputs of one call, from which it runs any stretch of
 
 from .dispatch import (
     KERNELS,
+    Availability,
+    availability,
     causal_conv,
     check,
     convolution,
@@ -25,10 +27,12 @@ from .recurrence import Explicit, Recurrence, Selective, Watched
 
 __all__ = [
     "KERNELS",
+    "Availability",
     "Explicit",
     "Recurrence",
     "Selective",
     "Watched",
+    "availability",
     "causal_conv",
     "check",
     "convolution",

@@ -34,12 +34,13 @@ def forward(data):  # type: ignore[no-untyped-def]
     A, D, h_start = flat(p, i + 22), flat(p, i + 23), flat(p, i + 24)
     y, h_last, states = flat(p, i + 27), flat(p, i + 30), flat(p, i + 33)
     blocks = (width + WIDTH - 1) // WIDTH
-    a = np.zeros((n_state, WIDTH), np.float32)
-    h = np.zeros((n_state, WIDTH), np.float32)
-    d = np.zeros(WIDTH, np.float32)
-    xs = np.zeros(WIDTH, np.float32)
-    dx = np.zeros(WIDTH, np.float32)
-    out = np.zeros(WIDTH, np.float32)
+    # Where a block is cut short, nobody reads what its last columns hold.
+    a = np.empty((n_state, WIDTH), np.float32)
+    h = np.empty((n_state, WIDTH), np.float32)
+    d = np.empty(WIDTH, np.float32)
+    xs = np.empty(WIDTH, np.float32)
+    dx = np.empty(WIDTH, np.float32)
+    out = np.empty(WIDTH, np.float32)
     while True:
         piece = next_piece(data)
         if piece >= p[PIECES]:
@@ -75,7 +76,10 @@ def forward(data):  # type: ignore[no-untyped-def]
                 if gated:
                     at = b * skip_b + t * skip_t + e0
                     for e in range(w):
-                        out[e] = (out[e] + D[e0 + e] * xs[e]) * silu(skip[at + e])
+                        dx[e] = skip[at + e]
+                        out[e] += D[e0 + e] * xs[e]
+                    for e in range(WIDTH):
+                        out[e] *= silu(dx[e])
                 at = (b * length + t) * width + e0
                 for e in range(w):
                     y[at + e] = out[e]

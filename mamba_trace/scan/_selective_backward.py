@@ -7,11 +7,34 @@ but one state for each chunk.
 from __future__ import annotations
 
 import numpy as np
+from numba import njit
 
-from ._compiled import FIRST_OWN, LOG2E, PIECES, array, exp2, kernel, next_piece, parameters
+from ._compiled import FIRST_OWN, LOG2E, OPTIONS, PIECES, array, exp2, kernel, next_piece, parameters
 from ._selective import WIDTH
 
 CHUNK = 64  # positions between the states that are kept
+
+
+@njit(**OPTIONS)
+def run_chunk(  # type: ignore[no-untyped-def]
+    x, delta, B, a, starts, c, states, decays, b, e0, w, begin, end
+):
+    """From starts[c] on, the states after positions ``begin`` to ``end - 1`` of a block, and its A_bar."""
+    for n in range(a.shape[0]):
+        for e in range(WIDTH):
+            states[0, n, e] = starts[c, n, e]
+    d = np.zeros(WIDTH, np.float32)
+    dx = np.zeros(WIDTH, np.float32)
+    for t in range(begin, end):
+        for e in range(w):
+            d[e] = delta[b, t, e0 + e]
+            dx[e] = d[e] * x[b, t, e0 + e]
+        for n in range(a.shape[0]):
+            bn = B[b, t, n]
+            for e in range(WIDTH):
+                decay = exp2(d[e] * a[n, e])
+                decays[t - begin, n, e] = decay
+                states[t - begin + 1, n, e] = decay * states[t - begin, n, e] + dx[e] * bn
 
 
 @kernel
@@ -49,6 +72,7 @@ def backward(data):  # type: ignore[no-untyped-def]
     ga = np.zeros((n_state, WIDTH), np.float32)
     starts = np.zeros((chunks + 1, n_state, WIDTH), np.float32)
     states = np.zeros((CHUNK + 1, n_state, WIDTH), np.float32)
+    decays = np.zeros((CHUNK, n_state, WIDTH), np.float32)
     d = np.zeros(WIDTH, np.float32)
     xs = np.zeros(WIDTH, np.float32)
     go = np.zeros(WIDTH, np.float32)
@@ -61,36 +85,25 @@ def backward(data):  # type: ignore[no-untyped-def]
         for block in range(batch * blocks * piece // p[PIECES], batch * blocks * (piece + 1) // p[PIECES]):
             b, e0 = block // blocks, (block % blocks) * WIDTH
             w = min(WIDTH, width - e0)
-            raw[:], a[:], g[:], ga[:], starts[0] = 0, 0, 0, 0, 0
-            d[:], xs[:], go[:] = 0, 0, 0
+            for e in range(WIDTH):
+                d[e], xs[e], go[e] = np.float32(0.0), np.float32(0.0), np.float32(0.0)
             for n in range(n_state):
+                for e in range(WIDTH):
+                    raw[n, e], a[n, e], starts[0, n, e] = np.float32(0.0), np.float32(0.0), np.float32(0.0)
+                    g[n, e], ga[n, e] = np.float32(0.0), np.float32(0.0)
                 for e in range(w):
                     raw[n, e] = A[e0 + e, n]
                     a[n, e] = A[e0 + e, n] * LOG2E
                     starts[0, n, e] = h_start[b, e0 + e, n]
                     g[n, e] = gh_last[b, e0 + e, n]
-            for c in range(chunks - 1):  # the last chunk's states are computed below
-                starts[c + 1] = starts[c]
-                for t in range(c * CHUNK, (c + 1) * CHUNK):
-                    for e in range(w):
-                        d[e] = delta[b, t, e0 + e]
-                        xs[e] = d[e] * x[b, t, e0 + e]
-                    for n in range(n_state):
-                        bn = B[b, t, n]
-                        for e in range(WIDTH):
-                            starts[c + 1, n, e] = exp2(d[e] * a[n, e]) * starts[c + 1, n, e] + xs[e] * bn
+            for c in range(chunks - 1):  # the last chunk is run below
+                run_chunk(x, delta, B, a, starts, c, states, decays, b, e0, w, c * CHUNK, (c + 1) * CHUNK)
+                for n in range(n_state):
+                    for e in range(WIDTH):
+                        starts[c + 1, n, e] = states[CHUNK, n, e]
             for c in range(chunks - 1, -1, -1):
                 begin, end = c * CHUNK, min((c + 1) * CHUNK, length)
-                states[0] = starts[c]
-                for t in range(begin, end):
-                    for e in range(w):
-                        d[e] = delta[b, t, e0 + e]
-                        xs[e] = d[e] * x[b, t, e0 + e]
-                    for n in range(n_state):
-                        bn = B[b, t, n]
-                        for e in range(WIDTH):
-                            before = states[t - begin, n, e]
-                            states[t - begin + 1, n, e] = exp2(d[e] * a[n, e]) * before + xs[e] * bn
+                run_chunk(x, delta, B, a, starts, c, states, decays, b, e0, w, begin, end)
                 for t in range(end - 1, begin - 1, -1):
                     for e in range(w):
                         d[e] = delta[b, t, e0 + e]
@@ -107,7 +120,7 @@ def backward(data):  # type: ignore[no-untyped-def]
                         bn, cn = B[b, t, n], C[b, t, n]
                         sum_b, sum_c = np.float32(0.0), np.float32(0.0)
                         for e in range(WIDTH):
-                            decay = exp2(d[e] * a[n, e])
+                            decay = decays[t - begin, n, e]
                             gn = g[n, e] + go[e] * cn
                             sum_c += go[e] * states[t - begin + 1, n, e]
                             sum_b += gn * d[e] * xs[e]

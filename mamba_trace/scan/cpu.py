@@ -47,7 +47,9 @@ def unavailable(
     return None
 
 
-def conv_unavailable(device: torch.device, dtype: torch.dtype, kernel: int) -> str | None:
+def conv_unavailable(
+    device: torch.device | None = None, dtype: torch.dtype = torch.float32, width: int = 4
+) -> str | None:
     """Why `causal_conv` cannot run on ``device`` for inputs of ``dtype``; ``None`` if it can."""
     return unavailable(device, reference.accumulation_dtype(torch.empty(0, dtype=dtype)))
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
@@ -63,6 +64,30 @@ def choose(kernels: str, device: torch.device, dtype: torch.dtype, d_state: int)
     if reasons and dtype == torch.float32:
         warn_of_fallback("; ".join(reasons))
     return "reference"
+
+
+@dataclass(frozen=True)
+class Availability:
+    """Whether a backend can run on this machine.
+
+    Attributes:
+        backend: its name.
+        scan: why its scan cannot run, and what to do; ``None`` if it can.
+        convolution: the same of its convolution.
+    """
+
+    backend: str
+    scan: str | None
+    convolution: str | None
+
+
+def availability() -> list[Availability]:
+    """What this machine has of every backend."""
+    found = []
+    for name, backend in BACKENDS.items():
+        probe = getattr(backend, "conv_unavailable", lambda: "it has none of its own, and PyTorch's runs")
+        found.append(Availability(name, backend.unavailable(), probe()))
+    return found
 
 
 _warned = False
