@@ -26,16 +26,19 @@ class Discretisation:
     """The parameters of one scan while they are offered.
 
     Attributes:
+        x: input of the SSM [B,L,E].
         delta_2: [B,L,E]; given up once delta is made.
         mask: attention mask [B,L], or ``None``.
         B, C: [B,L,N].
         A_log: [E,N].
         A: [E,N], or [B,E,N] where invokes have made it differ.
         A_bar, B_bar: [B,L,E,N], or ``None`` where nobody wants them.
-        seen: the first of delta, A_bar and B_bar that somebody wanted.
-        edited: whether A_bar or B_bar was edited.
+        write: B_bar x [B,L,E,N], or ``None`` where nobody wants it.
+        seen: the first of delta, A_bar, B_bar and write that somebody wanted.
+        edited: whether A_bar, B_bar or write was edited.
     """
 
+    x: Tensor
     delta_2: Tensor | None
     mask: Tensor | None
     A_log: Tensor
@@ -44,12 +47,13 @@ class Discretisation:
     A: Tensor = field(init=False)
     A_bar: Tensor | None = None
     B_bar: Tensor | None = None
+    write: Tensor | None = None
     seen: str | None = None
     edited: bool = False
     _delta: Tensor | None = None
 
     def offer(self, offer: Offers) -> None:
-        """Offer delta, A, A_bar, B, B_bar and C."""
+        """Offer delta, A, A_bar, B, B_bar, C and write."""
         delta, _ = self._optional(offer, "delta")
         self._delta = self._delta if delta is None else delta
         # Made no sooner than here: gradients come back in the opposite order.
@@ -58,11 +62,12 @@ class Discretisation:
         self.B = offer("B", self.B)
         self.B_bar, B_bar_edited = self._optional(offer, "B_bar")
         self.C = offer("C", self.C)
-        self.edited = A_bar_edited or B_bar_edited
+        self.write, write_edited = self._optional(offer, "write")
+        self.edited = A_bar_edited or B_bar_edited or write_edited
 
     def _optional(self, offer: Offers, name: str) -> tuple[Tensor | None, bool]:
-        makers = {"delta": lambda: self.delta, "A_bar": self.make_A_bar, "B_bar": self.make_B_bar}
-        value, edited = offer.optional(name, makers[name])
+        makers = {"A_bar": self.make_A_bar, "B_bar": self.make_B_bar, "write": self.make_write}
+        value, edited = offer.optional(name, makers.get(name, lambda: self.delta))
         if value is not None:
             self.seen = self.seen or name
         return value, edited
@@ -96,15 +101,23 @@ class Discretisation:
         dtype = self.A.dtype
         return self.delta.to(dtype)[..., None] * self.B.to(dtype)[:, :, None, :]
 
-    def recurrence(self, x: Tensor, kernels: str) -> Recurrence:
-        """What a scan over x [B,L,E] has to run: that of the matrices, if somebody edited them."""
-        selective = Selective(x, self.C, self.delta, self.A, self.B, kernels=kernels)
-        handed_out = self.A_bar is not None or self.B_bar is not None
+    def make_write(self) -> Tensor:
+        """delta B x [B,L,E,N]."""
+        B_bar = self.make_B_bar() if self.B_bar is None else self.B_bar
+        return B_bar * self.x.to(B_bar.dtype)[..., None]
+
+    def recurrence(self, kernels: str) -> Recurrence:
+        """What the scan has to run: the matrices, if somebody edited them."""
+        selective = Selective(self.x, self.C, self.delta, self.A, self.B, kernels=kernels)
+        handed_out = not (self.A_bar is None and self.B_bar is None and self.write is None)
         differentiated = handed_out and torch.is_grad_enabled() and self.delta.requires_grad
         if not self.edited and not differentiated:
             return selective
         A_bar = self.make_A_bar() if self.A_bar is None else self.A_bar
-        B_bar = self.make_B_bar() if self.B_bar is None else self.B_bar
+        if self.write is not None:  # it is all that reaches the state: B_bar x, whatever the two were
+            matrices = (torch.ones_like(self.x), self.C, A_bar, self.write)
+        else:
+            matrices = (self.x, self.C, A_bar, self.make_B_bar() if self.B_bar is None else self.B_bar)
         if self.edited:
-            return Explicit(x, self.C, A_bar, B_bar, kernels=kernels)
-        return Watched(x, self.C, A_bar, B_bar, selective, kernels=kernels)
+            return Explicit(*matrices, kernels=kernels)
+        return Watched(*matrices, selective, kernels=kernels)

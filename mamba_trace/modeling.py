@@ -170,16 +170,17 @@ class HookableMixer:
         delta_1 = offer("delta_1", delta_1)  # [B,L,R]
         # The only reference to delta_2 [B,L,E], which is given up where delta takes its place.
         parameters = Discretisation(
-            offer("delta_2", self.dt_proj(offer.into("dt_proj", delta_1))), mask, self.A_log, B, C
+            x, offer("delta_2", self.dt_proj(offer.into("dt_proj", delta_1))), mask, self.A_log, B, C
         )
         parameters.offer(offer)
-        wanted = parameters.seen or offer.first_wanted(STATE, "y", "ssm_output")
+        wanted = parameters.seen or offer.first_wanted(STATE, "h_read", "y", "ssm_output")
         if wanted is None:
-            offer.pass_over(STATE, "y", "ssm_output")
+            offer.pass_over(STATE, "h_read", "y", "ssm_output")
             steps, A, B, C = parameters.before_softplus(), parameters.A, parameters.B, parameters.C
             return gated_scan(x, steps, A, B, C, self.D, skip, h, kernels=self.kernels)
-        self.last_run.reasons.append(f"{wanted} is wanted" + ", A_bar or B_bar edited" * parameters.edited)
-        done = self.recur(offer, parameters.recurrence(x, self.kernels), h, mask)
+        edited = ", and A_bar, B_bar or write edited" if parameters.edited else ""
+        self.last_run.reasons.append(f"{wanted} is wanted{edited}")
+        done = self.recur(offer, parameters.recurrence(self.kernels), h, mask)
         del parameters  # and with it delta, which makes room for what follows
         h = done[-1].after  # [B,E,N]
         ssm_output = offer("ssm_output", past_the_state(offer("y", joined(done)), x, self.D))  # [B,L,E]
@@ -213,10 +214,10 @@ class HookableMixer:
             while offer.open and (at := offer.visit.next_position(STATE, start, length, mask)) is not None:
                 done.append(self.run_to(at, offer, recurrence, start, h))
                 start, h = at + 1, done[-1].after
-            if offer.wants(STATE):
+            if offer.wants(STATE) or offer.wants("h_read"):
                 offer.visit.stand_at(STATE, length, length)
                 return [self.serve_states(offer, recurrence, done, start, h)]
-            offer.pass_over(STATE)
+            offer.pass_over(STATE, "h_read")
         if start < length or not done:
             done.append(Stretch(start, length, h, *recurrence.run(start, length, h)))
         return done
@@ -243,8 +244,9 @@ class HookableMixer:
         y, states = (torch.cat(pieces, dim=1) if done else pieces[0] for pieces in zip(*parts, strict=True))
         before = version(states)
         served = offer(STATE, states)  # [B,L,E,N]
-        if touched(states, before, served):
-            y = recurrence.read(served)
+        read = offer("h_read", served)  # [B,L,E,N]
+        if touched(states, before, read):
+            y = recurrence.read(read)
         return Stretch(0, length, None, y, served[:, -1])
 
 

@@ -54,15 +54,6 @@ BRIDGE_BLOCK = {
     "mixer.hook_ssm_out": "ssm.out_proj",
     "hook_mixer_out": "ssm.out_proj",
 }
-#: Bridge names whose meaning no site shares, with the reason.
-BRIDGE_DIFFERENT = {
-    "mixer.hook_ssm_state": (
-        "it is read after the scan, so an edit of it changes y at the same position alone, while an edit "
-        "of h[p] is carried to every later position"
-    ),
-    "mixer.hook_ssm_write": "it is the write term delta x B: B_bar times ssm_input, and no single site",
-}
-
 #: Inner modules of the mixer whose output is no site of the table but has a place of its own.
 NATIVE_MODULES = ("in_proj", "conv1d", "x_proj", "dt_proj")
 
@@ -107,7 +98,7 @@ class Place:
 
     @property
     def hook_name(self) -> str:
-        """The MambaLens name. Raises `UnknownSiteError` where MambaLens has none."""
+        """The MambaLens name, or TransformerLens 4's. Raises `UnknownSiteError` where neither has one."""
         if self.site is None:
             raise UnknownSiteError(
                 f"{self.path} has no MambaLens hook: {self.native} is a module, not a site"
@@ -129,6 +120,8 @@ def hook_names(n_layers: int, n_positions: int) -> list[str]:
     """
     names: list[str] = []
     for site, layer in walk(n_layers):
+        if not site.in_mamba_lens:
+            continue
         positions: Iterator[int | None] = iter(range(n_positions)) if site.name == STATE else iter((None,))
         names += [Place(site, layer, position).hook_name for position in positions]
     return names
@@ -144,13 +137,13 @@ def to_path(name: str) -> str:
         The path under the model, e.g. ``"layers[3].ssm.h[5]"``.
 
     Raises:
-        UnknownSiteError: if no place has this name, or its meaning differs from every site's.
+        UnknownSiteError: if no place has this name.
     """
     return parse(name).path
 
 
 def to_hook_name(path: str) -> str:
-    """The MambaLens hook name of a path; the inverse of `to_path`.
+    """The hook name of a path, MambaLens's if it has one; the inverse of `to_path`.
 
     Args:
         path: e.g. ``"layers[3].ssm.h[5]"``, also as ``"model.layers.3.ssm.h.5.output"``.
@@ -159,7 +152,7 @@ def to_hook_name(path: str) -> str:
         The hook name, e.g. ``"blocks.3.hook_h.5"``.
 
     Raises:
-        UnknownSiteError: if there is no such site, or MambaLens has no hook there.
+        UnknownSiteError: if there is no such site, or neither MambaLens nor TransformerLens has a hook there.
     """
     return parse(path).hook_name
 
@@ -186,8 +179,6 @@ def _parse_hook(name: str) -> Place | None:
     if match is None:
         return None
     layer, rest = int(match["layer"]), match["rest"]
-    if rest in BRIDGE_DIFFERENT:
-        raise UnknownSiteError(f"{name!r} of TransformerLens is no site here: {BRIDGE_DIFFERENT[rest]}")
     if rest in BRIDGE_BLOCK:
         return _parse_path(f"layers[{layer}].{BRIDGE_BLOCK[rest]}")
     state = _STATE_HOOK.fullmatch(rest)

@@ -68,7 +68,8 @@ class Site:
         name: what users write after ``layers[l].``, ``layers[l].ssm.`` or ``model.``.
         scope: whether the site belongs to the model, to a block, or to a block's mixer.
         axes: the axes of its value, as letters of `AXES`.
-        hook: its name in MambaLens and TransformerLens, without the ``blocks.l.`` prefix.
+        hook: its name in MambaLens, or in TransformerLens 4 where MambaLens has none, without the
+            ``blocks.l.`` prefix.
         meaning: one line for people.
         module: the Hugging Face module whose output *is* the site, relative to `MODULE_PREFIX`;
             ``None`` where a module of its own offers the value.
@@ -84,6 +85,11 @@ class Site:
     meaning: str
     module: str | None = None
     aliases_earlier: bool = False
+
+    @property
+    def in_mamba_lens(self) -> bool:
+        """Whether MambaLens has it: the others are named after TransformerLens 4's mixers."""
+        return not self.hook.startswith("mixer.")
 
     @property
     def module_name(self) -> str:
@@ -147,12 +153,27 @@ SITES: tuple[Site, ...] = (
     Site("B_bar", "mixer", "BLEN", "hook_B_bar", "discretised B: delta B"),
     Site("C", "mixer", "BLN", "hook_C", "output matrix of each token", aliases_earlier=True),
     Site(
+        "write",
+        "mixer",
+        "BLEN",
+        "mixer.hook_ssm_write",
+        "what each token adds to the decayed state: delta B x",
+    ),
+    Site(
         "h",
         "mixer",
         "BLEN",
         "hook_h",
         "the whole trajectory, edits of h[p] included; writing it means writing every h[p], so an edit of "
         "h[:, p] changes y at p alone and is not carried on",
+    ),
+    Site(
+        "h_read",
+        "mixer",
+        "BLEN",
+        "mixer.hook_ssm_state",
+        "the states as y reads them: an edit changes y at its position alone and is never carried on",
+        aliases_earlier=True,
     ),
     Site("y", "mixer", "BLE", "hook_y", "C h, before the D term"),
     Site("ssm_output", "mixer", "BLE", "hook_ssm_output", "y + D x"),
@@ -210,7 +231,8 @@ def rows() -> Iterator[Row]:
         hook = site.hook if site.scope == "model" else f"blocks.l.{site.hook}"
         if site.name == STATE:
             yield Row(f"{path}[p]", site.axes.replace("L", ""), f"{hook}.p", STATE_MEANING)
-        yield Row(path, site.axes, None if site.name == STATE else hook, site.meaning)
+        nameless = site.name == STATE or not site.in_mamba_lens
+        yield Row(path, site.axes, None if nameless else hook, site.meaning)
 
 
 def describe_axes(axes: str) -> str:

@@ -32,7 +32,8 @@ def forward(
         config: a ``MambaConfig``.
         tokens: [B,L].
         edit: ``edit(hook name, value)`` is what the computation goes on with. Hook names are MambaLens's, in
-            execution order; ``blocks.l.hook_h`` is the whole trajectory [B,L,E,N], after every ``hook_h.p``.
+            execution order, and TransformerLens 4's where it has none; ``blocks.l.hook_h`` is the whole
+            trajectory [B,L,E,N], after every ``hook_h.p``.
     """
     edit = edit or (lambda hook, value: value)
     w = {name: weight.double() for name, weight in weights.items()}
@@ -41,11 +42,13 @@ def forward(
         block = {
             n.removeprefix(f"backbone.layers.{layer}."): t for n, t in w.items() if f".layers.{layer}." in n
         }
-        resid = _block(
-            block, config, resid, lambda hook, v, layer=layer: edit(f"blocks.{layer}.hook_{hook}", v)
-        )
+        resid = _block(block, config, resid, lambda hook, v, layer=layer: edit(_hook_name(layer, hook), v))
     final = edit("hook_norm", _rms_norm(resid, w["backbone.norm_f.weight"], config))
     return edit("hook_logits", final @ w.get("lm_head.weight", w["backbone.embeddings.weight"]).T)
+
+
+def _hook_name(layer: int, hook: str) -> str:
+    return f"blocks.{layer}.{hook if hook.startswith('mixer.') else f'hook_{hook}'}"
 
 
 def _block(w: Mapping[str, Tensor], config: Any, resid: Tensor, edit: EditValue) -> Tensor:
@@ -75,11 +78,13 @@ def _ssm(w: Mapping[str, Tensor], x: Tensor, edit: EditValue) -> Tensor:
     B = edit("B", x @ W_B.T)
     B_bar = edit("B_bar", delta.unsqueeze(-1) * B.unsqueeze(-2))  # [B,L,E,N]
     C = edit("C", x @ W_C.T)
+    write = edit("mixer.hook_ssm_write", B_bar * x.unsqueeze(-1))
     states = []
     for p in range(x.shape[1]):
-        h = edit(f"h.{p}", A_bar[:, p] * h + B_bar[:, p] * x[:, p].unsqueeze(-1))
+        h = edit(f"h.{p}", A_bar[:, p] * h + write[:, p])
         states.append(h)
-    return (edit("h", torch.stack(states, dim=1)) * C.unsqueeze(-2)).sum(-1)
+    read = edit("mixer.hook_ssm_state", edit("h", torch.stack(states, dim=1)))
+    return (read * C.unsqueeze(-2)).sum(-1)
 
 
 def _convolution(x: Tensor, weight: Tensor) -> Tensor:

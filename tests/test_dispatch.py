@@ -30,7 +30,7 @@ from mamba_trace.sites import SITES, STATE, walk
 N_LAYERS, LENGTH = SIZES["num_hidden_layers"], 9
 BACKENDS = ("reference", "cpu", "cuda", "triton")
 #: What makes the scan leave delta, D and the gate to PyTorch.
-BARE = ("delta", "A_bar", "B_bar", STATE, "y", "ssm_output")
+BARE = ("delta", "A_bar", "B_bar", "write", STATE, "h_read", "y", "ssm_output")
 
 
 @pytest.fixture(scope="module")
@@ -140,7 +140,7 @@ def expected_calls(plan: Plan, layer: int, kernels: str) -> list[tuple[str, str,
     calls = [("conv_silu" if fused else "causal_conv", conv, LENGTH)]
     if not any(place.split("[")[0] in BARE for place in wanted):
         return [*calls, ("gated_scan", kernels, LENGTH)]
-    explicit = any(wanted.get(name, "read") != "read" for name in ("A_bar", "B_bar"))
+    explicit = any(wanted.get(name, "read") != "read" for name in ("A_bar", "B_bar", "write"))
     scan = "explicit" if explicit else "selective"
     backend = "triton" if kernels == "cuda" and explicit else kernels
 
@@ -151,7 +151,7 @@ def expected_calls(plan: Plan, layer: int, kernels: str) -> list[tuple[str, str,
     stops = sorted(int(place[2:-1]) + 1 for place in wanted if place.startswith("h["))
     starts = [0, *stops]
     stretches = [call("scan", stop - start) for start, stop in zip(starts, stops, strict=False)]
-    if STATE not in wanted:
+    if STATE not in wanted and "h_read" not in wanted:
         return calls + stretches + [call("scan", LENGTH - starts[-1])] * (starts[-1] < LENGTH)
     again = [call("states", positions - 1) for _, _, positions in stretches]
     return calls + stretches + again + [call("states", LENGTH - starts[-1])] * (starts[-1] < LENGTH)
@@ -193,6 +193,8 @@ ROWS = [
     (["h_start"], FUSED),
     (["A_bar"], ["conv_silu", "selective_scan"]),
     (["B_bar"], ["conv_silu", "selective_scan"]),
+    (["write"], ["conv_silu", "selective_scan"]),
+    (["h_read"], ["conv_silu", "selective_states"]),
     (["y"], ["conv_silu", "selective_scan"]),
     (["ssm_output"], ["conv_silu", "selective_scan"]),
     (["after_skip"], FUSED),
@@ -226,7 +228,7 @@ def test_a_read_costs_what_its_site_needs_and_in_its_layer_alone(
     assert bool(runs[1].reasons) == (expected != FUSED)
 
 
-@pytest.mark.parametrize("name", ["A_bar", "B_bar"])
+@pytest.mark.parametrize("name", ["A_bar", "B_bar", "write"])
 @pytest.mark.parametrize(("kernels", "runs"), [("cpu", "cpu"), ("cuda", "triton"), ("triton", "triton")])
 def test_an_edited_matrix_costs_the_explicit_scan_of_its_layer(
     models: dict[str, MambaTrace], tokens: Tensor, name: str, kernels: str, runs: str

@@ -14,7 +14,7 @@ from test_sites import by_hand, same
 
 from mamba_trace import names
 from mamba_trace.errors import PositionError, UnknownSiteError
-from mamba_trace.names import BRIDGE_BLOCK, BRIDGE_DIFFERENT, BRIDGE_MODEL, hook_names, to_hook_name, to_path
+from mamba_trace.names import BRIDGE_BLOCK, BRIDGE_MODEL, hook_names, to_hook_name, to_path
 from mamba_trace.sites import SITES, walk
 
 #: The names of design.md's table, written out: these are fixed.
@@ -55,12 +55,13 @@ def test_the_fixed_names(path, hook):
 
 
 def test_the_table_has_no_other_row():
-    assert {site.path(7) for site in SITES} - {"layers[7].ssm.h"} <= set(TABLE)
+    assert {site.path(7) for site in SITES if site.in_mamba_lens} - {"layers[7].ssm.h"} <= set(TABLE)
 
 
 def test_paths_and_hook_names_are_inverse_over_every_name():
     every = hook_names(3, 9)
-    assert len(every) == len(set(every)) == 3 + 3 * (len(SITES) - 4 + 9)
+    in_mamba_lens = sum(site.in_mamba_lens for site in SITES)
+    assert len(every) == len(set(every)) == 3 + 3 * (in_mamba_lens - 4 + 9)
     assert [to_hook_name(to_path(name)) for name in every] == every
     paths = [to_path(name) for name in every]
     assert [to_path(to_hook_name(path)) for path in paths] == paths
@@ -80,6 +81,8 @@ def test_inverse_over_any_layer_and_position(site, layer, position):
 def test_hook_names_are_in_the_order_of_the_walk():
     expected = []
     for site, layer in walk(2):
+        if not site.in_mamba_lens:
+            continue
         expected += (
             [f"blocks.{layer}.hook_h.{p}" for p in range(4)] if site.name == "h" else [site.hook_name(layer)]
         )
@@ -211,20 +214,16 @@ def test_bridge_names_read_what_the_bridge_would(tiny, tokens, site):
         assert torch.equal(value, seen[0])
 
 
-@pytest.mark.parametrize("name", BRIDGE_DIFFERENT)
-def test_bridge_names_of_another_meaning_are_refused_with_the_reason(name):
-    with pytest.raises(UnknownSiteError, match="no site here") as error:
-        to_path(f"blocks.0.{name}")
-    assert BRIDGE_DIFFERENT[name] in str(error.value)
-
-
-def test_hook_ssm_state_is_never_taken_for_h():
-    with pytest.raises(
-        UnknownSiteError, match=r"changes y at the same position alone.*carried to every later"
-    ):
-        to_path("blocks.0.mixer.hook_ssm_state")
-    with pytest.raises(UnknownSiteError, match="delta x B"):
-        to_path("blocks.0.mixer.hook_ssm_write")
+def test_what_transformerlens_alone_has_is_never_taken_for_h():
+    """Its state is read after the scan, and what it writes is no state."""
+    pairs = {
+        "blocks.3.mixer.hook_ssm_state": "layers[3].ssm.h_read",
+        "blocks.3.mixer.hook_ssm_write": "layers[3].ssm.write",
+    }
+    for hook, path in pairs.items():
+        assert to_path(hook) == path
+        assert to_hook_name(path) == hook
+        assert hook not in hook_names(4, 9)  # MambaLens's
 
 
 # -- on a model --------------------------------------------------------------------------------------------

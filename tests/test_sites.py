@@ -81,13 +81,14 @@ def by_hand(hf: Any, tokens: Tensor, edits: dict[str, Edit] | None = None) -> di
         B = at(p + "B", low_rank[..., rank : rank + states])
         B_bar = at(p + "B_bar", delta[..., None] * B[:, :, None])
         C = at(p + "C", low_rank[..., rank + states :])
+        write = at(p + "write", B_bar * x[..., None])
         trajectory = []
         for t in range(length):
-            h = A_bar[:, t] * h + B_bar[:, t] * x[:, t, :, None]
+            h = A_bar[:, t] * h + write[:, t]
             h = at(f"{p}h[{t - length}]", at(f"{p}h[{t}]", h))
             trajectory.append(h)
         all_h = at(p + "h", torch.stack(trajectory, dim=1))
-        y = at(p + "y", (all_h * C[:, :, None]).sum(-1))
+        y = at(p + "y", (at(p + "h_read", all_h) * C[:, :, None]).sum(-1))
         out = at(p + "ssm_output", y + m.D * x)
         return at(p + "out_proj", F.linear(at(p + "after_skip", out * F.silu(gate)), m.out_proj.weight))
 
@@ -502,6 +503,11 @@ CROSS = [
     ("layers[0].ssm.h[2]", "layers[0].ssm.h[3]"),
     ("layers[0].ssm.h[2]", "layers[0].ssm.h"),
     ("layers[0].ssm.h[-1]", "layers[0].ssm.h"),
+    ("layers[0].ssm.B_bar", "layers[0].ssm.write"),
+    ("layers[0].ssm.write", "layers[0].ssm.h[0]"),
+    ("layers[0].ssm.h[-1]", "layers[0].ssm.h_read"),
+    ("layers[0].ssm.h", "layers[0].ssm.h_read"),
+    ("layers[0].ssm.h_read", "layers[0].ssm.y"),
     ("layers[0].ssm.h", "layers[0].ssm.y"),
     ("layers[0].ssm.y", "layers[0].ssm.ssm_output"),
     ("layers[0].ssm.ssm_output", "layers[0].ssm.after_skip"),
@@ -833,3 +839,67 @@ def test_printing_a_model_shows_every_site_with_its_shape_once(tiny):
     assert [line[0] for line in table] == [row.path for row in rows()]
     assert shown.count("HookableMambaMixer") == 1
     assert "layers[l].ssm.h[p]         [B, 24, 5]             blocks.l.hook_h.p" in shown
+
+
+# -- three edits of the state ------------------------------------------------------------------------------
+
+
+def test_the_state_carried_the_state_read_and_what_is_written_differ(tiny, hf, tokens):
+    """Each set to zero at position 3 alone."""
+    ssm, edits = tiny.layers[0].ssm, {}
+    zero_at_3 = lambda value: torch.cat((value[:, :3], 0 * value[:, 3:4], value[:, 4:]), dim=1)  # noqa: E731
+    with torch.no_grad():
+        with tiny.trace(tokens):
+            clean = ssm.y.output.save()
+        with tiny.trace(tokens):
+            ssm.h[3].output[:] = 0
+            edits["h[3]"] = ssm.y.output.save()
+        with tiny.trace(tokens):
+            ssm.h_read.output[:, 3] = 0
+            edits["h_read"] = ssm.y.output.save()
+        with tiny.trace(tokens):
+            ssm.write.output[:, 3] = 0
+            edits["write"] = ssm.y.output.save()
+    changed = {
+        name: [p for p in range(9) if not torch.allclose(y[:, p], clean[:, p], atol=1e-6)]
+        for name, y in edits.items()
+    }
+    after = [3, 4, 5, 6, 7, 8]
+    assert changed == {"h[3]": after, "h_read": [3], "write": after}
+    assert not torch.allclose(edits["h[3]"], edits["write"], atol=1e-3)  # what came before 3 is left
+    assert (edits["h[3]"][:, 3] == 0).all()
+    assert (edits["h_read"][:, 3] == 0).all()
+    for name in ("h_read", "write"):
+        expected = by_hand(hf, tokens, {f"layers[0].ssm.{name}": zero_at_3})
+        same(edits[name], expected["layers[0].ssm.y"])
+
+
+def test_the_state_that_is_read_is_not_the_one_that_is_cached(tiny, tokens):
+    ssm = tiny.layers[0].ssm
+    states = []
+    for place in (None, ssm.h_read, ssm.h):
+        with torch.no_grad(), tiny.trace(tokens, use_cache=True):
+            if place is not None:
+                place.output[:, -1] = 0
+            cache = tiny.output.cache.save()
+        states.append(cache.layers[0].recurrent_states[0])
+    agree(states[1], states[0])
+    assert not states[2].any()
+
+
+@pytest.mark.parametrize("place", ["write", "h_read"])
+def test_gradients_of_what_transformerlens_has(tiny, tokens, place):
+    """Against those of the same values made by hand: y = C h_read, and h is linear in what is written."""
+    ssm = tiny.layers[1].ssm
+    with tiny.trace(tokens):
+        A_bar = ssm.A_bar.output.save()
+        C = ssm.C.output.save()
+        value = getattr(ssm, place).output.save()
+        y = ssm.y.output.save()
+    weights = torch.randn(y.shape, generator=torch.Generator().manual_seed(0))
+    (gradient,) = torch.autograd.grad((y * weights).sum(), value)
+    carried = (weights[..., None] * C[:, :, None]).detach()
+    if place == "write":
+        for p in range(tokens.shape[1] - 2, -1, -1):
+            carried[:, p] += A_bar[:, p + 1].detach() * carried[:, p + 1]
+    agree(gradient, carried)
