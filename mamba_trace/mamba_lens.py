@@ -1,0 +1,289 @@
+"""What a script written for MambaLens imports instead: ``from mamba_trace import mamba_lens``.
+
+Its loading, conversion, patching and port-back code then runs as it is, and everything of `MambaTrace` is
+there beside it, on the same object: `HookedMamba` is one.
+
+    from mamba_trace import mamba_lens
+
+    model = mamba_lens.HookedMamba.from_pretrained("state-spaces/mamba-370m")
+    logits, activations = model.run_with_cache("Hello World")
+
+Contract: calls, argument names and hook names are those of MambaLens 0.0.4 and its README; where these two
+differ, both are taken. As there, a string gets a beginning-of-sequence token unless ``prepend_bos=False`` or
+``model.default_prepend_bos = False`` says otherwise; a string given to ``model.trace`` or ``model.generate``,
+which are nnsight's, does not. Conversions lose nothing (`mamba_trace.conversion`).
+
+What is different: ``fast_conv`` and ``fast_ssm`` choose nothing, as no kernel disables a hook; ``model.cfg``
+is read-only; the embedding and lm_head are one parameter where the checkpoint ties them; and there is no
+InputDependentHookPoint. MambaLens makes a hook for each position before each run, because a hook is an object
+that must exist to be found. Here ``blocks.3.hook_h.5`` is an address: whatever the length of the prompt, the
+run asks what is wanted when it comes by, so there is nothing to set up and nothing to take down.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from .conversion import check_state_dict, convert_config, convert_state_dict, residuals_per_layer
+from .initialization import initialize
+from .lens_formats import (
+    MambaCfg,
+    MambaInitCfg,
+    convert_hooked_mamba_config_to_original_config,
+    convert_hooked_state_dict_to_original_state_dict,
+    convert_original_config_to_hooked_mamba_config,
+    convert_original_state_dict_to_hooked_state_dict,
+    plain,
+)
+from .model import MambaTrace, _empty
+from .run_arguments import KERNEL_FLAGS, explain_away
+
+__all__ = [
+    "HookedMamba",
+    "MambaCfg",
+    "MambaInitCfg",
+    "convert_hooked_mamba_config_to_original_config",
+    "convert_hooked_state_dict_to_original_state_dict",
+    "convert_original_config_to_hooked_mamba_config",
+    "convert_original_state_dict_to_hooked_state_dict",
+]
+
+
+class HookedMamba(MambaTrace):
+    """A `MambaTrace` that also answers to MambaLens's calls.
+
+    Args:
+        cfg: a `MambaCfg`, or a configuration in any format, for a model from scratch; or what `MambaTrace`
+            takes: a hub id, a folder, a loaded module.
+        tokenizer: needed for prompts that are strings.
+        initialize_params: has no effect: parameters are always initialised as Mamba's authors do.
+        device: where the model goes; ``cfg.device`` if not given.
+        seed: of the initialisation; torch's global generator is not touched.
+        **kwargs: as for `MambaTrace`.
+
+    Raises:
+        CheckpointError: if ``cfg`` is no configuration of a Mamba-1.
+
+    Example::
+
+        model = HookedMamba(cfg=MambaCfg(d_model=64, n_layers=2, vocab_size=100), initialize_params=True)
+        logits = model(torch.tensor([[1, 2, 3]]))  # [B,L,V]
+    """
+
+    default_prepend_bos = True
+
+    def __init__(
+        self,
+        cfg: Any,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        initialize_params: bool = False,
+        device: Any = None,
+        *,
+        seed: int = 0,
+        **kwargs: Any,
+    ) -> None:
+        if not isinstance(cfg, (str, Path, nn.Module)):
+            device = device or _get(cfg, "device", None)
+            prepend = _get(cfg, "default_prepend_bos", True)
+            cfg = _from_scratch(plain(cfg), seed).to(device)
+            device = None  # a module stays where it is
+            if not prepend:
+                self.default_prepend_bos = False
+        if device is not None:
+            kwargs["device"] = device
+        super().__init__(cfg, tokenizer=tokenizer, **kwargs)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name: str | Path,
+        device: Any = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        **kwargs: Any,
+    ) -> HookedMamba:
+        """Load a checkpoint, weights and all.
+
+        Args:
+            pretrained_model_name: a hub id or a local folder, in the original or Hugging Face's format.
+            device: where it goes; a GPU where there is one.
+            tokenizer: found with the checkpoint if not given.
+            **kwargs: as for `MambaTrace`: ``dtype``, ``revision``, ``device_map``, ``kernels``, ...
+
+        Raises:
+            CheckpointError: if there is no such checkpoint, or it is no Mamba.
+
+        Example::
+
+            model = HookedMamba.from_pretrained("state-spaces/mamba-370m")
+        """
+        return cls(pretrained_model_name, tokenizer, device=device, **{"dispatch": True, **kwargs})
+
+    # -- running ---------------------------------------------------------------------------------------
+
+    def __call__(self, *args: Any, hook: bool = False, **kwargs: Any) -> Any:
+        """Run: `forward`. Inside a trace, and with Hugging Face's own arguments, the module's own call."""
+        if self.interleaver.interleaving or hook or not (args or "input" in kwargs):
+            return super().__call__(*args, hook=hook, **kwargs)
+        _explain(kwargs)
+        return self.forward(*args, **kwargs)
+
+    def forward(
+        self,
+        input: Any,
+        return_type: str | None = "logits",
+        loss_per_token: bool = False,
+        prepend_bos: bool | None = None,
+        padding_side: str | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Run the model.
+
+        Args:
+            input: a string, a list of strings, or token ids [B,L].
+            return_type: ``"logits"``, ``"loss"``, ``"both"`` or ``None``.
+            loss_per_token: losses [B,L-1], not their mean.
+            prepend_bos: for strings; ``model.default_prepend_bos`` if not given.
+            padding_side: has no effect: padding takes no part in a run, on either side.
+            **kwargs: as for `run_with_hooks`: ``start_at_layer``, ``stop_at_layer``, ``fast_ssm``, ...
+
+        Returns:
+            Logits [B,L,V], or as ``return_type`` and ``stop_at_layer`` say.
+
+        Raises:
+            PromptError: if the input is no prompt.
+
+        Example::
+
+            model("Hello World").shape  # [1,L,V]
+        """
+        _explain(kwargs)
+        return self.run_with_hooks(
+            input, return_type=return_type, loss_per_token=loss_per_token, prepend_bos=prepend_bos, **kwargs
+        )
+
+    def run_with_hooks(self, input: Any, *args: Any, **kwargs: Any) -> Any:
+        """`MambaTrace.run_with_hooks`, where a string gets a beginning-of-sequence token by default.
+
+        Example::
+
+            def zero(h, hook):
+                h[:] = 0  # [B,E,N]
+
+            logits = model.run_with_hooks("Emma gave an apple to", fwd_hooks=[("blocks.1.hook_h.2", zero)])
+        """
+        _explain(kwargs)
+        return super().run_with_hooks(input, *args, **self._told(input, kwargs))
+
+    def run_with_cache(self, input: Any, *args: Any, **kwargs: Any) -> Any:
+        """`MambaTrace.run_with_cache`, where a string gets a beginning-of-sequence token by default.
+
+        Example::
+
+            logits, cache = model.run_with_cache("Emma gave an apple to")
+            cache["blocks.1.hook_h.2"]  # [B,E,N]
+        """
+        _explain(kwargs)
+        return super().run_with_cache(input, *args, **self._told(input, kwargs))
+
+    def to_tokens(
+        self,
+        input: str | list[str],
+        prepend_bos: bool | None = None,
+        padding_side: str | None = None,
+        move_to_device: bool = True,
+        truncate: bool = True,
+    ) -> Tensor:
+        """Token ids [B,L] as `MambaTrace.to_tokens` gives them, on the model's device.
+
+        Args:
+            input: a string, or a list of strings.
+            prepend_bos: ``model.default_prepend_bos`` if not given, which is ``True`` here.
+            padding_side: ``"left"`` or ``"right"``; the tokenizer's where it is not given.
+            move_to_device: ``False`` to leave them on the CPU.
+            truncate: has no effect: a Mamba has no longest prompt.
+
+        Example::
+
+            model.to_tokens("Hello World", prepend_bos=False)
+        """
+        tokens = super().to_tokens(input, prepend_bos, padding_side)
+        return tokens.to(self.device) if move_to_device and self.dispatched else tokens
+
+    def reset_hooks(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing to do: the hooks of a run end with it, also where it raises."""
+
+    # -- weights ---------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Every parameter under MambaLens's names, as views that share the model's memory.
+
+        Raises:
+            CheckpointError: if the weights are not loaded, offloaded or quantised.
+
+        Example::
+
+            model.state_dict()["blocks.0.W_delta_1.weight"]  # [R,E]
+        """
+        weights = {"embedding.weight": self.W_E}
+        for layer, block in enumerate(self.blocks):
+            weights |= {f"blocks.{layer}.{name}": view for name, view in block.named_weights().items()}
+        return weights | {"norm.weight": self.norm.weight, "lm_head.weight": self.W_U.T}
+
+    def load_state_dict(self, state_dict: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> None:
+        """Take over the values of a state dict: under MambaLens's, the original or Hugging Face's names.
+
+        Raises:
+            CheckpointError: if keys or shapes do not fit the model, whose weights are then as they were.
+
+        Example::
+
+            model.load_state_dict(convert_original_state_dict_to_hooked_state_dict(original))
+        """
+        self.dispatch()
+        weights = convert_state_dict(state_dict, "huggingface")
+        check_state_dict(weights, self.config)
+        self._module.load_state_dict(weights, strict=False)  # strict but for a tied lm_head
+
+    def _remoteable_class(self) -> type:
+        return MambaTrace  # the model that servers know
+
+    def _told(self, input: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of a run, with what `prepend_bos` means for this input."""
+        texts = isinstance(input, str) or (
+            isinstance(input, (list, tuple)) and any(isinstance(one, str) for one in input)
+        )
+        told = {name: value for name, value in kwargs.items() if name not in ("prepend_bos", "padding_side")}
+        prepend = kwargs.get("prepend_bos")
+        prepend = self.default_prepend_bos if prepend is None else prepend
+        return told | {"prepend_bos": bool(prepend and texts and not self.tokenizer_prepends_bos)}
+
+
+def _get(cfg: Any, name: str, default: Any) -> Any:
+    return cfg.get(name, default) if isinstance(cfg, Mapping) else getattr(cfg, name, default)
+
+
+def _from_scratch(config: Any, seed: int) -> nn.Module:
+    """An initialised module of a configuration in any format."""
+    module = _empty(convert_config(config, "huggingface"), torch.float32)
+    initialize(module, seed=seed, n_residuals_per_layer=residuals_per_layer(config))
+    return module
+
+
+def _explain(kwargs: dict[str, Any]) -> None:
+    """Take MambaLens's flags out of the arguments of a run, with the warning at the user's line."""
+    explain_away({name: kwargs.pop(name) for name in KERNEL_FLAGS if name in kwargs})
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("InputDependentHookPoint", "InputDependentHookedRootModule"):
+        raise AttributeError(
+            f"{name} has no counterpart here, and needs none: blocks.3.hook_h.5 is an address that a run "
+            f"serves when it comes by, so no hooks are made for the length of an input"
+        )
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,344 @@
+"""Weights under MambaLens's names: which rows they are, and that editing them edits the model."""
+
+from __future__ import annotations
+
+import accelerate
+import pytest
+import torch
+from conftest import N_LAYERS, VARIANTS, make_hf
+from torch import Tensor, nn
+
+from mamba_trace import MambaTrace
+from mamba_trace.conversion import convert_state_dict
+from mamba_trace.errors import CheckpointError, LayerError, SiteValueError, UnknownSiteError
+from mamba_trace.model import DEMO
+from mamba_trace.weights import LensBlock
+
+D, E, N, R, V, K = 12, 24, 5, 4, 31, 3
+SHAPES = {
+    "norm.weight": (D,),
+    "skip_proj.weight": (E, D),
+    "in_proj.weight": (E, D),
+    "conv1d.weight": (E, 1, K),
+    "conv1d.bias": (E,),
+    "W_delta_1.weight": (R, E),
+    "W_B.weight": (N, E),
+    "W_C.weight": (N, E),
+    "W_delta_2.weight": (E, R),
+    "W_delta_2.bias": (E,),
+    "A_log": (E, N),
+    "W_D": (E,),
+    "out_proj.weight": (D, E),
+}
+
+
+def logits(model: MambaTrace, tokens: Tensor) -> Tensor:
+    with torch.no_grad(), model.trace(tokens):
+        value = model.lm_head.output.save()
+    return value
+
+
+def get(block: LensBlock, name: str) -> Tensor:
+    value = block
+    for part in name.split("."):
+        value = getattr(value, part)
+    assert isinstance(value, Tensor)
+    return value
+
+
+def with_weights(weights: dict[str, Tensor], **changes: object) -> MambaTrace:
+    """A model whose fused parameters were put together from MambaLens's pieces, outside of it."""
+    module = make_hf(**changes)
+    module.load_state_dict(convert_state_dict(weights, "huggingface"))
+    return MambaTrace(module)
+
+
+def pieces(model: MambaTrace) -> dict[str, Tensor]:
+    return {
+        name: value.clone()
+        for name, value in convert_state_dict(model._module.state_dict(), "mamba_lens").items()
+    }
+
+
+def test_the_shapes_are_those_documented(tiny: MambaTrace) -> None:
+    block = tiny.blocks[1]
+    assert {name: tuple(view.shape) for name, view in block.named_weights().items()} == SHAPES
+    assert block.in_proj.bias is None
+    assert (tiny.W_E.shape, tiny.W_U.shape, tiny.norm.weight.shape) == ((V, D), (D, V), (D,))
+
+
+@pytest.mark.parametrize("changes", VARIANTS, ids=str)
+def test_every_view_holds_what_a_converted_state_dict_holds(changes: dict) -> None:
+    model = MambaTrace(make_hf(**changes))
+    found = {"embedding.weight": model.embedding.weight, "norm.weight": model.norm.weight}
+    found["lm_head.weight"] = model.W_U.T
+    for layer, block in enumerate(model.blocks):
+        found |= {f"blocks.{layer}.{name}": view for name, view in block.named_weights().items()}
+    expected = pieces(model)
+    assert found.keys() == expected.keys()
+    for name, view in found.items():
+        assert torch.equal(view, expected[name]), name
+        assert not view.requires_grad
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_editing_a_view_in_place_edits_the_model(tiny: MambaTrace, tokens: Tensor, name: str) -> None:
+    before, weights = logits(tiny, tokens), pieces(tiny)
+    view = get(tiny.blocks[1], name)
+    view[1:] *= 1.5
+    view[0] = 0.25
+    weights[f"blocks.1.{name}"][1:] *= 1.5
+    weights[f"blocks.1.{name}"][0] = 0.25
+    after = logits(tiny, tokens)
+    assert torch.equal(after, logits(with_weights(weights), tokens))
+    assert (after - before).abs().max() > 1e-3 * before.abs().max()
+
+
+@pytest.mark.parametrize("name", ["in_proj.bias", "skip_proj.bias", "out_proj.bias"])
+def test_biases_where_the_model_has_them(tokens: Tensor, name: str) -> None:
+    model = MambaTrace(make_hf(use_bias=True))
+    before, weights = logits(model, tokens), pieces(model)
+    get(model.blocks[0], name)[:] = 1.0
+    weights[f"blocks.0.{name}"][:] = 1.0
+    after = logits(model, tokens)
+    assert torch.equal(after, logits(with_weights(weights, use_bias=True), tokens))
+    assert not torch.equal(after, before)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_assigning_copies_into_the_parameter(tiny: MambaTrace, tokens: Tensor, name: str) -> None:
+    parameters, weights = dict(tiny._module.named_parameters()), pieces(tiny)
+    value = torch.rand(SHAPES[name], dtype=torch.float64) / 4
+    group, _, leaf = name.rpartition(".")
+    if leaf == "bias":
+        getattr(tiny.blocks[2], group).bias = value
+    else:
+        setattr(tiny.blocks[2], group or leaf, value)
+    weights[f"blocks.2.{name}"] = value.float()
+    assert torch.equal(logits(tiny, tokens), logits(with_weights(weights), tokens))
+    assert all(parameters[key] is value for key, value in tiny._module.named_parameters())
+    value.zero_()  # it was copied
+    assert get(tiny.blocks[2], name).abs().max() > 0
+
+
+def test_views_have_the_models_dtype(tiny_hf, tokens: Tensor) -> None:
+    model = MambaTrace(tiny_hf(dtype=torch.bfloat16))
+    before = logits(model, tokens)
+    assert model.blocks[0].W_B.weight.dtype == torch.bfloat16
+    model.blocks[0].W_B = torch.ones(N, E, dtype=torch.float64)
+    assert (model._module.backbone.layers[0].mixer.x_proj.weight[R : R + N] == 1).all()
+    assert not torch.equal(logits(model, tokens), before)
+
+
+def test_the_embedding_and_the_unembedding(tokens: Tensor) -> None:
+    model = MambaTrace(make_hf(tie_word_embeddings=False))
+    before = logits(model, tokens)
+    model.W_U[:, 3] = 0  # no gradient mode to turn off, and the transposed layout
+    after = logits(model, tokens)
+    assert (after[..., 3] == 0).all()
+    assert torch.equal(after[..., :3], before[..., :3])
+    weights = pieces(model)
+    model.W_E = model.W_E.roll(1, dims=0)
+    weights["embedding.weight"] = weights["embedding.weight"].roll(1, dims=0)
+    model.W_U *= 2
+    model.norm.weight = torch.full((D,), 0.5)
+    weights["lm_head.weight"] *= 2
+    weights["norm.weight"][:] = 0.5
+    assert torch.equal(
+        logits(model, tokens), logits(with_weights(weights, tie_word_embeddings=False), tokens)
+    )
+
+
+def test_tied_embeddings_are_one_parameter(tiny: MambaTrace) -> None:
+    tiny.W_E[5] = 7
+    assert (tiny.W_U[:, 5] == 7).all()
+
+
+def test_calling_a_weight_applies_it(tiny: MambaTrace) -> None:
+    mixer, block = tiny._module.backbone.layers[0].mixer, tiny.blocks[0]
+    x, e = torch.randn(2, 4, D), torch.randn(2, 4, E)
+    fused = mixer.in_proj(x)
+    torch.testing.assert_close(block.in_proj(x), fused[..., :E])
+    torch.testing.assert_close(block.skip_proj(x), fused[..., E:])
+    parts = mixer.x_proj(e).split([R, N, N], dim=-1)
+    for name, part in zip(("W_delta_1", "W_B", "W_C"), parts, strict=True):
+        torch.testing.assert_close(getattr(block, name)(e), part)
+    assert torch.equal(block.W_delta_2(parts[0]), mixer.dt_proj(parts[0]))
+    assert torch.equal(block.norm(x), tiny._module.backbone.layers[0].norm(x))
+    assert torch.equal(tiny.embedding(torch.tensor([3, 1])), tiny.W_E[[3, 1]])
+    biased = MambaTrace(make_hf(use_bias=True))
+    inner = biased._module.backbone.layers[0].mixer.in_proj
+    torch.testing.assert_close(biased.blocks[0].skip_proj(x), inner(x)[..., E:])
+
+
+def test_gradients_reach_the_parameter_and_are_seen_in_the_views(tiny: MambaTrace, tokens: Tensor) -> None:
+    assert tiny.blocks[0].W_B.weight.grad is None
+    with tiny.trace(tokens):
+        tiny.lm_head.output.square().mean().backward()
+    whole = tiny._module.backbone.layers[0].mixer.x_proj.weight.grad
+    assert torch.equal(tiny.blocks[0].W_B.weight.grad, whole[R : R + N])
+    assert torch.equal(tiny.blocks[0].W_C.grad, whole[R + N :])
+    tiny.blocks[0].W_B.weight.grad.zero_()
+    assert (whole[R : R + N] == 0).all()
+    assert whole[:R].abs().max() > 0
+    tiny._module.zero_grad()
+    tiny.blocks[1].W_C(torch.ones(E)).sum().backward()
+    grad = tiny._module.backbone.layers[1].mixer.x_proj.weight.grad
+    assert (grad[R + N :] == 1).all()
+    assert (grad[: R + N] == 0).all()
+
+
+def test_an_edit_between_forward_and_backward_is_noticed(tiny: MambaTrace, tokens: Tensor) -> None:
+    with tiny.trace(tokens):
+        loss = tiny.lm_head.output.sum().save()
+    tiny.blocks[0].out_proj.weight[:] = 0
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_a_weight_stands_for_its_tensor(tiny: MambaTrace) -> None:
+    block = tiny.blocks[0]
+    plain = block.W_B.weight.clone()
+    assert block.W_B.shape == (N, E)
+    assert len(block.W_B) == N
+    assert torch.equal(block.W_B[2], plain[2])
+    assert torch.equal(block.W_B.T, plain.T)
+    assert torch.equal(block.W_B @ torch.ones(E), plain @ torch.ones(E))
+    assert torch.equal(torch.ones(N) @ block.W_B, torch.ones(N) @ plain)
+    assert torch.equal(torch.stack([block.W_B, block.W_C])[0], plain)
+    assert torch.equal(2 - block.W_B, 2 - plain)
+    assert ((plain == block.W_B) & (abs(block.W_B) >= 0)).all()
+    block.W_B *= 2
+    assert torch.equal(block.W_B.weight, 2 * plain)
+    block.W_B[0] = 0
+    block.W_C = block.W_B
+    block.A_log += 1
+    assert (block.W_C[0] == 0).all()
+    assert torch.equal(block.W_C.weight[1:], 2 * plain[1:])
+
+
+def test_blocks_is_a_sequence_beside_the_layers(tiny: MambaTrace, tokens: Tensor) -> None:
+    assert len(tiny.blocks) == N_LAYERS
+    assert [repr(block) for block in tiny.blocks] == [repr(tiny.blocks[layer]) for layer in range(N_LAYERS)]
+    assert [repr(block) for block in tiny.blocks[1:]] == [repr(tiny.blocks[-2]), repr(tiny.blocks[-1])]
+    assert "W_delta_1.weight: [4, 24]" in repr(tiny.blocks[-1])
+    assert "W_B" in dir(tiny.blocks[0])
+    with pytest.raises(LayerError, match=r"blocks\[3\]: this model has layers 0 to 2"):
+        tiny.blocks[3]
+    with torch.no_grad(), tiny.trace(tokens):  # blocks, in a trace, of a model whose layers are traced
+        norm = tiny.layers[0].norm.output
+        gate = tiny.layers[0].ssm.skip.output.save()
+        same = tiny.blocks[0].skip_proj(norm).save()
+        again = tiny.blocks[0].norm(tiny.layers[1].resid_pre.output).save()
+        out = tiny.layers[1].ssm.y.output.save()
+    torch.testing.assert_close(same, gate)
+    assert again.shape == (3, 9, D)
+    assert out.shape == (3, 9, E)
+    with pytest.raises(AttributeError):
+        tiny.blocks = [1]
+
+
+def test_an_edit_inside_a_trace_counts_from_the_next_layer_on(tiny: MambaTrace, tokens: Tensor) -> None:
+    with torch.no_grad(), tiny.trace(tokens):
+        tiny.layers[0].resid_post.output.save()
+        tiny.blocks[2].out_proj.weight[:] = 0
+        out = tiny.layers[2].ssm.out_proj.output.save()
+    assert (out == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        (torch.zeros(E, N), r"blocks\[1\]\.W_B\.weight takes shape \[5, 24\] \(N E\), not \[24, 5\].*slice"),
+        (torch.zeros(E), r"not \[24\]"),
+        (0.0, r"takes a tensor of shape \[5, 24\] \(N E\), not a float.*W_B\.weight\[:\] = "),
+        (
+            torch.zeros(N, E, dtype=torch.int64),
+            r"floating tensor such as torch.float32, not one of torch.int64",
+        ),
+        (torch.zeros(N, E, device="meta"), "on the meta device"),
+    ],
+    ids=["transposed", "vector", "number", "integers", "meta"],
+)
+def test_values_that_do_not_fit(tiny: MambaTrace, tokens: Tensor, value: object, words: str) -> None:
+    before = logits(tiny, tokens)
+    with pytest.raises(SiteValueError, match=words):
+        tiny.blocks[1].W_B = value
+    with pytest.raises(SiteValueError):
+        tiny.blocks[1].W_B.weight = value
+    assert torch.equal(logits(tiny, tokens), before)
+
+
+def test_the_unembedding_says_its_own_shape(tiny: MambaTrace) -> None:
+    with pytest.raises(SiteValueError, match=r"model\.W_U takes shape \[12, 31\] \(D V\), not \[31, 12\]"):
+        tiny.W_U = torch.zeros(V, D)
+
+
+def test_names_that_do_not_exist(tiny: MambaTrace) -> None:
+    with pytest.raises(UnknownSiteError, match=r"blocks\[0\] has no 'W_delta_3'; did you mean W_delta_"):
+        _ = tiny.blocks[0].W_delta_3
+    with pytest.raises(UnknownSiteError, match=r"model\.hook\('blocks\.2\.hook_y'\)"):
+        _ = tiny.blocks[2].hook_y
+    with pytest.raises(UnknownSiteError, match="has no 'W_Q'"):
+        tiny.blocks[0].W_Q = torch.zeros(2)
+    with pytest.raises(UnknownSiteError, match=r"blocks\[0\]\.in_proj has no 'bias'"):
+        tiny.blocks[0].in_proj.bias = torch.zeros(E)
+
+
+def test_weights_are_no_places(tiny: MambaTrace, tokens: Tensor) -> None:
+    with pytest.raises(UnknownSiteError, match=r"model\.norm holds weights.*no 'output'.*model\.norm_f"):
+        _ = tiny.norm.output
+    with pytest.raises(UnknownSiteError, match=r"model\.layers\[1\]\.ssm\.out_proj"), tiny.trace(tokens):
+        tiny.blocks[1].out_proj.input.save()
+    with pytest.raises(UnknownSiteError, match="no 'output'"):
+        tiny.norm.output = torch.zeros(D)
+
+
+def test_weights_that_are_not_loaded_yet() -> None:
+    model = MambaTrace(DEMO)
+    with pytest.raises(
+        CheckpointError, match=r"blocks\[0\]\.W_B\.weight is not loaded yet.*model\.dispatch\(\)"
+    ):
+        _ = model.blocks[0].W_B.weight
+    blocks = model.blocks
+    assert repr(blocks[0].W_B) == "model.blocks[0].W_B: weight [16, 128]"
+    assert "conv1d.bias: [128]" in repr(blocks[0])
+    model.dispatch()
+    assert blocks[0].W_B.shape == (16, 128)
+
+
+def test_offloaded_weights_say_so(tiny_hf, tokens: Tensor) -> None:
+    module = tiny_hf()
+    expected = logits(MambaTrace(tiny_hf()), tokens)
+    for block in module.backbone.layers:
+        accelerate.cpu_offload(block, execution_device=torch.device("cpu"))
+    model = MambaTrace(module)
+    with pytest.raises(CheckpointError, match=r"A_log is offloaded.*without disk or CPU offload"):
+        model.blocks[0].A_log = torch.zeros(E, N)
+    torch.testing.assert_close(logits(model, tokens), expected)
+
+
+def test_quantised_weights_say_so(tiny: MambaTrace) -> None:
+    proj = tiny._module.backbone.layers[0].mixer.x_proj
+    for packed in (torch.zeros(R + 2 * N, E, dtype=torch.int8), torch.zeros(168, 1, dtype=torch.uint8)):
+        proj.weight = nn.Parameter(packed, requires_grad=False)
+        with pytest.raises(CheckpointError, match=r"W_C\.weight is quantised.*without quantization_config"):
+            _ = tiny.blocks[0].W_C.weight
+    assert tiny.blocks[1].W_C.shape == (N, E)
+
+
+class Adapter(nn.Module):
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.base = base
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x)
+
+
+def test_an_adapter_without_a_weight_says_so(tiny_hf) -> None:
+    module = tiny_hf()
+    mixer = module.backbone.layers[0].mixer
+    mixer.x_proj = Adapter(mixer.x_proj)
+    with pytest.raises(CheckpointError, match=r"W_B\.weight: a Adapter stands where it is kept"):
+        _ = MambaTrace(module).blocks[0].W_B.weight
