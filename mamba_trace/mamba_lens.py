@@ -167,30 +167,6 @@ class HookedMamba(MambaTrace):
             input, return_type=return_type, loss_per_token=loss_per_token, prepend_bos=prepend_bos, **kwargs
         )
 
-    def run_with_hooks(self, input: Any, *args: Any, **kwargs: Any) -> Any:
-        """`MambaTrace.run_with_hooks`, where a string gets a beginning-of-sequence token by default.
-
-        Example::
-
-            def zero(h, hook):
-                h[:] = 0  # [B,E,N]
-
-            logits = model.run_with_hooks("Emma gave an apple to", fwd_hooks=[("blocks.1.hook_h.2", zero)])
-        """
-        _explain(kwargs)
-        return super().run_with_hooks(input, *args, **self._told(input, kwargs))
-
-    def run_with_cache(self, input: Any, *args: Any, **kwargs: Any) -> Any:
-        """`MambaTrace.run_with_cache`, where a string gets a beginning-of-sequence token by default.
-
-        Example::
-
-            logits, cache = model.run_with_cache("Emma gave an apple to")
-            cache["blocks.1.hook_h.2"]  # [B,E,N]
-        """
-        _explain(kwargs)
-        return super().run_with_cache(input, *args, **self._told(input, kwargs))
-
     def to_tokens(
         self,
         input: str | list[str],
@@ -252,16 +228,6 @@ class HookedMamba(MambaTrace):
 
     def _remoteable_class(self) -> type:
         return MambaTrace  # the model that servers know
-
-    def _told(self, input: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """The arguments of a run, with what `prepend_bos` means for this input."""
-        texts = isinstance(input, str) or (
-            isinstance(input, (list, tuple)) and any(isinstance(one, str) for one in input)
-        )
-        told = {name: value for name, value in kwargs.items() if name not in ("prepend_bos", "padding_side")}
-        prepend = kwargs.get("prepend_bos")
-        prepend = self.default_prepend_bos if prepend is None else prepend
-        return told | {"prepend_bos": bool(prepend and texts and not self.tokenizer_prepends_bos)}
 
 
 def _get(cfg: Any, name: str, default: Any) -> Any:

@@ -16,7 +16,7 @@ KERNEL_FLAGS = ("fast_conv", "fast_ssm", "warn_disabled_hooks")
 _warned = False
 
 
-def prompt_of(model: Any, input: Any, prepend_bos: bool) -> Any:
+def prompt_of(model: Any, input: Any, prepend_bos: bool | None) -> Any:
     """What to give the trace for a user's input. Raises `PromptError`."""
     if isinstance(input, Tensor) and (input.is_floating_point() or input.dim() not in (1, 2)):
         raise PromptError(
@@ -25,10 +25,13 @@ def prompt_of(model: Any, input: Any, prepend_bos: bool) -> Any:
         )
     if input is None or (isinstance(input, (Tensor, list, tuple)) and not len(input)):
         raise PromptError(f"a run needs a prompt: a string, a list of strings or token ids, not {input!r}")
-    if not prepend_bos:
-        return input
     texts = [input] if isinstance(input, str) else input
-    if not isinstance(texts, (list, tuple)) or not all(isinstance(text, str) for text in texts):
+    are_texts = isinstance(texts, (list, tuple)) and all(isinstance(text, str) for text in texts)
+    if prepend_bos is None:
+        prepend_bos = are_texts and model.default_prepend_bos
+    if not prepend_bos or (are_texts and model.tokenizer_prepends_bos):
+        return input
+    if not are_texts:
         raise PromptError("prepend_bos is for strings: put the token before the others yourself")
     bos = model.tokenizer.bos_token if model.tokenizer is not None else None
     if bos is None:

@@ -45,7 +45,7 @@ class HookedRuns:
         stop_at_layer: int | None = None,
         start_at_layer: int | None = None,
         only_use_these_layers: Sequence[int] | None = None,
-        prepend_bos: bool = False,
+        prepend_bos: bool | None = None,
         attention_mask: Tensor | None = None,
         loss_per_token: bool = False,
         reset_hooks_end: bool = True,
@@ -70,7 +70,8 @@ class HookedRuns:
                 says, and compute no more; negative counts from the end, ``n_layers`` is after the last.
             start_at_layer: feed ``input`` to this layer; nothing before it is computed.
             only_use_these_layers: compute these layers; the others hand the residual stream on as it is.
-            prepend_bos: put the beginning-of-sequence token before each string.
+            prepend_bos: put the beginning-of-sequence token before each string; ``None`` for
+                ``model.default_prepend_bos``, which is ``False``.
             attention_mask: [B,L], 0 on padding; strings bring their own.
             loss_per_token: return the losses [B,L-1] and not their mean.
             reset_hooks_end: must be true: hooks end with the run. `model.edit` makes lasting changes.
@@ -116,7 +117,7 @@ class HookedRuns:
         incl_bwd: bool = False,
         start_at_layer: int | None = None,
         only_use_these_layers: Sequence[int] | None = None,
-        prepend_bos: bool = False,
+        prepend_bos: bool | None = None,
         attention_mask: Tensor | None = None,
         loss_per_token: bool = False,
         reset_hooks_end: bool = True,
@@ -234,7 +235,7 @@ class HookedRuns:
         return wanted
 
     def _hooked_run(
-        self: Any, input: Any, extent: Extent, wanted: Wanted, prepend_bos: bool, mask: Tensor | None
+        self: Any, input: Any, extent: Extent, wanted: Wanted, prepend_bos: bool | None, mask: Tensor | None
     ) -> HookedRun:
         inputs = {} if mask is None else {"attention_mask": mask}
         prompt: tuple[Any, ...] = ()
