@@ -19,6 +19,7 @@ from allocations import PeakMemory
 from conftest import SIZES, ModuleFactory, agree
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_kernels import parameter_gradients, weighted
 from torch import Tensor, nn
 
 from mamba_trace import MambaTrace
@@ -118,18 +119,6 @@ def perform(model: MambaTrace, plan: Plan, tokens: Tensor) -> tuple[list[dict[st
             logits = model.lm_head.output.save()
     cached = {path: cache[path].output.detach() for path in cache.keys()}  # noqa: SIM118
     return [*seen, cached], logits
-
-
-def parameter_gradients(model: MambaTrace, score: Tensor) -> dict[str, Tensor]:
-    model._module.zero_grad()
-    score.backward()
-    return {name: parameter.grad.clone() for name, parameter in model._module.named_parameters()}
-
-
-def weighted(logits: Tensor) -> Tensor:
-    """A score that every logit enters with a weight of its own."""
-    generator = torch.Generator().manual_seed(5)
-    return (logits * torch.randn(logits.shape, generator=generator).to(logits.dtype)).sum()
 
 
 def expected_calls(plan: Plan, layer: int, kernels: str) -> list[tuple[str, str, int]]:

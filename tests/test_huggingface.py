@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,12 @@ import pytest
 import torch
 from conftest import VARIANTS, ModuleFactory, agree, pair
 from reference import forward
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import MambaForCausalLM
+from transformers.models.mamba.modeling_mamba import MambaBlock, MambaMixer
 
 from mamba_trace import MambaTrace
+from mamba_trace.architectures.mamba import HOOKABLE
 
 # -- plain forwards ----------------------------------------------------------------------------------------
 
@@ -215,3 +218,11 @@ def test_inference_mode(tiny_hf: ModuleFactory, tokens: Tensor) -> None:
             model.layers[1].ssm.h[-1].output.save()
             logits = model.lm_head.output.save()
         agree(logits, plain(tokens).logits)
+
+
+@pytest.mark.parametrize("theirs", [MambaBlock, MambaMixer], ids=lambda cls: cls.__name__)
+def test_every_argument_of_hugging_face_s_forward_is_one_of_ours(theirs: type[nn.Module]) -> None:
+    """One that was renamed would vanish in ``**kwargs``: a cache, for one, silently unused."""
+    ours, scope = HOOKABLE[theirs]
+    wanted = inspect.signature(inspect.unwrap(theirs.forward)).parameters
+    assert set(wanted) <= set(inspect.signature(inspect.unwrap(ours.forward)).parameters), scope

@@ -8,14 +8,11 @@ import sys
 import nnsight
 import pytest
 import torch
-from conftest import SIZES, ModuleFactory, agree
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from conftest import ModuleFactory, agree
 from torch import Tensor
 
 from mamba_trace import MambaTrace
 from mamba_trace.errors import BackendError
-from mamba_trace.sites import STATE, walk
 
 BACKENDS = ("reference", "cpu", "auto")
 LENGTH = 9
@@ -140,58 +137,3 @@ def test_importing_pulls_in_no_compiler_and_nothing_optional() -> None:
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.split() == [], "these were imported"
-
-
-# -- any set of sites ------------------------------------------------------------------------------------
-
-ACTIONS = ("read", "scale", "assign")
-N_LAYERS = SIZES["num_hidden_layers"]
-
-
-def places() -> list[str]:
-    """Every site of every layer in execution order, and each position of the state before the whole of it."""
-    found = []
-    for site, layer in walk(N_LAYERS):
-        path = site.path(layer)
-        if site.name == STATE:
-            found += [f"{path}[{position}]" for position in range(LENGTH)]
-        found.append(path)
-    return found
-
-
-PLACES = places()
-DRAWS = st.dictionaries(st.integers(0, len(PLACES) - 1), st.sampled_from(ACTIONS), min_size=1, max_size=8)
-
-
-def perform(model: MambaTrace, plan: dict[str, str], tokens: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-    """Run ``plan`` (path -> action) in one trace: the values read or assigned over, and the logits."""
-    with model.trace(tokens):
-        seen = nnsight.save({})
-        for path, action in plan.items():
-            envoy = model.hook(path)
-            seen[path] = envoy.output.detach().clone()
-            if action == "scale":
-                envoy.output[:] *= 0.9
-            elif action == "assign":
-                envoy.output = envoy.output * 0.8 - 0.01
-        logits = model.output.logits.save()
-    return seen, logits
-
-
-@settings(deadline=None, derandomize=True, max_examples=25)
-@given(draw=DRAWS)
-def test_any_set_of_sites_means_the_same_on_every_backend(
-    models: dict[str, MambaTrace], tokens: Tensor, draw: dict[int, str]
-) -> None:
-    plan = {PLACES[index]: draw[index] for index in sorted(draw)}
-    found = []
-    for kernels in ("reference", "auto"):
-        seen, logits = perform(models[kernels], plan, tokens)
-        found.append((seen, logits, parameter_gradients(models[kernels], weighted(logits))))
-    (expected, expected_logits, expected_gradients), (actual, logits, gradients) = found
-    assert actual.keys() == expected.keys() == plan.keys()
-    for path, value in actual.items():
-        agree(value, expected[path])
-    agree(logits, expected_logits)
-    for name in ("backbone.layers.0.mixer.A_log", "backbone.layers.1.mixer.x_proj.weight"):
-        agree(gradients[name], expected_gradients[name])

@@ -9,7 +9,7 @@ The model has the shape of mamba-130m, random weights in float32, batch 1. A sec
 nothing but what a trace itself costs is left: it is compared with nnsight around Hugging Face's own module.
 
     python tests/benchmarks/forward.py --lengths 20 128 512 --threads 2 --json out.json \\
-        --mamba-lens /tmp/mamba_lens_venv/bin/python
+        --mamba-lens .mamba_lens/bin/python
 """
 
 from __future__ import annotations

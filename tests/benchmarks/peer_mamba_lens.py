@@ -48,7 +48,7 @@ class MambaLens:
 
     Example::
 
-        with MambaLens("/tmp/mamba_lens/bin/python", SHAPE, "blocks.12.hook_h.5", threads=2) as peer:
+        with MambaLens(".mamba_lens/bin/python", SHAPE, "blocks.12.hook_h.5", threads=2) as peer:
             run = peer.contender("edit", 128)
             run()  # Milliseconds
     """
