@@ -158,6 +158,22 @@ def info(
     typer.echo(f"\n{model}: {loaded.kernels} kernels, {run}")
 
 
+@app.command()
+def port(
+    what: Annotated[str, typer.Argument(help="A hook name, or a script FILE.py.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
+) -> None:
+    """Say what a hook name, or a script of MambaLens or TransformerLens, is here. Never runs the script."""
+    from .porting import is_file, port_file, port_name
+
+    if is_file(what):
+        report = port_file(what)
+        typer.echo(json.dumps(report.as_dict(), indent=1) if as_json else str(report))
+        return
+    path = port_name(what)
+    typer.echo(json.dumps({"found": what, "becomes": path}) if as_json else path)
+
+
 # -- what the commands print -------------------------------------------------------------------------------
 
 

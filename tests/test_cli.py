@@ -270,3 +270,47 @@ def test_colours_diverge_from_zero_and_can_be_refused() -> None:
 def test_rounding_is_not_painted() -> None:
     text = printed(heatmap([[1e-7, -1e-7, 0.0]]), 80, force_terminal=True, color_system="truecolor")
     assert "48;2" not in text
+
+
+# -- port --------------------------------------------------------------------------------------------------
+
+
+def test_port_says_one_name() -> None:
+    result = run("port", "blocks.3.hook_h.5")
+    assert (result.exit_code, result.stdout) == (0, "model.layers[3].ssm.h[5].output\n")
+    assert json.loads(run("port", "hook_embed", "--json").stdout) == {
+        "found": "hook_embed",
+        "becomes": "model.embeddings.output",
+    }
+
+
+def test_port_prints_the_traces_of_a_script(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text('a, c = model.run_with_cache("Hi")\nc["blocks.0.hook_y"]\nc["blocks.0.hook_q"]\n')
+    result = run("port", str(script))
+    assert result.exit_code == 0, result.stderr
+    trace = "# line 1\nwith model.trace('Hi'):\n    c = {}.save()\n"
+    assert trace in result.stdout
+    assert "    2  'blocks.0.hook_y'\n       -> model.layers[0].ssm.y.output" in result.stdout
+    assert "Cannot be ported:\n    3  'blocks.0.hook_q'" in result.stdout
+    data = json.loads(run("port", str(script), "--json").stdout)
+    assert [one["line"] for one in data["findings"]] == [1, 2]
+    assert data["problems"][0]["line"] == 3
+
+
+def test_port_refuses_in_one_message(tmp_path: Path) -> None:
+    (tmp_path / "broken.py").write_text("a = (")
+    assert "gone.py cannot be read: No such file" in refused("port", str(tmp_path / "gone.py"))
+    assert "broken.py, line 1 is no Python" in refused("port", str(tmp_path / "broken.py"))
+    assert "did you mean blocks.3.hook_delta" in refused("port", "blocks.3.hook_deltaa")
+
+
+def test_port_needs_no_torch(tmp_path: Path) -> None:
+    code = (
+        "import sys\n"
+        "from mamba_trace.cli import app\n"
+        "app(['port', 'blocks.0.hook_y'], standalone_mode=False)\n"
+        "print('torch' in sys.modules)"
+    )
+    done = python("-c", code, cwd=tmp_path)
+    assert done.stdout.splitlines() == ["model.layers[0].ssm.y.output", "False"], done.stderr
