@@ -157,6 +157,35 @@ def to_hook_name(path: str) -> str:
     return parse(path).hook_name
 
 
+def to_bridge_name(path: str) -> str:
+    """TransformerLens 4's name of a place, where its Mamba bridge has one that means the same.
+
+    Args:
+        path: a path or a hook name, e.g. ``"layers[3].ssm.delta_2"``.
+
+    Returns:
+        The bridge's name; where it has several, that of a module's output. `to_path` maps it back.
+
+    Raises:
+        UnknownSiteError: if there is no such place, or the bridge has none that means the same.
+
+    >>> to_bridge_name("layers[3].ssm.delta_2")
+    'blocks.3.mixer.dt_proj.hook_out'
+    """
+    place = parse(path)
+    if place.site is not None and not place.site.in_mamba_lens:
+        return place.hook_name
+    bridge = BRIDGE_MODEL if place.layer is None else BRIDGE_BLOCK
+    relative = place.path.removeprefix(f"layers[{place.layer}].")
+    same = sorted(
+        (name for name, there in bridge.items() if there == relative),
+        key=lambda name: not name.endswith(".hook_out"),
+    )
+    if not same:
+        raise UnknownSiteError(f"{place.path} has no name in TransformerLens 4's Mamba bridge")
+    return same[0] if place.layer is None else f"blocks.{place.layer}.{same[0]}"
+
+
 def parse(name: str) -> Place:
     """The place that a hook name or a path names. Raises `UnknownSiteError`."""
     stripped = name.removeprefix("model.").removesuffix(".output")

@@ -14,7 +14,7 @@ from test_sites import by_hand, same
 
 from mamba_trace import names
 from mamba_trace.errors import PositionError, UnknownSiteError
-from mamba_trace.names import BRIDGE_BLOCK, BRIDGE_MODEL, hook_names, to_hook_name, to_path
+from mamba_trace.names import BRIDGE_BLOCK, BRIDGE_MODEL, hook_names, to_bridge_name, to_hook_name, to_path
 from mamba_trace.sites import SITES, walk
 
 #: The names of design.md's table, written out: these are fixed.
@@ -190,6 +190,17 @@ def test_every_bridge_name_of_the_map_leads_to_a_place():
     for bridge in [*BRIDGE_MODEL, *(f"blocks.2.{name}" for name in BRIDGE_BLOCK)]:
         path = to_path(bridge)
         assert to_path(path) == path
+
+
+def test_bridge_names_and_paths_are_inverse():
+    paths = {*BRIDGE_MODEL.values(), *(f"layers[2].{path}" for path in BRIDGE_BLOCK.values())}
+    paths |= {"layers[2].ssm.write", "layers[2].ssm.h_read"}
+    for path in paths:
+        assert to_path(to_bridge_name(path)) == path
+    assert to_bridge_name("blocks.3.hook_delta_2") == "blocks.3.mixer.dt_proj.hook_out"
+    for place in ("layers[0].ssm.h[3]", "layers[0].ssm.h", "layers[0].ssm.A_bar"):
+        with pytest.raises(UnknownSiteError, match=r"has no name in TransformerLens 4's Mamba bridge"):
+            to_bridge_name(place)
 
 
 @pytest.mark.parametrize("site", [site for site in SITES if site.name != "h"], ids=lambda site: site.name)

@@ -35,12 +35,16 @@ CURSOR = "_mamba_trace_cursor"
 
 def listened_to(module: nn.Module | None) -> bool:
     """Whether PyTorch hooks are registered on a module, or on all, so that it must be called to fire them."""
-    return module is not None and bool(
+    return module is not None and (has_hooks_of_its_own(module) or has_global_hooks())
+
+
+def has_hooks_of_its_own(module: nn.Module) -> bool:
+    """Whether PyTorch hooks are registered on a module itself."""
+    return bool(
         module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
-        or has_global_hooks()
     )
 
 
@@ -101,7 +105,8 @@ class Visit:
 
     def inside(self, names: Iterable[str]) -> bool:
         """Whether anything inside this module is wanted: a site of ``names``, or any other location."""
-        if any(listened_to(self.module._modules[name]) for name in names):
+        modules: dict[str, Any] = self.module._modules
+        if has_global_hooks() or any(has_hooks_of_its_own(modules[name]) for name in names):
             return True
         if self.interleaver is None:
             return False

@@ -36,6 +36,7 @@ from transformers import MambaConfig, MambaForCausalLM, PreTrainedTokenizerFast
 from mamba_trace import MambaTrace
 
 SHAPE = {"num_hidden_layers": 24, "hidden_size": 768, "state_size": 16, "vocab_size": 50280}
+SHORT = 128  # tokens; a shorter prompt is timed more often, as whatever disturbs it weighs more
 LAYER, POSITION = 12, 5  # what the traces look at
 TINY = {"num_hidden_layers": 2, "hidden_size": 64, "state_size": 16, "vocab_size": 100}
 TINY_LENGTH, TINY_REPEATS = 8, 20  # a trace of it takes a millisecond or two: repeats of it in each repeat
@@ -190,7 +191,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--lengths", type=int, nargs="+", default=[20, 128, 512], help="tokens of the prompt")
     parser.add_argument("--threads", type=int, default=2, help="of PyTorch and of the scan")
-    parser.add_argument("--repeats", type=int, default=15, help="timed runs of each contender")
+    parser.add_argument("--repeats", type=int, default=15, help="timed runs of each contender, at L >= 128")
     parser.add_argument("--mamba-lens", metavar="PYTHON", help="interpreter of an environment that has it")
     parser.add_argument("--json", type=Path, help="where to write the numbers")
     arguments = parser.parse_args()
@@ -214,9 +215,10 @@ def main() -> None:
             results["versions of mamba lens"] = lens.versions
             print("beside it:", in_words(lens.versions))
         for length in arguments.lengths:
-            rows = summary(measure(contenders(plain, model, lens, length), repeats), BESIDE)
-            print(table(f"L = {length}, {repeats} repeats", rows), flush=True)
-            results["lengths"][length] = {"repeats": repeats, "contenders": rows}
+            more = repeats * max(1, SHORT // length)
+            rows = summary(measure(contenders(plain, model, lens, length), more), BESIDE)
+            print(table(f"L = {length}, {more} repeats", rows), flush=True)
+            results["lengths"][length] = {"repeats": more, "contenders": rows}
     if arguments.json is not None:
         arguments.json.write_text(json.dumps(results, indent=2) + "\n")
 
