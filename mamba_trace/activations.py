@@ -162,6 +162,10 @@ class ActivationCache(ResidualAnalyses, Mapping[str, Tensor]):
 
         Returns:
             This cache.
+
+        Example::
+
+            cache.to("cpu")
         """
         self.cache_dict = {name: value.to(device) for name, value in self.cache_dict.items()}
         if move_model:
@@ -176,6 +180,10 @@ class ActivationCache(ResidualAnalyses, Mapping[str, Tensor]):
 
         Raises:
             PromptError: if it is of more than one prompt.
+
+        Example::
+
+            cache.remove_batch_dim()["blocks.1.hook_y"]  # [L,E]
         """
         if not self.has_batch_dim:
             return self

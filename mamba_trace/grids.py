@@ -60,6 +60,10 @@ class PatchGrid:
 
         Raises:
             MetricError: if the two runs have the same metric.
+
+        Example::
+
+            grid.normalized().max()
         """
         if math.isclose(self.prompt_metric, self.source_metric, rel_tol=1e-6):
             raise MetricError(
@@ -75,6 +79,10 @@ class PatchGrid:
         Raises:
             MissingExtraError: if plotly is not installed.
             MetricError: as `normalized`.
+
+        Example::
+
+            grid.figure().write_html("h.html")
         """
         return plotly_figure(self.heatmap())
 
@@ -101,6 +109,10 @@ class PatchGrid:
         Raises:
             FileError: for another suffix, or where the file cannot be written.
             MissingExtraError: if the library that draws it is not installed.
+
+        Example::
+
+            grid.save("h.json")
         """
         path = check_writable(path)
         try:
@@ -121,6 +133,11 @@ class PatchGrid:
 
         Raises:
             FileError: if there is no such file, or it holds no grid.
+
+        Example::
+
+            grid.save("h.json")
+            grid = PatchGrid.load("h.json")
         """
         try:
             content = json.loads(Path(path).read_text(encoding="utf-8"))

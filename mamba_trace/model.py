@@ -93,7 +93,12 @@ class MambaTrace(HookedRuns, LensViews, Tokens, TransformersModel):
 
     @property
     def kernels(self) -> str:
-        """Which scan runs; a property of the module, so the last wrapper around one module decides."""
+        """Which scan runs; a property of the module, so the last wrapper around one module decides.
+
+        Example::
+
+            model.kernels  # "auto"
+        """
         return self.layers[0].ssm._module.kernels
 
     @property
@@ -169,6 +174,10 @@ class MambaTrace(HookedRuns, LensViews, Tokens, TransformersModel):
 
         Raises:
             CheckpointError: if keys or shapes do not fit the configuration.
+
+        Example::
+
+            same = MambaTrace.from_state_dict(model.config, model._module.state_dict())
         """
         hf_config = convert_config(config, "huggingface", trained=True)
         weights = convert_state_dict(state_dict, "huggingface")
@@ -189,6 +198,11 @@ class MambaTrace(HookedRuns, LensViews, Tokens, TransformersModel):
 
         Raises:
             UnknownSiteError: if no place of this model has that name.
+
+        Example::
+
+            with model.trace("Emma gave an apple to"):
+                state = model.hook("blocks.1.hook_h.2").output.save()  # [B,E,N]
         """
         place = names.parse(name)
         n_layers = len(self.layers)
@@ -203,7 +217,12 @@ class MambaTrace(HookedRuns, LensViews, Tokens, TransformersModel):
         return envoy if place.position is None else envoy[place.position]
 
     def hook_names(self, n_positions: int) -> list[str]:
-        """Every MambaLens hook name for a prompt of ``n_positions`` tokens, in execution order."""
+        """Every MambaLens hook name for a prompt of ``n_positions`` tokens, in execution order.
+
+        Example::
+
+            model.hook_names(n_positions=5)[0]  # "hook_embed"
+        """
         if n_positions < 1:
             raise PositionError(f"a prompt has at least one position, not {n_positions}")
         return names.hook_names(len(self.layers), n_positions)
@@ -235,7 +254,13 @@ class MambaTrace(HookedRuns, LensViews, Tokens, TransformersModel):
             raise unknown(self, name) from error
 
     def trace(self, *inputs: Any, **kwargs: Any) -> Any:
-        """nnsight's ``trace``, with a `SiteTracer`."""
+        """nnsight's ``trace``, with a `SiteTracer`.
+
+        Example::
+
+            with model.trace("Emma gave an apple to"):
+                logits = model.lm_head.output.save()  # [B,L,V]
+        """
         if kwargs.get("trace", True):
             kwargs.setdefault("tracer_cls", SiteTracer)
         return super().trace(*inputs, **kwargs)

@@ -138,6 +138,10 @@ def to_path(name: str) -> str:
 
     Raises:
         UnknownSiteError: if no place has this name.
+
+    Example::
+
+        to_path("blocks.3.hook_h.5")  # "layers[3].ssm.h[5]"
     """
     return parse(name).path
 
@@ -153,6 +157,10 @@ def to_hook_name(path: str) -> str:
 
     Raises:
         UnknownSiteError: if there is no such site, or neither MambaLens nor TransformerLens has a hook there.
+
+    Example::
+
+        to_hook_name("layers[3].ssm.h[5]")  # "blocks.3.hook_h.5"
     """
     return parse(path).hook_name
 

@@ -125,6 +125,11 @@ def port_file(path: str | Path) -> Report:
 
     Raises:
         FileError: if there is no such file, or it is no Python.
+
+    Example::
+
+        Path("script.py").write_text("logits, cache = model.run_with_cache(prompt)", encoding="utf-8")
+        print(port_file("script.py"))
     """
     try:
         text = Path(path).read_text(encoding="utf-8")

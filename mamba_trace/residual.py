@@ -119,6 +119,11 @@ class ResidualAnalyses:
 
         Raises:
             PromptError: if it is not of the positions and prompts of this cache.
+
+        Example::
+
+            parts = cache.decompose_resid()  # [C,B,L,D]
+            cache.apply_ln_to_stack(parts)
         """
         last = self._layer(layer)
         norms = [block.norm for block in self.model.layers] + [self.model.norm_f]

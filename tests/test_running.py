@@ -7,8 +7,6 @@ PyTorch's autograd and Hugging Face's loss.
 from __future__ import annotations
 
 import copy
-import inspect
-import textwrap
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -20,12 +18,8 @@ from conftest import LENGTH, N_LAYERS, ModuleFactory, agree
 from reference import forward
 from torch import Tensor
 
-from mamba_trace import MambaTrace, losses, run_arguments
-from mamba_trace.activations import ActivationCache
+from mamba_trace import MambaTrace, run_arguments
 from mamba_trace.errors import LayerError, PromptError
-from mamba_trace.losses import next_token_loss
-from mamba_trace.residual import ResidualAnalyses
-from mamba_trace.running import HookedRuns
 
 PROMPT = "Lately, Emma and Shelby had fun at school. Shelby gave an apple to"
 FUSED = ["conv_silu", "gated_scan"]
@@ -421,32 +415,3 @@ def test_half_precision(tiny_hf: ModuleFactory, tokens: Tensor) -> None:
 def test_a_copy_of_the_model_runs_too(tiny: MambaTrace, tokens: Tensor) -> None:
     other = MambaTrace(copy.deepcopy(tiny._module))
     assert torch.equal(other.run_with_hooks(tokens), tiny.run_with_hooks(tokens))
-
-
-# -- what the docstrings say ------------------------------------------------------------------------------
-
-
-def examples() -> dict[str, str]:
-    """The example of every public function here, by its name."""
-    found = {}
-    for owner in (HookedRuns, ActivationCache, ResidualAnalyses, losses):
-        for name, function in vars(owner).items():
-            text = inspect.getdoc(function) if inspect.isfunction(function) else None
-            if text and "Example::" in text and not name.startswith("_"):
-                found[name] = textwrap.dedent(text.split("Example::", 1)[1])
-    return found
-
-
-def test_every_public_function_has_an_example() -> None:
-    public = {
-        *(name for name in vars(HookedRuns) if not name.startswith("_")),
-        *("accumulated_resid", "decompose_resid", "logit_attrs", "logit_lens"),
-        *("stack_activation", "next_token_loss"),
-    }
-    assert public <= set(examples())
-
-
-@pytest.mark.parametrize("name", examples())
-def test_an_example_runs(demo: MambaTrace, name: str) -> None:
-    _, cache = demo.run_with_cache(PROMPT)
-    exec(examples()[name], {"model": demo, "cache": cache, "next_token_loss": next_token_loss})

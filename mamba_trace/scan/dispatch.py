@@ -82,7 +82,12 @@ class Availability:
 
 
 def availability() -> list[Availability]:
-    """What this machine has of every backend."""
+    """What this machine has of every backend.
+
+    Example::
+
+        [one.backend for one in availability() if one.scan is None]
+    """
     found = []
     for name, backend in BACKENDS.items():
         probe = getattr(backend, "conv_unavailable", lambda: "it has none of its own, and PyTorch's runs")
@@ -112,7 +117,13 @@ def selective_scan(
     *,
     kernels: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """`reference.selective_scan` on the backend ``kernels`` names or that suits the inputs best."""
+    """`reference.selective_scan` on the backend ``kernels`` names or that suits the inputs best.
+
+    Example::
+
+        x, delta, A, B = torch.rand(2, 9, 4), torch.rand(2, 9, 4), -torch.rand(4, 3), torch.rand(2, 9, 3)
+        y, h_last = selective_scan(x, delta, A, B, C=B)  # [2,9,4], [2,4,3]
+    """
     return _run("selective_scan", (x, delta, A, B, C, h_start), kernels, A)
 
 
@@ -126,7 +137,13 @@ def selective_states(
     *,
     kernels: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """`reference.selective_states` on the backend ``kernels`` names or that suits the inputs best."""
+    """`reference.selective_states` on the backend ``kernels`` names or that suits the inputs best.
+
+    Example::
+
+        x, delta, A, B = torch.rand(2, 9, 4), torch.rand(2, 9, 4), -torch.rand(4, 3), torch.rand(2, 9, 3)
+        y, states = selective_states(x, delta, A, B, C=B)  # [2,9,4], [2,9,4,3]
+    """
     return _run("selective_states", (x, delta, A, B, C, h_start), kernels, A)
 
 
@@ -142,7 +159,13 @@ def gated_scan(
     *,
     kernels: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """`reference.gated_scan` on the backend ``kernels`` names or that suits the inputs best."""
+    """`reference.gated_scan` on the backend ``kernels`` names or that suits the inputs best.
+
+    Example::
+
+        x, delta, A, B = torch.rand(2, 9, 4), torch.rand(2, 9, 4), -torch.rand(4, 3), torch.rand(2, 9, 3)
+        out, h_last = gated_scan(x, delta, A, B, B, torch.ones(4), x)  # [2,9,4], [2,4,3]
+    """
     return _run("gated_scan", (x, delta_2, A, B, C, D, skip, h_start), kernels, A)
 
 
@@ -155,7 +178,14 @@ def explicit_scan(
     *,
     kernels: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """`reference.explicit_scan` on the backend ``kernels`` names or that suits the inputs best."""
+    """`reference.explicit_scan` on the backend ``kernels`` names or that suits the inputs best.
+
+    Example::
+
+        A_bar, B_bar = torch.rand(2, 9, 4, 3), torch.rand(2, 9, 4, 3)
+        x, C = torch.rand(2, 9, 4), torch.rand(2, 9, 3)
+        y, h_last = explicit_scan(A_bar, B_bar, x, C)  # [2,9,4], [2,4,3]
+    """
     return _run("explicit_scan", (A_bar, B_bar, x, C, h_start), kernels)
 
 
@@ -168,7 +198,14 @@ def explicit_states(
     *,
     kernels: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """`reference.explicit_states` on the backend ``kernels`` names or that suits the inputs best."""
+    """`reference.explicit_states` on the backend ``kernels`` names or that suits the inputs best.
+
+    Example::
+
+        A_bar, B_bar = torch.rand(2, 9, 4, 3), torch.rand(2, 9, 4, 3)
+        x, C = torch.rand(2, 9, 4), torch.rand(2, 9, 3)
+        y, states = explicit_states(A_bar, B_bar, x, C)  # [2,9,4], [2,9,4,3]
+    """
     return _run("explicit_states", (A_bar, B_bar, x, C, h_start), kernels)
 
 
