@@ -154,7 +154,7 @@ def port_script(source: str, filename: str = "<script>") -> Report:
 
     >>> script = "logits, cache = model.run_with_cache('Hi')\\ny = cache['blocks.0.hook_y']"
     >>> print(port_script(script).blocks[0].code)
-    with model.trace('Hi'):
+    with model.trace(model.to_tokens('Hi', prepend_bos=True)):
         cache = {}.save()
         cache['blocks.0.hook_y'] = model.layers[0].ssm.y.output.save()
         logits = model.lm_head.output.save()

@@ -289,7 +289,7 @@ def test_port_prints_the_traces_of_a_script(tmp_path: Path) -> None:
     script.write_text('a, c = model.run_with_cache("Hi")\nc["blocks.0.hook_y"]\nc["blocks.0.hook_q"]\n')
     result = run("port", str(script))
     assert result.exit_code == 0, result.stderr
-    trace = "# line 1\nwith model.trace('Hi'):\n    c = {}.save()\n"
+    trace = "# line 1\nwith model.trace(model.to_tokens('Hi', prepend_bos=True)):\n    c = {}.save()\n"
     assert trace in result.stdout
     assert "    2  'blocks.0.hook_y'\n       -> model.layers[0].ssm.y.output" in result.stdout
     assert "Cannot be ported:\n    3  'blocks.0.hook_q'" in result.stdout

@@ -57,7 +57,7 @@ class Lens:
         self.cfg = SimpleNamespace(n_layers=len(self.model.layers))
         self.added: list[tuple[Any, Callable, str]] = []
         self.to_single_token = self.model.to_single_token
-        self.to_tokens = self.model.to_tokens
+        self.to_tokens = functools.partial(self.model.to_tokens, prepend_bos=True)
 
     @classmethod
     def from_pretrained(cls, name: str, **options: Any) -> Lens:
@@ -504,9 +504,12 @@ def test_the_report_says_it_all_in_lines_and_as_json() -> None:
         'a, c = model.run_with_cache("Hi")\nc["blocks.0.hook_y"], c["blocks.0.hook_q"]', "s.py"
     )
     text = str(report)
-    assert text.startswith("s.py\n    1  model.run_with_cache('Hi')\n       -> with model.trace('Hi'): ...\n")
+    assert text.startswith(
+    trace = "with model.trace(model.to_tokens('Hi', prepend_bos=True)):"
+    assert text.startswith(f"s.py\n    1  model.run_with_cache('Hi')\n       -> {trace} ...\n")
+    )
     assert "    2  'blocks.0.hook_y'\n       -> model.layers[0].ssm.y.output" in text
-    assert "# line 1\nwith model.trace('Hi'):\n    c = {}.save()\n" in text
+    assert "# line 1\nwith model.trace(model.to_tokens('Hi', prepend_bos=True)):\n    c = {}.save()\n" in text
     assert "Cannot be ported:\n    2  'blocks.0.hook_q'\n" in text
     data = json.loads(json.dumps(report.as_dict()))
     assert data["blocks"][0]["line"] == 1
@@ -553,3 +556,20 @@ def test_the_header_of_a_script_stays_first() -> None:
     lines = port_script(script).script.splitlines()
     assert lines[0] == '"""Doc."""'
     assert lines[1:3] == ["from __future__ import annotations", "from types import SimpleNamespace"]
+
+
+def test_a_string_gets_the_token_that_the_libraries_put_first() -> None:
+    script = (
+        "from mamba_lens import HookedMamba\n"
+        "model = HookedMamba.from_pretrained('x-mamba')\n"
+        "text = 'Hi'\n"
+        "tokens = model.to_tokens(text)\n"
+        "other = model.to_tokens(text, prepend_bos=False)\n"
+        "a, b, c = model(text), model(tokens), model(text, prepend_bos=False)\n"
+    )
+    ported = port_script(script).script
+    assert "tokens = model.to_tokens(text, prepend_bos=True)" in ported
+    assert "other = model.to_tokens(text, prepend_bos=False)" in ported
+    assert ported.count("with model.trace(model.to_tokens(text, prepend_bos=True)):") == 1
+    assert ported.count("with model.trace(tokens):") == 1
+    assert ported.count("with model.trace(text):") == 1

@@ -18,6 +18,8 @@ from .names import read_name
 from .runs import Run
 from .scope import Scopes
 
+#: Methods that put a beginning-of-sequence token before a string where they are not told.
+PREPENDING = ("to_tokens", "to_str_tokens")
 #: Methods that a MambaTrace has under the same names.
 SAME = ("to_tokens", "to_string", "to_str_tokens", "to_single_token")
 
@@ -80,11 +82,20 @@ class Expressions(ast.NodeTransformer):
             return new
         if name in SAME and isinstance(node.func, ast.Attribute):
             if ast.unparse(node.func.value) in self.tracing.models:
-                self.findings.call(node, ast.unparse(node), "the same here")
+                return self._tokens(node, name)
             return node
         if self._mentions(node.func):
             self.findings.problem(node, "a function of the library that has no counterpart here")
         return node
+
+    def _tokens(self, node: ast.Call, name: str) -> ast.expr:
+        """A call about tokens: the same here, but for the token that the libraries put first."""
+        if name not in PREPENDING or any(keyword.arg == "prepend_bos" for keyword in node.keywords):
+            self.findings.call(node, ast.unparse(node), "the same here")
+            return node
+        new = ast.Call(node.func, node.args, [*node.keywords, ast.keyword("prepend_bos", ast.Constant(True))])
+        self.findings.call(node, ast.unparse(new), "what it does there unless told otherwise")
+        return new
 
     def _act_name(self, node: ast.Call) -> ast.expr:
         try:

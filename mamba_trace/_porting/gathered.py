@@ -55,7 +55,16 @@ class Gathered:
 
     def run(self, node: ast.AST) -> Run | None:
         """A call as a run of the model; ``None`` if it is none."""
-        return find_run(node, self.models)
+        run = find_run(node, self.models)
+        if (
+            run is not None
+            and (given := run.arguments.get("input") or run.arguments.get("tokens")) is not None
+        ):
+            text = self.scopes.expression(given)
+            run.is_text = isinstance(text, ast.JoinedStr) or (
+                isinstance(text, ast.Constant) and isinstance(text.value, str)
+            )
+        return run
 
     def fresh(self, name: str) -> str:
         """A name that the script does not use."""

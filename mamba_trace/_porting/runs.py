@@ -31,12 +31,17 @@ BY_HAND = {
 
 @dataclass
 class Run:
-    """One call that runs the model, and the arguments that it has."""
+    """One call that runs the model, and the arguments that it has.
+
+    Attributes:
+        is_text: whether the input is known to be a string, which the libraries put a token before.
+    """
 
     node: ast.Call
     kind: str
     model: str
     arguments: dict[str, ast.expr]
+    is_text: bool = False
 
     def constant(self, name: str, default: object = None) -> object:
         """An argument that is a literal."""
@@ -48,7 +53,8 @@ class Run:
         """What the model is run on, as an expression."""
         node = self.arguments.get("input") or self.arguments.get("tokens")
         source = "" if node is None else ast.unparse(node)
-        if self.constant("prepend_bos") is True:
+        prepend = self.constant("prepend_bos")
+        if prepend is True or (prepend is None and self.is_text):
             return f"{self.model}.to_tokens({source}, prepend_bos=True)"
         return source
 
