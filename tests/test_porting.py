@@ -504,10 +504,8 @@ def test_the_report_says_it_all_in_lines_and_as_json() -> None:
         'a, c = model.run_with_cache("Hi")\nc["blocks.0.hook_y"], c["blocks.0.hook_q"]', "s.py"
     )
     text = str(report)
-    assert text.startswith(
     trace = "with model.trace(model.to_tokens('Hi', prepend_bos=True)):"
     assert text.startswith(f"s.py\n    1  model.run_with_cache('Hi')\n       -> {trace} ...\n")
-    )
     assert "    2  'blocks.0.hook_y'\n       -> model.layers[0].ssm.y.output" in text
     assert "# line 1\nwith model.trace(model.to_tokens('Hi', prepend_bos=True)):\n    c = {}.save()\n" in text
     assert "Cannot be ported:\n    2  'blocks.0.hook_q'\n" in text
