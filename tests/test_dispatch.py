@@ -376,6 +376,23 @@ def test_a_gpu_prefers_the_installed_kernels(monkeypatch: pytest.MonkeyPatch) ->
     assert dispatch.choose("auto", gpu, torch.float32, 16) == "triton"
 
 
+@pytest.mark.parametrize("kernels", BACKENDS)
+@pytest.mark.parametrize(("B", "L"), [(0, 5), (2, 0), (0, 0)])
+def test_an_empty_batch_or_prompt(models: dict[str, MambaTrace], kernels: str, B: int, L: int) -> None:
+    x, A, C, h = torch.ones(B, L, 4), -torch.ones(4, 3), torch.ones(B, L, 3), torch.ones(B, 4, 3)
+    for run, shape in ((dispatch.selective_scan, h.shape), (dispatch.selective_states, (B, L, 4, 3))):
+        y, second = run(x, x, A, C, C, h, kernels=kernels)
+        assert (y.shape, second.shape) == (x.shape, shape)
+    out, h_last = dispatch.gated_scan(x, x, A, C, C, torch.ones(4), x, h, kernels=kernels)
+    assert out.shape == x.shape
+    assert torch.equal(h_last, h)
+    y, h_last = dispatch.explicit_scan(
+        torch.ones(B, L, 4, 3), torch.ones(B, L, 4, 3), x, C, h, kernels=kernels
+    )
+    assert y.shape == x.shape
+    assert torch.equal(h_last, h)
+
+
 def test_every_site_of_a_mixer_has_a_row() -> None:
     """A new site comes with what it costs."""
     rows = {site.split("[")[0] for sites, _ in ROWS for site in sites}
