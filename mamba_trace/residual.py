@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import align_module_device
@@ -31,8 +31,9 @@ class ResidualAnalyses:
     model: Any
     has_batch_dim: bool
 
-    def __getitem__(self, key: Any) -> Tensor:
-        raise NotImplementedError
+    if TYPE_CHECKING:
+
+        def __getitem__(self, key: Any) -> Tensor: ...
 
     def accumulated_resid(
         self,
