@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import test_mamba_lens as recorded
 import torch
 from conftest import LENGTH, N_LAYERS, ModuleFactory, agree
-from reference import forward
+from test_hooks import plain, referred
 from torch import Tensor
 
 from mamba_trace import MambaTrace, run_arguments
@@ -40,18 +39,6 @@ def lens() -> MambaTrace:
 def exact(tiny_hf: ModuleFactory) -> MambaTrace:
     """In float64, as the reference is."""
     return MambaTrace(tiny_hf(dtype=torch.float64))
-
-
-def plain(model: MambaTrace, *inputs: Any) -> Tensor:
-    with torch.no_grad(), model.trace(*inputs):
-        logits = model.lm_head.output.save()
-    return logits
-
-
-def referred(
-    model: MambaTrace, tokens: Tensor, edit: Callable[[str, Tensor], Tensor] | None = None
-) -> Tensor:
-    return forward(model._module.state_dict(), model.config, tokens, edit)
 
 
 def functions(model: MambaTrace) -> list[list[str]]:
