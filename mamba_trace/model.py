@@ -111,8 +111,8 @@ class MambaTrace(HookedRuns, LensViews, Tokens, TransformersModel):
                 model.layers[1].ssm.h[5].output.save()
             print(model.last_run)
         """
-        mixers = (layer.ssm._module for layer in self.layers)
-        return RunReport([mixer.last_run for mixer in mixers if mixer.last_run is not None])
+        report = self.layers[0].ssm._module.report
+        return RunReport(list(report.layers), report.trace)
 
     # -- other ways to make one ------------------------------------------------------------------------
 

@@ -32,7 +32,7 @@ from .demand import Visit, version
 from .discretisation import Discretisation
 from .offers import Offers
 from .past import PastStates, attention_mask_of, masked
-from .report import LayerRun
+from .report import LayerRun, RunReport
 from .scan import Recurrence, causal_conv, convolution, gated_scan
 from .scan.record import note, recording
 from .scan.reference import accumulation_dtype
@@ -80,11 +80,11 @@ class HookableRMSNorm:
 
 
 def recorded(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """A mixer's forward, which leaves in ``last_run`` what it ran."""
+    """A mixer's forward, which takes note in the model's report of what it runs."""
 
     @functools.wraps(forward)
     def wrapper(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        self.last_run = LayerRun(self.layer_idx, hidden_states.shape[1])
+        self.last_run = self.report.begin(self.layer_idx, hidden_states.shape[1], Visit(self).trace)
         with recording(self.last_run.calls):
             return forward(self, hidden_states, *args, **kwargs)
 
@@ -95,7 +95,8 @@ class HookableMixer:
     """Mixin over Hugging Face's mixer: the selective state space layer, site by site."""
 
     kernels = "auto"
-    last_run: LayerRun | None = None
+    report: RunReport  # of the model: its mixers share it
+    last_run: LayerRun
 
     @recorded
     def forward(

@@ -6,9 +6,11 @@ site needs in that layer alone. This is where one can see that it was so.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import groupby
 
+from .errors import LayerError
 from .scan.record import Call
 
 #: What a report calls the functions of a backend.
@@ -57,13 +59,33 @@ class RunReport:
     """What every layer ran in the last forward call; in ``generate``, in the last step.
 
     Attributes:
-        layers: one `LayerRun` for each layer that has run.
+        layers: one `LayerRun` for each layer that ran in it.
+        trace: which trace it was in, ``None`` for none.
     """
 
-    layers: list[LayerRun]
+    layers: list[LayerRun] = field(default_factory=list)
+    trace: int | None = field(default=None, repr=False)
+
+    def begin(self, layer: int, positions: int, trace: int | None) -> LayerRun:
+        """Take note that a layer runs. One that comes no later than the last is of another forward call."""
+        if trace != self.trace or (self.layers and layer <= self.layers[-1].layer):
+            self.layers = []
+        self.trace = trace
+        self.layers.append(LayerRun(layer, positions))
+        return self.layers[-1]
 
     def __getitem__(self, layer: int) -> LayerRun:
-        return self.layers[layer]
+        """The run of a layer. Raises `LayerError` if it did not run."""
+        for run in self.layers:
+            if run.layer == layer:
+                return run
+        raise LayerError(
+            f"layer {layer} did not run in the last forward call; "
+            f"these did: {', '.join(str(run.layer) for run in self.layers) or 'none'}"
+        )
+
+    def __iter__(self) -> Iterator[LayerRun]:
+        return iter(self.layers)
 
     def __len__(self) -> int:
         return len(self.layers)

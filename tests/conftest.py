@@ -116,6 +116,11 @@ def agree(actual: Tensor, expected: Tensor, tolerance: float = 1e-5) -> None:
     torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance * largest)
 
 
+def layers_that_ran(model: MambaTrace) -> list[int]:
+    """The layers that ran in the last forward call."""
+    return [run.layer for run in model.last_run]
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread() -> None:
     """Tiny tensors gain nothing from threads, and one order of summation makes runs repeat."""

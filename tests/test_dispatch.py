@@ -16,13 +16,14 @@ import nnsight
 import pytest
 import torch
 from allocations import PeakMemory
-from conftest import SIZES, ModuleFactory, agree
+from conftest import SIZES, ModuleFactory, agree, layers_that_ran
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_kernels import parameter_gradients, weighted
 from torch import Tensor, nn
 
 from mamba_trace import MambaTrace
+from mamba_trace.errors import LayerError
 from mamba_trace.report import LayerRun
 from mamba_trace.scan import dispatch
 from mamba_trace.scan.record import Call
@@ -291,6 +292,29 @@ def test_the_inner_convolution_is_found_at_a_later_step(tiny: MambaTrace, tokens
             found.append(tiny.layers[1].ssm.delta.output.save())
     assert found[0].shape[0] == tokens.shape[0]
     assert found[1].shape == (tokens.shape[0], 1, 24)
+
+
+# -- the report -------------------------------------------------------------------------------------------
+
+
+def test_a_layer_that_did_not_run_is_not_reported(tiny: MambaTrace, tokens: Tensor) -> None:
+    assert str(tiny.last_run) == "nothing has run yet"
+    with torch.no_grad():
+        tiny._module(tokens)
+        assert layers_that_ran(tiny) == [0, 1, 2]
+        with tiny.trace(tokens) as tracer:
+            tiny.layers[1].ssm.conv.output.save()
+            tracer.stop()
+        assert layers_that_ran(tiny) == [0, 1]
+        with pytest.raises(LayerError, match="layer 2 did not run in the last forward call; these did: 0, 1"):
+            _ = tiny.last_run[2]
+        with tiny.trace(tokens):
+            stream = tiny.layers[0].resid_pre.output
+            tiny.layers[1].skip(stream)
+        assert layers_that_ran(tiny) == [0, 2]
+        stream, _ = tiny.run_with_cache(tokens, stop_at_layer=1)
+        tiny.run_with_hooks(stream, start_at_layer=1)
+        assert layers_that_ran(tiny) == [1, 2]
 
 
 # -- decoding ---------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import test_mamba_lens as recorded
 import torch
-from conftest import LENGTH, N_LAYERS, ModuleFactory, agree
+from conftest import LENGTH, N_LAYERS, ModuleFactory, agree, layers_that_ran
 from test_hooks import plain, referred
 from torch import Tensor
 
@@ -234,15 +234,14 @@ def test_padded_rows_are_no_reason_to_warn_unless_a_position_is_named(demo: Mamb
 @pytest.mark.parametrize("stop", [0, 1, 2, 3, -1, -3])
 def test_stopping_computes_no_more(tiny: MambaTrace, tokens: Tensor, stop: int) -> None:
     _, everything = tiny.run_with_cache(tokens)
-    before = list(tiny.last_run)
     logits, cache = tiny.run_with_cache(tokens, stop_at_layer=stop, return_type="loss")
     last = stop % N_LAYERS if stop < 0 else stop
+    if last > 0:
+        assert layers_that_ran(tiny) == list(range(last))
     expected = everything["resid_pre", last] if last < N_LAYERS else everything["resid_post", -1]
     agree(logits.detach(), expected)
     assert list(cache) == list(everything)[: len(cache)]
     assert len(cache) == 1 + last * (len(everything) - 3) // N_LAYERS
-    ran = [run is not old for run, old in zip(tiny.last_run, before, strict=True)]
-    assert ran == [layer < last for layer in range(N_LAYERS)]
     agree(tiny.run_with_hooks(tokens, stop_at_layer=stop), logits)
 
 
@@ -250,11 +249,10 @@ def test_with_nothing_to_return_nothing_is_computed_past_the_last_hook(
     tiny: MambaTrace, tokens: Tensor
 ) -> None:
     tiny.run_with_hooks(tokens)
-    before = list(tiny.last_run)
     output, cache = tiny.run_with_cache(tokens, "blocks.1.hook_resid_pre", return_type=None)
     assert output is None
     assert list(cache) == ["blocks.1.hook_resid_pre"]
-    assert [run is old for run, old in zip(tiny.last_run, before, strict=True)] == [False, True, True]
+    assert layers_that_ran(tiny) == [0]
     assert tiny.run_with_cache(tokens, [], return_type=None)[0] is None
     agree(tiny.run_with_hooks(tokens).detach(), plain(tiny, tokens))
 
@@ -263,13 +261,12 @@ def test_with_nothing_to_return_nothing_is_computed_past_the_last_hook(
 def test_a_residual_stream_goes_into_a_layer(tiny: MambaTrace, tokens: Tensor, start: int) -> None:
     expected = plain(tiny, tokens)
     stream = tiny.run_with_hooks(tokens, stop_at_layer=start)
-    before = list(tiny.last_run)
     logits, cache = tiny.run_with_cache(stream, start_at_layer=start)
     agree(logits.detach(), expected)
     assert "hook_embed" not in cache
-    computed = [layer >= start % N_LAYERS for layer in range(N_LAYERS)]
-    assert [f"blocks.{layer}.hook_y" in cache for layer in range(N_LAYERS)] == computed
-    assert [run is not old for run, old in zip(tiny.last_run, before, strict=True)] == computed
+    computed = list(range(start % N_LAYERS, N_LAYERS))
+    assert [layer for layer in range(N_LAYERS) if f"blocks.{layer}.hook_y" in cache] == computed
+    assert layers_that_ran(tiny) == computed
     assert torch.equal(tiny.run_with_hooks(stream, start_at_layer=start, stop_at_layer=start), stream)
 
 

@@ -11,6 +11,7 @@ from ..demand import rebind_forward
 from ..errors import CheckpointError
 from ..modeling import HookableMixer
 from ..offers import SiteModule
+from ..report import RunReport
 from ..sites import Scope, offered
 from . import mamba
 
@@ -59,16 +60,16 @@ def make_hookable(model: nn.Module, kernels: str = "auto") -> nn.Module:
         CheckpointError: if its architecture is not supported.
     """
     architecture = architecture_of(model)
-    sizes = axis_sizes(model.config)
+    sizes, report = axis_sizes(model.config), RunReport()
     for module in model.modules():
         if isinstance(module, HookableMixer):
-            module.kernels = kernels
+            module.kernels, module.report = kernels, report
         if type(module) not in architecture.hookable:
             continue
         hookable, scope = architecture.hookable[type(module)]
         module.__class__ = hookable
         if isinstance(module, HookableMixer):
-            module.kernels = kernels
+            module.kernels, module.report = kernels, report
         rebind_forward(module)
         for site in offered(scope) if scope is not None else ():
             module.add_module(site.name, SiteModule(site, sizes))

@@ -97,6 +97,11 @@ class Visit:
         return self.interleaver is not None
 
     @property
+    def trace(self) -> int | None:
+        """What tells one running trace from another; ``None`` outside of traces."""
+        return None if self.interleaver is None else id(self.interleaver.mediators[0].worker)
+
+    @property
     def batching(self) -> bool:
         """Whether several invokes share the batch, so that each is handed a view of its rows."""
         if self.interleaver is None or self.interleaver.batcher is None:
