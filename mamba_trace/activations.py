@@ -96,7 +96,7 @@ class ActivationCache(ResidualAnalyses, Mapping[str, Tensor]):
             return self._positions(place, suffix)
         name = key_of(place) + suffix
         if name not in self.cache_dict:
-            raise self._left_out(name, place)
+            raise self._left_out(key_of(place), place, suffix)
         return name
 
     def _place(self, key: Any) -> tuple[Place, str]:
@@ -120,7 +120,11 @@ class ActivationCache(ResidualAnalyses, Mapping[str, Tensor]):
             raise UnknownSiteError(
                 f"no site {name!r} of a layer"
                 + ("" if site is None else " has positions of its own")
-                + (names.nearest(name, known) or f"; there are {', '.join(known)}")
+                + (
+                    names.lacked(f"hook_{name.removeprefix('hook_')}")
+                    or names.nearest(name, known)
+                    or f"; there are {', '.join(known)}"
+                )
             )
         n_layers = len(self.model.layers)
         if not -n_layers <= layer < n_layers:
@@ -143,13 +147,21 @@ class ActivationCache(ResidualAnalyses, Mapping[str, Tensor]):
             )
         return wanted
 
-    def _left_out(self, name: str, place: Place) -> UnknownSiteError:
+    def _left_out(self, kept_as: str, place: Place, suffix: str) -> UnknownSiteError:
+        name = kept_as + suffix
         n_layers = len(self.model.layers)
         if place.layer is not None and place.layer >= n_layers:
             return UnknownSiteError(f"{name!r}: this model has layers 0 to {n_layers - 1}")
         length = self.n_positions
         if place.position is not None and length is not None and not 0 <= place.position < length:
             return UnknownSiteError(f"{name!r}: the prompt of this run has {length} positions")
+        if place.site is None or not place.site.in_mamba_lens:
+            gradient = ", with incl_bwd=True" if suffix else ""
+            return UnknownSiteError(
+                f"{name!r} is not in this cache: MambaLens has no hook there, and by default only its hook "
+                f"names are kept. names_filter={kept_as!r} keeps it{gradient}, and "
+                f"names_filter=[lambda name: True, {kept_as!r}] all the others as well"
+            )
         return UnknownSiteError(
             f"{name!r} is not in this cache: names_filter left it out, or the run did not reach it"
             + (names.nearest(name, list(self.cache_dict)) or f". It has {len(self)} values")

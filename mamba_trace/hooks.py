@@ -25,6 +25,11 @@ NameOrFilter = str | Callable[[str], bool]
 HookFunction = Callable[..., Any]
 #: Inner modules of the mixer whose output is no site, and the site that follows it.
 BEFORE = {"in_proj": "skip", "conv1d": "conv", "x_proj": "delta_1", "dt_proj": "delta_2"}
+#: What TransformerLens's models have to keep hooks with.
+KEEPING_HOOKS = frozenset(
+    "hooks hook_dict hook_points add_hook add_perma_hook add_caching_hooks check_and_add_hook "
+    "remove_all_hook_fns".split()
+)
 #: Where a place stands in a run: layer, then site, then position.
 Order = tuple[int, float, int]
 
@@ -115,6 +120,16 @@ def _layer(argument: str, layer: int, n_layers: int, last: int) -> int:
     if not -n_layers <= layer <= last:
         raise LayerError(f"{argument}={layer}: this model has layers 0 to {n_layers - 1}; -1 is the last")
     return layer % n_layers if layer < 0 else layer
+
+
+def none_kept(name: str) -> UnknownSiteError:
+    """The error for one of `KEEPING_HOOKS`."""
+    return UnknownSiteError(
+        f"model has no {name!r}: hooks are not kept on a model, they are given to a run and end with it. "
+        f"Write model.run_with_hooks(input, fwd_hooks=[(name, fn)]); `mamba-trace port script.py` says what "
+        f"each hook of a script becomes, model.hook_names(n_positions) lists the names, and "
+        f"`with model.edit(inplace=True):` is for changes that stay"
+    )
 
 
 # -- names to places ---------------------------------------------------------------------------------------

@@ -10,8 +10,9 @@ there beside it, on the same object: `HookedMamba` is one.
 
 Contract: calls, argument names and hook names are those of MambaLens 0.0.4 and its README; where these two
 differ, both are taken. As there, a string gets a beginning-of-sequence token unless ``prepend_bos=False`` or
-``model.default_prepend_bos = False`` says otherwise; a string given to ``model.trace`` or ``model.generate``,
-which are nnsight's, does not. Conversions lose nothing (`mamba_trace.conversion`).
+``model.default_prepend_bos = False`` says otherwise; a string given to the contexts ``with model.trace(...)``
+and ``with model.generate(...)``, which are nnsight's, does not. ``generate`` without a ``with`` is
+TransformerLens's. Conversions lose nothing (`mamba_trace.conversion`).
 
 What is different: ``fast_conv`` and ``fast_ssm`` choose nothing, as no kernel disables a hook; ``model.cfg``
 is read-only; the embedding and lm_head are one parameter where the checkpoint ties them; and there is no
@@ -27,10 +28,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from nnsight.tracing.tracer import WithBlockNotFoundError
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from ._porting.runs import GENERATE
 from .conversion import check_state_dict, convert_config, convert_state_dict, residuals_per_layer
+from .errors import PromptError
 from .initialization import initialize
 from .lens_formats import (
     MambaCfg,
@@ -42,7 +46,7 @@ from .lens_formats import (
     plain,
 )
 from .model import MambaTrace, _empty
-from .run_arguments import KERNEL_FLAGS, explain_away
+from .run_arguments import KERNEL_FLAGS, explain_away, generation_options, prompt_of
 
 __all__ = [
     "HookedMamba",
@@ -53,6 +57,10 @@ __all__ = [
     "convert_original_config_to_hooked_mamba_config",
     "convert_original_state_dict_to_hooked_state_dict",
 ]
+
+
+#: The ``return_type`` of `HookedMamba.generate`.
+GENERATED = ("input", "str", "tokens", "tensor")
 
 
 class HookedMamba(MambaTrace):
@@ -191,8 +199,66 @@ class HookedMamba(MambaTrace):
         tokens = super().to_tokens(input, prepend_bos, padding_side)
         return tokens.to(self.device) if move_to_device and self.dispatched else tokens
 
-    def reset_hooks(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing to do: the hooks of a run end with it, also where it raises."""
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Continue prompts, as TransformerLens 2 does; with ``with`` before it, nnsight's ``generate``.
+
+        Args:
+            input: a string, a list of strings, or token ids [B,L] or [L]; ``""`` if not given.
+            max_new_tokens: how many tokens to add at most; 10 if not given.
+            stop_at_eos: end a prompt at ``eos_token_id``, the tokenizer's if not given, with which it then
+                goes on until all of them have ended.
+            do_sample: ``False`` to take the likeliest token each time; by default one is drawn, of the
+                ``top_k`` or ``top_p`` likeliest where these are given, at a ``temperature``.
+            use_past_kv_cache: keep the states between steps, as is done if not given.
+            prepend_bos: for strings; ``model.default_prepend_bos`` if not given.
+            return_type: ``"str"``, ``"tokens"`` (or ``"tensor"``), or ``"input"`` for what the input is.
+            padding_side, verbose: have no effect.
+            **kwargs: anything else that Hugging Face's ``generate`` takes.
+
+        Returns:
+            The prompts and what was added: token ids [B,L], or without special tokens a string, for
+            several prompts a list of strings.
+
+        Raises:
+            PromptError: if the input is no prompt.
+            ValueError: for another ``return_type``, or a ``freq_penalty``.
+
+        Example::
+
+            model.generate("Hello World", max_new_tokens=3, do_sample=False)  # a string
+        """
+        if self.interleaver.interleaving:
+            return super().generate(*args, **kwargs)
+        tracer = self.trace(*args, fn=super().generate, **kwargs)
+        try:
+            tracer.capture()  # looks for a `with` at the line that called this method
+        except WithBlockNotFoundError:
+            return self._continued(**dict(zip(GENERATE, args, strict=False)), **kwargs)
+        return tracer
+
+    def _continued(
+        self,
+        input: Any = "",
+        prepend_bos: bool | None = None,
+        padding_side: str | None = None,
+        return_type: str = "input",
+        verbose: bool = True,
+        **kwargs: Any,
+    ) -> Any:
+        if return_type not in GENERATED:
+            raise ValueError(f"return_type={return_type!r} is none of {', '.join(map(repr, GENERATED))}")
+        if isinstance(input, Tensor) and input.is_floating_point():
+            raise PromptError(
+                f"generate goes on from strings or token ids, not from {input.dtype} embeddings"
+            )
+        prompt = prompt_of(self, input, prepend_bos)
+        ids = super().generate(prompt, **generation_options(self, **kwargs))  # [B,L]
+        one = input if isinstance(input, str) or not isinstance(input, (list, tuple)) else input[0]
+        if return_type in ("tokens", "tensor") or (return_type == "input" and not isinstance(one, str)):
+            return ids
+        decode = self._need_tokenizer().decode
+        texts = [decode(row, skip_special_tokens=True, clean_up_tokenization_spaces=False) for row in ids]
+        return texts[0] if len(texts) == 1 else texts
 
     # -- weights ---------------------------------------------------------------------------------------
 

@@ -56,6 +56,10 @@ BRIDGE_BLOCK = {
 }
 #: Inner modules of the mixer whose output is no site of the table but has a place of its own.
 NATIVE_MODULES = ("in_proj", "conv1d", "x_proj", "dt_proj")
+#: What names of a transformer's places have in them, and no name of a Mamba's.
+OF_A_TRANSFORMER = re.compile(
+    r"(^|\.)(attn|mlp|ln1|ln2)\.|hook_(attn|mlp|pattern|result|resid_mid|rot_|[qkvz](_|$))|hook_pos_embed"
+)
 
 _PATH = re.compile(r"layers(?:\[(?P<layer>\d+)\]|\.(?P<dotted>\d+))\.(?P<rest>.+)")
 _CONTAINER = re.compile(r"backbone\.layers\.(?P<layer>\d+)(?P<mixer>\.mixer)?(\.output)?")
@@ -273,10 +277,28 @@ def nearest(name: str, known: list[str]) -> str:
     return f"; did you mean {' or '.join(close)}?" if close else ""
 
 
+def lacked(name: str) -> str:
+    """``": ..."``, why a Mamba has no place of a name that only a transformer has, or nothing.
+
+    >>> lacked("blocks.0.attn.hook_pattern")
+    ': a Mamba has no attention, no MLP and one norm in each block'
+    """
+    if OF_A_TRANSFORMER.search(name) is None:
+        return ""
+    return ": a Mamba has no attention, no MLP and one norm in each block"
+
+
 def _suggest(name: str) -> str:
     match = _BLOCK_HOOK.fullmatch(name) or _PATH.fullmatch(name)
     layer = int(match.groupdict().get("layer") or match.groupdict().get("dotted") or 0) if match else 0
+    # There is a hook of each position and none of the whole h, so one of them is suggested.
+    digits = re.search(r"\d+$", name)
+    hooks = [
+        Place(site, layer, int(digits[0]) if digits else 0).hook_name
+        if site.name == STATE
+        else site.hook_name(layer)
+        for site in BY_NAME.values()
+    ]
     paths = [site.path(layer) for site in BY_NAME.values()]
-    hooks = [site.hook_name(layer) for site in BY_NAME.values()]
-    hint = nearest(name, hooks if "hook" in name else paths)
+    hint = lacked(name) or nearest(name, hooks if "hook" in name else paths)
     return hint or "; `mamba-trace sites` lists them all"

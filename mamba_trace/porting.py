@@ -17,7 +17,7 @@ from . import names
 from ._porting.calls import Tracing
 from ._porting.findings import Finding, Findings, Problem
 from ._porting.keys import FullKeys, cache_variables
-from ._porting.names import name_of, parts_of, read_name, with_reason
+from ._porting.names import name_of, parts_of, read_name
 from ._porting.scope import Scopes
 from ._porting.script import Porter
 from ._porting.tidy import drop_unused, is_text, place_imports
@@ -105,10 +105,7 @@ def port_name(name: str) -> str:
     except SyntaxError:
         tree = None
     if tree is None:
-        try:
-            return f"model.{names.to_path(name)}.output"
-        except UnknownSiteError as error:
-            raise UnknownSiteError(with_reason(str(error), name)) from error
+        return f"model.{names.to_path(name)}.output"
     parts = parts_of(tree.body[0].value, Scopes(tree))  # type: ignore[attr-defined]
     if parts is None:
         raise UnknownSiteError(f"{name!r} is no hook name: what varies must be a layer or a position")

@@ -204,6 +204,14 @@ class HookedRuns:
             raise PromptError(f"token ids are integers from 0 to {len(weight) - 1}, not {tokens!r}")
         return weight[ids.to(weight.device)]
 
+    def reset_hooks(self, *args: Any, **kwargs: Any) -> None:
+        """Do nothing, whatever the arguments: the hooks of a run end with it, also where it raises.
+
+        Example::
+
+            model.reset_hooks()
+        """
+
     # -- what was asked for ----------------------------------------------------------------------------
 
     def _check(self, kernel_flags: dict[str, Any], return_type: str | None, reset_hooks_end: bool) -> None:

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 
 from .errors import LayerError, UnknownSiteError
 from .lens_config import LensConfig
-from .names import nearest, public_path
+from .names import lacked, nearest, public_path
 from .sites import BY_HOOK
 from .weight_pieces import OF_BLOCK, Owner, assign
 
@@ -65,9 +65,10 @@ class Weights:
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name not in ("weight", "bias") or not self._owner.has(f"{self._name}.{name}"):
-            raise UnknownSiteError(
-                f"{self._owner.place}{self._name} has no {name!r} that could be assigned to"
-            )
+            place = f"{self._owner.place}{self._name}"
+            whole = place if self._owner.layer is not None else f"{place}.weight"
+            hint = f": write {whole} = value, which copies it into the model" if name == "data" else ""
+            raise UnknownSiteError(f"{place} has no {name!r} that could be assigned to{hint}")
         value = value.weight if isinstance(value, Weights) else value
         self._owner.assign(f"{self._name}.{name}", value)
 
@@ -190,7 +191,7 @@ class LensBlock:
 
     def _unknown(self, name: str) -> UnknownSiteError:
         known = list(dict.fromkeys(full.split(".")[0] for full in OF_BLOCK))
-        hint = nearest(name, known)
+        hint = lacked(f"{name}.") or nearest(name, known)
         if name in BY_HOOK or name == "hook_h":
             hint = f": blocks holds weights. The hook is model.hook('blocks.{self._owner.layer}.{name}')"
         return UnknownSiteError(

@@ -6,6 +6,8 @@ the logits, which direct logit attribution has to add up to.
 
 from __future__ import annotations
 
+import ast
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -113,12 +115,35 @@ def test_every_site_has_a_shorthand(model: MambaTrace, tokens: Tensor) -> None:
 
 
 @pytest.mark.parametrize(
+    "key",
+    [("write", 1), ("h_read", 2), "blocks.1.mixer.x_proj.hook_out", "layers[0].ssm.conv1d"],
+    ids=str,
+)
+def test_what_mamba_lens_has_no_hook_of_is_kept_when_asked_for(
+    model: MambaTrace, tokens: Tensor, cache: ActivationCache, key: Any
+) -> None:
+    with pytest.raises(UnknownSiteError, match="MambaLens has no hook there") as error:
+        cache[key]
+    one, several = re.findall(r"names_filter=('[^']+'|\[.+\])", str(error.value))
+    with torch.no_grad():
+        _, alone = model.run_with_cache(tokens, ast.literal_eval(one))
+        _, among = model.run_with_cache(tokens, [lambda name: True, ast.literal_eval(one)])
+    assert several == f"[lambda name: True, {one}]"
+    assert len(alone) == 1
+    assert len(among) == len(cache) + 1
+    agree(alone[key], among[key], 1e-10)
+
+
+@pytest.mark.parametrize(
     ("key", "match"),
     [
         ("blocks.1.hook_yy", r"did you mean .*blocks\.1\.hook_y"),
         ("blocks.3.hook_y", "layers 0 to 2"),
         ("blocks.1.hook_h.9", "has 9 positions"),
         ("blocks.1.hook_h.-10", "has 9 positions"),
+        ("blocks.1.attn.hook_pattern", "hook_pattern': a Mamba has no attention"),
+        (("pattern", 1), "'pattern' of a layer: a Mamba has no attention"),
+        (("attn_out", 1), "'attn_out' of a layer: a Mamba has no attention"),
         (("resid_pst", 1), "did you mean resid_post"),
         (("resid_post", 3), "layers 0 to 2"),
         (("resid_post", 1, 2), "has positions of its own"),
@@ -128,7 +153,10 @@ def test_every_site_has_a_shorthand(model: MambaTrace, tokens: Tensor) -> None:
         (("h", "1"), "a site, its layer"),
         (3, "a site, its layer"),
         ((), "a site, its layer"),
-        ("layers[1].ssm.in_proj", "left it out"),
+        (
+            "layers[1].ssm.in_proj",
+            r"MambaLens has no hook there.*names_filter='layers\[1\].ssm.in_proj' keeps",
+        ),
         ("blocks.1.hook_y_grad", "left it out"),
     ],
     ids=str,

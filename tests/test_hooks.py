@@ -19,6 +19,7 @@ from torch import Tensor
 
 from mamba_trace import MambaTrace
 from mamba_trace.errors import LayerError, PositionError, SiteValueError, UnknownSiteError
+from mamba_trace.hooks import KEEPING_HOOKS
 from mamba_trace.losses import next_token_loss
 from mamba_trace.patching import logit_diff, patch_grid
 
@@ -317,6 +318,9 @@ def nothing(value: Tensor, hook: Any) -> None:
     ("name", "error", "match"),
     [
         ("blocks.1.hook_yy", UnknownSiteError, r"did you mean .*blocks\.1\.hook_y"),
+        ("blocks.1.hook_h5", UnknownSiteError, r"did you mean blocks\.1\.hook_h\.5 or"),
+        ("blocks.1.attn.hook_pattern", UnknownSiteError, "hook_pattern': a Mamba has no attention, no MLP"),
+        ("blocks.1.hook_q", UnknownSiteError, "hook_q': a Mamba has no attention, no MLP"),
         ("blocks.3.hook_y", UnknownSiteError, "layers 0 to 2"),
         ("blocks.1.hook_h.9", PositionError, r"blocks\.1\.hook_h\.9.* 9 positions"),
         ("blocks.1.hook_h.-10", PositionError, "9 positions"),
@@ -339,6 +343,36 @@ def test_a_name_that_is_none_is_refused_before_anything_runs(
             tiny.run_with_cache(tokens, name)
     assert all(run is old for run, old in zip(tiny.last_run, before, strict=True))
     agree(tiny.run_with_hooks(tokens).detach(), plain(tiny, tokens))
+
+
+@pytest.mark.parametrize(
+    "wrong", [*"hook_hh hook_h_3 hook_h5 hook_delt hook_ssm_out mixer.hook_write".split()]
+)
+def test_a_name_that_is_suggested_is_accepted(tiny: MambaTrace, tokens: Tensor, wrong: str) -> None:
+    with pytest.raises(UnknownSiteError, match="did you mean") as error:
+        tiny.run_with_hooks(tokens, [(f"blocks.1.{wrong}", nothing)])
+    suggested = str(error.value).split("did you mean ")[1].rstrip("?").split(" or ")
+    seen = []
+    for name in suggested:
+        tiny.run_with_hooks(tokens, [(name, lambda value, hook: seen.append(hook.name))])
+    assert seen == suggested
+
+
+@pytest.mark.parametrize("name", sorted(KEEPING_HOOKS))
+def test_hooks_are_not_kept_on_a_model(tiny: MambaTrace, name: str) -> None:
+    assert not hasattr(tiny, name)
+    with pytest.raises(UnknownSiteError) as error:
+        getattr(tiny, name)
+    for said in (f"'{name}'", "run_with_hooks(input, fwd_hooks=", "`mamba-trace port script.py`"):
+        assert said in str(error.value)
+
+
+def test_there_are_no_hooks_to_reset(tiny: MambaTrace, tokens: Tensor) -> None:
+    seen = []
+    tiny.run_with_hooks(tokens, [("hook_embed", lambda value, hook: seen.append(1))])
+    tiny.run_with_hooks(tokens)
+    assert len(seen) == 1
+    assert tiny.reset_hooks(clear_contexts=True, including_permanent=True) is None
 
 
 @pytest.mark.parametrize(

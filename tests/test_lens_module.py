@@ -25,7 +25,7 @@ from transformers import MambaForCausalLM
 import mamba_trace.run_arguments
 from mamba_trace import MambaTrace, lens_formats, mamba_lens
 from mamba_trace.conversion import SOURCE_KEY, convert_config, convert_state_dict
-from mamba_trace.errors import CheckpointError, UnknownSiteError
+from mamba_trace.errors import CheckpointError, PromptError, UnknownSiteError
 from mamba_trace.mamba_lens import HookedMamba, MambaCfg, MambaInitCfg
 from mamba_trace.model import DEMO
 from mamba_trace.patching import PatchGrid, logit_diff, patch_grid
@@ -445,6 +445,117 @@ def test_it_is_a_mamba_trace(model: HookedMamba) -> None:
     assert torch.equal(model(input_ids=tokens).logits, model._module(tokens).logits)
     assert model.reset_hooks() is None
     assert torch.equal(model.trace(tokens, trace=False).logits, model._module(tokens).logits)
+
+
+def greedily(model: HookedMamba, prompt: str, n_tokens: int, prepend_bos: bool = True) -> Tensor:
+    """The token ids [1,L] of taking the likeliest token of Hugging Face's own module each time."""
+    module = MambaForCausalLM.from_pretrained(DEMO)
+    tokens = model.to_tokens(prompt, prepend_bos=prepend_bos)
+    with torch.no_grad():
+        for _ in range(n_tokens):
+            tokens = torch.cat((tokens, module(tokens).logits[:, -1:].argmax(-1)), dim=1)
+    return tokens
+
+
+def test_generate_goes_on_from_the_token_that_goes_before(model: HookedMamba) -> None:
+    ids = greedily(model, UNCORRUPTED, 3)
+    options: dict[str, Any] = {"max_new_tokens": 3, "do_sample": False}
+    assert ids[0, 0] == model.tokenizer.bos_token_id
+    for return_type in ("tokens", "tensor"):
+        assert torch.equal(model.generate(UNCORRUPTED, return_type=return_type, **options), ids)
+    assert torch.equal(model.generate(model.to_tokens(UNCORRUPTED), **options), ids)
+    without = greedily(model, UNCORRUPTED, 3, prepend_bos=False)
+    assert torch.equal(
+        model.generate(UNCORRUPTED, prepend_bos=False, return_type="tokens", **options), without
+    )
+    # Every argument by its place, as TransformerLens has them.
+    by_place = (3, True, None, False, None, None, 1.0, 0.0, False, False, None, "tokens", False)
+    assert torch.equal(model.generate(UNCORRUPTED, *by_place), without)
+
+
+def test_generate_returns_what_it_was_given(model: HookedMamba) -> None:
+    options: dict[str, Any] = {"max_new_tokens": 3, "do_sample": False}
+    text = model.generate(UNCORRUPTED, **options)
+    assert text == f"{UNCORRUPTED} Emma."
+    assert model.generate([UNCORRUPTED], **options) == text
+    several = model.generate([UNCORRUPTED, "Emma gave an apple to"], **options)
+    assert several == [text, model.generate("Emma gave an apple to", **options)]
+    tokens = model.to_tokens(UNCORRUPTED)
+    assert isinstance(model.generate(tokens, **options), Tensor)
+    assert model.generate(tokens, return_type="str", **options) == text
+
+
+def test_generate_adds_ten_tokens_or_ends_at_the_end_of_the_text(model: HookedMamba) -> None:
+    whole = greedily(model, UNCORRUPTED, 10)
+    end = model.tokenizer.eos_token_id
+    assert torch.equal(
+        model.generate(UNCORRUPTED, stop_at_eos=False, do_sample=False, return_type="tokens"), whole
+    )
+    stopped = model.generate(UNCORRUPTED, do_sample=False, return_type="tokens")
+    assert stopped[0, -1] == end
+    assert stopped.shape[1] < whole.shape[1]
+    assert torch.equal(stopped, whole[:, : stopped.shape[1]])
+    comma = model.to_tokens(UNCORRUPTED, prepend_bos=False).shape[1] + 2
+    earlier = model.generate(
+        UNCORRUPTED, eos_token_id=int(whole[0, comma]), do_sample=False, return_type="tokens"
+    )
+    assert torch.equal(earlier, whole[:, : comma + 1])
+
+
+def test_generate_draws_from_the_whole_distribution(model: HookedMamba) -> None:
+    """And not from the 50 likeliest tokens, as Hugging Face does unasked."""
+    tokens = model.to_tokens(["Emma"] * 400)
+    likeliest = model(tokens[:1])[0, -1].topk(50).indices
+    torch.manual_seed(0)
+    drawn = model.generate(tokens, 1, temperature=100.0)[:, -1]
+    assert not torch.isin(drawn, likeliest).all()
+    assert torch.isin(model.generate(tokens, 1, temperature=100.0, top_k=50)[:, -1], likeliest).all()
+    assert len(model.generate(tokens, 1, temperature=0)[:, -1].unique()) == 1
+
+
+@pytest.mark.parametrize(
+    ("prompt", "arguments", "error", "match"),
+    [
+        (UNCORRUPTED, {"return_type": "embeds"}, ValueError, "'embeds' is none of 'input', 'str', 'tokens'"),
+        (UNCORRUPTED, {"freq_penalty": 1.0}, ValueError, r"freq_penalty=1\.0: .*logits_processor"),
+        (UNCORRUPTED, {"nonsense": 1}, ValueError, "nonsense"),
+        (torch.zeros(1, 3, 64), {}, PromptError, "float32 embeddings"),
+        ("", {"prepend_bos": False}, PromptError, "has no tokens"),
+        (None, {}, PromptError, "needs a prompt"),
+    ],
+    ids=lambda value: str(value)[:20],
+)
+def test_what_generate_refuses(
+    model: HookedMamba, prompt: Any, arguments: dict[str, Any], error: type[Exception], match: str
+) -> None:
+    with pytest.raises(error, match=match):
+        model.generate(prompt, **arguments)
+
+
+def test_generate_in_a_with_is_nnsights(model: HookedMamba) -> None:
+    options: dict[str, Any] = {"max_new_tokens": 3, "do_sample": False}
+    steps = []
+    with model.generate(UNCORRUPTED, **options) as tracer:
+        for _ in tracer.iter[:3]:
+            steps.append(model.lm_head.output[:, -1].argmax(-1))
+        ids = tracer.result.save()
+        steps.save()
+    without = greedily(model, UNCORRUPTED, 3, prepend_bos=False)
+    assert torch.equal(ids, without)
+    assert torch.equal(torch.stack(steps, dim=1), without[:, -3:])
+    with model.generate(max_new_tokens=1, do_sample=False) as tracer:
+        with tracer.invoke(UNCORRUPTED):
+            one = tracer.result.save()
+        with tracer.invoke(CORRUPTED):
+            other = tracer.result.save()
+    assert model.to_string(one[0]) == f"{UNCORRUPTED} Emma"
+    assert model.to_string(other[0]) == f"{CORRUPTED} Shelby"
+
+
+def test_a_script_that_keeps_hooks_on_the_model_is_told_what_to_write(model: HookedMamba) -> None:
+    for name in ("hooks", "add_hook", "add_perma_hook", "hook_dict"):
+        with pytest.raises(AttributeError, match=rf"'{name}'.*run_with_hooks\(.*mamba-trace port"):
+            getattr(model, name)
 
 
 @torch.no_grad()

@@ -32,6 +32,7 @@ from mamba_trace.errors import FileError, UnknownSiteError
 from mamba_trace.porting import Report, port_file, port_name, port_script
 
 SCRIPTS = Path(__file__).parent / "data" / "port"
+LOAD = "HookedTransformer.from_pretrained('state-spaces/mamba-130m')"
 
 
 class Cache(dict):
@@ -91,6 +92,27 @@ class Lens:
             return seen[f"blocks.{stop_at_layer}.hook_resid_pre"]
         loss = cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
         return {"logits": logits, "loss": loss, "both": (logits, loss), None: None}[return_type]
+
+    def generate(
+        self,
+        input: str | Tensor,
+        max_new_tokens: int = 10,
+        stop_at_eos: bool = True,
+        do_sample: bool = True,
+        use_past_kv_cache: bool = True,
+        prepend_bos: bool = True,
+        return_type: str = "input",
+        verbose: bool = True,
+    ) -> Any:
+        assert not do_sample, "a drawn token cannot be compared"
+        tokenizer = self.model.tokenizer
+        tokens = self.model.to_tokens(input, prepend_bos=prepend_bos) if isinstance(input, str) else input
+        for _ in range(max_new_tokens):
+            tokens = torch.cat((tokens, self(tokens)[:, -1:].argmax(-1)), dim=1)
+            if stop_at_eos and tokens[0, -1] == tokenizer.eos_token_id:
+                break
+        text = isinstance(input, str) and return_type == "input"
+        return tokenizer.decode(tokens[0], skip_special_tokens=True) if text else tokens
 
     def add_hook(self, name: Any, function: Callable, dir: str = "fwd") -> None:
         self.added.append((name, function, dir))
@@ -174,6 +196,8 @@ def same(ours: Any, theirs: Any, where: str = "") -> None:
             same(one, other, f"{where}[{index}]")
     elif isinstance(theirs, float):
         assert ours == pytest.approx(theirs, abs=1e-4), where
+    elif isinstance(theirs, str):
+        assert ours == theirs, where
 
 
 def compared(
@@ -227,6 +251,81 @@ def test_a_ported_script_computes_the_same(
 ) -> None:
     _, shared = compared(script, tiny, monkeypatch, tmp_path)
     assert set(results.split()) <= set(shared)
+
+
+def test_generate_is_hugging_faces_with_the_defaults_of_transformer_lens(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    model = MambaTrace.demo()
+    ours, shared = compared("generate.py", model, monkeypatch, tmp_path)
+    assert {"ids", "texts", "with_the_token", "without", "further", "unasked"} <= set(shared)
+    assert ours["texts"] == [f"{ours['prompt']} Emma."]
+    assert ours["ids"][0, 0] == ours["with_the_token"][0, 0] == model.tokenizer.bos_token_id
+    assert ours["without"][0, 0] != model.tokenizer.bos_token_id
+    eos = (ours["further"][0, 1:] == model.tokenizer.eos_token_id).nonzero()
+    assert 0 < eos[0] < ours["further"].shape[1] - 2, "it went on after the end of the text"
+
+
+@pytest.mark.parametrize(
+    ("call", "becomes"),
+    [
+        (
+            "model.generate('Hi')",
+            "model.tokenizer.decode(model.generate(model.to_tokens('Hi', prepend_bos=True), "
+            "max_new_tokens=10, do_sample=True, top_k=0)[0], skip_special_tokens=True)",
+        ),
+        (
+            "model.generate(tokens, 5, temperature=0.5, top_k=3, top_p=0.9, eos_token_id=7)",
+            "model.generate(tokens, max_new_tokens=5, eos_token_id=7, do_sample=True, top_k=3, top_p=0.9, "
+            "temperature=0.5)",
+        ),
+        (
+            "model.generate(tokens, return_type='str', do_sample=False)",
+            "model.tokenizer.batch_decode(model.generate(tokens, max_new_tokens=10, do_sample=False), "
+            "skip_special_tokens=True)",
+        ),
+    ],
+    ids=["a string", "drawn", "text of tokens"],
+)
+def test_a_call_of_generate_is_listed_with_what_it_becomes(call: str, becomes: str) -> None:
+    script = f"from transformer_lens import HookedTransformer\nmodel = {LOAD}\nout = {call}\nagain = {call}"
+    report = port_script(script)
+    found = {(one.line, one.found): one.becomes for one in report.findings}
+    assert found[3, call] == found[4, call] == becomes
+    assert f"out = {becomes}" in [block.code for block in report.blocks]
+    (note,) = [note for note in report.notes if "beginning-of-sequence token before a string" in note.reason]
+    assert note.line == 3, "it is said once"
+    unsure = [note.line for note in report.notes if "if its input is a string" in note.reason]
+    assert unsure == ([3, 4] if call.startswith("model.generate(tokens, 5") else [])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "found", "reason"),
+    [
+        ("tokens, freq_penalty=1.0", "freq_penalty=1.0", "has none: pass logits_processor="),
+        ("tokens, return_type='embeds'", "return_type='embeds'", "generate gives token ids"),
+        ("tokens, nonsense=3", "nonsense=3", "no counterpart"),
+        ("tokens, **options", "**options", "only the run knows"),
+    ],
+)
+def test_what_generate_has_no_counterpart_of(arguments: str, found: str, reason: str) -> None:
+    report = port_script(f"model = {LOAD}\nout = model.generate({arguments})")
+    (problem,) = report.problems
+    assert (problem.line, problem.found) == (2, found)
+    assert reason in problem.reason
+
+
+def test_hooks_that_are_set_while_it_generates_are_a_problem() -> None:
+    script = f"model = {LOAD}\nwith model.hooks([('blocks.0.hook_y', f)]):\n    model.generate(tokens)"
+    (problem,) = port_script(script).problems
+    assert problem.line == 3
+    assert "tracer.iter[:]" in problem.reason
+
+
+def test_generate_of_something_else_is_left_alone() -> None:
+    report = port_script(f"model = {LOAD}\nout = other.generate('Hi')")
+    assert [finding.line for finding in report.findings] == [1]
+    assert "out = other.generate('Hi')" in report.script
 
 
 def test_the_fixture_hooks_change_something(

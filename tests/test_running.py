@@ -7,6 +7,7 @@ PyTorch's autograd and Hugging Face's loss.
 from __future__ import annotations
 
 import copy
+import linecache
 import warnings
 from typing import Any
 
@@ -18,7 +19,8 @@ from test_hooks import plain, referred
 from torch import Tensor
 
 from mamba_trace import MambaTrace, run_arguments
-from mamba_trace.errors import LayerError, PromptError
+from mamba_trace.errors import BackendError, LayerError, PromptError
+from mamba_trace.mamba_lens import HookedMamba
 
 PROMPT = "Lately, Emma and Shelby had fun at school. Shelby gave an apple to"
 FUSED = ["conv_silu", "gated_scan"]
@@ -228,6 +230,21 @@ def test_padded_rows_are_no_reason_to_warn_unless_a_position_is_named(demo: Mamb
         demo.run_with_hooks(texts, [("blocks.0.hook_h.2", lambda h, hook: None)])
 
 
+def test_the_warning_of_a_padded_row_is_at_the_users_line(demo: MambaTrace) -> None:
+    texts = [PROMPT, "Emma gave an apple to"]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        demo.run_with_hooks(texts, [("blocks.0.hook_h.2", lambda h, hook: None)])
+        demo.run_with_cache(texts, "blocks.1.hook_h.2")
+        HookedMamba.demo()(texts, fwd_hooks=[("blocks.2.hook_h.2", lambda h, hook: None)])
+        with demo.trace(texts):
+            demo.hook("blocks.3.hook_h.2").output.save()
+    padded = [one for one in caught if "left-padded" in str(one.message)]
+    for one, call in zip(padded, ("run_with_hooks", "run_with_cache", "HookedMamba", "hook"), strict=True):
+        assert one.filename == __file__
+        assert call in linecache.getline(one.filename, one.lineno)
+
+
 # -- parts of the model -----------------------------------------------------------------------------------
 
 
@@ -331,8 +348,69 @@ def test_inputs_that_are_no_prompt(tiny: MambaTrace, tokens: Tensor) -> None:
             tiny.run_with_hooks(none)
     with pytest.raises(PromptError, match="has no tokens"):
         tiny.run_with_cache(tokens[:, :0])
+    with pytest.raises(PromptError, match="has no tokens"):
+        tiny.run_with_cache(torch.zeros(1, 0, 12), start_at_layer=1)
+    with pytest.raises(PromptError, match="token 31 is not in the vocabulary, whose ids are 0 to 30"):
+        tiny.run_with_hooks(torch.tensor([[1, 31]]))
     with pytest.raises(PromptError, match="beginning-of-sequence"):
         tiny.run_with_hooks(PROMPT, prepend_bos=True)
+
+
+@pytest.mark.parametrize("texts", ["", [""], [PROMPT, ""], ["", PROMPT]], ids=str)
+def test_a_prompt_without_tokens_is_refused_before_anything_runs(demo: MambaTrace, texts: Any) -> None:
+    demo.run_with_hooks(PROMPT)
+    before = list(demo.last_run)
+    with pytest.raises(PromptError, match="has no tokens"):
+        demo.run_with_cache(texts)
+    with pytest.raises(PromptError, match="has no tokens"), demo.trace(texts):
+        demo.lm_head.output.save()
+    with pytest.raises(PromptError, match="has no tokens"), demo.trace() as tracer:  # noqa: PT012
+        with tracer.invoke("Emma gave"):
+            demo.lm_head.output.save()
+        with tracer.invoke(texts):
+            demo.lm_head.output.save()
+    with pytest.raises(PromptError, match="has no tokens"):
+        demo.generate(texts, max_new_tokens=2)
+    assert all(run is old for run, old in zip(demo.last_run, before, strict=True))
+    with torch.no_grad():  # the token before it is one
+        logits = demo.run_with_hooks(texts, prepend_bos=True)
+    agree(
+        logits, plain(demo, [demo.tokenizer.bos_token + one for one in ([texts] if texts == "" else texts)])
+    )
+
+
+def test_a_row_that_the_users_own_mask_leaves_out_is_no_empty_prompt(
+    tiny: MambaTrace, tokens: Tensor
+) -> None:
+    mask = torch.ones_like(tokens)
+    mask[1] = 0
+    with torch.no_grad():
+        logits = tiny.run_with_hooks(tokens, attention_mask=mask)
+        agree(logits[::2], tiny.run_with_hooks(tokens)[::2])
+
+
+def test_other_kernels_for_the_runs_that_follow(tiny_hf: ModuleFactory, tokens: Tensor) -> None:
+    model = MambaTrace(tiny_hf(), kernels="reference")
+    with torch.no_grad():
+        logits = [model.run_with_hooks(tokens)]
+        for kernels, backend in (("cpu", "cpu"), ("reference", "reference"), ("auto", "cpu")):
+            model.kernels = kernels
+            assert model.kernels == kernels
+            logits.append(model.run_with_hooks(tokens))
+            assert {run.calls[-1].backend for run in model.last_run} == {backend}
+    assert not torch.equal(logits[0], logits[1])
+    agree(logits[1], logits[0])
+    assert torch.equal(logits[2], logits[0])
+    with pytest.raises(BackendError, match="no backend is called 'fast'; there are auto, reference"):
+        model.kernels = "fast"
+    assert model.kernels == "auto"
+
+
+def test_kernels_chosen_before_the_weights_are_loaded_run_afterwards() -> None:
+    model = MambaTrace.demo(dispatch=False)
+    model.kernels = "reference"
+    model.run_with_hooks(PROMPT)
+    assert {run.calls[-1].backend for run in model.last_run} == {"reference"}
 
 
 def test_flags_that_choose_kernels_are_explained_away_once(

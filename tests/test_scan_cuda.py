@@ -18,8 +18,9 @@ import torch
 from cuda_stand_ins import StandIns
 from torch import Tensor
 
+from mamba_trace.errors import BackendError
 from mamba_trace.scan import _cuda_installed as installed
-from mamba_trace.scan import cuda, reference
+from mamba_trace.scan import check, cuda, reference
 from mamba_trace.scan._cuda_installed import conv_failure, scan_failure
 
 TOLERANCE = 1e-5  # of a tensor's largest value
@@ -430,9 +431,23 @@ def write_mamba(place: Path, interface: str) -> None:
 @pytest.mark.usefixtures("fresh")
 def test_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(installed.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert cuda.unavailable() == f"it needs mamba-ssm: {cuda.INSTALL_SCAN}"
     assert cuda.conv_unavailable() == f"it needs causal-conv1d: {cuda.INSTALL_CONV}"
     assert "MAMBA_KEEP_CUDA_BUILD=TRUE MAMBA_FORCE_BUILD=TRUE pip install" in cuda.INSTALL_SCAN
+
+
+@pytest.mark.usefixtures("fresh")
+def test_without_a_device_installing_alone_is_not_the_cure(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(installed.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    first = "PyTorch finds no CUDA device (torch.cuda.is_available() is False), and it needs"
+    assert cuda.unavailable() == f"{first} mamba-ssm: {cuda.INSTALL_SCAN}"
+    assert cuda.conv_unavailable() == f"{first} causal-conv1d: {cuda.INSTALL_CONV}"
+    with pytest.raises(BackendError, match="kernels='cuda' cannot run: PyTorch finds no CUDA device"):
+        check("cuda")
+    gpu = torch.device("cuda")
+    assert cuda.unavailable(gpu) == f"it needs mamba-ssm: {cuda.INSTALL_SCAN}", "its inputs are on one"
 
 
 @pytest.mark.parametrize(
@@ -456,7 +471,8 @@ def test_installed_without_its_kernel(fresh: Path, interface: str, reason: str) 
     assert re.fullmatch(whole, message), message
 
 
-def test_a_convolution_that_does_not_import(fresh: Path) -> None:
+def test_a_convolution_that_does_not_import(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     (fresh / "causal_conv1d").mkdir()
     (fresh / "causal_conv1d" / "__init__.py").write_text("raise ImportError('undefined symbol: _ZN3c10')")
     assert cuda.conv_unavailable() == (

@@ -7,6 +7,7 @@ variable that it saves in the place of the call.
 from __future__ import annotations
 
 import ast
+import copy
 from dataclasses import dataclass, field
 
 from ..errors import UnknownSiteError
@@ -14,6 +15,7 @@ from . import loading
 from .calls import Tracing
 from .findings import Findings
 from .gathered import Hooks
+from .generation import generated
 from .names import read_name
 from .runs import Run
 from .scope import Scopes
@@ -67,6 +69,9 @@ class Expressions(ast.NodeTransformer):
         name = loading.called(node)
         if name == "get_act_name":
             return self._act_name(node)
+        receiver = ast.unparse(node.func.value) if isinstance(node.func, ast.Attribute) else ""
+        if name == "generate" and receiver in self.tracing.models:
+            return self._generated(node, receiver)
         node.func = self.visit(node.func)
         node = self.visit_children(node)
         if loading.is_loader(node) or loading.is_constructor(node):
@@ -81,9 +86,7 @@ class Expressions(ast.NodeTransformer):
             self.findings.call(node, ast.unparse(new))
             return new
         if name in SAME and isinstance(node.func, ast.Attribute):
-            if ast.unparse(node.func.value) in self.tracing.models:
-                return self._tokens(node, name)
-            return node
+            return self._tokens(node, name) if receiver in self.tracing.models else node
         if self._mentions(node.func):
             self.findings.problem(node, "a function of the library that has no counterpart here")
         return node
@@ -96,6 +99,19 @@ class Expressions(ast.NodeTransformer):
         new = ast.Call(node.func, node.args, [*node.keywords, ast.keyword("prepend_bos", ast.Constant(True))])
         self.findings.call(node, ast.unparse(new), "what it does there unless told otherwise")
         return new
+
+    def _generated(self, node: ast.Call, model: str) -> ast.expr:
+        """``model.generate(...)``."""
+        given = [*node.args[:1], *(one.value for one in node.keywords if one.arg == "input")]
+        is_text = not given or self.tracing.is_text(given[0])
+        if self.active[0] or self.active[1]:
+            self.findings.problem(
+                node,
+                "the hooks that are set run at every step of it: write their lines below "
+                "`with model.generate(...) as tracer:`, in `for step in tracer.iter[:]:`",
+            )
+        original = copy.deepcopy(node)
+        return generated(self.visit_children(node), original, model, is_text, self.findings)
 
     def _act_name(self, node: ast.Call) -> ast.expr:
         try:

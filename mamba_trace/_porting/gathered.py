@@ -60,11 +60,15 @@ class Gathered:
             run is not None
             and (given := run.arguments.get("input") or run.arguments.get("tokens")) is not None
         ):
-            text = self.scopes.expression(given)
-            run.is_text = isinstance(text, ast.JoinedStr) or (
-                isinstance(text, ast.Constant) and isinstance(text.value, str)
-            )
+            run.is_text = self.is_text(given)
         return run
+
+    def is_text(self, node: ast.expr) -> bool:
+        """Whether an expression is known to be a string."""
+        text = self.scopes.expression(node)
+        return isinstance(text, ast.JoinedStr) or (
+            isinstance(text, ast.Constant) and isinstance(text.value, str)
+        )
 
     def fresh(self, name: str) -> str:
         """A name that the script does not use."""

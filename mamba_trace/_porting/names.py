@@ -29,9 +29,6 @@ LAYER_TYPES = {
 }
 #: Where an inner module of the mixer runs: just before this site.
 NATIVE_BEFORE = {"in_proj": "skip", "conv1d": "conv", "x_proj": "delta_1", "dt_proj": "delta_2"}
-NOT_A_MAMBA = re.compile(
-    r"(^|\.)(attn|mlp|ln1|ln2)\.|hook_(attn|mlp|pattern|resid_mid|[qkvz](_|$))|hook_pos_embed"
-)
 
 Parts = list[str | ast.expr]
 
@@ -146,18 +143,11 @@ def name_of(parts: Parts) -> Name:
         if _varies(text):
             return Name(parts, None, slots)
         plain = _SLOT.sub(lambda match: "{" + ast.unparse(slots[int(match[0])]) + "}", str(error))
-        raise UnknownSiteError(with_reason(plain, text)) from error
+        raise UnknownSiteError(plain) from error
     numbers = {number for number in (place.layer, place.position) if number is not None}
     if set(slots) != {number for number in numbers if number in slots}:
         return Name(parts, None, slots)  # a number of which a part varies, as in f"blocks.1{digit}."
     return Name(parts, place, slots)
-
-
-def with_reason(message: str, name: str) -> str:
-    """The message for a name that is no place: nothing is near to what only a transformer has."""
-    if NOT_A_MAMBA.search(name) is None:
-        return message
-    return f"{message.partition(';')[0]}: a Mamba has no attention, no MLP and one norm in each block"
 
 
 def _varies(text: str) -> bool:

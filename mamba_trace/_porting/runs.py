@@ -22,6 +22,11 @@ KNOWN = set(
     "input tokens return_type names_filter stop_at_layer remove_batch_dim device fwd_hooks bwd_hooks "
     "prepend_bos".split()
 )
+#: The arguments of TransformerLens's ``generate``, in its order.
+GENERATE = (
+    *("input", "max_new_tokens", "stop_at_eos", "eos_token_id", "do_sample", "top_k", "top_p", "temperature"),
+    *("freq_penalty", "use_past_kv_cache", "prepend_bos", "padding_side", "return_type", "verbose"),
+)
 BY_HAND = {
     "incl_bwd": "for gradients, read y = site.output and then y.grad inside `with loss.backward():`",
     "start_at_layer": "assign the residual to model.layers[k].resid_pre.output instead",

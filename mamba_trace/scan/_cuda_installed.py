@@ -58,11 +58,24 @@ def _find(package: str, module: str, function: str, compiled: str, install: str)
         return f"{package} is installed without a working kernel ({_text(error)}): {install}"
 
 
+def no_device() -> str | None:
+    """That there is no device to run the kernels on; ``None`` where there is one."""
+    if "cuda" not in DEVICE_TYPES or torch.cuda.is_available():
+        return None
+    return "PyTorch finds no CUDA device (torch.cuda.is_available() is False)"
+
+
+def missing(reason: str, device: torch.device | None) -> str:
+    """Why there is no kernel, after the lack of a device, which installing does not cure."""
+    absent = no_device() if device is None else None
+    return reason if absent is None else f"{absent}, and {reason}"
+
+
 def misplaced(device: torch.device | None, dtype: torch.dtype, dtypes: tuple[torch.dtype, ...]) -> str | None:
     """Why the kernels cannot run on ``device`` (``None``: on any) with values in ``dtype``."""
     if device is None:
-        if "cuda" in DEVICE_TYPES and not torch.cuda.is_available():
-            return "PyTorch finds no CUDA device (torch.cuda.is_available() is False)"
+        if (reason := no_device()) is not None:
+            return reason
     elif device.type not in DEVICE_TYPES:
         return f"the model is on {device}, and it runs on a CUDA device alone: model.to('cuda')"
     if dtype not in dtypes:

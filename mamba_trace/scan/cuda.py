@@ -58,7 +58,7 @@ def unavailable(
         d_state: N.
     """
     if isinstance(kernel := installed.scan_kernel(), str):
-        return kernel
+        return installed.missing(kernel, device)
     if (reason := installed.misplaced(device, dtype, (torch.float32,))) is not None:
         return reason
     if d_state > MAX_STATE:
@@ -77,7 +77,7 @@ def conv_unavailable(
         width: of the kernel, K.
     """
     if isinstance(kernel := installed.conv_kernel(), str):
-        return kernel
+        return installed.missing(kernel, device)
     dtypes = (torch.float32, torch.float16, torch.bfloat16)
     if (reason := installed.misplaced(device, dtype, dtypes)) is not None:
         return reason

@@ -50,7 +50,10 @@ def unavailable(
         return reason
     if device is None:
         if not (torch.cuda.is_available() or _kernels().INTERPRETED):
-            return "PyTorch finds no CUDA device (torch.cuda.is_available() is False)"
+            return (
+                "PyTorch finds no CUDA device (torch.cuda.is_available() is False), and without one it runs "
+                "only where TRITON_INTERPRET=1 is in the environment, slowly"
+            )
     elif device.type != "cuda" and not (device.type == "cpu" and _kernels().INTERPRETED):
         return f"the model is on {device}, and it runs on a CUDA device alone: model.to('cuda')"
     if dtype != torch.float32:
