@@ -14,6 +14,7 @@ import contextlib
 import json
 import sys
 from dataclasses import asdict
+from enum import StrEnum
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -28,11 +29,28 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from .model import MambaTrace
-    from .patching import PatchGrid
 
 PROMPT = "Lately, Emma and Shelby had fun at school. Shelby gave an apple to"
 SOURCE = "Lately, Emma and Shelby had fun at school. Emma gave an apple to"
 DEMO = "demo"
+
+
+class MetricName(StrEnum):
+    """What ``patch`` can measure."""
+
+    LOGIT_DIFF = "logit-diff"
+    LOGIT = "logit"
+    LOG_PROB = "log-prob"
+    PROB = "prob"
+
+
+class Dtype(StrEnum):
+    """The dtypes that a model can be loaded in."""
+
+    FLOAT32 = "float32"
+    FLOAT64 = "float64"
+    FLOAT16 = "float16"
+    BFLOAT16 = "bfloat16"
 
 
 class PlainErrors(TyperGroup):
@@ -83,30 +101,47 @@ def patch(
     source: Annotated[str, typer.Option(help="The run that values are taken from.")] = SOURCE,
     answer: Annotated[str, typer.Option(help="The token prompt calls for; mind its space.")] = " Emma",
     wrong: Annotated[str, typer.Option(help="The token source calls for.")] = " Shelby",
-    site: Annotated[str, typer.Option(help="What is patched; see `mamba-trace sites`.")] = "h",
-    out: Annotated[Path | None, typer.Option(help="Save the grid: .html, .png or .json.")] = None,
+    site: Annotated[str, typer.Option(help="What is patched, or several: h,conv; see `sites`.")] = "h",
+    metric: Annotated[MetricName, typer.Option(help="What is measured.")] = MetricName.LOGIT_DIFF,
+    window: Annotated[int, typer.Option(min=1, help="Layers patched together.")] = 1,
+    attribution: Annotated[
+        bool, typer.Option("--attribution", help="Estimate to first order, too, and correlate.")
+    ] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="Save: .html (a page, of several too), .png, .json, .safetensors.")
+    ] = None,
+    keep: Annotated[Path | None, typer.Option(help="A folder to keep cells in and go on from.")] = None,
     kernels: Annotated[str, typer.Option(help="Which scan runs: auto or a backend.")] = "auto",
-    batch_size: Annotated[int, typer.Option(min=1, help="Positions patched in one forward.")] = 32,
+    dtype: Annotated[Dtype | None, typer.Option(help="Of the model; its checkpoint's by default.")] = None,
+    device: Annotated[str | None, typer.Option(help="Where it runs: cpu, cuda, cuda:1, auto.")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="The most cells in one forward; as memory permits by default.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")] = False,
 ) -> None:
     """Patch a site from one prompt's run into another's, at every layer and position.
 
-    Prints the logit difference ANSWER - WRONG of both runs, and for each cell how far patching it alone
-    moves that difference from the prompt's (0) to the source's (1).
+    Prints a metric of both runs, the logit difference ANSWER - WRONG unless another is named, and for each
+    cell how far patching it alone moves that from the prompt's (0) to the source's (1).
     """
-    from .patching import find_site, logit_diff, patch_grid
-    from .plotting import check_writable
+    from . import patch_command as command
 
-    find_site(site)
-    if out is not None:
-        check_writable(out)
-    loaded = load_model(model, kernels, quiet)
+    options = {"window": window, "batch_size": batch_size, "keep": keep, "progress": not quiet}
+    named = [name for name in site.replace(",", " ").split() if name]
+    asked = command.Asked(prompt, source, named, attribution, out, options)
+    loaded = load_model(model, kernels, quiet, dtype, device)
     warn_of_spaces(loaded, answer, wrong)
-    metric = logit_diff(loaded, answer, wrong)
-    grid = patch_grid(loaded, prompt, source, site, metric, batch_size=batch_size, progress=not quiet)
-    report(grid, model, prompt, source)
-    if out is not None:
-        typer.echo(f"wrote {grid.save(out)}")
+    grids = asked.grids(loaded, command.METRICS[metric.value](loaded, answer, wrong))
+    with command.in_the_first_process() as first:
+        if not first:
+            return
+        if as_json:
+            typer.echo(command.as_json(grids, asked, model))
+        else:
+            command.print_grids(grids, asked, model, console())
+        if (written := asked.save(grids)) is not None:
+            typer.echo(f"wrote {written}", err=as_json)
 
 
 @app.command()
@@ -177,25 +212,6 @@ def port(
 # -- what the commands print -------------------------------------------------------------------------------
 
 
-def report(grid: PatchGrid, model: str, prompt: str, source: str) -> None:
-    """Print both runs' metrics, and the normalised grid."""
-    from .plotting import terminal_table
-
-    screen = console()
-    for name, value in (
-        ("model", model),
-        ("prompt", prompt),
-        ("source", source),
-        ("site", f"{grid.site}, taken from source and put into prompt"),
-        ("metric", grid.metric),
-        ("uncorrupted", f"{grid.prompt_metric:+.4f} (prompt)"),
-        ("corrupted", f"{grid.source_metric:+.4f} (source)"),
-    ):
-        screen.print(f"{name:<12} {value}", markup=False, highlight=False, soft_wrap=True)
-    screen.print("\nnormalised metric after patching: 0 as prompt, 1 as source", highlight=False)
-    screen.print(terminal_table(grid.heatmap(), screen.width), soft_wrap=True)
-
-
 def versions() -> str:
     """``"mamba_trace 0.1.0, torch 2.13.0, ..."``."""
     packages = ("torch", "nnsight", "transformers", "mamba-ssm", "causal-conv1d", "triton", "numba")
@@ -225,15 +241,25 @@ def console() -> Console:
 # -- what the commands need --------------------------------------------------------------------------------
 
 
-def load_model(name: str, kernels: str, quiet: bool) -> MambaTrace:
+def load_model(
+    name: str, kernels: str, quiet: bool, dtype: str | None = None, device: str | None = None
+) -> MambaTrace:
     """The shipped model for ``"demo"``, a checkpoint for any other name."""
+    import torch
     from transformers.utils.logging import disable_progress_bar
 
     from .model import MambaTrace
+    from .sweep import own_device
 
     if quiet:
         disable_progress_bar()
-    return MambaTrace.demo(kernels=kernels) if name == DEMO else MambaTrace(name, kernels=kernels)
+    options: dict[str, Any] = {"kernels": kernels}
+    if dtype is not None:
+        options["dtype"] = getattr(torch, dtype)
+    device = device or own_device()
+    if device is not None:
+        options["device_map"] = device
+    return MambaTrace.demo(**options) if name == DEMO else MambaTrace(name, **options)
 
 
 def warn_of_spaces(model: MambaTrace, *answers: str) -> None:

@@ -49,3 +49,7 @@ class FileError(MambaTraceError, ValueError):
 
 class MissingExtraError(MambaTraceError, ImportError):
     """An optional dependency that is not installed."""
+
+
+class ProcessesError(MambaTraceError, RuntimeError):
+    """Several processes that should compute one thing together, and do not."""

@@ -6,6 +6,7 @@ last token. Padding belongs in neither, on whichever side it is.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,12 +14,44 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 
+@dataclass(frozen=True)
+class StartingStates:
+    """Where a forward call starts in the middle of a prompt: given as its ``cache``, and left as it is.
+
+    Unlike a Hugging Face cache it is not brought up to date, and layers may have different numbers of rows.
+    Several rows may start from one place, which is kept once.
+
+    Attributes:
+        columns: of each layer, the last K columns of x_in before each place [k,E,K].
+        states: of each layer, the state before each place [k,E,N].
+        places: of each layer, the place that each row starts from: integers [B].
+    """
+
+    columns: list[Tensor]
+    states: list[Tensor]
+    places: list[Tensor]
+
+    def add(self, columns: Tensor, state: Tensor) -> None:
+        """Add a layer, each row of which starts from its own columns [B,K,E] and state [B,E,N]."""
+        self.columns.append(columns.transpose(1, 2).contiguous())
+        self.states.append(state.clone())
+        self.places.append(torch.arange(len(state), device=state.device))
+
+    def convolution(self, layer: int) -> Tensor:
+        """The columns before the call [B,E,K]."""
+        return self.columns[layer][self.places[layer]]
+
+    def state(self, layer: int) -> Tensor:
+        """The state before the call [B,E,N]."""
+        return self.states[layer][self.places[layer]]
+
+
 class PastStates:
     """What one mixer's layer of a Hugging Face cache holds, and how it is brought up to date.
 
     Args:
         mixer: the mixer.
-        cache: the model's cache, or ``None``.
+        cache: the model's cache, `StartingStates`, or ``None``.
     """
 
     def __init__(self, mixer: Any, cache: Any) -> None:
@@ -29,6 +62,8 @@ class PastStates:
         if self.cache is None:
             return None
         layer, kernel = self.mixer.layer_idx, self.mixer.conv_kernel_size
+        if isinstance(self.cache, StartingStates):
+            return self.cache.convolution(layer)
         before = self.cache.get_conv_state(layer, state_idx=0)
         # The cache overwrites its tensors in place.
         before = None if before is None else before[..., -kernel:].clone()
@@ -38,6 +73,8 @@ class PastStates:
 
     def state(self) -> Tensor | None:
         """The cached state to start from [B,E,N], or ``None`` for zeros."""
+        if isinstance(self.cache, StartingStates):
+            return self.cache.state(self.mixer.layer_idx)
         if self.cache is not None:
             layer = self.cache.layers[self.mixer.layer_idx]
             if layer.is_recurrent_states_initialized[0]:
@@ -46,7 +83,7 @@ class PastStates:
 
     def keep(self, h: Tensor) -> None:
         """Store the state after the last token of this call."""
-        if self.cache is not None:
+        if self.cache is not None and not isinstance(self.cache, StartingStates):
             self.cache.update_recurrent_state(h, self.mixer.layer_idx)
 
 

@@ -5,81 +5,90 @@ value at one layer and position is taken from the run on one (``source``) and pu
 (``prompt``). Where the answer follows, the information was there. `patch_grid` asks this of every layer and
 position at once.
 
-Every cell is the result of an ordinary trace: a batch holds ``source`` in row 0 and ``prompt`` in all others,
-one row for each position, and the site's value is copied from row 0 into each row at that row's position. So
-no activations are kept between runs, and memory grows with ``batch_size`` alone.
+Nothing is computed that a patch cannot change: a cell's run starts at its layer and its position, from what
+the unpatched run left there, and cells run together as rows of a batch (see `sweep`). Each is what a trace of
+its own would give.
 
 Source: activation patching as in Vig et al. (arXiv 2004.12265) and Meng et al. (arXiv 2202.05262).
 """
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, overload
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from . import names
-from .errors import MetricError, PositionError, PromptError, UnknownSiteError
+from .attribution import attributions
+from .errors import PositionError, PromptError, UnknownSiteError
 from .grids import PatchGrid
-from .prompts import describe, matching_tokens, single_token, token_strings
-from .sites import BY_HOOK, BY_NAME, SITES, STATE, Site, describe_axes
+from .metrics import Metric, log_prob, logit, logit_diff, named_metrics, prob
+from .prompts import matching_tokens, token_strings
+from .sites import BY_HOOK, BY_NAME, SITES, Site, describe_axes
+from .sweep import Answers, Limits, Question, answers
 
 if TYPE_CHECKING:
     from .model import MambaTrace
 
-__all__ = ["Metric", "PatchGrid", "logit_diff", "patch_grid"]
+__all__ = ["Metric", "PatchGrid", "attribution_grid", "log_prob", "logit", "logit_diff", "patch_grid", "prob"]
 
-#: Logits at the last position [B,V] -> one number for each row [B].
-Metric = Callable[[Tensor], Tensor]
 #: The sites a grid can be made of.
 POSITIONAL = tuple(site.name for site in SITES if "L" in site.axes)
+#: Bytes that a forward's activations may take, and the states that cells start from.
+MEMORY = 2**29
 
 
-def logit_diff(model: MambaTrace, answer: str | int, wrong: str | int) -> Metric:
-    """The metric of the seed experiments: the logit of one token minus that of another.
-
-    Args:
-        model: whose tokenizer turns strings into tokens.
-        answer: a string that is one token (mind its leading space), or a token id.
-        wrong: likewise.
-
-    Returns:
-        A function from logits [B,V] to differences [B].
-
-    Raises:
-        PromptError: if either is not one token of the vocabulary, or both are the same.
-
-    Example::
-
-        metric = logit_diff(model, " Emma", " Shelby")
-    """
-    plus, minus = single_token(model, answer), single_token(model, wrong)
-    if plus == minus:
-        raise PromptError(
-            f"answer and wrong are both {answer!r} (token {plus}), so their logits never differ"
-        )
-
-    def metric(logits: Tensor) -> Tensor:
-        return logits[:, plus] - logits[:, minus]  # [B]
-
-    metric.__name__ = f"logit of {answer!r} minus logit of {wrong!r}"
-    return metric
-
-
+@overload
+def patch_grid(
+    model: MambaTrace,
+    prompt: str | Tensor,
+    source: str | Tensor,
+    site: str = ...,
+    metric: Metric | None = ...,
+    *,
+    metric_positions: int | Sequence[int] = ...,
+    window: int = ...,
+    batch_size: int | None = ...,
+    memory: int = ...,
+    keep: str | os.PathLike[str] | None = ...,
+    progress: bool = ...,
+    distribute: bool = ...,
+) -> PatchGrid: ...
+@overload
+def patch_grid(
+    model: MambaTrace,
+    prompt: str | Tensor,
+    source: str | Tensor,
+    site: str = ...,
+    *,
+    metric: Mapping[str, Metric],
+    metric_positions: int | Sequence[int] = ...,
+    window: int = ...,
+    batch_size: int | None = ...,
+    memory: int = ...,
+    keep: str | os.PathLike[str] | None = ...,
+    progress: bool = ...,
+    distribute: bool = ...,
+) -> dict[str, PatchGrid]: ...
 def patch_grid(
     model: MambaTrace,
     prompt: str | Tensor,
     source: str | Tensor,
     site: str = "h",
-    metric: Metric | None = None,
+    metric: Metric | Mapping[str, Metric] | None = None,
     *,
-    batch_size: int = 32,
+    metric_positions: int | Sequence[int] = -1,
+    window: int = 1,
+    batch_size: int | None = None,
+    memory: int = MEMORY,
+    keep: str | os.PathLike[str] | None = None,
     progress: bool = True,
-) -> PatchGrid:
+    distribute: bool = True,
+) -> PatchGrid | dict[str, PatchGrid]:
     """Patch a site from the run on ``source`` into that on ``prompt``, at every layer and position in turn.
 
     Args:
@@ -88,122 +97,178 @@ def patch_grid(
         source: likewise, of as many tokens.
         site: a site's name or hook name: ``"h"``, ``"resid_pre"``, ``"hook_conv"``, ... ``h`` is the state
             carried on from a position, so patching it acts on everything after, too.
-        metric: from the logits at the last position [B,V] to [B]; see `logit_diff`.
-        batch_size: how many positions one forward patches, each in a row of its own.
-        progress: show a progress bar on stderr.
+        metric: from the logits at the last position [B,V] to [B], see `logit_diff`; or a dict of several by
+            name, which are measured in the same runs.
+        metric_positions: the position whose logits the metric gets, or a list of m: then it gets [B,m,V], in
+            ascending order of position.
+        window: how many layers are patched together: row l patches ``window`` layers around l.
+        batch_size: the most cells that share a forward; ``None`` for as many as ``memory`` permits.
+        memory: bytes that the activations of one forward may take, and the states that cells start
+            from; beyond these, the residual streams of one run are held, [n_layers,L,D].
+        keep: a folder where finished cells are kept. After an interrupt the same call goes on from there.
+        progress: show a progress bar on stderr, with the time that is left.
+        distribute: where a launcher (torchrun, accelerate launch) started several processes, share the cells
+            among them; each of them gets the whole grid, the same to the last bit as from one process.
 
     Returns:
-        The grid: [n_layers, L], or [1, L] for a site of the whole model (embeddings, norm_f, lm_head).
+        The grid: [n_layers, L], or [1, L] for a site of the whole model (embeddings, norm_f, lm_head). With
+        several metrics, a dict of a grid for each.
 
     Raises:
         PromptError: before anything runs, if the prompts are not two single prompts of one length.
         UnknownSiteError: if there is no such site.
-        PositionError: if the site has no positions.
+        PositionError: if the site has no positions, or the prompt not those that the metric looks at.
         MetricError: if the metric does not return one number for each row.
+        FileError: if ``keep`` cannot be written, or holds another grid's cells.
+        ProcessesError: if the processes that share a grid do not all ask for the same.
 
     Example::
 
         grid = patch_grid(model, prompt, source, "resid_pre", logit_diff(model, " Emma", " Shelby"))
         grid.figure().show()
     """
-    where = find_site(site)
-    tokens, source_tokens = matching_tokens(model, prompt, source)  # [1,L] each
-    metric = checked_metric(metric)
-    if batch_size < 1:
-        raise PromptError(f"batch_size={batch_size}: a forward patches at least one position")
-    layers = [None] if where.scope == "model" else list(range(len(model.layers)))
-    values = torch.empty(len(layers), tokens.shape[1])
-    with (
-        torch.no_grad(),
-        tqdm(total=values.numel(), desc=f"patching {where.name}", disable=not progress) as bar,
-    ):
-        logits = plain_logits(model, torch.cat((source_tokens, tokens)))  # [2,V]
-        source_metric, prompt_metric = measured(metric, logits).tolist()
-        for row, layer in enumerate(layers):
-            for positions, logits in swept(model, tokens, source_tokens, where, layer, batch_size):
-                values[row, positions] = measured(metric, logits)
-                bar.update(len(positions))
-    return PatchGrid(
-        values=values,
-        prompt_metric=prompt_metric,
-        source_metric=source_metric,
-        site=where.name,
-        metric=getattr(metric, "__name__", type(metric).__name__),
-        row_labels=[where.name if layer is None else str(layer) for layer in layers],
-        prompt_tokens=token_strings(model, tokens),
-        source_tokens=token_strings(model, source_tokens),
-    )
+    metrics = named_metrics(metric, "patch_grid")
+    question = asked(model, prompt, source, site, metrics, metric_positions, window)
+    if batch_size is not None and batch_size < 1:
+        raise PromptError(f"batch_size={batch_size}: a forward patches at least one cell")
+    found = answers(model, question, Limits(batch_size, memory), keep, progress, distribute)
+    grids = grids_of(model, question, found, "patching")
+    return grids if isinstance(metric, Mapping) else next(iter(grids.values()))
 
 
-# -- running -----------------------------------------------------------------------------------------------
+@overload
+def attribution_grid(
+    model: MambaTrace,
+    prompt: str | Tensor,
+    source: str | Tensor,
+    site: str = ...,
+    metric: Metric | None = ...,
+    *,
+    metric_positions: int | Sequence[int] = ...,
+    steps: int = ...,
+) -> PatchGrid: ...
+@overload
+def attribution_grid(
+    model: MambaTrace,
+    prompt: str | Tensor,
+    source: str | Tensor,
+    site: str = ...,
+    *,
+    metric: Mapping[str, Metric],
+    metric_positions: int | Sequence[int] = ...,
+    steps: int = ...,
+) -> dict[str, PatchGrid]: ...
+def attribution_grid(
+    model: MambaTrace,
+    prompt: str | Tensor,
+    source: str | Tensor,
+    site: str = "h",
+    metric: Metric | Mapping[str, Metric] | None = None,
+    *,
+    metric_positions: int | Sequence[int] = -1,
+    steps: int = 1,
+) -> PatchGrid | dict[str, PatchGrid]:
+    """`patch_grid` to first order: from two forwards and one backward, for all layers and positions.
 
-
-def plain_logits(model: MambaTrace, tokens: Tensor) -> Tensor:
-    """The logits at the last position [B,V] of tokens [B,L], nothing patched."""
-    with model.trace(tokens, logits_to_keep=1):
-        logits = model.lm_head.output[:, -1].save()
-    return logits
-
-
-def swept(
-    model: MambaTrace, tokens: Tensor, source_tokens: Tensor, site: Site, layer: int | None, batch_size: int
-) -> Iterator[tuple[list[int], Tensor]]:
-    """`patched_logits` at every position of tokens [1,L], ``batch_size`` at a time: (positions, [k,V])."""
-    for start in range(0, tokens.shape[1], batch_size):
-        positions = list(range(start, min(start + batch_size, tokens.shape[1])))
-        batch = torch.cat((source_tokens, tokens.expand(len(positions), -1)))  # [1+k,L]
-        yield positions, patched_logits(model, batch, site, layer, positions)
-
-
-def patched_logits(
-    model: MambaTrace, batch: Tensor, site: Site, layer: int | None, positions: list[int]
-) -> Tensor:
-    """The logits at the last position where each row has the site's value of row 0 at one position.
+    A cell is m + sum((v_source - v_prompt) * dm/dv), with m the metric of the run on ``prompt`` and v the
+    site's value there; the gradient of ``h`` at a position includes all that the state is carried on to.
 
     Args:
         model: the model.
-        batch: token ids [1+k,L]: the source, then the prompt k times.
-        site: the site.
-        layer: its layer, or ``None`` where it has none.
-        positions: k positions in ascending order, of which row i + 1 is patched at the i-th.
+        prompt: a string or token ids [1,L].
+        source: likewise, of as many tokens.
+        site: a site's name or hook name, as in `patch_grid`.
+        metric: as in `patch_grid`; it must be differentiable.
+        metric_positions: as in `patch_grid`.
+        steps: with more than 1, the gradient is the mean over so many runs on embeddings between the prompt's
+            and the source's (integrated gradients): so many forwards and backwards, two forwards more.
 
     Returns:
-        [k,V].
+        The grid: [n_layers, L], or [1, L] for a site of the whole model. With several metrics, a dict of a
+        grid for each. ``grid.correlation(patched)`` says how far it agrees with what `patch_grid` found.
+
+    Raises:
+        As `patch_grid`; MetricError also if a metric has no gradient.
+
+    Source:
+        Attribution patching (Syed et al., arXiv 2310.10348); EAP-IG (Hanna et al., arXiv 2403.17806).
+
+    Example::
+
+        metric = logit_diff(model, " Emma", " Shelby")
+        estimate = attribution_grid(model, prompt, source, "h", metric)
+        print(estimate.correlation(patch_grid(model, prompt, source, "h", metric)))
     """
-    place: Any = model.hook(site.path(layer))
-    # The other positions' logits are not made, unless they are what is patched.
-    keep = 0 if site.name == "lm_head" else 1
-    with model.trace(batch, logits_to_keep=keep):
-        if site.name == STATE:
-            for row, position in enumerate(positions, start=1):
-                h = place[position].output  # [1+k,E,N]
-                h[row] = h[0]
-        else:
-            value = place.output  # [1+k,L,...]
-            value[torch.arange(1, len(positions) + 1), positions] = value[0, positions]
-        logits = model.lm_head.output[1:, -1].save()
-    return logits
+    metrics = named_metrics(metric, "attribution_grid")
+    question = asked(model, prompt, source, site, metrics, metric_positions, window=1)
+    if steps < 1:
+        raise PromptError(f"steps={steps}: a gradient is taken at one point at least")
+    found = attributions(model, question, steps)
+    grids = grids_of(model, question, found, "attribution" if steps == 1 else "integrated gradients")
+    return grids if isinstance(metric, Mapping) else next(iter(grids.values()))
 
 
-def checked_metric(metric: Metric | None) -> Metric:
-    """``metric``, if it can be called. Raises `MetricError`."""
-    if not callable(metric):
-        raise MetricError(
-            f"patch_grid needs a metric, a function from logits [B,V] to [B], not {metric!r}: "
-            f"metric=logit_diff(model, answer, wrong) is one"
+def asked(
+    model: MambaTrace,
+    prompt: str | Tensor,
+    source: str | Tensor,
+    site: str,
+    metrics: Mapping[str, Metric],
+    metric_positions: int | Sequence[int],
+    window: int,
+) -> Question:
+    """What a grid asks, checked before anything runs. Raises as `patch_grid` does."""
+    where = find_site(site)
+    tokens, source_tokens = matching_tokens(model, prompt, source)  # [1,L] each
+    n_layers = len(model.layers)
+    if not 1 <= window <= n_layers:
+        raise PositionError(f"window={window}: this model has {n_layers} layers to patch together")
+    single = isinstance(metric_positions, int)
+    if not single and not list(metric_positions):  # type: ignore[arg-type]
+        raise PositionError("metric_positions is empty: a metric looks at one position's logits at least")
+    wanted = [metric_positions] if isinstance(metric_positions, int) else list(metric_positions)
+    return Question(
+        tokens=torch.cat((source_tokens, tokens)),
+        site=where,
+        n_layers=n_layers,
+        window=window,
+        metrics=metrics,
+        looked_at=sorted({checked_position(position, tokens.shape[1]) for position in wanted}),
+        single=single,
+    )
+
+
+def checked_position(position: int, length: int) -> int:
+    """A position, counted from the start. Raises `PositionError`."""
+    if not -length <= position < length:
+        raise PositionError(
+            f"metric_positions has {position}, and the prompt has {length} positions: {-length} to "
+            f"{length - 1}"
         )
-    return metric
+    return position % length
 
 
-def measured(metric: Metric, logits: Tensor) -> Tensor:
-    """The metric of logits [B,V], as float32 on the CPU: [B]. Raises `MetricError` for any other shape."""
-    values = metric(logits)
-    if not isinstance(values, Tensor) or values.shape != logits.shape[:1]:
-        raise MetricError(
-            f"a metric takes the logits at the last position [B,V] and returns one number for each row [B]; "
-            f"for {describe(logits)} this one returned {describe(values)}"
+def grids_of(model: MambaTrace, question: Question, found: Answers, method: str) -> dict[str, PatchGrid]:
+    """The results, by the name of the metric."""
+    source_tokens, tokens = (token_strings(model, row[None]) for row in question.tokens)
+    site = question.site
+    return {
+        name: PatchGrid(
+            values=found.values[m],
+            prompt_metric=float(found.prompt[m]),
+            source_metric=float(found.source[m]),
+            site=site.name,
+            metric=name,
+            row_labels=[site.name]
+            if site.scope == "model"
+            else [str(row) for row in range(question.n_layers)],
+            prompt_tokens=tokens,
+            source_tokens=source_tokens,
+            window=question.window,
+            method=method,
         )
-    return values.detach().float().cpu()
+        for m, name in enumerate(question.metrics)
+    }
 
 
 # -- what was asked for ------------------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import re
 import subprocess
@@ -11,13 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from rich.console import Console
 from typer.testing import CliRunner, Result
 
-from mamba_trace import __version__
+from mamba_trace import MambaTrace, __version__
 from mamba_trace.cli import PROMPT, SOURCE, app, main
-from mamba_trace.patching import PatchGrid
-from mamba_trace.plotting import Heatmap, terminal_table
+from mamba_trace.patching import PatchGrid, attribution_grid, log_prob, logit_diff, patch_grid
 from mamba_trace.sites import SITES, rows
 
 
@@ -72,6 +69,48 @@ def test_patch_takes_other_prompts_sites_and_answers(tmp_path: Path) -> None:
     assert "patching" not in result.stderr
 
 
+def test_patch_draws_several_sites_on_one_page_and_says_how_well_first_order_does(tmp_path: Path) -> None:
+    out = tmp_path / "page.html"
+    result = run("patch", "--site", "h, resid_pre", "--attribution", "-q", "--out", str(out))
+    assert result.exit_code == 0, result.stderr
+    headings = ["h", "h, to first order", "resid_pre", "resid_pre, to first order"]
+    assert [line for line in result.stdout.splitlines() if line in headings] == headings
+    correlations = re.findall(r"^correlation with patching: ([+-]\d\.\d{4})$", result.stdout, re.MULTILINE)
+    model = MambaTrace.demo()
+    metric = logit_diff(model, " Emma", " Shelby")
+    for site, shown in zip(("h", "resid_pre"), correlations, strict=True):
+        patched = patch_grid(model, PROMPT, SOURCE, site, metric, progress=False)
+        expected = attribution_grid(model, PROMPT, SOURCE, site, metric).correlation(patched)
+        assert float(shown) == pytest.approx(expected, abs=1e-3)
+    page = out.read_text(encoding="utf-8")
+    assert page.count("Plotly.newPlot(") >= 4
+    assert "<h2>resid_pre, to first order</h2>" in page
+
+
+def test_patch_prints_json_of_another_metric_in_another_dtype() -> None:
+    options = ("--metric", "log-prob", "--dtype", "float64", "--device", "cpu", "--window", "2")
+    result = run("patch", "--site", "conv,norm", "--json", "-q", *options)
+    content = json.loads(result.stdout)
+    assert [grid["site"] for grid in content["grids"]] == ["conv", "norm"]
+    model = MambaTrace.demo(dtype=torch.float64)
+    for found in content["grids"]:
+        grid = patch_grid(
+            model, PROMPT, SOURCE, found["site"], log_prob(model, " Emma"), window=2, progress=False
+        )
+        assert (found["metric"], found["window"]) == ("log probability of ' Emma'", 2)
+        assert found["positions"] == grid.labels
+        torch.testing.assert_close(torch.tensor(found["values"], dtype=torch.float64), grid.values)
+        assert grid.values.dtype == torch.float64
+
+
+def test_patch_goes_on_from_what_it_kept(tmp_path: Path) -> None:
+    first = run("patch", "--site", "h,y", "--keep", str(tmp_path), "-q", "--json")
+    assert {path.name for path in tmp_path.iterdir()} == {"h", "y"}
+    again = run("patch", "--site", "h,y", "--keep", str(tmp_path), "-q", "--json")
+    assert first.stdout == again.stdout
+    assert "holds the cells of another grid" in refused("patch", "-q", "--keep", str(tmp_path / "y"))
+
+
 def test_patch_warns_of_an_answer_without_its_space() -> None:
     result = run("patch", "--answer", "Emma", "-q", "--site", "embeddings")
     assert "warning: 'Emma' and ' Emma' are different tokens" in result.stderr
@@ -88,7 +127,11 @@ def test_patch_warns_of_an_answer_without_its_space() -> None:
             "a grid takes a site. h patches every layer and position. A grid patches one of",
         ),
         (("--site", "layers[1].ssm.h"), "no site is called 'layers[1].ssm.h': that is one place"),
-        (("--out", "grid.pdf"), "grid.pdf: a grid is saved as .html, .png, .json, not .pdf"),
+        (("--out", "grid.pdf"), "grid.pdf: a result is saved as .html, .png, .json, .safetensors, not .pdf"),
+        (("--site", "h,y", "--out", "grid.png"), "grid.png: several grids are saved as one page, .html"),
+        (("--site", "h,resid_prae"), "no site is called 'resid_prae'; did you mean resid_pre"),
+        (("--site", " , "), "no site is named"),
+        (("--window", "9"), "window=9: this model has 8 layers"),
         (("--answer", " Emma Shelby"), "is 2 tokens"),
         (("--answer", " Shelby"), "answer and wrong are both ' Shelby'"),
         (("--source", SOURCE + " the"), "prompt has 15 tokens and source 16"),
@@ -207,69 +250,6 @@ def test_main_is_the_app(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
     help_text = capsys.readouterr().out
     assert "Usage: mamba-trace" in help_text
     assert all(command in help_text for command in ("patch", "sites"))
-
-
-# -- the table ---------------------------------------------------------------------------------------------
-
-
-def heatmap(values: list[list[float]]) -> Heatmap:
-    length = len(values[0])
-    tokens = [" tok", " longer_than_a_cell", "\n", " ", " 日本語", ","][:length]
-    tokens += [f" t{i}" for i in range(len(tokens), length)]
-    return Heatmap(
-        values=torch.tensor(values),
-        title="title",
-        row_title="layer",
-        row_labels=[str(row) for row in range(len(values))],
-        labels=[f"{token}_{i}" for i, token in enumerate(tokens)],
-        prompt_tokens=tokens,
-        source_tokens=[" other", *tokens[1:]],
-    )
-
-
-def printed(picture: Heatmap, width: int, **options: object) -> str:
-    console = Console(file=io.StringIO(), width=width, **options)  # type: ignore[arg-type]
-    console.print(terminal_table(picture, width), soft_wrap=True)
-    return console.file.getvalue()  # type: ignore[attr-defined]
-
-
-def test_the_table_says_every_number_in_plain_text() -> None:
-    text = printed(heatmap([[0.0, 1.0, -0.5], [12.345, -0.004, float("nan")]]), 27)
-    assert text.splitlines() == [
-        "             0     1     2",
-        "prompt     tok longe    \\n",
-        "source   other            ",
-        "layer 0      · +1.00 -0.50",
-        "layer 1  +12.3     ·  +nan",
-    ]
-
-
-@pytest.mark.parametrize("width", [120, 80, 40, 10])
-def test_the_table_fits_the_terminal_in_blocks(width: int) -> None:
-    from rich.cells import cell_len
-
-    picture = heatmap([[column / 17 for column in range(17)]])
-    lines = printed(picture, width).splitlines()
-    assert max(cell_len(line) for line in lines) <= max(width, len("layer 0 ") + 6)
-    shown = [number for line in lines if line.startswith("layer 0") for number in line.split()[2:]]
-    assert len(shown) == 17
-    assert (lines.count("") == 0) == (width == 120)
-
-
-def test_colours_diverge_from_zero_and_can_be_refused() -> None:
-    picture = heatmap([[0.0, 1.0, -1.0, 0.5]])
-    text = printed(picture, 80, force_terminal=True, color_system="truecolor")
-    assert "48;2;33;102;172m" in text
-    assert "48;2;178;24;43m" in text
-    assert "48;2;140;174;210m" in text, "half way to blue"
-    plain = printed(picture, 80, force_terminal=True, no_color=True)
-    assert "48;2" not in plain
-    assert "+1.00" in plain
-
-
-def test_rounding_is_not_painted() -> None:
-    text = printed(heatmap([[1e-7, -1e-7, 0.0]]), 80, force_terminal=True, color_system="truecolor")
-    assert "48;2" not in text
 
 
 # -- port --------------------------------------------------------------------------------------------------

@@ -7,6 +7,9 @@ one-line requests on its standard input, each answered by one line of JSON ({"ms
 
     forward 128     the forward of a prompt of 128 tokens
     edit 128        the same through run_with_hooks, with the state at the hook --hook set to zeros
+    grid FILE       the patching heatmap of hook_h by a forward for each cell, answered by {"ms", "values"};
+                    FILE is what `torch.save` wrote of {"weights": its state dict, "prompt", "source":
+                    tokens [1,L], "tokens": [plus, minus]}
     quit
 
 `MambaLens` is the other half, for the benchmark: it starts that program and passes the requests on. The
@@ -16,6 +19,7 @@ program sleeps while it waits, so only one of the two processes computes at any 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import subprocess
 import sys
@@ -23,6 +27,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -70,6 +75,12 @@ class MambaLens:
             return Milliseconds(answer["ms"])
 
         return run
+
+    def grid(self, file: Path) -> tuple[Milliseconds, Tensor]:
+        """The time and the values [n_layers,L] of a patching heatmap; ``file`` as in the request."""
+        time.sleep(REST)
+        answer = self._ask(f"grid {file}")
+        return Milliseconds(answer["ms"]), torch.tensor(answer["values"])
 
     def __enter__(self) -> MambaLens:
         return self
@@ -132,6 +143,29 @@ def tasks(model: Any, hook: str, length: int) -> dict[str, Callable[[], Tensor]]
     return found
 
 
+def patching_heatmap(model: Any, asked: Mapping[str, Any]) -> Tensor:
+    """The logit difference with each hook_h from the source's run, a forward for each cell [n_layers,L]."""
+    plus, minus = asked["tokens"]
+    _, cache = model.run_with_cache(asked["source"])
+    values = torch.zeros(model.cfg.n_layers, asked["prompt"].shape[1])
+    for layer in range(values.shape[0]):
+        for position in range(values.shape[1]):
+            name = f"blocks.{layer}.hook_h.{position}"
+            patch = functools.partial(lambda h, hook, name: cache[name], name=name)
+            logits = model.run_with_hooks(asked["prompt"], fwd_hooks=[(name, patch)])[0, -1]
+            values[layer, position] = logits[plus] - logits[minus]
+    return values
+
+
+def answer_grid(model: Any, file: str) -> dict[str, Any]:
+    """What the request "grid FILE" is answered."""
+    asked = torch.load(file)
+    model.load_state_dict(asked["weights"])
+    start = time.perf_counter()
+    values = patching_heatmap(model, asked)
+    return {"ms": 1000 * (time.perf_counter() - start), "values": values.tolist()}
+
+
 @torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -150,6 +184,9 @@ def main() -> None:
         kind, *rest = line.split()
         if kind == "quit":
             break
+        if kind == "grid":
+            print(json.dumps(answer_grid(model, " ".join(rest))), file=answers, flush=True)
+            continue
         length = int(rest[0])
         if length not in known:
             known[length] = tasks(model, arguments.hook, length)

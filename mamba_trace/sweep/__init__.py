@@ -1,0 +1,26 @@
+"""Sweeps: a run on one prompt, patched at every layer and position from a run on another, cell by cell.
+
+A cell of a grid is the model's answer with a site's value at one (layer, position) taken from elsewhere. A
+patch changes nothing in the layers before it and nothing at the positions before it, so a cell needs neither:
+it starts at its layer and its position, from the residual stream, the convolution's columns and the scan's
+state that the unpatched run left there. `plan` says which cells run together, `unpatched` makes what they
+start from, `patched` runs them, as rows of a batch that grows from layer to layer, and `kept` keeps what is
+done.
+"""
+
+from .processes import first_process, own_device, part
+from .question import Question
+from .run import Answers, Limits, answers
+from .unpatched import PROMPT, SOURCE
+
+__all__ = [
+    "PROMPT",
+    "SOURCE",
+    "Answers",
+    "Limits",
+    "Question",
+    "answers",
+    "first_process",
+    "own_device",
+    "part",
+]

@@ -1,0 +1,206 @@
+"""Computing a grid: every job that is not done yet, measured as it comes and kept as it goes."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from .kept import FolderPath, Kept
+from .patched import patched_logits
+from .plan import OVERHEAD, Footprint, Job, plan
+from .processes import Processes
+from .question import Question
+from .unpatched import PROMPT, SOURCE, Unpatched, run_unpatched, stretches
+
+if TYPE_CHECKING:
+    from ..model import MambaTrace
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How much runs at once.
+
+    Attributes:
+        batch_size: cells in one forward; ``None`` for as many as memory permits.
+        memory: bytes that a forward's activations and the states that cells start from may take, each.
+    """
+
+    batch_size: int | None
+    memory: int
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What came out.
+
+    Attributes:
+        values: of each metric [M,rows,L].
+        source, prompt: each metric of the unpatched runs [M].
+    """
+
+    values: Tensor
+    source: Tensor
+    prompt: Tensor
+
+
+def answers(
+    model: MambaTrace,
+    question: Question,
+    limits: Limits,
+    keep: FolderPath,
+    progress: bool,
+    distribute: bool,
+) -> Answers:
+    """Compute a grid.
+
+    Args:
+        model: the model.
+        question: what is asked.
+        limits: how much runs at once.
+        keep: a folder that finished cells are kept in and taken from.
+        progress: show a progress bar on stderr.
+        distribute: share the cells with the other processes that a launcher started.
+    """
+    processes = Processes.here(model.device) if distribute else Processes()
+    processes.check_same(question.described())
+    with torch.no_grad():
+        unpatched = run_unpatched(model, question.tokens, question.looked_at)
+        both = question.measure(unpatched.logits)  # [M,2]
+        kept = Kept.open(keep, question, both)
+        # A patch that changes nothing leaves the prompt's answer.
+        values = both[:, PROMPT, None, None].repeat(1, len(question.windows), question.length)
+        if question.after_layers:
+            after_layers(question, unpatched, values)
+        else:
+            jobs = planned(model, question, limits)
+            kept.jobs |= set(processes.gather(list(kept.jobs)))
+            missing = [job for job in jobs if not kept.has(job)]
+            with bar_over(missing, question, kept, processes, progress) as bar:
+                mine = set(processes.share(missing))
+                for job, found in sweep(model, question, limits, unpatched, jobs, mine):
+                    kept.add(job, found)
+                    bar.done(job)
+                kept.cells = dict(processes.gather(list(kept.cells.items())))
+                bar.show()
+            kept.fill(values)
+    return Answers(values, both[:, SOURCE], both[:, PROMPT])
+
+
+def after_layers(question: Question, unpatched: Unpatched, values: Tensor) -> None:
+    """Fill the row of a site after all layers: the source's logits at a position, the prompt's elsewhere."""
+    for m, position in enumerate(question.looked_at):
+        logits = unpatched.logits[PROMPT].clone()  # [m,V]
+        logits[m] = unpatched.logits[SOURCE, m]
+        values[:, :, position] = question.measure(logits[None])
+
+
+def planned(model: MambaTrace, question: Question, limits: Limits) -> list[Job]:
+    """All the jobs of a grid, in order of position."""
+    parameter = next(model._module.parameters())
+    footprint = Footprint.of(model.config, question.patched, parameter.dtype.itemsize)
+
+    def fits(length: int) -> int:
+        rows = footprint.rows(limits.memory, length)
+        return rows if limits.batch_size is None else min(rows, limits.batch_size)
+
+    overhead = OVERHEAD.get(parameter.device.type, OVERHEAD["cuda"])
+    return plan(len(question.windows), question.positions, question.stop, fits, overhead)
+
+
+def sweep(
+    model: MambaTrace,
+    question: Question,
+    limits: Limits,
+    unpatched: Unpatched,
+    jobs: list[Job],
+    wanted: Collection[Job],
+) -> Iterator[tuple[Job, Tensor]]:
+    """Run those of a grid's ``jobs`` that are wanted: each with its metrics [M,rows,k]."""
+    groups = grouped(jobs, longest_stretch(model, question, limits))
+    spans = [range(group[0].positions.start, group[-1].positions.stop) for group in groups]
+    needed = [any(job in wanted for job in group) for group in groups]
+    if not any(needed):
+        return
+    found = stretches(model, question.tokens, spans, needed, question.patched)
+    for group, stretch in zip(groups, found, strict=False):  # it ends with the last that is needed
+        for job in group:
+            if stretch is None or job not in wanted:
+                continue
+            logits = patched_logits(
+                model, job, question.windows, question.patched, unpatched, stretch, question.looked_at
+            )  # [rows,k,m,V]
+            yield job, question.measure(logits.flatten(0, 1)).unflatten(1, logits.shape[:2])
+
+
+def longest_stretch(model: MambaTrace, question: Question, limits: Limits) -> int:
+    """How many positions' states of all layers fit into memory, beside the source's values."""
+    config = model.config
+    state = config.intermediate_size * config.state_size * 8 * config.num_hidden_layers
+    return max(1, limits.memory // (2 * state))
+
+
+def grouped(jobs: list[Job], longest: int) -> list[list[Job]]:
+    """Jobs in order of position, in groups that span at most ``longest`` positions, or have one job."""
+    groups: list[list[Job]] = []
+    for job in jobs:
+        if groups and job.positions.stop - groups[-1][0].positions.start <= longest:
+            groups[-1].append(job)
+        else:
+            groups.append([job])
+    return groups
+
+
+@contextmanager
+def bar_over(
+    jobs: list[Job], question: Question, kept: Kept, processes: Processes, show: bool
+) -> Iterator[Bar]:
+    """A progress bar over the time that jobs take, which is not the same for all cells."""
+    bar = Bar(jobs, question, processes, show)
+    try:
+        yield bar
+    except KeyboardInterrupt as interrupt:
+        interrupt.add_note(f"{bar.cells} of {bar.all_cells} cells {kept.fate}")
+        raise
+    finally:
+        bar.bar.close()
+
+
+class Bar:
+    """A progress bar that shows the cells of all processes, and estimates by what is left to run."""
+
+    def __init__(self, jobs: list[Job], question: Question, processes: Processes, show: bool) -> None:
+        self.question, self.processes = question, processes
+        self.all_cells = len(question.windows) * question.length
+        self.others = self.all_cells - sum(job.n_cells for job in jobs)  # kept, or what no patch can change
+        self.cells = self.others
+        shared = f" on {processes.size} processes" if processes.size > 1 else ""
+        self.bar = tqdm(
+            total=sum(map(self.work, jobs)),
+            desc=f"patching {question.site.name}{shared}",
+            disable=not show or processes.rank > 0,
+            bar_format="{desc}: {percentage:3.0f}%|{bar}|{postfix} [{elapsed}<{remaining}]",
+            postfix=f"{self.cells}/{self.all_cells}",
+        )
+        self.worked = processes.counter("work")
+        self.done_cells = processes.counter("cells")
+
+    def work(self, job: Job) -> int:
+        """Positions times layers."""
+        layers = sum(self.question.n_layers - self.question.windows[row].start for row in job.rows)
+        return layers * len(job.positions) * (self.question.stop - job.positions.start)
+
+    def done(self, job: Job) -> None:
+        """Count a job of this process."""
+        self.show(job.n_cells, self.work(job))
+
+    def show(self, cells: int = 0, work: int = 0) -> None:
+        """Count, and show how far all processes are."""
+        self.cells = self.others + self.done_cells(cells)
+        self.bar.set_postfix_str(f"{self.cells}/{self.all_cells}", refresh=False)
+        self.bar.update(self.worked(work) - self.bar.n)

@@ -1,0 +1,130 @@
+"""The patching heatmap of the state, beside MambaLens's, and beside the matmuls that no sweep can do without.
+
+A model of mamba-130m's shape with random weights, 24 layers x 17 positions. MambaLens (in an environment of
+its own, see `peer_mamba_lens`) runs a forward for each of the 408 cells, on the same weights, and the values
+are compared. *floor* is the matmuls of the positions that a patch can change, layer by layer.
+
+Two pairs of prompts are swept: one that differs from the first token on, so that no cell can be left out, and
+one that differs in one token in the middle, as prompts do that ask who did something.
+
+    python tests/benchmarks/patching.py --mamba-lens .mamba_lens/bin/python --json patching.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import platform
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from forward import PACKAGES, SHAPE, in_words, mamba_lens
+from timing import Contender, measure, summary, table
+from torch import Tensor
+
+from mamba_trace import MambaTrace
+from mamba_trace.conversion import convert_state_dict
+from mamba_trace.patching import attribution_grid, logit_diff, patch_grid
+
+LENGTH, DIFFERS = 17, 10
+PLUS, MINUS = 5, 6
+BESIDE = {"floor": "floor", "patch_grid": "floor", "attribution_grid": "floor"}
+CONFIG = {
+    "d_model": SHAPE["hidden_size"],
+    "n_layer": SHAPE["num_hidden_layers"],
+    "vocab_size": SHAPE["vocab_size"],
+}
+
+
+def floor(model: MambaTrace, first: int) -> Contender:
+    """The matmuls of every cell's run and its logits, for prompts that differ from ``first`` on."""
+    positions = range(first, LENGTH)
+    tokens = sum(LENGTH - position for position in positions)  # of the runs that start in one layer
+    steps: list[tuple[Tensor, Tensor]] = []  # input [tokens,width], weight
+    for layer, block in enumerate(model._module.backbone.layers):
+        for linear in (block.mixer.in_proj, block.mixer.x_proj, block.mixer.dt_proj, block.mixer.out_proj):
+            steps.append((torch.randn((layer + 1) * tokens, linear.in_features), linear.weight))
+    head = model._module.lm_head
+    steps.append((torch.randn(len(model.layers) * len(positions), head.in_features), head.weight))
+
+    def run() -> None:
+        for x, weight in steps:
+            F.linear(x, weight)
+
+    return run
+
+
+def prompts() -> dict[int, tuple[Tensor, Tensor]]:
+    """Pairs of prompt and source [1,L], by the first position at which they differ."""
+    generator = torch.Generator().manual_seed(0)
+    first, second = torch.randint(0, SHAPE["vocab_size"], (2, 1, LENGTH), generator=generator)
+    one = first.clone()
+    one[:, DIFFERS] = second[:, DIFFERS]
+    return {0: (first, second), DIFFERS: (first, one)}
+
+
+def beside_mamba_lens(lens: Any, model: MambaTrace, pair: tuple[Tensor, Tensor]) -> dict[str, Any]:
+    """MambaLens's time for the same heatmap, and how far its values are from ours."""
+    ours = patch_grid(model, *pair, "h", logit_diff(model, PLUS, MINUS), progress=False).values
+    weights = convert_state_dict(model._module.state_dict(), "mamba_lens")
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "grid.pt"
+        asked = {"weights": weights, "prompt": pair[0], "source": pair[1], "tokens": [PLUS, MINUS]}
+        torch.save(asked, file)
+        ms, theirs = lens.grid(file)
+    difference, spread = (theirs - ours).abs().max(), ours.max() - ours.min()
+    return {"ms": round(float(ms)), "largest difference": float(difference), "spread": float(spread)}
+
+
+def compared(
+    model: MambaTrace, pair: tuple[Tensor, Tensor], first: int, lens: Any, repeats: int
+) -> dict[str, Any]:
+    """All times for one pair of prompts, printed and returned."""
+    metric = logit_diff(model, PLUS, MINUS)
+    runs: dict[str, Contender] = {
+        "floor": floor(model, first),
+        "patch_grid": functools.partial(patch_grid, model, *pair, "h", metric, progress=False),
+        "attribution_grid": functools.partial(attribution_grid, model, *pair, "h", metric),
+    }
+    rows = summary(measure(runs, repeats, warm_up=1), BESIDE)
+    print(table(f"prompts that differ from token {first} on, {repeats} repeats", rows, digits=0), flush=True)
+    if lens is None:
+        return {"contenders": rows}
+    found = beside_mamba_lens(lens, model, pair)
+    found["ratio"] = round(found["ms"] / rows["patch_grid"]["ms"], 2)
+    print(
+        f"  MambaLens: {found['ms']} ms, {found['ratio']} x patch_grid; values differ by at most "
+        f"{found['largest difference']:.1e} of {found['spread']:.2g}",
+        flush=True,
+    )
+    return {"contenders": rows, "mamba lens": found}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--threads", type=int, default=2, help="of PyTorch and of the scan")
+    parser.add_argument("--repeats", type=int, default=5, help="timed runs of each contender")
+    parser.add_argument("--mamba-lens", metavar="PYTHON", help="interpreter of an environment that has it")
+    parser.add_argument("--json", type=Path, help="where to write the numbers")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    versions = {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
+    print(in_words(versions), f"{arguments.threads} threads", sep=", ")
+    model = MambaTrace.from_config(CONFIG)
+    results: dict[str, Any] = {"versions": versions, "threads": arguments.threads, "shape": SHAPE}
+    results |= {"length": LENGTH, "repeats": arguments.repeats, "first difference": {}}
+    with mamba_lens(arguments.mamba_lens, arguments.threads) as lens:
+        for first, pair in prompts().items():
+            found = compared(model, pair, first, lens, arguments.repeats)
+            results["first difference"][str(first)] = found
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps(results, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
