@@ -19,7 +19,7 @@ from mamba_trace.errors import FileError, MetricError, PositionError
 from mamba_trace.patching import PatchGrid, log_prob, logit, logit_diff, patch_grid, prob
 from mamba_trace.sites import BY_NAME
 from mamba_trace.sweep import run
-from mamba_trace.sweep.plan import Footprint, Job, plan, windows
+from mamba_trace.sweep.plan import Footprint, Job, jobs_of, windows
 
 #: Prompts that differ from the first token on.
 LONG = torch.randint(1, 31, (2, 13), generator=torch.Generator().manual_seed(3))
@@ -141,12 +141,14 @@ def rows_run(tiny: MambaTrace) -> list[list[tuple[int, ...]]]:
 def test_nothing_runs_that_a_patch_cannot_change(
     tiny: MambaTrace, rows_run: list[list[tuple[int, ...]]]
 ) -> None:
-    """One position at a time, so that nothing is padded: rows join at their layer, from their position on."""
+    """With a forward for each position nothing is padded: rows join behind their layer, from there on."""
     patch_grid(tiny, OURS, THEIRS, metric=logit(tiny, 3), batch_size=3, progress=False)
     differ = 2  # where the prompts first do
     for layer, shapes in enumerate(rows_run):
-        assert shapes[:3] == [(2, 6), (2, 2), (2, 4)], "the unpatched runs, and the states they leave"
-        assert shapes[3:] == [(layer + 1, 6 - position) for position in range(differ, 6)]
+        assert shapes[0] == (2, 6), "the unpatched runs"
+        patched, after = [(3, 4), (1, 1)], [(layer, 6 - position) for position in range(differ, 6)]
+        after = after if layer else []
+        assert shapes[1:] == [patched[0], *after[:3], patched[1], *after[3:]]
 
 
 def test_nothing_runs_past_the_last_position_that_is_looked_at(
@@ -155,7 +157,7 @@ def test_nothing_runs_past_the_last_position_that_is_looked_at(
     grid = patch_grid(
         tiny, OURS, THEIRS, metric=logit(tiny, 3), metric_positions=3, batch_size=3, progress=False
     )
-    assert rows_run[2][3:] == [(3, 2), (3, 1)]
+    assert rows_run[2][1:] == [(2, 2), (2, 2), (2, 1)], "patched together, and after each other to the end"
     assert (grid.values[:, 4:] == grid.prompt_metric).all()
 
 
@@ -181,7 +183,7 @@ def test_windows_are_cut_at_the_ends() -> None:
 @pytest.mark.parametrize("most", [1, 5, 24, 100, 10_000])
 @pytest.mark.parametrize("n_rows", [1, 24])
 def test_a_plan_has_every_cell_once_and_no_more_of_them_together_than_fit(n_rows: int, most: int) -> None:
-    jobs = plan(n_rows, range(3, 40), 50, lambda length: max(1, most * 10 // length), overhead=30)
+    jobs = jobs_of(n_rows, range(3, 40), 50, lambda length: max(1, most * 10 // length), overhead=30)
     cells = [(row, position) for job in jobs for row in job.rows for position in job.positions]
     assert sorted(cells) == [(row, position) for row in range(n_rows) for position in range(3, 40)]
     for job in jobs:

@@ -8,9 +8,10 @@ start from, `patched` runs them, as rows of a batch that grows from layer to lay
 done.
 """
 
+from .plan import Limits
 from .processes import first_process, own_device, part
 from .question import Question
-from .run import Answers, Limits, answers
+from .run import Answers, answers
 from .unpatched import PROMPT, SOURCE
 
 __all__ = [

@@ -1,127 +1,142 @@
 """Running cells: rows of a batch, each from its layer and its position on.
 
-At every layer the rows whose patch begins there join the batch, with the residual stream of the unpatched
-run. Every row starts at its position, so the place that is patched is always the first. Rows of later
-positions are shorter; what pads them comes after their end and changes nothing before it.
+A cell runs in two parts. In the layers that it patches a site is wanted, which costs kernels; there only the
+rows that are patched run (`patched_streams`). Behind them nobody looks inside: the rows join one batch that
+grows from layer to layer and runs fused to the end (`last_logits`). Every row starts at its position, so the
+place that is patched is always the first. Rows of later positions are shorter; what pads them comes after
+their end and changes nothing before it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import nnsight
 import torch
 from torch import Tensor
 
-from ..past import StartingStates
-from ..sites import STATE, Site
+from ..sites import STATE
 from .plan import Job
+from .question import Question
 from .unpatched import PROMPT, Stretch, Unpatched
 
 if TYPE_CHECKING:
     from ..model import MambaTrace
 
 
-def patched_logits(
-    model: MambaTrace,
-    job: Job,
-    windows: Sequence[range],
-    site: Site,
-    unpatched: Unpatched,
-    stretch: Stretch,
-    looked_at: Sequence[int],
-) -> Tensor:
-    """The logits of the cells of ``job``, at the positions ``looked_at``.
+@dataclass(frozen=True)
+class Patched:
+    """Cells that have run through the layers that they patch.
 
-    Args:
-        model: the model.
-        job: rows of the grid and positions of ``stretch``.
-        windows: of every row of the grid, the layers that it patches.
-        site: what is patched.
-        unpatched, stretch: what cells start from.
-        looked_at: m positions, in ascending order.
-
-    Returns:
-        [rows,k,m,V].
+    Attributes:
+        job: which: rows of the grid, and k positions.
+        streams: of each row, the residual stream behind its last patched layer [k,l,D].
     """
-    cells = Cells(job, [windows[row] for row in job.rows], unpatched, stretch, max(looked_at) + 1)
-    n_layers, first = len(model.layers), cells.windows[0].start
-    with model.trace(inputs_embeds=cells.joining(first), cache=cells.start(n_layers), use_cache=False):
-        for layer in range(n_layers):
+
+    job: Job
+    streams: list[Tensor]
+
+    def part(self, row: int, positions: range, length: int) -> Tensor:
+        """The streams of some positions of a row of the grid, as far as they need: [b,length,D]."""
+        first = positions.start - self.job.positions.start
+        return self.streams[row - self.job.rows.start][first : first + len(positions), :length]
+
+
+def patched_streams(
+    model: MambaTrace, job: Job, question: Question, unpatched: Unpatched, stretch: Stretch
+) -> Patched:
+    """Run cells through the layers that they patch; at each layer a row for every window that it is in."""
+    windows = [question.windows[row] for row in job.rows]
+    positions = torch.tensor(job.positions)  # [k]
+    offsets = positions - stretch.positions.start
+    steps = torch.arange(question.stop - job.positions.start)
+    span = (positions[:, None] + steps).clamp(max=question.stop - 1)  # [k,l]: at its end over and over
+
+    def starting(layer: int) -> list[Tensor]:
+        new = sum(window.start == layer for window in windows)
+        return [unpatched.streams[layer][span]] * new
+
+    def running(layer: int) -> int:
+        return sum(layer in window for window in windows)
+
+    first, last = windows[0].start, windows[-1].stop
+    rows = starting(first)
+    places = [offsets.repeat(running(layer)) for layer in range(len(model.layers))]
+    with model.trace(inputs_embeds=joined(rows), cache=stretch.start(places), use_cache=False) as tracer:
+        streams = nnsight.save([])
+        for layer in range(last):
             block = model.layers[layer]
             if layer < first:
                 block.skip(block.input)
                 continue
-            joining = cells.joining(layer)
-            if layer > first and joining is not None:
-                block.input = torch.cat((block.input, joining))  # [B,l,D]
-            rows = cells.patched(layer)
-            if rows:
-                cells.patch(model.hook(site.path(layer)), site, layer, rows)
-        stream = model.norm_f.input  # [B,l,D]
-        model.norm_f.input = stream[torch.arange(len(stream))[:, None], cells.ends(looked_at, len(stream))]
-        logits = model.lm_head.output.save()  # [B,m,V]
-    logits = logits.unflatten(0, (len(job.rows), len(job.positions)))  # [rows,k,m,V]
-    return cells.with_unpatched(logits, looked_at)
+            if layer > first:
+                block.input = joined([*rows, *starting(layer)])
+            patch(model, question, layer, stretch.values[layer][offsets])
+            rows = list(block.resid_post.output.split(len(offsets)))  # [k,l,D] each
+            ended = sum(window.stop == layer + 1 for window in windows)
+            streams.extend(rows[:ended])
+            rows = rows[ended:]
+        tracer.stop()
+    return Patched(job, streams)
 
 
-class Cells:
-    """The rows of one job's batch: row ``r k + i`` is the r-th row of the grid at the i-th of k positions.
+def patch(model: Any, question: Question, layer: int, values: Tensor) -> None:
+    """Put the source's values [k,...] into every row at its first position, in a trace."""
+    site = question.patched
+    place = model.hook(site.path(layer))
+    if site.name == STATE:
+        h = place[0].output  # [B,E,N]
+        h.unflatten(0, (-1, len(values)))[:] = values
+    else:
+        value = place.output  # [B,L,...]
+        value.unflatten(0, (-1, len(values)))[:, :, 0] = values
+
+
+def joined(rows: list[Tensor]) -> Tensor:
+    """Rows [b,l,D] of one batch, on the device of the last, which is where they go on."""
+    return torch.cat([tensor.to(rows[-1].device) for tensor in rows])
+
+
+def last_logits(
+    model: MambaTrace, job: Job, question: Question, patched: Patched, unpatched: Unpatched, stretch: Stretch
+) -> Tensor:
+    """Run cells from behind their patched layers to the end.
 
     Args:
-        job: which cells.
-        windows: of each row of the grid in the job, the layers it patches; starts and ends ascend.
-        unpatched, stretch: what they start from.
-        stop: where every run ends.
+        model: the model.
+        job: the cells, row by row of the grid.
+        question: what is asked.
+        patched: among others, these cells.
+        unpatched, stretch: what cells start from.
+
+    Returns:
+        Their logits at the m positions that metrics look at [rows,k,m,V].
     """
+    n_layers, positions = len(model.layers), torch.tensor(job.positions)
+    behind = {row: question.windows[row].stop for row in job.rows}
+    first = behind[job.rows.start]
 
-    def __init__(
-        self, job: Job, windows: Sequence[range], unpatched: Unpatched, stretch: Stretch, stop: int
-    ) -> None:
-        self.windows, self.unpatched, self.stretch = windows, unpatched, stretch
-        self.positions = torch.tensor(job.positions)  # [k]
-        self.offsets = self.positions - stretch.positions.start  # [k]: where in the stretch
-        span = self.positions[:, None] + torch.arange(stop - job.positions.start)  # [k,l]
-        self.span = span.clamp(max=stop - 1)
+    def joining(layer: int) -> list[Tensor]:
+        length = question.stop - job.positions.start
+        return [patched.part(row, job.positions, length) for row in job.rows if behind[row] == layer]
 
-    def joining(self, layer: int) -> Tensor | None:
-        """The residual stream into ``layer`` of the rows whose window begins there, or ``None``: [b,l,D]."""
-        n_rows = sum(window.start == layer for window in self.windows)
-        if not n_rows:
-            return None
-        return self.unpatched.streams[layer][self.span].repeat(n_rows, 1, 1)
-
-    def start(self, n_layers: int) -> StartingStates:
-        """Where each row of each layer starts."""
-        places = [
-            self.offsets.repeat(sum(window.start <= layer for window in self.windows)).to(state.device)
-            for layer, state in zip(range(n_layers), self.stretch.states, strict=True)
-        ]
-        return StartingStates(self.stretch.columns, self.stretch.states, places)
-
-    def patched(self, layer: int) -> slice | None:
-        """The rows of the batch that are patched at ``layer``."""
-        found = [row for row, window in enumerate(self.windows) if layer in window]
-        k = len(self.positions)
-        return slice(found[0] * k, (found[-1] + 1) * k) if found else None
-
-    def patch(self, place: Any, site: Site, layer: int, rows: slice) -> None:
-        """Put the source's values into ``rows`` at the first position, in a trace."""
-        values = self.stretch.values[layer][self.offsets]  # [k,...]
-        values = values.repeat((rows.stop - rows.start) // len(values), *[1] * (values.dim() - 1))
-        if site.name == STATE:
-            place[0].output[rows] = values
-        else:
-            place.output[rows, 0] = values
-
-    def ends(self, looked_at: Sequence[int], n_rows: int) -> Tensor:
-        """Where in each row the positions looked at are [B,m]; 0 for what comes before the row."""
-        ends = (torch.tensor(looked_at) - self.positions[:, None]).clamp(min=0)  # [k,m]
-        return ends.repeat(n_rows // len(ends), 1)
-
-    def with_unpatched(self, logits: Tensor, looked_at: Sequence[int]) -> Tensor:
-        """``logits`` [rows,k,m,V] with the unpatched run's where a position comes before its row's start."""
-        before = torch.tensor(looked_at) < self.positions[:, None]  # [k,m]
-        if not before.any():
-            return logits
-        return torch.where(before.to(logits.device)[..., None], self.unpatched.logits[PROMPT], logits)
+    offsets = positions - stretch.positions.start
+    places = [offsets.repeat(sum(stop <= layer for stop in behind.values())) for layer in range(n_layers)]
+    looked_at = torch.tensor(question.looked_at)
+    ends = (looked_at - positions[:, None]).clamp(min=0).repeat(len(job.rows), 1)  # [B,m]
+    with model.trace(inputs_embeds=torch.cat(joining(first)), cache=stretch.start(places), use_cache=False):
+        for layer in range(n_layers):
+            block = model.layers[layer]
+            if layer < first:
+                block.skip(block.input)
+            elif layer > first and joining(layer):
+                block.input = joined([block.input, *joining(layer)])  # [B,l,D]
+        stream = joined([model.norm_f.input, *(joining(n_layers) if first < n_layers else ())])
+        model.norm_f.input = stream[torch.arange(len(stream))[:, None], ends]  # [B,m,D]
+        logits = model.lm_head.output.save()  # [B,m,V]
+    logits = logits.unflatten(0, (len(job.rows), len(positions)))
+    before = looked_at < positions[:, None]  # [k,m]: not in the row, and so as in the unpatched run
+    if not before.any():
+        return logits
+    return torch.where(before.to(logits.device)[..., None], unpatched.logits[PROMPT], logits)

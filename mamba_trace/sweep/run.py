@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -12,27 +12,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .kept import FolderPath, Kept
-from .patched import patched_logits
-from .plan import OVERHEAD, Footprint, Job, plan
+from .patched import last_logits, patched_streams
+from .plan import Job, Limits, Plan
 from .processes import Processes
 from .question import Question
-from .unpatched import PROMPT, SOURCE, Unpatched, run_unpatched, stretches
+from .unpatched import PROMPT, SOURCE, Stretch, Unpatched, run_unpatched, stretches
 
 if TYPE_CHECKING:
     from ..model import MambaTrace
-
-
-@dataclass(frozen=True)
-class Limits:
-    """How much runs at once.
-
-    Attributes:
-        batch_size: cells in one forward; ``None`` for as many as memory permits.
-        memory: bytes that a forward's activations and the states that cells start from may take, each.
-    """
-
-    batch_size: int | None
-    memory: int
 
 
 @dataclass(frozen=True)
@@ -70,20 +57,21 @@ def answers(
     processes = Processes.here(model.device) if distribute else Processes()
     processes.check_same(question.described())
     with torch.no_grad():
-        unpatched = run_unpatched(model, question.tokens, question.looked_at)
+        plan = None if question.after_layers else Plan.of(model, question, limits)
+        whole = question.patched if plan is not None and plan.short else None
+        unpatched, stretch = run_unpatched(model, question.tokens, question.looked_at, whole)
         both = question.measure(unpatched.logits)  # [M,2]
         kept = Kept.open(keep, question, both)
         # A patch that changes nothing leaves the prompt's answer.
         values = both[:, PROMPT, None, None].repeat(1, len(question.windows), question.length)
-        if question.after_layers:
+        if plan is None:
             after_layers(question, unpatched, values)
         else:
-            jobs = planned(model, question, limits)
             kept.jobs |= set(processes.gather(list(kept.jobs)))
-            missing = [job for job in jobs if not kept.has(job)]
+            missing = [job for job in plan.jobs if not kept.has(job)]
             with bar_over(missing, question, kept, processes, progress) as bar:
                 mine = set(processes.share(missing))
-                for job, found in sweep(model, question, limits, unpatched, jobs, mine):
+                for job, found in sweep(model, question, plan, unpatched, stretch, mine):
                     kept.add(job, found)
                     bar.done(job)
                 kept.cells = dict(processes.gather(list(kept.cells.items())))
@@ -100,60 +88,34 @@ def after_layers(question: Question, unpatched: Unpatched, values: Tensor) -> No
         values[:, :, position] = question.measure(logits[None])
 
 
-def planned(model: MambaTrace, question: Question, limits: Limits) -> list[Job]:
-    """All the jobs of a grid, in order of position."""
-    parameter = next(model._module.parameters())
-    footprint = Footprint.of(model.config, question.patched, parameter.dtype.itemsize)
-
-    def fits(length: int) -> int:
-        rows = footprint.rows(limits.memory, length)
-        return rows if limits.batch_size is None else min(rows, limits.batch_size)
-
-    overhead = OVERHEAD.get(parameter.device.type, OVERHEAD["cuda"])
-    return plan(len(question.windows), question.positions, question.stop, fits, overhead)
-
-
 def sweep(
     model: MambaTrace,
     question: Question,
-    limits: Limits,
+    plan: Plan,
     unpatched: Unpatched,
-    jobs: list[Job],
+    whole: Stretch | None,
     wanted: Collection[Job],
 ) -> Iterator[tuple[Job, Tensor]]:
-    """Run those of a grid's ``jobs`` that are wanted: each with its metrics [M,rows,k]."""
-    groups = grouped(jobs, longest_stretch(model, question, limits))
-    spans = [range(group[0].positions.start, group[-1].positions.stop) for group in groups]
-    needed = [any(job in wanted for job in group) for group in groups]
+    """Run those of a grid's jobs that are wanted: each with its metrics [M,rows,k].
+
+    ``whole`` is the stretch of all positions, where there is one already.
+    """
+    needed = [any(job in wanted for job in stretch.jobs) for stretch in plan.stretches]
     if not any(needed):
         return
-    found = stretches(model, question.tokens, spans, needed, question.patched)
-    for group, stretch in zip(groups, found, strict=False):  # it ends with the last that is needed
-        for job in group:
-            if stretch is None or job not in wanted:
+    spans = [stretch.positions for stretch in plan.stretches]
+    found: Iterable[Stretch | None] = [whole]
+    if whole is None:
+        found = stretches(model, question.tokens, spans, needed, question.patched)
+    for planned, stretch in zip(plan.stretches, found, strict=False):  # it ends with the last that is needed
+        for group in planned.groups:
+            jobs = [job for job in group.jobs if job in wanted]
+            if stretch is None or not jobs:
                 continue
-            logits = patched_logits(
-                model, job, question.windows, question.patched, unpatched, stretch, question.looked_at
-            )  # [rows,k,m,V]
-            yield job, question.measure(logits.flatten(0, 1)).unflatten(1, logits.shape[:2])
-
-
-def longest_stretch(model: MambaTrace, question: Question, limits: Limits) -> int:
-    """How many positions' states of all layers fit into memory, beside the source's values."""
-    config = model.config
-    state = config.intermediate_size * config.state_size * 8 * config.num_hidden_layers
-    return max(1, limits.memory // (2 * state))
-
-
-def grouped(jobs: list[Job], longest: int) -> list[list[Job]]:
-    """Jobs in order of position, in groups that span at most ``longest`` positions, or have one job."""
-    groups: list[list[Job]] = []
-    for job in jobs:
-        if groups and job.positions.stop - groups[-1][0].positions.start <= longest:
-            groups[-1].append(job)
-        else:
-            groups.append([job])
-    return groups
+            patched = patched_streams(model, group.whole, question, unpatched, stretch)
+            for job in jobs:
+                logits = last_logits(model, job, question, patched, unpatched, stretch)  # [rows,k,m,V]
+                yield job, question.measure(logits.flatten(0, 1)).unflatten(1, logits.shape[:2])
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import nnsight
 import torch
@@ -53,14 +53,40 @@ class Stretch:
     states: list[Tensor]
     values: list[Tensor]
 
+    def add(self, model: Any, layer: int, site: Site, past: StartingStates | None) -> None:
+        """In a trace of source and prompt over the positions, add what there is in a layer."""
+        width = model.config.conv_kernel
+        names = sorted({"x_in", site.name, STATE}, key=list(BY_NAME).index)
+        at = {name: model.hook(BY_NAME[name].path(layer)).output for name in names}  # [2,k,...] each
+        x_in, h = after(past, layer, at["x_in"], width), at[STATE]  # [2,K+k,E], [2,k,E,N]
+        first = torch.zeros_like(h[:, 0]) if past is None else past.states[layer]  # [2,E,N]
+        self.columns.append(x_in[PROMPT].unfold(0, width, 1)[:-1].clone())
+        self.states.append(torch.cat((first[PROMPT, None], h[PROMPT, :-1])))
+        self.values.append(at[site.name][SOURCE].clone())
 
-def run_unpatched(model: MambaTrace, tokens: Tensor, looked_at: list[int]) -> Unpatched:
-    """Run source and prompt, tokens [2,L], and keep the streams, and the logits at ``looked_at``."""
+    def start(self, places: list[Tensor]) -> StartingStates:
+        """Where rows start that are, of each layer, at these places among the positions [B]."""
+        found = [place.to(state.device) for place, state in zip(places, self.states, strict=True)]
+        return StartingStates(self.columns, self.states, found)
+
+
+def run_unpatched(
+    model: MambaTrace, tokens: Tensor, looked_at: list[int], site: Site | None
+) -> tuple[Unpatched, Stretch | None]:
+    """Run source and prompt, tokens [2,L], and keep the streams, and the logits at ``looked_at``.
+
+    With a site, what cells start from is kept as well, at every position.
+    """
+    stretch = Stretch(range(tokens.shape[1]), [], [], []) if site is not None else None
     with model.trace(tokens, use_cache=False):
-        streams = nnsight.save([block.resid_pre.output[PROMPT].clone() for block in model.layers])
+        streams = nnsight.save([])
+        for layer in range(len(model.layers)):
+            streams.append(model.layers[layer].resid_pre.output[PROMPT].clone())
+            if stretch is not None and site is not None:
+                stretch.add(model, layer, site, None)
         model.norm_f.input = model.norm_f.input[:, looked_at]
         logits = model.lm_head.output.save()
-    return Unpatched(streams, logits)
+    return Unpatched(streams, logits), stretch
 
 
 def stretches(
@@ -103,17 +129,10 @@ def run_stretch(
     model: MambaTrace, tokens: Tensor, positions: range, site: Site, past: StartingStates | None
 ) -> Stretch:
     """Run ``positions`` of tokens [2,L] from where ``past`` ended, and keep what cells start from."""
-    width = model.config.conv_kernel
-    names = sorted({"x_in", site.name, STATE}, key=list(BY_NAME).index)
     stretch = Stretch(positions, [], [], [])
     with model.trace(tokens[:, positions.start : positions.stop], cache=past, use_cache=False) as tracer:
         for layer in range(len(model.layers)):
-            at = {name: model.hook(BY_NAME[name].path(layer)).output for name in names}  # [2,k,...] each
-            x_in, h = after(past, layer, at["x_in"], width), at[STATE]  # [2,K+k,E], [2,k,E,N]
-            first = torch.zeros_like(h[:, 0]) if past is None else past.states[layer]  # [2,E,N]
-            stretch.columns.append(x_in[PROMPT].unfold(0, width, 1)[:-1].clone())
-            stretch.states.append(torch.cat((first[PROMPT, None], h[PROMPT, :-1])))
-            stretch.values.append(at[site.name][SOURCE].clone())
+            stretch.add(model, layer, site, past)
         tracer.stop()
     return stretch
 
