@@ -1,0 +1,319 @@
+"""Which tokens each token reads through the state of a layer: the attention matrix that a Mamba has hidden.
+
+The scan is linear in its input x, so y_i = sum over j <= i of alpha[i,j] x_j in every channel, with
+
+    alpha[i,j] = C_i (A_bar_i ... A_bar_{j+1}) B_bar_j
+
+a causal attention matrix for each channel. `hidden_attention` computes it, `contributions` the parts
+alpha[i,j] x_j that y_i is the sum of, by their norm or along a direction.
+
+One trace that stops after the layer reads the parameters of its scan; `scan_pairs` makes the matrix of them
+in blocks. The [E,N,L,L] tensor of the formula never exists, nor one of more than 32 MiB but for [L,E], the
+result, and one channel's [L,N]. The result is [L,L], and [L,L,E] only where every channel is asked for.
+
+Source: The Hidden Attention of Mamba Models (Ali et al., arXiv 2403.01590).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import nnsight
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .errors import SiteValueError
+from .plotting import Heatmap
+from .prompts import describe, prompt_tokens, token_strings
+from .results import Result
+from .scan_pairs import ScanPairs
+from .selection import Channels, Positions, channel_mask, check_channels, layer_numbers, position_numbers
+
+if TYPE_CHECKING:
+    from .model import MambaTrace
+
+__all__ = ["Contributions", "HiddenAttention", "contributions", "hidden_attention"]
+
+#: What the attention matrices of several channels are made into, by name, and what they then are.
+MEASURES = {"mean": "mean of alpha", "abs_mean": "mean of |alpha|", None: "alpha"}
+
+
+@dataclass(frozen=True, eq=False)
+class TokenPairs(Result):
+    """A number for every pair of a token that reads and a token that is read.
+
+    Attributes:
+        values: [rows, columns], or [rows, columns, channels]; 0 where the column is after the row.
+        layer: the layer.
+        measure: what the numbers are, in words.
+        channels: the channels of d_inner that they are of, ascending.
+        rows: the positions i that read, ascending.
+        columns: the positions j that are read, ascending.
+        tokens: the string of the token at each position of the prompt.
+    """
+
+    values: Tensor
+    layer: int
+    measure: str
+    channels: list[int]
+    rows: list[int]
+    columns: list[int]
+    tokens: list[str]
+
+    def _labels(self, positions: Sequence[int]) -> list[str]:
+        """A label for each position: ``" school_8"``."""
+        return [f"{self.tokens[position]}_{position}" for position in positions]
+
+    def _pictured(self, title: str) -> list[Heatmap]:
+        """The one picture, of the mean over channels where they were kept."""
+        values = self.values if self.values.dim() == 2 else self.values.mean(-1)
+        measure = self.measure if self.values.dim() == 2 else f"mean of {self.measure}"
+        count = len(self.channels)
+        return [
+            Heatmap(
+                values=values,
+                title=f"{title}, layer {self.layer}\n{measure}, {count} channel{'s' * (count != 1)}",
+                row_title="token",
+                row_labels=self._labels(self.rows),
+                column_title="Token that is read",
+                column_labels=self._labels(self.columns),
+                value_title=measure,
+            )
+        ]
+
+
+@dataclass(frozen=True, eq=False)
+class HiddenAttention(TokenPairs):
+    """The result of `hidden_attention`: alpha[i,j]. Attributes as of `TokenPairs`."""
+
+    def heatmaps(self) -> list[Heatmap]:
+        """One picture: what each row reads of each column.
+
+        Example::
+
+            hidden_attention(model, prompt, 1).heatmaps()[0].values  # [L,L]
+        """
+        return self._pictured("Hidden attention")
+
+
+@dataclass(frozen=True, eq=False)
+class Contributions(TokenPairs):
+    """The result of `contributions`: what of y_i comes from x_j. Attributes as of `TokenPairs`."""
+
+    def heatmaps(self) -> list[Heatmap]:
+        """One picture: what each row has from each column.
+
+        Example::
+
+            contributions(model, prompt, 1).heatmaps()[0].values  # [L,L]
+        """
+        return self._pictured("Contributions to y")
+
+
+def hidden_attention(
+    model: MambaTrace,
+    prompt: str | Tensor,
+    layer: int,
+    *,
+    channels: Channels = None,
+    rows: Positions | None = None,
+    columns: Positions | None = None,
+    reduce: str | None = "mean",
+) -> HiddenAttention:
+    """The attention matrix of one layer's scan: alpha[i,j] = C_i (A_bar_i ... A_bar_{j+1}) B_bar_j.
+
+    In every channel the sum over columns of alpha[i,j] x_j, x the site ``ssm_input``, is y_i, the site ``y``.
+
+    Args:
+        model: the model.
+        prompt: a string or token ids [1,L].
+        layer: the layer; negative counts from the end.
+        channels: ``None`` for all, ``"slow"``, ``"medium"`` or ``"fast"`` (see `flow.decay_groups`), indices,
+            or a boolean mask [E].
+        rows: the positions i that read: an int, a slice, several ints or a boolean mask [L]; all by default.
+        columns: the positions j that are read, likewise.
+        reduce: over channels: ``"mean"``, ``"abs_mean"`` (of absolute values), or ``None`` to keep them all.
+
+    Returns:
+        ``values`` [rows, columns] or [rows, columns, channels], float32 (float64 in a float64 model), on the
+        CPU. A column after its row is 0.
+
+    Raises:
+        PromptError: if the prompt is not one prompt.
+        LayerError: if there is no such layer.
+        PositionError: for rows or columns that the prompt does not have.
+        SiteValueError: for channels that the layer does not have.
+        ValueError: for another ``reduce``.
+
+    Source:
+        The Hidden Attention of Mamba Models (arXiv 2403.01590).
+
+    Example::
+
+        attention = hidden_attention(model, prompt, layer=1, channels="slow", rows=-1)
+        attention.values  # [1,L]: what the last token reads
+        attention.save("attention.html")
+    """
+    if reduce not in MEASURES:
+        raise ValueError(f"reduce={reduce!r} is none of {', '.join(map(repr, MEASURES))}")
+    asked = Asked.of(model, prompt, layer, channels, rows, columns)
+    pairs, _ = asked.run(model, of_x=False)
+    if reduce is None:
+        values = pairs.each()
+    elif reduce == "mean":
+        values = pairs.along(torch.full_like(pairs.delta, 1 / len(asked.channels)))
+    else:
+        values = pairs.summed(torch.abs) / len(asked.channels)
+    return HiddenAttention(values=values.cpu(), measure=MEASURES[reduce], **asked.described(model))
+
+
+def contributions(
+    model: MambaTrace,
+    prompt: str | Tensor,
+    layer: int,
+    *,
+    y_direction: Tensor | None = None,
+    residual_direction: Tensor | None = None,
+    channels: Channels = None,
+    rows: Positions | None = None,
+    columns: Positions | None = None,
+) -> Contributions:
+    """What of each token's y comes from each token: alpha[i,j] x_j, of which y_i is the sum over j.
+
+    Args:
+        model, prompt, layer, channels, rows, columns: as for `hidden_attention`.
+        y_direction: measure contributions by their dot product with this direction [E]; summed over j that is
+            the dot product of y_i.
+        residual_direction: measure them by what they write to the residual stream along this direction [D],
+            by way of the token's gate and out_proj. Summed over j that is what y_i writes: out_proj's output
+            less what the D term and a bias write.
+
+    Returns:
+        ``values`` [rows, columns], float32 (float64 in a float64 model), on the CPU: norms over channels
+        where no direction is given. A column after its row is 0.
+
+    Raises:
+        SiteValueError: if a direction has another length or both are given, or for channels that the layer
+            does not have.
+        PromptError, LayerError, PositionError: as `hidden_attention`.
+
+    Source:
+        The matrix of arXiv 2403.01590.
+
+    Example::
+
+        directions = model.tokens_to_residual_directions(
+            torch.tensor([model.to_single_token(" Emma"), model.to_single_token(" Shelby")])
+        )  # [2,D]
+        found = contributions(model, prompt, 1, residual_direction=directions[0] - directions[1], rows=-1)
+        found.values  # [1,L]: from which tokens layer 1 has what it says in favour of Emma
+    """
+    if y_direction is not None and residual_direction is not None:
+        raise SiteValueError(
+            "contributions are measured along one direction: y_direction or residual_direction"
+        )
+    check_direction("y_direction", y_direction, "E d_inner", model.config.intermediate_size)
+    check_direction("residual_direction", residual_direction, "D d_model", model.config.hidden_size)
+    asked = Asked.of(model, prompt, layer, channels, rows, columns)
+    pairs, skip = asked.run(model, of_x=True)
+    if residual_direction is not None:
+        written = through_out_proj(model, asked.layer, residual_direction, skip)[asked.channels]
+        gate = F.silu(skip[:, asked.channels].to(pairs.delta.dtype))
+        values, measure = pairs.along(gate * written), "alpha x along a direction of the residual stream"
+    elif y_direction is not None:
+        along = y_direction.to(pairs.delta)[asked.channels]
+        values, measure = pairs.along(along.expand_as(pairs.delta)), "alpha x along a direction of y"
+    else:
+        values, measure = pairs.summed(torch.square).sqrt(), "norm of alpha x"
+    return Contributions(values=values.cpu(), measure=measure, **asked.described(model))
+
+
+# -- what was asked for ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The pairs and channels of one layer that are wanted.
+
+    Attributes:
+        tokens: [1,L].
+        layer: its number.
+        channels, rows, columns: ascending.
+    """
+
+    tokens: Tensor
+    layer: int
+    channels: list[int]
+    rows: list[int]
+    columns: list[int]
+
+    @classmethod
+    def of(
+        cls,
+        model: MambaTrace,
+        prompt: str | Tensor,
+        layer: int,
+        channels: Channels,
+        rows: Positions | None,
+        columns: Positions | None,
+    ) -> Asked:
+        """What `hidden_attention` was asked for. Raises what it raises."""
+        tokens = prompt_tokens(model, "prompt", prompt)
+        (layer,) = layer_numbers(model, layer)
+        check_channels(model, channels)
+        mask = channel_mask(model, layer, channels)
+        rows, columns = (slice(None) if positions is None else positions for positions in (rows, columns))
+        return cls(
+            tokens,
+            layer,
+            mask.nonzero().flatten().tolist(),
+            sorted(position_numbers("rows", rows, tokens.shape[1])),
+            sorted(position_numbers("columns", columns, tokens.shape[1])),
+        )
+
+    def run(self, model: MambaTrace, of_x: bool) -> tuple[ScanPairs, Tensor]:
+        """The pairs of the layer's scan on the prompt, of alpha x or of alpha, and the site skip [L,E]."""
+        ssm = model.layers[self.layer].ssm
+        with torch.no_grad(), model.trace(self.tokens) as tracer:
+            skip, x, delta = (site.output[0] for site in (ssm.skip, ssm.ssm_input, ssm.delta))  # [L,E]
+            A, B, C = ssm.A.output, ssm.B.output[0], ssm.C.output[0]  # [E,N], [L,N], [L,N]
+            read = nnsight.save([skip, x, delta, A, B, C])
+            tracer.stop()
+        skip, x, delta, A, B, C = read
+        x, delta, A = x[:, self.channels].to(delta.dtype), delta[:, self.channels], A[self.channels]
+        x = x if of_x else torch.ones_like(x)
+        return ScanPairs(delta, x, A, B.to(delta.dtype), C.to(delta.dtype), self.rows, self.columns), skip
+
+    def described(self, model: MambaTrace) -> dict[str, Any]:
+        """The fields of a result that say what it is of."""
+        return {
+            "layer": self.layer,
+            "channels": self.channels,
+            "rows": self.rows,
+            "columns": self.columns,
+            "tokens": token_strings(model, self.tokens),
+        }
+
+
+def check_direction(name: str, direction: Any, axis: str, size: int) -> None:
+    """Refuse what is no direction of ``size``. Raises `SiteValueError`."""
+    if direction is None:
+        return
+    if not isinstance(direction, Tensor) or direction.shape != (size,) or not direction.is_floating_point():
+        raise SiteValueError(
+            f"{name} takes a floating tensor of shape [{size}] [{axis}], not {describe(direction)}"
+        )
+
+
+def through_out_proj(model: MambaTrace, layer: int, direction: Tensor, skip: Tensor) -> Tensor:
+    """What each channel of out_proj's input writes along a direction [D] of the residual stream: [E]."""
+    # By way of the module itself, which may be adapted, quantised or offloaded.
+    out_proj = model.layers[layer].ssm.out_proj._module
+    with torch.enable_grad():
+        gated = torch.zeros_like(skip[:1]).requires_grad_()  # [1,E]
+        written = out_proj(gated)  # [1,D]
+        (along,) = torch.autograd.grad(written, gated, direction.detach().to(written)[None])
+    return along[0]

@@ -1,0 +1,230 @@
+"""Which layers, tokens and channels a function is to act on, checked before it acts.
+
+Functions that edit a run take positions as an int, a slice or several ints, channels as indices, a mask or a
+group by how fast they forget, and layers as numbers. What they are given is checked here against the model
+and the forward call, as early as these are known, so that nothing is ever cut that does not exist.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate.utils import align_module_device
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+from .demand import SiteOrderError, expect
+from .errors import LayerError, MambaTraceError, PositionError, SiteValueError
+from .scan.reference import accumulation_dtype
+
+if TYPE_CHECKING:
+    from .model import MambaTrace
+
+#: Indices: one, a slice, several, or a boolean mask of all. Negative ones count from the end.
+Indices = int | slice | Sequence[int] | Sequence[bool] | Tensor
+#: Tokens of one forward call.
+Positions = Indices
+#: Channels of d_inner: all, a group of `decay_groups`, or indices.
+Channels = Indices | str | None
+#: Layers: all, one, or several; negative counts from the end.
+Layers = None | int | Sequence[int]
+
+#: The thirds of a layer's channels, beginning with those that keep their state longest.
+GROUPS = ("slow", "medium", "fast")
+#: Packages whose frames are no user's.
+INTERNAL = ("mamba_trace", "nnsight", "greenlet")
+
+
+# -- layers ------------------------------------------------------------------------------------------------
+
+
+def layer_numbers(model: MambaTrace, layers: Layers) -> list[int]:
+    """The layers in ascending order, each once. Raises `LayerError`."""
+    n_layers = len(model.layers)
+    if layers is None:
+        return list(range(n_layers))
+    given = [layers] if isinstance(layers, int) else list(layers)
+    for layer in given:
+        if not -n_layers <= layer < n_layers:
+            raise LayerError(f"layers={layers!r}: this model has layers 0 to {n_layers - 1}, and no {layer}")
+    if not given:
+        raise LayerError(f"layers={layers!r} names no layer; this model has layers 0 to {n_layers - 1}")
+    return sorted({layer % n_layers for layer in given})
+
+
+# -- positions ---------------------------------------------------------------------------------------------
+
+
+def position_numbers(role: str, positions: Positions, length: int) -> list[int]:
+    """The positions of a call of ``length``, from 0, in the order given and none twice.
+
+    Args:
+        role: what messages call them.
+        positions: an int, a slice, several ints or a boolean mask [L].
+        length: L.
+
+    Raises:
+        PositionError: for one that the call does not have or that is no integer, or if there is none.
+    """
+    counted = f"Positions count the tokens of one forward call, and this one has {length}"
+    found = _indices(positions, length, lambda reason: PositionError(f"{role}={reason}. {counted}"))
+    return list(dict.fromkeys(found))
+
+
+def call_inputs(*envoys: Any) -> tuple[int, Tensor | None] | None:
+    """The length L and the attention mask [B,L] of the forward call, inside a trace.
+
+    Args:
+        envoys: the model or blocks, of whose inputs the first that can still be served are read.
+
+    Returns:
+        ``(L, mask or None)``, or ``None`` if the run has gone past all of them.
+    """
+    for envoy in envoys:
+        try:
+            expect(f"{envoy.path}.input")
+        except SiteOrderError:
+            continue
+        args, inputs = envoy.inputs
+        named = (inputs.get(name) for name in ("input_ids", "inputs_embeds"))
+        first = next((value for value in named if value is not None), args[0] if args else None)
+        if isinstance(first, Tensor):
+            mask = inputs.get("attention_mask")
+            return first.shape[1], None if mask is None else mask[:, -first.shape[1] :]
+    return None
+
+
+def warn_of_padding(role: str, positions: Positions, mask: Tensor | None) -> None:
+    """Warn, at the user's line, whoever counts columns of a left-padded prompt; mask [B,L]."""
+    bounds = [positions.start or None, positions.stop] if isinstance(positions, slice) else _listed(positions)
+    counts = any(bound is not None and bound >= 0 for bound in bounds)
+    if not counts or mask is None or isinstance(mask, FakeTensor) or mask.is_meta:
+        return
+    offsets = (mask.cumsum(-1) == 0).sum(-1).tolist()
+    if not any(offsets):
+        return
+    frame = sys._getframe()
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in INTERNAL:
+        frame = frame.f_back
+    told = str(offsets[0]) if len(set(offsets)) == 1 else str(offsets)
+    message = (
+        f"{role}={positions!r}: this invoke is left-padded by {told}, so column p is not its token p. Add "
+        f"the padding to the position, or count from the end with a negative one"
+    )
+    warnings.warn_explicit(message, UserWarning, frame.f_code.co_filename, frame.f_lineno)
+
+
+# -- channels ----------------------------------------------------------------------------------------------
+
+
+def decay_rate(model: MambaTrace, layer: int) -> Tensor:
+    """How fast each channel of a layer forgets: the mean over its states of -A.
+
+    A state is multiplied by exp(delta A) at each token, so this is per unit of delta.
+
+    Args:
+        model: the model, inside a trace or not.
+        layer: its layer; negative counts from the end.
+
+    Returns:
+        [E] float32 (float64 in a float64 model), positive, without a gradient.
+
+    Raises:
+        LayerError: if there is no such layer.
+
+    Source:
+        Mamba (arXiv 2312.00752), section 3.2: A_bar = exp(delta A).
+
+    Example::
+
+        decay_rate(model, layer=1).argmin()  # the channel that remembers longest
+    """
+    (layer,) = layer_numbers(model, layer)
+    model.dispatch()
+    mixer = model.layers[layer].ssm._module
+    A_log = mixer.A_log.detach()  # [E,N]
+    # Where weights are offloaded. Not if they are at hand since the mixer is running: to fetch them then
+    # would take them away from it.
+    if A_log.is_meta:
+        with align_module_device(mixer):
+            A_log = mixer.A_log.detach()
+    return A_log.to(accumulation_dtype(A_log)).exp().mean(-1)
+
+
+def decay_groups(model: MambaTrace, layer: int) -> dict[str, Tensor]:
+    """The channels of a layer in thirds by `decay_rate`.
+
+    Args:
+        model, layer: as for `decay_rate`.
+
+    Returns:
+        ``"slow"``, ``"medium"`` and ``"fast"``: channel indices int64, ascending, each channel in one group.
+
+    Raises:
+        LayerError: if there is no such layer.
+
+    Example::
+
+        slow = decay_groups(model, layer=1)["slow"]
+    """
+    order = decay_rate(model, layer).argsort(stable=True)
+    return {name: part.sort().values for name, part in zip(GROUPS, order.tensor_split(3), strict=True)}
+
+
+def check_channels(model: MambaTrace, channels: Channels) -> None:
+    """Refuse what are no channels of this model. Raises `SiteValueError`."""
+    if not isinstance(channels, str):
+        _channel_flags(model, channels)
+    elif channels not in GROUPS:
+        raise SiteValueError(
+            f"channels={channels!r}: the groups by decay are {', '.join(map(repr, GROUPS))}; other channels "
+            f"are given as indices or a boolean mask [E]"
+        )
+
+
+def channel_mask(model: MambaTrace, layer: int, channels: Channels) -> Tensor:
+    """Channels of a layer, which `check_channels` let pass, as a boolean mask [E]."""
+    if not isinstance(channels, str):
+        return torch.tensor(_channel_flags(model, channels))
+    index = decay_groups(model, layer)[channels]
+    mask = torch.zeros(model.config.intermediate_size, dtype=torch.bool, device=index.device)
+    return mask.index_fill(0, index, True)
+
+
+def _channel_flags(model: MambaTrace, channels: Any) -> list[bool]:
+    # For each channel, whether it is one of them. Numbers and not tensors: under fake tensors there are none.
+    width = model.config.intermediate_size
+    if channels is None:
+        return [True] * width
+    counted = f"Channels count along E (d_inner), of size {width}"
+    chosen = set(_indices(channels, width, lambda reason: SiteValueError(f"channels={reason}. {counted}")))
+    return [channel in chosen for channel in range(width)]
+
+
+# -- indices -----------------------------------------------------------------------------------------------
+
+
+def _indices(asked: Any, size: int, error: Callable[[str], MambaTraceError]) -> list[int]:
+    # The indices from 0 to size - 1 that were asked for. `error` makes an exception of what is wrong.
+    several = list(range(size)[asked]) if isinstance(asked, slice) else _listed(asked)
+    if several and all(isinstance(one, bool) for one in several):
+        if len(several) != size or asked is several[0]:
+            raise error(f"{asked!r}: a boolean mask has {size} values, and this one {len(several)}")
+        several = [at for at, one in enumerate(several) if one]
+    for one in several:
+        if isinstance(one, bool) or not hasattr(one, "__index__"):
+            raise error(f"{asked!r}: give an integer, a slice, several integers or a boolean mask of {size}")
+        if not -size <= one < size:
+            raise error(f"{asked!r}: {one} is outside, from {-size} to {size - 1} are inside")
+    if not several:
+        raise error(f"{asked!r} names none")
+    return [int(one) % size for one in several]
+
+
+def _listed(asked: Any) -> list[Any]:
+    plain = asked.tolist() if hasattr(asked, "tolist") else asked
+    return list(plain) if isinstance(plain, Iterable) else [plain]

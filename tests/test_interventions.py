@@ -1,0 +1,677 @@
+"""Ablation, steering and means, against the float64 forward of `reference` with the same edits by hand."""
+
+# A traced block is not a statement under test: what pytest.raises expects comes out of its end.
+# ruff: noqa: PT012
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import nnsight
+import numpy as np
+import pytest
+import torch
+from conftest import BATCH, LENGTH, N_LAYERS, ModuleFactory, agree, layers_that_ran
+from reference import forward
+from torch import Tensor
+
+from mamba_trace import MambaTrace
+from mamba_trace.errors import LayerError, PositionError, PromptError, SiteValueError, UnknownSiteError
+from mamba_trace.interventions import Sum, ablate, mean_activation, steer
+from mamba_trace.sites import BY_NAME, SITES
+
+E, D, N = 24, 12, 5
+STEPS = 3
+Edits = Mapping[str, Callable[[Tensor], Tensor]]
+
+#: Every site at layer 1, with its hook in `reference`, and the state after a position counted either way.
+PLACES = [(site.path(1), site.hook_name(1), site.axes) for site in SITES if site.name != "h"]
+PLACES += [(f"layers[1].ssm.h[{p}]", f"blocks.1.hook_h.{p % LENGTH}", "BEN") for p in (2, -1)]
+PLACES += [("layers[1].ssm.h", "blocks.1.hook_h", "BLEN")]
+POSITIONAL = [(path, hook, axes) for path, hook, axes in PLACES if "L" in axes]
+SIZES = {"B": BATCH, "L": LENGTH, "D": D, "E": E, "N": N, "R": 4, "V": 31}
+
+
+def ids(places: list[tuple[str, str, str]]) -> list[str]:
+    return [path for path, _, _ in places]
+
+
+@pytest.fixture(scope="module")
+def model(tiny_hf: ModuleFactory) -> MambaTrace:
+    """In float64, so that what differs from the reference is wrong. Nothing a test does may outlive it."""
+    return MambaTrace(tiny_hf(dtype=torch.float64))
+
+
+@pytest.fixture(scope="module")
+def demo() -> MambaTrace:
+    return MambaTrace.demo()
+
+
+def by_hand(model: MambaTrace, tokens: Tensor, edits: Edits) -> Tensor:
+    """The logits of the reference [B,L,V] under edits by hook name."""
+    return forward(
+        model._module.state_dict(),
+        model.config,
+        tokens,
+        lambda hook, value: edits[hook](value) if hook in edits else value,
+    )
+
+
+def values_of(model: MambaTrace, tokens: Tensor) -> dict[str, Tensor]:
+    """Every value of the reference by hook name."""
+    found: dict[str, Tensor] = {}
+    forward(
+        model._module.state_dict(), model.config, tokens, lambda hook, value: found.setdefault(hook, value)
+    )
+    return found
+
+
+def logits_with(model: MambaTrace, tokens: Tensor, act: Callable[[], None]) -> Tensor:
+    """The logits [B,L,V] of a trace in which ``act`` is called first."""
+    with torch.no_grad(), model.trace(tokens):
+        act()
+        logits = model.lm_head.output.save()
+    return logits
+
+
+def noise(*shape: int, seed: int = 5) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def put(part: Any, replacement: Any) -> Callable[[Tensor], Tensor]:
+    """An edit that replaces ``value[part]``, on a copy."""
+
+    def edit(value: Tensor) -> Tensor:
+        value = value.clone()
+        value[part] = replacement
+        return value
+
+    return edit
+
+
+# -- ablation: where ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("path", "hook", "axes"), PLACES, ids=ids(PLACES))
+def test_zero_ablation_of_every_site(
+    model: MambaTrace, tokens: Tensor, path: str, hook: str, axes: str
+) -> None:
+    logits = logits_with(model, tokens, lambda: ablate(model.hook(path)))
+    agree(logits, by_hand(model, tokens, {hook: torch.zeros_like}), 1e-10)
+
+
+@pytest.mark.parametrize(("path", "hook", "axes"), POSITIONAL, ids=ids(POSITIONAL))
+def test_positions_and_channels_are_an_outer_product(
+    model: MambaTrace, tokens: Tensor, path: str, hook: str, axes: str
+) -> None:
+    def edit(value: Tensor) -> Tensor:
+        value = value.clone()
+        for row in range(BATCH):
+            for position in (1, LENGTH - 2):
+                for channel in (0, 2, 3):
+                    value[row, position, channel] = 0.5  # of a state, every n
+        return value
+
+    logits = logits_with(
+        model, tokens, lambda: ablate(model.hook(path), 0.5, positions=[1, -2], channels=[0, 2, 3])
+    )
+    agree(logits, by_hand(model, tokens, {hook: edit}), 1e-10)
+
+
+NOT_POSITIONAL = [place for place in PLACES if "L" not in place[2]]
+
+
+@pytest.mark.parametrize(("path", "hook", "axes"), NOT_POSITIONAL, ids=ids(NOT_POSITIONAL))
+def test_channels_of_sites_without_positions_are_those_of_d_inner(
+    model: MambaTrace, tokens: Tensor, path: str, hook: str, axes: str
+) -> None:
+    def edit(value: Tensor) -> Tensor:
+        value = value.clone()
+        for channel in (1, E - 1):
+            value.select(axes.index("E"), channel).fill_(-0.25)
+        return value
+
+    logits = logits_with(model, tokens, lambda: ablate(model.hook(path), -0.25, channels=[1, -1]))
+    agree(logits, by_hand(model, tokens, {hook: edit}), 1e-10)
+
+
+FORMS = {
+    "integer": (7, [7]),
+    "negative integer": (-2, [7]),
+    "numpy integer": (np.int64(7), [7]),
+    "tensor of no axes": (torch.tensor(7), [7]),
+    "slice": (slice(2, None, 3), [2, 5, 8]),
+    "slice past the end": (slice(-2, 100), [7, 8]),
+    "list": ([8, 0, -2], [0, 7, 8]),
+    "tuple with a repeat": ((1, 1, 3), [1, 3]),
+    "range": (range(3), [0, 1, 2]),
+    "tensor": (torch.tensor([4, -1]), [4, 8]),
+    "array": (np.array([4, -1]), [4, 8]),
+    "mask": (torch.arange(9) % 4 == 1, [1, 5]),
+    "list of bool": ([False] * 8 + [True], [8]),
+    "nothing": (None, list(range(9))),
+}
+
+
+@pytest.mark.parametrize(("form", "chosen"), FORMS.values(), ids=list(FORMS))
+@pytest.mark.parametrize("keyword", ["positions", "channels"])
+def test_indices_come_in_many_forms(
+    tiny_hf: ModuleFactory, tokens: Tensor, keyword: str, form: Any, chosen: list[int]
+) -> None:
+    wide = MambaTrace(tiny_hf(hidden_size=LENGTH, expand=1))  # as many channels as positions
+    with torch.no_grad(), wide.trace(tokens):
+        before = wide.layers[0].ssm.y.output.save()
+        ablate(wide.layers[0].ssm.y, 9.0, **{keyword: form})
+        after = wide.layers[0].ssm.y.output.save()
+    expected = before.clone()
+    expected.index_fill_(1 if keyword == "positions" else 2, torch.tensor(chosen, dtype=torch.long), 9.0)
+    assert torch.equal(after, expected)
+
+
+def test_a_value_saved_before_an_ablation_stays_what_it_was(model: MambaTrace, tokens: Tensor) -> None:
+    with torch.no_grad(), model.trace(tokens):
+        before = model.layers[1].ssm.y.output.save()
+        ablate(model.layers[1].ssm.y)
+        after = model.layers[1].ssm.y.output.save()
+    agree(before, values_of(model, tokens)["blocks.1.hook_y"], 1e-10)
+    assert not after.any()
+
+
+# -- ablation: by what -------------------------------------------------------------------------------------
+
+VALUES: dict[str, Any] = {
+    "number": -1.5,
+    "integer": 2,
+    "numpy number": np.float32(0.5),
+    "tensor of no axes": torch.tensor(0.75, dtype=torch.float64),
+    "mean of each channel": noise(E),
+    "mean of each position": noise(LENGTH, E),
+    "another run": noise(BATCH, LENGTH, E),
+    "one row for all": noise(1, LENGTH, E),
+    "a number for each position": noise(LENGTH, 1),
+    "float32": noise(E).float(),
+}
+
+
+@pytest.mark.parametrize("part", [(slice(None),), (slice(None), [[0], [5]], [3, 4])], ids=["whole", "part"])
+@pytest.mark.parametrize("value", VALUES.values(), ids=list(VALUES))
+def test_the_part_that_is_replaced_is_that_of_the_value_broadcast(
+    model: MambaTrace, tokens: Tensor, value: Any, part: Any
+) -> None:
+    full = torch.as_tensor(value, dtype=torch.float64).broadcast_to(BATCH, LENGTH, E)
+    chosen = {} if len(part) == 1 else {"positions": [0, 5], "channels": [3, 4]}
+    logits = logits_with(model, tokens, lambda: ablate(model.layers[1].ssm.y, value, **chosen))
+    agree(logits, by_hand(model, tokens, {"blocks.1.hook_y": put(part, full[part])}), 1e-10)
+
+
+def test_the_user_s_tensor_is_left_alone(model: MambaTrace, tokens: Tensor) -> None:
+    mine = noise(BATCH, LENGTH, E)
+    copy = mine.clone()
+    with torch.no_grad(), model.trace(tokens):
+        ablate(model.layers[1].ssm.y, mine)
+        model.layers[1].ssm.y.output[:] = 0
+    assert torch.equal(mine, copy)
+
+
+def test_resample_ablation_of_states_takes_them_from_another_invoke(
+    model: MambaTrace, tokens: Tensor
+) -> None:
+    with torch.no_grad(), model.trace() as tracer:
+        barrier = tracer.barrier(2)
+        with tracer.invoke(tokens[:1]):
+            state = model.layers[1].ssm.h[4].output
+            barrier()
+            clean = model.lm_head.output.save()
+        with tracer.invoke(tokens[1:]):
+            barrier()
+            ablate(model.layers[1].ssm.h[4], state, channels=range(10))
+            logits = model.lm_head.output.save()
+    taken = values_of(model, tokens[:1])["blocks.1.hook_h.4"]
+    edit = put((slice(None), slice(0, 10)), taken[:, :10])
+    agree(logits, by_hand(model, tokens[1:], {"blocks.1.hook_h.4": edit}), 1e-10)
+    agree(clean, by_hand(model, tokens[:1], {}), 1e-10)
+
+
+# -- steering: where ---------------------------------------------------------------------------------------
+
+
+def direction_of(axes: str) -> Tensor:
+    return 0.3 * noise(*(SIZES[axis] for axis in axes if axis not in "BL"))
+
+
+@pytest.mark.parametrize(("path", "hook", "axes"), PLACES, ids=ids(PLACES))
+def test_a_direction_is_added_at_every_site(
+    model: MambaTrace, tokens: Tensor, path: str, hook: str, axes: str
+) -> None:
+    direction = direction_of(axes)
+    logits = logits_with(model, tokens, lambda: steer(model.hook(path), direction, -0.5))
+    agree(logits, by_hand(model, tokens, {hook: lambda value: value - 0.5 * direction}), 1e-10)
+
+
+@pytest.mark.parametrize(("path", "hook", "axes"), POSITIONAL, ids=ids(POSITIONAL))
+def test_a_direction_is_added_at_some_positions_once(
+    model: MambaTrace, tokens: Tensor, path: str, hook: str, axes: str
+) -> None:
+    direction = direction_of(axes)
+
+    def edit(value: Tensor) -> Tensor:
+        value = value.clone()
+        for position in (0, LENGTH - 3):
+            value[:, position] += direction
+        return value
+
+    logits = logits_with(model, tokens, lambda: steer(model.hook(path), direction, positions=[0, -3, 0]))
+    agree(logits, by_hand(model, tokens, {hook: edit}), 1e-10)
+
+
+def test_a_direction_of_another_dtype_is_cast_and_the_site_keeps_its_own(
+    tiny: MambaTrace, tokens: Tensor
+) -> None:
+    direction = noise(D)
+    with torch.no_grad(), tiny.trace(tokens):
+        before = tiny.layers[0].resid_post.output.save()
+        steer(tiny.layers[0].resid_post, direction, torch.tensor(2.0))
+        after = tiny.layers[0].resid_post.output.save()
+    agree(after, before + 2 * direction.float(), 1e-6)
+
+
+# -- in every kind of trace --------------------------------------------------------------------------------
+
+
+def test_an_ablation_in_one_invoke_leaves_the_other(model: MambaTrace, tokens: Tensor) -> None:
+    with torch.no_grad(), model.trace() as tracer:
+        with tracer.invoke(tokens[:1]):
+            clean = model.lm_head.output.save()
+        with tracer.invoke(tokens[1:]):
+            ablate(model.layers[0].ssm.A, -1.0, channels=[0, 5])
+            ablate(model.layers[1].ssm.h[3])
+            steer(model.layers[2].resid_post, torch.ones(D, dtype=torch.float64))
+            logits = model.lm_head.output.save()
+    edits = {
+        "blocks.0.hook_A": put([0, 5], -1.0),
+        "blocks.1.hook_h.3": torch.zeros_like,
+        "blocks.2.hook_resid_post": lambda value: value + 1,
+    }
+    agree(clean, by_hand(model, tokens[:1], {}), 1e-10)
+    agree(logits, by_hand(model, tokens[1:], edits), 1e-10)
+
+
+def greedy(model: MambaTrace, tokens: Tensor, edits: Callable[[int], Edits]) -> Tensor:
+    """Generated ids [B,L+STEPS] from whole forwards of the reference; ``edits`` of the step's length."""
+    for _ in range(STEPS):
+        logits = by_hand(model, tokens, edits(tokens.shape[1]))
+        tokens = torch.cat((tokens, logits[:, -1:].argmax(-1)), dim=1)
+    return tokens
+
+
+def generated(model: MambaTrace, tokens: Tensor, act: Callable[[], None]) -> tuple[Tensor, Tensor]:
+    """Generated ids [B,L+STEPS] and the last step's logits [B,V], with ``act`` called at every step."""
+    options = {"max_new_tokens": STEPS, "min_new_tokens": STEPS, "do_sample": False}
+    with model.generate(tokens, **options) as tracer:
+        for _ in tracer.iter[:STEPS]:
+            act()
+            last = model.lm_head.output[:, -1].save()
+        ids = tracer.result.save()
+    return ids, last
+
+
+def test_steering_at_every_step_of_generate_is_a_loop_of_whole_forwards(
+    model: MambaTrace, tokens: Tensor
+) -> None:
+    direction = 2 * noise(D)
+    ids, last = generated(model, tokens, lambda: steer(model.layers[1].resid_post, direction))
+    edits = {"blocks.1.hook_resid_post": lambda value: value + direction}
+    expected = greedy(model, tokens, lambda length: edits)
+    assert torch.equal(ids, expected)
+    assert not torch.equal(ids, greedy(model, tokens, lambda length: {})), "the direction changed nothing"
+    agree(last, by_hand(model, expected[:, :-1], edits)[:, -1], 1e-10)
+
+
+def test_a_state_steered_at_every_step_is_carried_on(model: MambaTrace, tokens: Tensor) -> None:
+    direction = 5 * noise(E, N)
+    ids, last = generated(model, tokens, lambda: steer(model.layers[1].ssm.h[-1], direction))
+
+    def edits(length: int) -> Edits:
+        return {f"blocks.1.hook_h.{p}": lambda h: h + direction for p in range(LENGTH - 1, length)}
+
+    expected = greedy(model, tokens, edits)
+    assert torch.equal(ids, expected)
+    agree(last, by_hand(model, expected[:, :-1], edits(LENGTH + STEPS - 1))[:, -1], 1e-10)
+
+
+def test_ablation_at_every_step_of_generate_is_a_loop_of_whole_forwards(
+    model: MambaTrace, tokens: Tensor
+) -> None:
+    mean = noise(E)
+    ids, last = generated(model, tokens, lambda: ablate(model.layers[1].ssm.y, mean, channels=range(12)))
+    edits = {"blocks.1.hook_y": put((..., slice(0, 12)), mean[:12])}
+    expected = greedy(model, tokens, lambda length: edits)
+    assert torch.equal(ids, expected)
+    agree(last, by_hand(model, expected[:, :-1], edits)[:, -1], 1e-10)
+
+
+@pytest.mark.filterwarnings("ignore:.*was never reached")  # the open loop ends with the generation
+def test_an_edited_model_is_steered_at_every_step(model: MambaTrace, tokens: Tensor) -> None:
+    direction = 2 * noise(D)
+    with model.edit() as (tracer, steered):
+        for _ in tracer.iter[:]:
+            steer(steered.layers[1].resid_post, direction)
+    ids = steered.generate(tokens, max_new_tokens=STEPS, do_sample=False)
+    edits = {"blocks.1.hook_resid_post": lambda value: value + direction}
+    assert torch.equal(ids, greedy(model, tokens, lambda length: edits))
+
+
+def test_an_edited_model_is_ablated_in_every_trace(model: MambaTrace, tokens: Tensor) -> None:
+    with model.edit() as (_, edited):
+        ablate(edited.layers[1].ssm.h[4], channels=slice(6))
+    expected = by_hand(model, tokens, {"blocks.1.hook_h.4": put((slice(None), slice(6)), 0.0)})
+    for _ in range(2):
+        agree(logits_with(edited, tokens, lambda: None), expected, 1e-10)
+    agree(logits_with(model, tokens, lambda: None), by_hand(model, tokens, {}), 1e-10)
+
+
+def test_gradients_flow_past_an_ablation_and_into_a_direction(model: MambaTrace, tokens: Tensor) -> None:
+    direction, mean = noise(D).requires_grad_(), noise(E).requires_grad_()
+    with model.trace(tokens):
+        ablate(model.layers[0].ssm.y, mean, positions=[2, 3], channels=range(4))
+        ablate(model.layers[1].ssm.h[4], channels=range(9))
+        steer(model.layers[1].resid_post, direction, 0.5, positions=-1)
+        model.lm_head.output.square().sum().backward()
+    found = [direction.grad, mean.grad, model.layers[0].ssm._module.A_log.grad]
+    model._module.zero_grad(set_to_none=True)
+    direction.grad = mean.grad = None
+    weights = {name: weight.detach() for name, weight in model._module.state_dict().items()}
+    A_log = weights["backbone.layers.0.mixer.A_log"].requires_grad_()
+    edits: Edits = {
+        "blocks.0.hook_y": put((slice(None), [[2], [3]], list(range(4))), mean[:4]),
+        "blocks.1.hook_h.4": put((slice(None), slice(9)), 0.0),
+        "blocks.1.hook_resid_post": lambda x: torch.cat((x[:, :-1], x[:, -1:] + 0.5 * direction), dim=1),
+    }
+    logits = forward(
+        weights, model.config, tokens, lambda hook, value: edits[hook](value) if hook in edits else value
+    )
+    logits.square().sum().backward()
+    for actual, expected in zip(found, [direction.grad, mean.grad, A_log.grad], strict=True):
+        assert actual is not None
+        assert expected is not None
+        agree(actual, expected, 1e-9)
+
+
+def test_a_scan_without_numbers(tiny: MambaTrace, tokens: Tensor) -> None:
+    with tiny.scan(tokens):
+        ablate(tiny.layers[0].ssm.y, noise(E), positions=[0, 3], channels=[1])
+        ablate(tiny.layers[1].ssm.h[3])
+        steer(tiny.layers[1].resid_post, noise(D))
+        shape = nnsight.save(tiny.lm_head.output.shape)
+    assert shape == (BATCH, LENGTH, 31)
+
+
+# -- what does not fit -------------------------------------------------------------------------------------
+
+WRONG: dict[str, tuple[Callable[[Any], None], type[Exception], list[str]]] = {
+    "position": (
+        lambda m: ablate(m.layers[1].ssm.y, positions=[0, 9]),
+        PositionError,
+        ["layers[1].ssm.y", "L positions", "positions=9", "there are 9, from -9 to 8", "decode step"],
+    ),
+    "position to steer": (
+        lambda m: steer(m.layers[1].resid_pre, torch.ones(D), positions=-10),
+        PositionError,
+        ["layers[1].resid_pre", "positions=-10", "from -9 to 8"],
+    ),
+    "slice of nothing": (
+        lambda m: ablate(m.norm_f, positions=slice(9, None)),
+        PositionError,
+        ["norm_f", "slice(9, None, None)", "none of the 9"],
+    ),
+    "no positions": (
+        lambda m: ablate(m.norm_f, positions=[]),
+        PositionError,
+        ["norm_f", "positions=[]", "none of the 9"],
+    ),
+    "mask of nothing": (
+        lambda m: ablate(m.layers[1].ssm.h[2], channels=torch.zeros(E) > 0),
+        SiteValueError,
+        ["layers[1].ssm.h[2]", "none of the 24"],
+    ),
+    "positions of h[p]": (
+        lambda m: ablate(m.layers[1].ssm.h[2], positions=2),
+        PositionError,
+        ["layers[1].ssm.h[2] [B batch, E d_inner, N d_state]", "leave positions= out"],
+    ),
+    "short mask of positions": (
+        lambda m: ablate(m.layers[1].ssm.y, positions=torch.ones(4, dtype=torch.bool)),
+        PositionError,
+        ["a boolean mask of 4, but there are 9"],
+    ),
+    "one bool": (
+        lambda m: ablate(m.layers[1].ssm.y, positions=True),
+        PositionError,
+        ["a boolean mask of 1, but there are 9"],
+    ),
+    "word for positions": (
+        lambda m: ablate(m.layers[1].ssm.y, positions="all"),
+        PositionError,
+        ["positions='all'", "give an integer, a slice"],
+    ),
+    "channel": (
+        lambda m: ablate(m.layers[1].ssm.B, channels=[0, 5]),
+        SiteValueError,
+        ["layers[1].ssm.B", "channels=5", "there are 5, from -5 to 4", "N (d_state)"],
+    ),
+    "channel of a state": (
+        lambda m: ablate(m.layers[1].ssm.h[2], channels=E),
+        SiteValueError,
+        ["layers[1].ssm.h[2]", "channels=24", "E (d_inner)"],
+    ),
+    "mask of channels": (
+        lambda m: ablate(m.layers[1].ssm.y, channels=torch.ones(D, dtype=torch.bool)),
+        SiteValueError,
+        ["a boolean mask of 12, but there are 24"],
+    ),
+    "fractional channel": (
+        lambda m: ablate(m.layers[1].ssm.y, channels=torch.tensor([0.5])),
+        SiteValueError,
+        ["channels=tensor([0.5000])", "several integers"],
+    ),
+    "value of another shape": (
+        lambda m: ablate(m.layers[1].ssm.y, torch.ones(D)),
+        SiteValueError,
+        ["layers[1].ssm.y [B batch, L positions, E d_inner]", "(3, 9, 24)", "(12,) does not broadcast"],
+    ),
+    "value of too many axes": (
+        lambda m: ablate(m.layers[1].ssm.h[2], torch.ones(1, 1, E, N)),
+        SiteValueError,
+        ["(3, 24, 5)", "(1, 1, 24, 5)"],
+    ),
+    "value of integers": (
+        lambda m: ablate(m.layers[1].ssm.y, torch.ones(E, dtype=torch.long)),
+        SiteValueError,
+        ["a number or a floating tensor", "int64"],
+    ),
+    "means of all layers": (
+        lambda m: ablate(m.layers[1].ssm.y, {1: torch.ones(E)}),
+        SiteValueError,
+        ["not a dict", "means[layer]"],
+    ),
+    "direction of another shape": (
+        lambda m: steer(m.layers[1].ssm.h[2], torch.ones(E)),
+        SiteValueError,
+        ["layers[1].ssm.h[2]", "shape (24, 5) [E d_inner, N d_state]", "not (24,)"],
+    ),
+    "direction for each position": (
+        lambda m: steer(m.layers[1].ssm.y, torch.ones(LENGTH, E)),
+        SiteValueError,
+        ["shape (24,) [E d_inner]", "not (9, 24)"],
+    ),
+    "direction that is a number": (
+        lambda m: steer(m.layers[1].ssm.y, 1.0),
+        SiteValueError,
+        ["layers[1].ssm.y", "a floating tensor, not a float"],
+    ),
+    "output instead of its place": (
+        lambda m: ablate(m.layers[1].ssm.y.output),
+        SiteValueError,
+        ["ablate takes a site", "not its output", "a tensor of shape [3, 9, 24]"],
+    ),
+    "module": (
+        lambda m: steer(m.layers[1].ssm.in_proj, torch.ones(2 * E)),
+        SiteValueError,
+        ["steer takes a site", "layers[1].ssm.in_proj"],
+    ),
+}
+
+
+@pytest.mark.parametrize(("act", "error", "words"), WRONG.values(), ids=list(WRONG))
+def test_what_does_not_fit_is_refused_with_words_and_changes_nothing(
+    model: MambaTrace, tokens: Tensor, act: Callable[[Any], None], error: type[Exception], words: list[str]
+) -> None:
+    with pytest.raises(error) as raised, model.trace(tokens):
+        act(model)
+        _ = model.lm_head.output.save()
+    for word in words:
+        assert word in str(raised.value)
+    agree(logits_with(model, tokens, lambda: None), by_hand(model, tokens, {}), 1e-10)
+
+
+def test_a_position_of_the_prompt_is_none_of_a_decode_step(model: MambaTrace, tokens: Tensor) -> None:
+    with (
+        pytest.raises(PositionError, match="positions=4, but there are 1, from -1 to 0"),
+        model.generate(tokens, max_new_tokens=2, do_sample=False) as tracer,
+    ):
+        for _ in tracer.iter[:]:
+            ablate(model.layers[1].ssm.y, positions=4)
+
+
+# -- means -------------------------------------------------------------------------------------------------
+
+MEAN_SITES = [site.name for site in SITES if "L" in site.axes]
+
+
+@pytest.mark.parametrize("name", MEAN_SITES)
+def test_means_over_all_tokens_and_at_each_position(model: MambaTrace, tokens: Tensor, name: str) -> None:
+    site, values = BY_NAME[name], values_of(model, tokens)
+    over_all = mean_activation(model, tokens, name)
+    at_each = mean_activation(model, tokens, site.hook, over="prompts")
+    layers = [None] if site.scope == "model" else list(range(N_LAYERS))
+    assert list(over_all) == list(at_each) == layers
+    for layer in layers:
+        value = values[site.hook_name(layer)]  # [B,L,...]
+        agree(over_all[layer], value.mean((0, 1)), 1e-12)
+        agree(at_each[layer], value.mean(0), 1e-12)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 32])
+def test_the_batch_size_changes_nothing(model: MambaTrace, tokens: Tensor, batch_size: int) -> None:
+    value = values_of(model, tokens)["blocks.1.hook_y"]
+    means = mean_activation(model, tokens, "y", [-2], batch_size=batch_size)
+    assert list(means) == [1]
+    agree(means[1], value.mean((0, 1)), 1e-12)
+
+
+@pytest.mark.parametrize("over", ["positions", "prompts"])
+def test_a_state_without_positions_is_averaged_over_prompts(
+    model: MambaTrace, tokens: Tensor, over: str
+) -> None:
+    with model.edit() as (_, started):
+        started.layers[1].ssm.h_start.output = noise(BATCH, E, N)
+    means = mean_activation(started, tokens, "h_start", 1, over=over)
+    agree(means[1], noise(BATCH, E, N).mean(0), 1e-12)
+
+
+PROMPTS = [
+    "Emma gave an apple to",
+    "Lately, Emma and Shelby had fun at school. Shelby gave an apple to",
+    "Emma and Shelby had fun",
+]
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3])
+@pytest.mark.parametrize("as_tokens", [False, True], ids=["strings", "token ids"])
+def test_padding_is_left_out_and_every_token_weighs_the_same(
+    demo: MambaTrace, batch_size: int, as_tokens: bool
+) -> None:
+    found = [values_of(demo, demo.to_tokens(prompt))["blocks.3.hook_h"] for prompt in PROMPTS]
+    expected = torch.cat([one[0] for one in found]).mean(0)  # [E,N]
+    if as_tokens:
+        padded = demo.tokenizer(PROMPTS, return_tensors="pt", padding=True)
+        assert not padded["attention_mask"].all()
+        means = mean_activation(
+            demo, padded["input_ids"], "h", 3, attention_mask=padded["attention_mask"], batch_size=batch_size
+        )
+    else:
+        means = mean_activation(demo, PROMPTS, "h", 3, batch_size=batch_size)
+    agree(means[3], expected.float(), 1e-5)
+
+
+def test_the_mean_of_one_prompt_as_a_string_and_as_ids(demo: MambaTrace) -> None:
+    tokens = demo.to_tokens(PROMPTS[1])
+    expected = values_of(demo, tokens)["blocks.2.hook_out_proj"].mean((0, 1)).float()
+    for prompts in (PROMPTS[1], [PROMPTS[1]], tokens, tokens[0]):
+        agree(mean_activation(demo, prompts, "out_proj", 2)[2], expected, 1e-5)
+
+
+def test_a_mean_in_half_precision_is_summed_in_float32(tiny_hf: ModuleFactory, tokens: Tensor) -> None:
+    half = MambaTrace(tiny_hf(dtype=torch.bfloat16))
+    with torch.no_grad(), half.trace(tokens):
+        skip = half.layers[1].ssm.skip.output.save()
+    assert skip.dtype == torch.bfloat16
+    agree(mean_activation(half, tokens, "skip", 1)[1], skip.double().mean((0, 1)).float(), 1e-6)
+
+
+def test_many_batches_add_up_to_what_float32_would_round_away() -> None:
+    total = Sum()
+    for value in [2.0**24] + [1.0] * 16:
+        total.add(torch.tensor([[value]]))
+    assert total.mean().dtype == torch.float32
+    agree(total.mean(), torch.tensor([(2.0**24 + 16) / 17]), 1e-7)
+
+
+def test_layers_after_the_last_one_asked_for_do_not_run(model: MambaTrace, tokens: Tensor) -> None:
+    mean_activation(model, tokens, "conv", [0])
+    assert layers_that_ran(model) == [0]
+
+
+def test_mean_ablation_of_states_position_by_position(model: MambaTrace, tokens: Tensor) -> None:
+    means = mean_activation(model, tokens[1:], "h", over="prompts")
+
+    def act() -> None:
+        for position in (2, 5):
+            ablate(model.layers[1].ssm.h[position], means[1][position])
+
+    values = values_of(model, tokens[1:])
+    edits = {f"blocks.1.hook_h.{p}": put(..., values[f"blocks.1.hook_h.{p}"].mean(0)) for p in (2, 5)}
+    agree(logits_with(model, tokens, act), by_hand(model, tokens, edits), 1e-10)
+
+
+REFUSED: dict[str, tuple[Any, dict[str, Any], type[Exception], str]] = {
+    "unknown site": (PROMPTS, {"site": "ssm_outptu"}, UnknownSiteError, "did you mean ssm_output"),
+    "a place": (PROMPTS, {"site": "layers[1].ssm.y"}, UnknownSiteError, r"site='y', layers=\[1, 2\]"),
+    "A": (PROMPTS, {"site": "A"}, SiteValueError, "the same for every prompt"),
+    "layer": (PROMPTS, {"layers": [0, 8]}, LayerError, "layers 0 to 7"),
+    "layers of the model": (PROMPTS, {"site": "embeddings", "layers": 0}, LayerError, "belongs to no layer"),
+    "over": (PROMPTS, {"over": "tokens"}, ValueError, "neither 'positions' nor 'prompts'"),
+    "batch size": (PROMPTS, {"batch_size": 0}, PromptError, "at least one prompt"),
+    "no prompts": ([], {}, PromptError, "needs a prompt"),
+    "lists of ids": ([[1, 2], [3, 4]], {}, PromptError, "strings or a tensor of token ids"),
+    "several lengths": (PROMPTS, {"over": "prompts"}, PromptError, "5 to 15 tokens"),
+    "padding": (
+        torch.ones(2, 4, dtype=torch.long),
+        {"over": "prompts", "attention_mask": torch.tensor([[0, 1, 1, 1]] * 2)},
+        PromptError,
+        "3 to 4 tokens: give prompts of one length without padding",
+    ),
+}
+
+
+@pytest.mark.parametrize(("prompts", "arguments", "error", "words"), REFUSED.values(), ids=list(REFUSED))
+def test_means_that_make_no_sense_are_refused_before_anything_runs(
+    demo: MambaTrace, prompts: Any, arguments: dict[str, Any], error: type[Exception], words: str
+) -> None:
+    ran: list[Any] = []
+    handle = demo._module.register_forward_pre_hook(lambda *_: ran.append(1))
+    with pytest.raises(error, match=words):
+        mean_activation(demo, prompts, **{"site": "y", **arguments})
+    handle.remove()
+    assert not ran
