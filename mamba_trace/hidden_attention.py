@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import nnsight
 import torch
@@ -62,20 +62,26 @@ class TokenPairs(Result):
     rows: list[int]
     columns: list[int]
     tokens: list[str]
+    _title: ClassVar[str]
 
     def _labels(self, positions: Sequence[int]) -> list[str]:
         """A label for each position: ``" school_8"``."""
         return [f"{self.tokens[position]}_{position}" for position in positions]
 
-    def _pictured(self, title: str) -> list[Heatmap]:
-        """The one picture, of the mean over channels where they were kept."""
+    def heatmaps(self) -> list[Heatmap]:
+        """One picture: each row's number for each column; the mean over channels where they were kept.
+
+        Example::
+
+            hidden_attention(model, prompt, 1).heatmaps()[0].values  # [L,L]
+        """
         values = self.values if self.values.dim() == 2 else self.values.mean(-1)
         measure = self.measure if self.values.dim() == 2 else f"mean of {self.measure}"
         count = len(self.channels)
         return [
             Heatmap(
                 values=values,
-                title=f"{title}, layer {self.layer}\n{measure}, {count} channel{'s' * (count != 1)}",
+                title=f"{self._title}, layer {self.layer}\n{measure}, {count} channel{'s' * (count != 1)}",
                 row_title="token",
                 row_labels=self._labels(self.rows),
                 column_title="Token that is read",
@@ -89,28 +95,14 @@ class TokenPairs(Result):
 class HiddenAttention(TokenPairs):
     """The result of `hidden_attention`: alpha[i,j]. Attributes as of `TokenPairs`."""
 
-    def heatmaps(self) -> list[Heatmap]:
-        """One picture: what each row reads of each column.
-
-        Example::
-
-            hidden_attention(model, prompt, 1).heatmaps()[0].values  # [L,L]
-        """
-        return self._pictured("Hidden attention")
+    _title = "Hidden attention"
 
 
 @dataclass(frozen=True, eq=False)
 class Contributions(TokenPairs):
     """The result of `contributions`: what of y_i comes from x_j. Attributes as of `TokenPairs`."""
 
-    def heatmaps(self) -> list[Heatmap]:
-        """One picture: what each row has from each column.
-
-        Example::
-
-            contributions(model, prompt, 1).heatmaps()[0].values  # [L,L]
-        """
-        return self._pictured("Contributions to y")
+    _title = "Contributions to y"
 
 
 def hidden_attention(

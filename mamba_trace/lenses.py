@@ -62,7 +62,7 @@ class Lens(Result):
     tokens: list[str]
     row_labels: list[str]
 
-    def drawn(self, title: str, value_title: str, values: Tensor, top_values: Tensor) -> Heatmap:
+    def _drawn(self, title: str, value_title: str, values: Tensor, top_values: Tensor) -> Heatmap:
         """The heatmap of ``values`` [C,L]; its cells name the first token unless one was asked for.
 
         Args:
@@ -107,10 +107,15 @@ class LogitLens(Lens):
     top_probabilities: Tensor
 
     def heatmaps(self) -> list[Heatmap]:
-        """The probabilities, layers by positions."""
+        """One picture: the probabilities, layers by positions.
+
+        Example::
+
+            logit_lens(model, prompt).heatmaps()[0].values  # [n_layers+1,L]
+        """
         what = "the most probable next token" if self.token is None else repr(self.token)
         title = f"Logit lens: probability of {what}"
-        return [self.drawn(title, "probability", self.probabilities, self.top_probabilities)]
+        return [self._drawn(title, "probability", self.probabilities, self.top_probabilities)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,10 +123,15 @@ class StateLens(Lens):
     """The result of `state_lens`: see `Lens`, whose logits are here what the state adds to the model's."""
 
     def heatmaps(self) -> list[Heatmap]:
-        """The logits, layers by positions."""
+        """One picture: the logits, layers by positions.
+
+        Example::
+
+            state_lens(model, prompt, layer=1).heatmaps()[0].values  # [1,L]
+        """
         what = "the token it raises most" if self.token is None else repr(self.token)
         title = f"State lens: what the state adds to the logit of {what}"
-        return [self.drawn(title, "logit", self.logits, self.top_logits)]
+        return [self._drawn(title, "logit", self.logits, self.top_logits)]
 
 
 def logit_lens(

@@ -103,8 +103,9 @@ def patch_grid(
             ascending order of position.
         window: how many layers are patched together: row l patches ``window`` layers around l.
         batch_size: the most cells that share a forward; ``None`` for as many as ``memory`` permits.
-        memory: bytes that the activations of one forward may take, and the states that cells start
-            from; beyond these, the residual streams of one run are held, [n_layers,L,D].
+        memory: bytes that the activations of one forward may take, the states that cells start from, and the
+            residual streams of cells that are under way: each of the three. Beside them there are those
+            of one run, [n_layers,L,D], and what a forward of both prompts takes.
         keep: a folder where finished cells are kept. After an interrupt the same call goes on from there.
         progress: show a progress bar on stderr, with the time that is left.
         distribute: where a launcher (torchrun, accelerate launch) started several processes, share the cells

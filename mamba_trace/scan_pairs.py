@@ -123,9 +123,8 @@ class ScanPairs:
         """What is left of each column's write when the middle begins [columns,E,N]."""
         columns = self.columns[block.columns]
         time = self.delta[columns[0] + 1 : block.middle].flip(0).cumsum(0).flip(0)
-        time = torch.cat(
-            (time, torch.zeros_like(self.delta[:1]))
-        )  # [l,E]: after each position, to the middle
+        # [l,E]: after each position, to the middle
+        time = torch.cat((time, torch.zeros_like(self.delta[:1])))
         time = time[[column - columns[0] for column in columns]]
         write = (self.delta[columns] * self.x[columns])[..., None]
         return (time[..., None] * self.A).exp_().mul_(write).mul_(self.B[columns, None])

@@ -7,6 +7,7 @@ and the forward call, as early as these are known, so that nothing is ever cut t
 
 from __future__ import annotations
 
+import operator
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -18,6 +19,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from .demand import SiteOrderError, expect
+from .demand.frames import users_frame
 from .errors import LayerError, MambaTraceError, PositionError, SiteValueError
 from .scan.reference import accumulation_dtype
 
@@ -35,8 +37,6 @@ Layers = None | int | Sequence[int]
 
 #: The thirds of a layer's channels, beginning with those that keep their state longest.
 GROUPS = ("slow", "medium", "fast")
-#: Packages whose frames are no user's.
-INTERNAL = ("mamba_trace", "nnsight", "greenlet")
 
 
 # -- layers ------------------------------------------------------------------------------------------------
@@ -60,7 +60,7 @@ def layer_numbers(model: MambaTrace, layers: Layers) -> list[int]:
 
 
 def position_numbers(role: str, positions: Positions, length: int) -> list[int]:
-    """The positions of a call of ``length``, from 0, in the order given and none twice.
+    """The positions of a call of ``length``, as `chosen_indices`.
 
     Args:
         role: what messages call them.
@@ -71,8 +71,7 @@ def position_numbers(role: str, positions: Positions, length: int) -> list[int]:
         PositionError: for one that the call does not have or that is no integer, or if there is none.
     """
     counted = f"Positions count the tokens of one forward call, and this one has {length}"
-    found = _indices(positions, length, lambda reason: PositionError(f"{role}={reason}. {counted}"))
-    return list(dict.fromkeys(found))
+    return chosen_indices(positions, length, lambda reason: PositionError(f"{role}={reason}. {counted}"))
 
 
 def call_inputs(*envoys: Any) -> tuple[int, Tensor | None] | None:
@@ -107,14 +106,12 @@ def warn_of_padding(role: str, positions: Positions, mask: Tensor | None) -> Non
     offsets = (mask.cumsum(-1) == 0).sum(-1).tolist()
     if not any(offsets):
         return
-    frame = sys._getframe()
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in INTERNAL:
-        frame = frame.f_back
     told = str(offsets[0]) if len(set(offsets)) == 1 else str(offsets)
     message = (
         f"{role}={positions!r}: this invoke is left-padded by {told}, so column p is not its token p. Add "
         f"the padding to the position, or count from the end with a negative one"
     )
+    frame = users_frame(sys._getframe())
     warnings.warn_explicit(message, UserWarning, frame.f_code.co_filename, frame.f_lineno)
 
 
@@ -201,28 +198,41 @@ def _channel_flags(model: MambaTrace, channels: Any) -> list[bool]:
     if channels is None:
         return [True] * width
     counted = f"Channels count along E (d_inner), of size {width}"
-    chosen = set(_indices(channels, width, lambda reason: SiteValueError(f"channels={reason}. {counted}")))
+    found = chosen_indices(channels, width, lambda reason: SiteValueError(f"channels={reason}. {counted}"))
+    chosen = set(found)
     return [channel in chosen for channel in range(width)]
 
 
 # -- indices -----------------------------------------------------------------------------------------------
 
 
-def _indices(asked: Any, size: int, error: Callable[[str], MambaTraceError]) -> list[int]:
-    # The indices from 0 to size - 1 that were asked for. `error` makes an exception of what is wrong.
+def chosen_indices(asked: Indices, size: int, error: Callable[[str], MambaTraceError]) -> list[int]:
+    """The indices along an axis that were asked for, from 0, in the order given and none twice.
+
+    Args:
+        asked: an integer, a slice, several integers or a boolean mask; lists, tensors and arrays alike.
+        size: how many there are.
+        error: makes the exception that is raised, from what was asked and what is wrong with it.
+    """
     several = list(range(size)[asked]) if isinstance(asked, slice) else _listed(asked)
-    if several and all(isinstance(one, bool) for one in several):
-        if len(several) != size or asked is several[0]:
-            raise error(f"{asked!r}: a boolean mask has {size} values, and this one {len(several)}")
+    wanted = f"{asked!r}: give an integer, a slice, several integers or a boolean mask of {size}"
+    flags = [isinstance(one, bool) for one in several]
+    if any(flags) and not all(flags):
+        raise error(wanted)
+    if any(flags):
+        if len(several) != size:
+            raise error(f"a boolean mask of {len(several)}, but there are {size}")
         several = [at for at, one in enumerate(several) if one]
-    for one in several:
-        if isinstance(one, bool) or not hasattr(one, "__index__"):
-            raise error(f"{asked!r}: give an integer, a slice, several integers or a boolean mask of {size}")
+    try:
+        found = [operator.index(one) for one in several]
+    except TypeError as wrong:
+        raise error(wanted) from wrong
+    if not found:
+        raise error(f"{asked!r}, which is none of the {size} that there are")
+    for one in found:
         if not -size <= one < size:
-            raise error(f"{asked!r}: {one} is outside, from {-size} to {size - 1} are inside")
-    if not several:
-        raise error(f"{asked!r} names none")
-    return [int(one) % size for one in several]
+            raise error(f"{one}, but there are {size}, from {-size} to {size - 1}")
+    return list(dict.fromkeys(one % size for one in found))
 
 
 def _listed(asked: Any) -> list[Any]:

@@ -5,30 +5,62 @@ from __future__ import annotations
 import inspect
 import linecache
 import textwrap
+from dataclasses import dataclass
 from pathlib import Path
 from types import FunctionType, ModuleType
 from typing import Any
 
 import pytest
+import rich
 import torch
 from transformers import MambaConfig, MambaForCausalLM
 
-from mamba_trace import MambaTrace, activations, conversion, grids, losses, names, patching, porting, scan
+from mamba_trace import (
+    MambaTrace,
+    conversion,
+    flow,
+    hidden_attention,
+    interventions,
+    lenses,
+    losses,
+    means,
+    metrics,
+    names,
+    patching,
+    plotting,
+    porting,
+    report_page,
+    results,
+    scan,
+)
+from mamba_trace.activations import ActivationCache
+from mamba_trace.grids import PatchGrid
+from mamba_trace.hidden_attention import Contributions, HiddenAttention
+from mamba_trace.lenses import LogitLens, StateLens
+from mamba_trace.plotting import Heatmap
+from mamba_trace.report_page import Report
+from mamba_trace.results import Result
 
 #: What users call: of modules all public functions, of classes all public methods and properties.
-MODULES: tuple[ModuleType, ...] = (conversion, names, patching, losses, porting, scan)
-CLASSES: tuple[type, ...] = (MambaTrace, grids.PatchGrid, activations.ActivationCache)
+MODULES: tuple[ModuleType, ...] = (
+    *(conversion, names, patching, losses, porting, scan, interventions, means, lenses, flow),
+    *(hidden_attention, plotting, results, report_page, metrics),
+)
+CLASSES: tuple[type, ...] = (
+    *(MambaTrace, ActivationCache, Result, Report, PatchGrid),
+    *(HiddenAttention, Contributions, LogitLens, StateLens),
+)
 #: Public of name and no call for users: helpers that other modules share, and what nnsight's classes define.
 APART = {
-    *("plain_logits", "swept", "patched_logits", "checked_metric", "measured", "find_site", "site_of_place"),
-    *("parse", "nearest", "public_path", "check", "convolution", "causal_conv", "check_state_dict"),
-    *("residuals_per_layer", "is_file", "ported", "unparsed", "list_names", "is_hook_name"),
+    *("named", "named_metrics", "measured", "parse", "nearest", "public_path", "check", "check_state_dict"),
+    *("convolution", "causal_conv", "residuals_per_layer", "check_writable", "section", "class_named"),
+    *("write_page", "write_picture", "write_json", "write_safetensors", "read_json", "read_safetensors"),
     *("labels", "heatmap", "output", "tokenizer_prepends_bos"),
 }
 
 
-def public() -> dict[str, str]:
-    """The docstring of everything that users call, by its name."""
+def called() -> dict[str, str]:
+    """The docstring of every public function and method, by its name."""
     found: dict[str, str] = {}
     for module in MODULES:
         exported = getattr(module, "__all__", None) or [
@@ -39,13 +71,24 @@ def public() -> dict[str, str]:
                 found[f"{module.__name__}.{name}"] = inspect.getdoc(getattr(module, name)) or ""
     for cls in CLASSES:
         for base in cls.__mro__:
-            if not base.__module__.startswith("mamba_trace"):
-                continue
+            if not base.__module__.startswith("mamba_trace") or (base is not cls and base in CLASSES):
+                continue  # what is inherited from another of them is tried there
             for name, one in vars(base).items():
                 method = isinstance(one, (FunctionType, classmethod, staticmethod, property))
                 if method and not name.startswith("_"):
                     found.setdefault(f"{cls.__name__}.{name}", inspect.getdoc(getattr(cls, name)) or "")
-    return {name: text for name, text in found.items() if name.rsplit(".", 1)[-1] not in APART}
+    return found
+
+
+def public() -> dict[str, str]:
+    """The docstring of everything that users call, and of the classes that they make, by its name."""
+    made = {cls.__name__: inspect.getdoc(cls) or "" for cls in (*CLASSES, Heatmap)}
+    found = {name: text for name, text in called().items() if last(name) not in APART}
+    return found | {name: text for name, text in made.items() if example_of(text)}
+
+
+def last(name: str) -> str:
+    return name.rsplit(".", 1)[-1]
 
 
 def example_of(text: str) -> str:
@@ -69,8 +112,9 @@ def space(model: MambaTrace) -> dict[str, Any]:
     metric = patching.logit_diff(model, " Emma", " Shelby")
     grid = patching.patch_grid(model, prompt, source, "h", metric, progress=False)
     found = {"model": model, "prompt": prompt, "source": source, "metric": metric, "grid": grid}
-    found |= {"torch": torch, "MambaTrace": MambaTrace, "PatchGrid": grids.PatchGrid, "Path": Path}
-    found |= {"MambaConfig": MambaConfig, "MambaForCausalLM": MambaForCausalLM}
+    found |= {"heatmap": grid.heatmap(), "torch": torch, "Tensor": torch.Tensor, "rich": rich}
+    found |= {"Path": Path, "dataclass": dataclass}
+    found |= {cls.__name__: cls for cls in (*CLASSES, Heatmap, MambaConfig, MambaForCausalLM)}
     for module in MODULES:
         found |= {name: one for name, one in vars(module).items() if isinstance(one, FunctionType)}
     return found
@@ -78,6 +122,10 @@ def space(model: MambaTrace) -> dict[str, Any]:
 
 def test_every_public_call_has_an_example() -> None:
     assert not [name for name, text in public().items() if not example_of(text).strip()]
+
+
+def test_what_is_no_call_for_users_is_there() -> None:
+    assert not APART - {last(name) for name in called()}
 
 
 @pytest.mark.parametrize("name", [name for name, text in public().items() if example_of(text).strip()])

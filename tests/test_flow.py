@@ -476,20 +476,24 @@ def test_every_channel_is_in_one_group_where_they_are_no_multiple_of_three(tiny_
 REFUSED: dict[str, tuple[type[Exception], str, Callable[[MambaTrace], None]]] = {
     "a position past the end": (
         PositionError,
-        r"target_positions=9: 9 is outside, from -9 to 8 are inside.*this one has 9",
+        r"target_positions=9, but there are 9, from -9 to 8.*this one has 9",
         lambda model: knockout(model, 1, 9),
     ),
     "a position before the start": (
         PositionError,
-        r"source_positions=\[1, -10\]: -10 is outside",
+        r"source_positions=-10, but there are 9",
         lambda model: knockout(model, [1, -10], 8),
     ),
     "an empty slice": (
         PositionError,
-        r"positions=slice\(20, None, None\) names none",
+        r"positions=slice\(20, None, None\), which is none of the 9",
         lambda model: zero_delta(model, slice(20, None)),
     ),
-    "no position": (PositionError, r"positions=\[\] names none", lambda model: zero_delta(model, [])),
+    "no position": (
+        PositionError,
+        r"positions=\[\], which is none of the 9",
+        lambda model: zero_delta(model, []),
+    ),
     "a fraction": (
         PositionError,
         r"positions=1.5: give an integer, a slice, several integers or a boolean mask of 9",
@@ -497,7 +501,7 @@ REFUSED: dict[str, tuple[type[Exception], str, Callable[[MambaTrace], None]]] = 
     ),
     "a mask of another length": (
         PositionError,
-        r"a boolean mask has 9 values, and this one 2",
+        r"positions=a boolean mask of 2, but there are 9",
         lambda model: zero_delta(model, [True, False]),
     ),
     "a source after every target": (
@@ -523,17 +527,17 @@ REFUSED: dict[str, tuple[type[Exception], str, Callable[[MambaTrace], None]]] = 
     ),
     "a channel that is not there": (
         SiteValueError,
-        r"channels=\[3, 24\]: 24 is outside.*Channels count along E \(d_inner\), of size 24",
+        r"channels=24, but there are 24, from -24 to 23.*Channels count along E \(d_inner\), of size 24",
         lambda model: knockout(model, 1, 4, channels=[3, 24]),
     ),
     "a mask of other channels": (
         SiteValueError,
-        r"a boolean mask has 24 values, and this one 3",
+        r"channels=a boolean mask of 3, but there are 24",
         lambda model: zero_delta(model, 1, channels=torch.ones(3, dtype=torch.bool)),
     ),
     "no channel": (
         SiteValueError,
-        r"names none",
+        r"which is none of the 24",
         lambda model: zero_delta(model, 1, channels=torch.zeros(24, dtype=torch.bool)),
     ),
     "nothing to cut": (
@@ -559,7 +563,7 @@ def test_a_position_is_refused_where_the_inputs_have_gone_past(tiny: MambaTrace,
         tiny.layers[1].resid_pre.output.shape  # noqa: B018
         knockout(tiny, 1, 9, layers=1)
 
-    with pytest.raises(PositionError, match="9 is outside"), tiny.trace(tokens):
+    with pytest.raises(PositionError, match="target_positions=9, but there are 9"), tiny.trace(tokens):
         body()
 
 

@@ -357,17 +357,17 @@ REFUSED: dict[str, tuple[type[Exception], str, Callable[[MambaTrace, Tensor], An
     "a layer that is not there": (LayerError, "layers=3", lambda model, t: hidden_attention(model, t, 3)),
     "a row that is not there": (
         PositionError,
-        r"rows=\[9\]: 9 is outside",
+        r"rows=9, but there are 9, from -9 to 8",
         lambda model, t: hidden_attention(model, t, 1, rows=[9]),
     ),
     "a column that is not there": (
         PositionError,
-        r"columns=-10: -10 is outside",
+        r"columns=-10, but there are 9",
         lambda model, t: contributions(model, t, 1, columns=-10),
     ),
     "a channel that is not there": (
         SiteValueError,
-        r"channels=24: 24 is outside",
+        r"channels=24, but there are 24",
         lambda model, t: hidden_attention(model, t, 1, channels=24),
     ),
     "an unknown reduction": (

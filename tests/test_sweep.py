@@ -198,7 +198,7 @@ def test_a_plan_has_every_cell_once_and_no_more_of_them_together_than_fit(n_rows
 @pytest.mark.parametrize("site", ["h", "conv", "A_bar"])
 @pytest.mark.parametrize("length", [40, 100])
 def test_memory_is_bounded(site: str, length: int) -> None:
-    """By the bound twice (activations; states), the residual streams and the logits, whatever the length."""
+    """By the bound, for each of activations, states and streams, and what two runs take, at every length."""
     config = MambaConfig(num_hidden_layers=4, hidden_size=64, state_size=16, vocab_size=50)
     model = MambaTrace.from_config(config)
     tokens = torch.randint(1, 50, (2, length), generator=torch.Generator().manual_seed(0))
@@ -211,7 +211,7 @@ def test_memory_is_bounded(site: str, length: int) -> None:
     streams = 4 * length * 64 * 4
     both = 2 * length * (5 * 64 + 8 * 128) * 4  # what the unpatched runs of both prompts take
     peak = PeakMemory.of(sweep).peak
-    assert peak < 2 * memory + streams + both
+    assert peak < 3 * memory + streams + both
     assert peak > memory / 2, "the bound is used, so it means something"
 
 

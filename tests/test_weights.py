@@ -281,7 +281,15 @@ def test_names_that_do_not_exist(tiny: MambaTrace) -> None:
         _ = tiny.blocks[2].hook_y
     with pytest.raises(UnknownSiteError, match="has no 'W_Q'"):
         tiny.blocks[0].W_Q = torch.zeros(2)
-    with pytest.raises(UnknownSiteError, match=r"blocks\[0\]\.in_proj has no 'bias'"):
+    with pytest.raises(UnknownSiteError, match="has no 'attn': a Mamba has no attention"):
+        _ = tiny.blocks[0].attn
+    with pytest.raises(UnknownSiteError, match=r"has no 'data' .*: write model\.blocks\[0\]\.W_B = value"):
+        tiny.blocks[0].W_B.data = torch.zeros(5, 24)
+    with pytest.raises(UnknownSiteError, match=r"has no 'data' .*: write model\.norm\.weight = value"):
+        tiny.norm.data = torch.zeros(12)
+    with pytest.raises(
+        UnknownSiteError, match=r"blocks\[0\]\.in_proj has no 'bias' that could be assigned to$"
+    ):
         tiny.blocks[0].in_proj.bias = torch.zeros(E)
 
 

@@ -70,8 +70,11 @@ def patched_streams(
             if layer < first:
                 block.skip(block.input)
                 continue
+            new = starting(layer)
             if layer > first:
-                block.input = joined([*rows, *starting(layer)])
+                block.input = joined([*rows, *new])
+            if unpatched.projected and (layer == first or not rows):  # as in the unpatched run
+                block.ssm.in_proj.skip(unpatched.projected[layer][span].repeat(len(new), 1, 1))
             patch(model, question, layer, stretch.values[layer][offsets])
             rows = list(block.resid_post.output.split(len(offsets)))  # [k,l,D] each
             ended = sum(window.stop == layer + 1 for window in windows)

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 #: Rows of the batch that holds both prompts.
 SOURCE, PROMPT = 0, 1
+#: The last site that a mixer's in_proj depends on.
+BEFORE_MIXER = list(BY_NAME).index("norm")
 
 
 @dataclass(frozen=True)
@@ -30,10 +32,13 @@ class Unpatched:
 
     Attributes:
         streams: of each layer, the residual stream into it in the run on the prompt [L,D].
+        projected: of each layer, what in_proj makes of it [L,2E], where a patch leaves that as it is and there
+            is memory for it; else empty.
         logits: of the runs on source and prompt, at the positions that a metric looks at [2,m,V].
     """
 
     streams: list[Tensor]
+    projected: list[Tensor]
     logits: Tensor
 
 
@@ -79,14 +84,17 @@ def run_unpatched(
     """
     stretch = Stretch(range(tokens.shape[1]), [], [], []) if site is not None else None
     with model.trace(tokens, use_cache=False):
-        streams = nnsight.save([])
+        streams, projected = nnsight.save([]), nnsight.save([])
         for layer in range(len(model.layers)):
-            streams.append(model.layers[layer].resid_pre.output[PROMPT].clone())
+            block = model.layers[layer]
+            streams.append(block.resid_pre.output[PROMPT].clone())
             if stretch is not None and site is not None:
+                if list(BY_NAME).index(site.name) > BEFORE_MIXER:
+                    projected.append(block.ssm.in_proj.output[PROMPT].clone())
                 stretch.add(model, layer, site, None)
         model.norm_f.input = model.norm_f.input[:, looked_at]
         logits = model.lm_head.output.save()
-    return Unpatched(streams, logits), stretch
+    return Unpatched(streams, projected, logits), stretch
 
 
 def stretches(

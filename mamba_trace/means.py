@@ -1,0 +1,172 @@
+"""The mean of a site over prompts, which is what mean ablation puts in its place.
+
+A mean is wrong without notice where padding is counted, where short prompts weigh as much as long ones, or
+where half precision rounds a long sum away. `mean_activation` counts every token once and padding never, adds
+up in float64, and holds one batch of one layer at a time: any number of prompts, in the memory of a forward.
+
+Source: mean ablation as in Wang et al. (arXiv 2211.00593), section 2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .errors import LayerError, PromptError, SiteValueError, UnknownSiteError
+from .names import nearest
+from .run_arguments import prompt_of
+from .selection import layer_numbers
+from .sites import BY_HOOK, BY_NAME, Site, describe_axes
+
+if TYPE_CHECKING:
+    from .model import MambaTrace
+
+__all__ = ["mean_activation"]
+
+
+def mean_activation(
+    model: MambaTrace,
+    prompts: str | Sequence[str] | Tensor,
+    site: str,
+    layers: int | Sequence[int] | None = None,
+    *,
+    over: str = "positions",
+    attention_mask: Tensor | None = None,
+    batch_size: int = 32,
+) -> dict[int | None, Tensor]:
+    """The mean of a site over prompts, padding left out: what `interventions.ablate` takes for mean ablation.
+
+    Args:
+        model: the model.
+        prompts: a string, a list of strings, or token ids [B,L] or [L].
+        site: a site's name or hook name: ``"y"``, ``"resid_post"``, ``"h"``, ``"hook_conv"``, ...
+        layers: one or several; ``None`` for all. A site of the whole model (``"embeddings"``) has none.
+        over: ``"positions"``: over all tokens of all prompts, each with the same weight. ``"prompts"``: at
+            each position apart, for prompts of one length.
+        attention_mask: [B,L], 0 on the padding of token ids; strings bring their own.
+        batch_size: how many prompts one forward runs. A site with axes B, L, E and N is held for one layer
+            and one batch at a time.
+
+    Returns:
+        The mean by layer, counted from 0 (by ``None`` for a site of the whole model), on the CPU and in
+        float32 or better: the site's axes without B and L, such as [E]; with ``over="prompts"`` without B,
+        such as [L,E], of which ``means[1][5]`` is for ``h[5]``.
+
+    Raises:
+        UnknownSiteError: before anything runs, if there is no such site.
+        LayerError: likewise, if the model has no such layer.
+        SiteValueError: likewise, if the site is the same for every prompt.
+        PromptError: likewise, if these are no prompts, or not of one length where they must be.
+
+    Example::
+
+        from mamba_trace.interventions import ablate
+        from mamba_trace.means import mean_activation
+
+        means = mean_activation(model, [prompt, source], "y", layers=[1, 2])
+        with model.trace(prompt):
+            ablate(model.layers[1].ssm.y, means[1])  # mean ablation of a layer's scan
+            logits = model.lm_head.output.save()
+    """
+    averaged = averaged_site(site)
+    sums = {layer: Sum() for layer in averaged_layers(model, averaged, layers)}
+    if over not in ("positions", "prompts"):
+        raise ValueError(f"over={over!r} is neither 'positions' nor 'prompts'")
+    if batch_size < 1:
+        raise PromptError(f"batch_size={batch_size}: a forward runs at least one prompt")
+    rows = prompt_rows(model, prompts)
+    if over == "prompts":
+        check_one_length(model, rows, attention_mask)
+    for start in range(0, len(rows), batch_size):
+        part = slice(start, start + batch_size)
+        mask = None if attention_mask is None else attention_mask[part]
+        add_batch(model, rows[part], mask, averaged, over, sums)
+    return {layer: one.mean() for layer, one in sums.items()}
+
+
+class Sum:
+    """A running sum over rows, in float64 on the CPU from one batch to the next."""
+
+    def __init__(self) -> None:
+        self.total: Tensor | None = None
+        self.count = 0
+        self.dtype = torch.float32
+
+    def add(self, rows: Tensor) -> None:
+        """Add rows [n,...]."""
+        self.dtype = torch.promote_types(rows.dtype, torch.float32)
+        total = rows.detach().sum(0, dtype=self.dtype).cpu().double()
+        self.total = total if self.total is None else self.total + total
+        self.count += len(rows)
+
+    def mean(self) -> Tensor:
+        """The mean of all rows [...]."""
+        assert self.total is not None
+        return (self.total / self.count).to(self.dtype)
+
+
+def add_batch(
+    model: MambaTrace, rows: Any, mask: Tensor | None, site: Site, over: str, sums: dict[int | None, Sum]
+) -> None:
+    """Run some prompts, and add what a site holds to the sum of each layer."""
+    inputs = {} if mask is None else {"attention_mask": mask}
+    with torch.no_grad(), model.trace(rows, use_cache=False, **inputs) as tracer:
+        kept = model.inputs[1].get("attention_mask")  # [B,L] or None
+        for layer, one in sums.items():
+            value = model.hook(site.path(layer)).output
+            if over == "positions" and "L" in site.axes:
+                everything = torch.ones(value.shape[:2], dtype=torch.bool, device=value.device)
+                value = value[everything if kept is None else kept.to(value.device) != 0]  # [n,...]
+            one.add(value)
+        tracer.stop()
+
+
+def averaged_site(name: str) -> Site:
+    """The site of a name or hook name. Raises `UnknownSiteError`, and `SiteValueError` where it has no B."""
+    site = BY_NAME.get(name) or BY_HOOK.get(name)
+    if site is None:
+        raise UnknownSiteError(
+            f"no site is called {name!r}{nearest(str(name), [*BY_NAME, *BY_HOOK])}. A mean is of one site at "
+            f"several layers: site='y', layers=[1, 2]"
+        )
+    if "B" not in site.axes:
+        raise SiteValueError(f"{name} {describe_axes(site.axes)} is the same for every prompt: read it once")
+    return site
+
+
+def averaged_layers(
+    model: MambaTrace, site: Site, layers: int | Sequence[int] | None
+) -> list[int] | list[None]:
+    """The layers in ascending order, counted from 0. Raises `LayerError`."""
+    if site.scope != "model":
+        return layer_numbers(model, layers)
+    if layers is not None:
+        raise LayerError(f"{site.name} belongs to no layer: leave layers={layers!r} out")
+    return [None]
+
+
+def prompt_rows(model: MambaTrace, prompts: Any) -> list[str] | Tensor:
+    """Prompts as a list of strings or token ids [B,L]. Raises `PromptError`."""
+    rows = prompt_of(model, prompts, None)
+    if isinstance(rows, Tensor):
+        return rows if rows.dim() == 2 else rows[None]
+    rows = [rows] if isinstance(rows, str) else list(rows)
+    if not all(isinstance(one, str) for one in rows):
+        raise PromptError(f"prompts are strings or a tensor of token ids [B,L], not a list of {rows[0]!r}")
+    return rows
+
+
+def check_one_length(model: MambaTrace, rows: list[str] | Tensor, mask: Tensor | None) -> None:
+    """Raises `PromptError` where prompts have several lengths, or padding."""
+    if isinstance(rows, Tensor):
+        lengths = {rows.shape[1]} if mask is None else {rows.shape[1], *mask.sum(-1).tolist()}
+    else:
+        lengths = {model.to_tokens(one).shape[1] for one in rows}
+    if len(lengths) > 1:
+        raise PromptError(
+            f"over='prompts' averages at each position, and these prompts have {min(lengths)} to "
+            f"{max(lengths)} tokens: give prompts of one length without padding, or over='positions'"
+        )
