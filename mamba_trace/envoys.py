@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from .demand import current_value, expect, expect_position, keep_apart, skip_module
 from .errors import LayerError, PositionError, SiteValueError, UnknownSiteError
-from .names import NATIVE_MODULES, nearest, public_path
+from .names import NATIVE_MODULES, lacked, nearest, public_path
 from .sites import BY_NAME, SITES, STATE, Site, describe_axes, in_scope
 
 #: Names that a user reads values at and never assigns to.
@@ -52,6 +52,10 @@ class Located(Envoy):
         """The value here: read it, assign to it, or edit it in place, inside a trace."""
         return keep_apart(f"{self.path}.output", value)
 
+    @output.postprocess  # type: ignore[no-redef]
+    def output(self, value: Any) -> Any:
+        return moved(public_path(self.path), value, current_value(f"{self.path}.output"))
+
     @eproperty
     def input(self, value: Any) -> Any:
         """The first input of the module: read it, assign to it, or edit it in place, inside a trace."""
@@ -71,6 +75,7 @@ class Located(Envoy):
     @input.postprocess  # type: ignore[no-redef]
     def input(self, value: Any) -> Any:
         args, kwargs = current_value(f"{self.path}.input")
+        value = moved(f"the input of {public_path(self.path)}", value, first_input(args, kwargs))
         return replace_first_input(args, kwargs, value)
 
 
@@ -204,8 +209,13 @@ class SkipEnvoy(SiteEnvoy):
     """``ssm.skip``: the gate site, and when called, the method of the mixer that it hides."""
 
     def __call__(self, replacement: Any, **kwargs: Any) -> None:
-        """Skip the mixer, with ``replacement`` [B,L,D] as its output: nnsight's ``Envoy.skip``."""
-        skip_module(self.parent, replacement)
+        """Skip the mixer, with ``replacement`` [B,L,D] as its output: nnsight's ``Envoy.skip``.
+
+        Raises:
+            SiteOrderError: if the run has gone past it.
+            SiteValueError: if ``replacement`` is no floating tensor of the mixer's shape.
+        """
+        skip(self.parent, replacement)
 
 
 class Suggesting(Located):
@@ -239,6 +249,15 @@ class LayersEnvoy(Envoy):
 class BlockEnvoy(Suggesting):
     """The envoy of a block."""
 
+    def skip(self, replacement: Any) -> None:
+        """Skip the block, with ``replacement`` [B,L,D] as its output: nnsight's ``Envoy.skip``.
+
+        Raises:
+            SiteOrderError: if the run has gone past it.
+            SiteValueError: if ``replacement`` is no floating tensor of the block's shape.
+        """
+        skip(self, replacement)
+
 
 class MixerEnvoy(Suggesting):
     """The envoy of a mixer."""
@@ -260,7 +279,8 @@ def unknown(envoy: Envoy, name: str) -> UnknownSiteError:
     known = [site.name for site in SITES] + list(NATIVE_MODULES) + ["layers", "ssm"]
     here = [child for child in known if child in envoy.__dict__ or child in envoy._child_map]
     return UnknownSiteError(
-        f"{public_path(envoy.path)} has no {name!r}{nearest(name, here or known)}. It has: {', '.join(here)}"
+        f"{public_path(envoy.path)} has no {name!r}{lacked(f'{name}.') or nearest(name, here or known)}. "
+        f"It has: {', '.join(here)}"
     )
 
 
@@ -276,6 +296,24 @@ def envoy_classes() -> dict[str, type[Envoy]]:
     native: dict[str, type[Envoy]] = {f"mixer.{name}": Located for name in NATIVE_MODULES}
     native |= {"backbone": Located, "backbone.layers": LayersEnvoy}
     return {**classes, **native, "layers.*": BlockEnvoy, "layers.*.mixer": MixerEnvoy}
+
+
+def skip(envoy: Envoy, replacement: Any) -> None:
+    """Skip a block or a mixer, whose output has the shape of its input."""
+
+    def fitted(current: Tensor) -> Tensor:
+        found: Any = type(replacement).__name__
+        if isinstance(replacement, Tensor):
+            if replacement.shape == current.shape and replacement.is_floating_point():
+                return moved(public_path(envoy.path), replacement, current)
+            found = f"{tuple(replacement.shape)} of {replacement.dtype}"
+        path = public_path(envoy.path)
+        raise SiteValueError(
+            f"{path}.skip(...) takes what stands for the output of {path}, a floating tensor of shape "
+            f"{tuple(current.shape)} {describe_axes('BLD')}, not {found}"
+        )
+
+    skip_module(envoy, fitted)
 
 
 def fit(path: str, axes: str, value: Any, current: Any) -> Tensor:
@@ -304,10 +342,29 @@ def fit(path: str, axes: str, value: Any, current: Any) -> Tensor:
         raise SiteValueError(
             f"{path} takes a floating tensor such as {current.dtype}, not {value.dtype}: use .float()"
         )
-    if value.is_meta and not current.is_meta:
-        raise SiteValueError(f"{path} was given a tensor on the meta device, which holds no numbers")
     # A copy: the run's value may be edited in place later, and this tensor is the user's own.
-    return value.to(device=current.device, dtype=current.dtype, copy=True)
+    return moved(path, value, current).to(dtype=current.dtype, copy=True)
+
+
+def moved(path: str, value: Any, current: Any) -> Any:
+    """An assigned value on the device of the one it replaces.
+
+    Args:
+        path: the place, for messages.
+        value: what the user assigned; what is no tensor is left to the model.
+        current: what the run has there.
+
+    Raises:
+        SiteValueError: for a tensor that holds no numbers.
+    """
+    if not (isinstance(value, Tensor) and isinstance(current, Tensor)) or value.device == current.device:
+        return value
+    if value.is_meta:
+        raise SiteValueError(
+            f"{path} was given a tensor on the meta device, which holds no numbers; in this run it is on "
+            f"{current.device}"
+        )
+    return value.to(current.device)
 
 
 __all__ = [

@@ -106,7 +106,7 @@ class HookableMixer:
         attention_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        mask = attention_mask_of(attention_mask, hidden_states.shape[1])  # [B,L] or None
+        mask = attention_mask_of(attention_mask, hidden_states.shape[1], cache)  # [B,L] or None
         offer = Offers(self, "mixer")
         past = PastStates(self, cache)
         fused = self.in_proj(offer.into("in_proj", hidden_states))  # [B,L,2E]

@@ -19,7 +19,7 @@ class StartingStates:
     """Where a forward call starts in the middle of a prompt: given as its ``cache``, and left as it is.
 
     Unlike a Hugging Face cache it is not brought up to date, and layers may have different numbers of rows.
-    Several rows may start from one place, which is kept once.
+    Several rows may start from one place, which is kept once. No token of a call that starts here is padding.
 
     Attributes:
         columns: of each layer, the last K columns of x_in before each place [k,E,K].
@@ -87,14 +87,15 @@ class PastStates:
             self.cache.update_recurrent_state(h, self.mixer.layer_idx)
 
 
-def attention_mask_of(mask: Tensor | None, length: int) -> Tensor | None:
+def attention_mask_of(mask: Tensor | None, length: int, cache: Any = None) -> Tensor | None:
     """The mask [B,L] of this call's tokens, or ``None`` where none of them is known to be padding.
 
     Args:
         mask: of the cached tokens too, where there are any; this call's are the last ones.
         length: the number L of this call's.
+        cache: what the call starts from.
     """
-    if mask is None:
+    if mask is None or isinstance(cache, StartingStates):
         return None
     mask = mask[:, -length:]
     # On a GPU a look at it would wait for the device.

@@ -6,6 +6,7 @@ goes on as if nothing had happened."""
 
 from __future__ import annotations
 
+import re
 import traceback
 from typing import Any
 
@@ -367,6 +368,69 @@ def test_a_value_of_all_rows_assigned_in_one_invoke(tiny, tokens):
             tiny.layers[1].ssm.delta.output = torch.zeros(3, 9, 24)
 
 
+@pytest.mark.parametrize("place", ["layers[1].ssm", "layers[1]"])
+@pytest.mark.parametrize(
+    ("wrong", "found"),
+    [
+        (torch.zeros(3, 4, 12), r"\(3, 4, 12\) of torch.float32"),
+        (torch.zeros(3, 9, 1), r"\(3, 9, 1\) of torch.float32"),
+        (torch.zeros(3, 9, 12, dtype=torch.long), r"\(3, 9, 12\) of torch.int64"),
+        (0, "int"),
+    ],
+    ids=["length", "width", "dtype", "number"],
+)
+def test_what_is_skipped_with_must_fit(tiny, tokens, place, wrong, found):
+    skip = {"layers[1].ssm": lambda: tiny.layers[1].ssm.skip, "layers[1]": lambda: tiny.layers[1].skip}[place]
+    message = (
+        rf"{re.escape(place)}\.skip\(\.\.\.\) takes .* of shape \(3, 9, 12\) "
+        rf"\[B batch, L positions, D d_model\], not {found}$"
+    )
+    with pytest.raises(SiteValueError, match=message) as error, tiny.trace(tokens):
+        skip()(wrong)
+        _ = tiny.lm_head.output.save()
+    at_users_line(error, "skip()(wrong)")
+
+
+def test_a_replacement_must_fit_the_rows_of_its_invoke(tiny, tokens):
+    zeros = torch.zeros(3, 9, 12)
+    with pytest.raises(SiteValueError, match=r"\(2, 9, 12\) .*not \(3, 9, 12\)"), tiny.trace() as tracer:
+        with tracer.invoke(tokens[:1]):
+            tiny.layers[1].ssm.skip(zeros[:1])
+        with tracer.invoke(tokens[1:]):
+            tiny.layers[1].ssm.skip(zeros)
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_what_has_run_can_no_longer_be_skipped(tiny, tokens, inside):
+    message = r"layers\[1\]\.ssm was already computed in this run, so it can no longer be skipped"
+    with pytest.raises(SiteOrderError, match=message) as error, tiny.trace(tokens):
+        _ = (tiny.layers[1].ssm.y if inside else tiny.layers[2].resid_pre).output.save()
+        tiny.layers[1].ssm.skip(torch.zeros(3, 9, 12))
+    at_users_line(error, "tiny.layers[1].ssm.skip(torch.zeros(3, 9, 12))")
+
+
+def test_skipping_at_one_step_of_generate(tiny, tokens):
+    def generated(steps):
+        ids, shapes = [], []
+        with tiny.generate(tokens, max_new_tokens=4, do_sample=False) as tracer:
+            for step in tracer.iter[:4]:
+                if step in steps:
+                    stream = tiny.layers[1].ssm.input
+                    shapes.append(tuple(stream.shape))
+                    tiny.layers[1].ssm.skip(100 * torch.ones_like(stream))
+                ids.append(tiny.lm_head.output[:, -1].argmax(-1))
+            ids.save()
+            shapes.save()
+        return torch.stack(ids, dim=1), shapes
+
+    plain, _ = generated(())
+    for step in range(4):
+        ids, shapes = generated((step,))
+        assert shapes == [(3, 9 if step == 0 else 1, 12)]
+        assert torch.equal(ids[:, :step], plain[:, :step])
+        assert not torch.equal(ids[:, step], plain[:, step])
+
+
 # -- prompts, backends, modules ----------------------------------------------------------------------------
 
 
@@ -384,6 +448,24 @@ def test_a_prompt_without_a_tokenizer(tiny, prompt):
         _ = tiny.lm_head.output.save()
     with pytest.raises(PromptError, match="has no tokenizer"):
         tiny.to_tokens(prompt)
+
+
+@pytest.mark.parametrize(("token", "form"), [(31, list), (10**6, torch.tensor), (-1, torch.tensor)])
+def test_a_token_that_is_none(tiny, tokens, token, form):
+    ids = form([[1, 2], [3, token]])
+    message = f"token {token} is not in the vocabulary, whose ids are 0 to 30"
+    with pytest.raises(PromptError, match=message), tiny.trace(ids):
+        _ = tiny.lm_head.output.save()
+    with pytest.raises(PromptError, match=message):
+        tiny.generate(ids, max_new_tokens=2)
+
+
+@pytest.mark.parametrize("ids", [[[1, 2], []], [[], [1]], [[]], torch.zeros(1, 0, dtype=torch.long)], ids=str)
+def test_token_ids_of_no_token(tiny, ids):
+    with pytest.raises(PromptError, match="has no tokens"), tiny.trace(ids):
+        _ = tiny.lm_head.output.save()
+    with pytest.raises(PromptError, match="has no tokens"), tiny.scan(ids):
+        _ = tiny.lm_head.output.save()
 
 
 def test_a_backend_that_does_not_exist(tiny, tiny_hf):

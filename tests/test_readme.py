@@ -71,11 +71,12 @@ def test_the_report_is_what_it_says(tmp_path: Path) -> None:
 
 def test_the_measurements_are_the_recorded_ones() -> None:
     sys.path.insert(0, str(ROOT / "tests" / "benchmarks"))
-    from readme_table import forward_table, recorded, scaling_table
+    from readme_table import forward_table, patching_table, recorded, scaling_table
 
     forward, scaling = recorded("forward"), recorded("scaling")
     assert found(r"<!-- forward -->\n(.*?)\n<!-- /forward -->") == forward_table(forward)
     assert found(r"<!-- scaling -->\n(.*?)\n<!-- /scaling -->") == scaling_table(scaling)
+    assert found(r"<!-- patching -->\n(.*?)\n<!-- /patching -->") == patching_table(recorded("patching"))
     tiny = forward["tiny"]["contenders"]["trace, empty"]["ratio"]
     assert f"takes {tiny:.2f} of the time of the same trace" in README
     edit = scaling["memory"]["contenders"]["trace, edit h[5]"]["ratio"]

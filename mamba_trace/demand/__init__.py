@@ -4,9 +4,11 @@ The forward of a Mamba can be fused into kernels exactly as far as nobody looks 
 body of a trace in greenlets, each always parked on one location, so before computing anything a module can
 ask what is wanted of it right now. `Visit` answers that for one call of one module, serves the state after
 a position, and keeps nnsight's visit counts right for the locations that a fused pass never offers.
-`worker` is the other side, code that runs where the user wrote it; `apart` keeps saved values from changing.
+`worker` is the other side, code that runs where the user wrote it; `apart` keeps saved values from changing;
+`forwards` keeps nnsight's place on modules that accelerate wraps too.
 
-The facts about nnsight 0.8 this module rests on, each held by a test in tests/test_demand.py:
+The facts about nnsight 0.8 this module rests on, each held by a test in tests/test_demand.py (those about
+accelerate in tests/test_devices.py):
 
 * ``interleaver.mediators[i].pending`` is what worker i is parked on: ``provider`` (a location such as
   ``"model.backbone.layers.3.mixer.conv.output"``), and which visit of it, ``iteration``;
@@ -20,7 +22,9 @@ The facts about nnsight 0.8 this module rests on, each held by a test in tests/t
   once it was served in that step; while a worker runs, ``mediator.pending`` is what it was last served;
 * ``mediator.transform`` is a write-back, swapped in when the worker next asks for anything;
 * the route from a module to the running trace is `source.STATE` of its ``__dict__``: ``.active()``;
-* the forward of a wrapped module is a `Controller`, whose ``state.body`` is the forward it stands for;
+* the forward of a wrapped module is a `Controller`, whose ``state.body`` is the forward it stands for, run
+  inside accelerate's hook if the module has one;
+* ``interleaver.envoys`` has an envoy of every module of the tree;
 
 Positions. ``h[p]`` has a location of its own, ``<h>.<p>.output``, but no module, and counting a visit of
 each position in every pass would cost a loop over all tokens. So the count of a position is not kept: it
@@ -29,7 +33,8 @@ served (`Visit.next_position`).
 """
 
 from .apart import keep_apart, version
-from .visit import Visit, is_itself, listened_to, rebind_forward
+from .forwards import is_itself, rebind_forward, reinstate_controllers
+from .visit import Visit, listened_to
 from .worker import SiteOrderError, current_value, expect, expect_position, skip_module
 
 __all__ = [
@@ -42,6 +47,7 @@ __all__ = [
     "keep_apart",
     "listened_to",
     "rebind_forward",
+    "reinstate_controllers",
     "skip_module",
     "version",
 ]

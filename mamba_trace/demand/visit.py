@@ -9,11 +9,9 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-from accelerate.hooks import AlignDevicesHook
 from greenlet import getcurrent
 from nnsight.intervention.interleaver import Mediator
 from nnsight.intervention.source import STATE as CONTROLLER_STATE
-from nnsight.intervention.source import Controller
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules.module import _has_any_global_hook as has_global_hooks
@@ -21,13 +19,11 @@ from torch.nn.modules.module import _has_any_global_hook as has_global_hooks
 from ..errors import PositionError, SiteValueError
 from ..names import public_path
 from ..sites import STATE
+from .frames import users_frame
 from .invokes import PerInvoke
 
 #: The three locations nnsight counts for every module call.
 LOCATIONS = ("input", "skip", "output")
-
-#: Packages whose frames are no user's.
-INTERNAL = ("mamba_trace", "nnsight", "greenlet")
 
 #: Where a pass over positions stands, kept on the site's module: (interleaver, next position, length).
 CURSOR = "_mamba_trace_cursor"
@@ -46,34 +42,6 @@ def has_hooks_of_its_own(module: nn.Module) -> bool:
         or module._backward_hooks
         or module._backward_pre_hooks
     )
-
-
-def is_itself(module: nn.Module, plain: type[nn.Module]) -> bool:
-    """Whether calling ``module`` does what its class ``plain`` does with its weights, and nothing else.
-
-    Not so for a subclass or what replaced it (an adapter, a quantised layer), nor where somebody has hooks
-    on it, another forward in place of its own, or its weights elsewhere until it is called (accelerate).
-    """
-    forward = module.__dict__.get("forward", plain.forward)
-    if isinstance(forward, Controller):
-        forward = forward.state.body
-    if type(module) is not plain or forward is not plain.forward or listened_to(module):
-        return False
-    hook = module.__dict__.get("_hf_hook")
-    return hook is None or (isinstance(hook, AlignDevicesHook) and not hook.offload)
-
-
-def rebind_forward(module: nn.Module) -> None:
-    """Make every wrapper around ``module.forward`` run the forward of its present class.
-
-    accelerate and nnsight keep the forward they wrapped. When the class of a module changes under them,
-    they must be told.
-    """
-    state = module.__dict__.get(CONTROLLER_STATE)
-    if state is not None and not state.sourced:
-        state.body = state.original = type(module).forward
-    if "_old_forward" in module.__dict__:
-        module._old_forward = type(module).forward.__get__(module)
 
 
 class Visit:
@@ -342,8 +310,5 @@ def _warn_if_padded(mediator: Mediator, location: str, position: int, mask: Tens
         f"{public_path(location)}: this invoke is left-padded by {told}, so column {position} is not its "
         f"token {position}. Add the padding to the position, or count from the end with a negative one"
     )
-    frame = mediator.worker.gr_frame
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in INTERNAL:
-        frame = frame.f_back
-    # At the user's line, where the worker is parked.
+    frame = users_frame(mediator.worker.gr_frame)
     warnings.warn_explicit(message, UserWarning, frame.f_code.co_filename, frame.f_lineno)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from nnsight.intervention.interleaver import Mediator, OutOfOrderError
+from nnsight.intervention.util import first_input
 
 from ..errors import MambaTraceError
 from ..names import public_path
@@ -71,6 +73,21 @@ def current_value(location: str) -> Any:
     return Mediator.value(location)
 
 
-def skip_module(envoy: Any, replacement: Any) -> None:
-    """Skip the module of ``envoy``: nnsight's ``Envoy.skip``, also where a submodule hides the method."""
-    Mediator.skip(f"{envoy.path}.skip", replacement)
+def skip_module(envoy: Any, replacement: Callable[[Any], Any]) -> None:
+    """Skip the module of ``envoy``: nnsight's ``Envoy.skip``, also where a submodule hides the method.
+
+    Args:
+        envoy: of a block or a mixer.
+        replacement: given the module's input when the run gets there, what stands for its output.
+
+    Raises:
+        SiteOrderError: if the run has gone past it.
+    """
+    path = public_path(envoy.path)
+    if _passed(Mediator.current(path), f"{envoy.path}.input"):
+        raise SiteOrderError(
+            f"{path} was already computed in this run, so it can no longer be skipped: skip it before "
+            f"asking for anything that comes after its input"
+        )
+    args, kwargs = Mediator.value(f"{envoy.path}.input")
+    Mediator.skip(f"{envoy.path}.skip", replacement(first_input(args, kwargs)))

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 #: What one more call of a layer costs beside the positions in it, in positions: on a CPU the layer's weights
 #: are read again, on a GPU its kernels are launched again.
-OVERHEAD = {"cpu": 36, "cuda": 1000}
+OVERHEAD = {"cpu": 72, "cuda": 1000}
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ class Unpatched:
 
     Attributes:
         streams: of each layer, the residual stream into it in the run on the prompt [L,D].
-        projected: of each layer, what in_proj makes of it [L,2E], where a patch leaves that as it is and there
+        projected: of each layer, what in_proj makes of it [L,2E], if no patch changes that and there
             is memory for it; else empty.
         logits: of the runs on source and prompt, at the positions that a metric looks at [2,m,V].
     """

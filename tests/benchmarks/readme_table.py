@@ -44,6 +44,20 @@ def scaling_table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def patching_table(results: dict[str, Any]) -> str:
+    """A row for each pair of prompts of ``patching.json``: seconds, and MambaLens beside `patch_grid`."""
+    columns = ("matmuls", "attribution_grid", "patch_grid", "MambaLens", "MambaLens / patch_grid")
+    lines = ["| prompts differ | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    for first, found in results["first difference"].items():
+        ms = {name: row["ms"] for name, row in found["contenders"].items()}
+        lens = found["mamba lens"]
+        seconds = [ms["floor"], ms["attribution_grid"], ms["patch_grid"], lens["ms"]]
+        where = "from the first token on" if first == "0" else "in the eleventh token"
+        cells = [*(f"{value / 1000:.2f} s" for value in seconds), f"{lens['ratio']:.1f}"]
+        lines.append(f"| {where} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def recorded(name: str) -> dict[str, Any]:
     """One of the recorded runs beside this file."""
     return json.loads((HERE / f"{name}.json").read_text(encoding="utf-8"))
@@ -53,3 +67,5 @@ if __name__ == "__main__":
     print(forward_table(recorded("forward")))
     print()
     print(scaling_table(recorded("scaling")))
+    print()
+    print(patching_table(recorded("patching")))
