@@ -8,6 +8,7 @@ differentiable.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -45,9 +46,7 @@ def logit_diff(model: MambaTrace, answer: str | int, wrong: str | int) -> Metric
         raise PromptError(
             f"answer and wrong are both {answer!r} (token {plus}), so their logits never differ"
         )
-    return named(
-        f"logit of {answer!r} minus logit of {wrong!r}", lambda logits: logits[..., plus] - logits[..., minus]
-    )
+    return LogitDiff(f"logit of {answer!r} minus logit of {wrong!r}", plus, minus)
 
 
 def logit(model: MambaTrace, answer: str | int) -> Metric:
@@ -67,8 +66,7 @@ def logit(model: MambaTrace, answer: str | int) -> Metric:
 
         metric = logit(model, " Emma")
     """
-    token = single_token(model, answer)
-    return named(f"logit of {answer!r}", lambda logits: logits[..., token])
+    return Logit(f"logit of {answer!r}", single_token(model, answer))
 
 
 def log_prob(model: MambaTrace, answer: str | int) -> Metric:
@@ -88,8 +86,7 @@ def log_prob(model: MambaTrace, answer: str | int) -> Metric:
 
         metric = log_prob(model, " Emma")
     """
-    token = single_token(model, answer)
-    return named(f"log probability of {answer!r}", lambda logits: logits.log_softmax(-1)[..., token])
+    return LogProb(f"log probability of {answer!r}", single_token(model, answer))
 
 
 def prob(model: MambaTrace, answer: str | int) -> Metric:
@@ -109,20 +106,62 @@ def prob(model: MambaTrace, answer: str | int) -> Metric:
 
         metric = prob(model, " Emma")
     """
-    token = single_token(model, answer)
-    return named(f"probability of {answer!r}", lambda logits: logits.softmax(-1)[..., token])
+    return Prob(f"probability of {answer!r}", single_token(model, answer))
 
 
-def named(name: str, metric: Metric) -> Metric:
-    """``metric`` under a name for people."""
-    metric.__name__ = name
-    return metric
+@dataclass(frozen=True)
+class Logit:
+    """The logit of a token: of logits [...,V] to [...]. A class, and not a closure, so that it can be sent.
+
+    Attributes:
+        name: for people.
+        token: its id.
+    """
+
+    name: str
+    token: int
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        return logits[..., self.token]
+
+
+class LogProb(Logit):
+    """The log probability of a token."""
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        return logits.log_softmax(-1)[..., self.token]
+
+
+class Prob(Logit):
+    """The probability of a token."""
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        return logits.softmax(-1)[..., self.token]
+
+
+@dataclass(frozen=True)
+class LogitDiff(Logit):
+    """The logit of a token minus that of another.
+
+    Attributes:
+        minus: the other's id.
+    """
+
+    minus: int
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        return logits[..., self.token] - logits[..., self.minus]
+
+
+def name_of(metric: Metric) -> str:
+    """What a metric is called in pictures."""
+    return getattr(metric, "name", None) or getattr(metric, "__name__", None) or type(metric).__name__
 
 
 def named_metrics(metric: Metric | Mapping[str, Metric] | None, caller: str) -> dict[str, Metric]:
     """One or several metrics, by name. Raises `MetricError` for what cannot be called."""
     if callable(metric):
-        return {getattr(metric, "__name__", type(metric).__name__): metric}
+        return {name_of(metric): metric}
     if not isinstance(metric, Mapping) or not metric or not all(map(callable, metric.values())):
         raise MetricError(
             f"{caller} needs a metric, a function from logits [B,V] to [B], or a dict of several, not "

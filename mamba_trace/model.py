@@ -19,17 +19,21 @@ from nnsight.intervention.envoy import Envoy
 from nnsight.intervention.eproperty import eproperty
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch._guards import detect_fake_mode
 from transformers import MambaConfig, MambaForCausalLM, PreTrainedTokenizerBase, TextGenerationPipeline
 
-from . import names
+from . import names, placement
 from .architectures import architecture_of, axis_sizes, make_hookable
 from .checkpoints import Checkpoint, find_checkpoint, load_tokenizer, read_state_dict
 from .conversion import check_state_dict, convert_config, convert_state_dict, residuals_per_layer
-from .demand import keep_apart
+from .demand import keep_apart, reinstate_controllers
 from .envoys import envoy_classes, refuse_value, unknown
 from .errors import CheckpointError, PositionError, PromptError, UnknownSiteError
+from .hooks import KEEPING_HOOKS, none_kept
 from .initialization import initialize
+from .remote import TASK, Remote, check_task
 from .report import RunReport
+from .run_arguments import check_token_lists, check_tokens
 from .running import HookedRuns
 from .scan import check
 from .sites import SITES, STATE, rows
@@ -47,7 +51,7 @@ RENAME = {
 DEMO = Path(__file__).parent / "demo_model"
 
 
-class MambaTrace(HookedRuns, LensViews, Tokens, TransformersModel):
+class MambaTrace(HookedRuns, LensViews, Tokens, Remote, TransformersModel):
     """A Mamba whose every intermediate value can be read and edited inside a trace.
 
     Args:
@@ -82,7 +86,7 @@ class MambaTrace(HookedRuns, LensViews, Tokens, TransformersModel):
         super().__init__(
             repo_id,
             *args,
-            task="text-generation",
+            task=check_task(kwargs.pop("task", TASK)),
             rename={**RENAME, **(kwargs.pop("rename", None) or {})},
             envoys={**envoy_classes(), **envoys} if isinstance(envoys, dict) else envoys,
             **kwargs,
@@ -95,11 +99,34 @@ class MambaTrace(HookedRuns, LensViews, Tokens, TransformersModel):
     def kernels(self) -> str:
         """Which scan runs; a property of the module, so the last wrapper around one module decides.
 
+        Assigning another name changes it for the runs that follow.
+
+        Raises:
+            BackendError: if what is assigned names no backend, or one that cannot run here.
+
         Example::
 
             model.kernels  # "auto"
         """
         return self.layers[0].ssm._module.kernels
+
+    @kernels.setter
+    def kernels(self, kernels: str) -> None:
+        self._kernels = check(kernels)
+        for layer in self.layers:
+            layer.ssm._module.kernels = kernels
+
+    @property
+    def device(self) -> torch.device:
+        """Where the inputs of a run go: the device that the embedding runs on, also where it is offloaded.
+
+        Inputs are moved there, and tensors assigned to a site to that of its layer.
+
+        Example::
+
+            model.device  # device(type="cpu")
+        """
+        return placement.input_device(self._module)
 
     @property
     def last_run(self) -> RunReport:
@@ -248,6 +275,8 @@ class MambaTrace(HookedRuns, LensViews, Tokens, TransformersModel):
         try:
             return super().__getattr__(name)
         except AttributeError as error:
+            if name in KEEPING_HOOKS:
+                raise none_kept(name) from error
             known = {site.name for site in SITES} | {STATE, "ssm"}
             if name not in known and not names.nearest(name, sorted(known | {"layers"})):
                 raise
@@ -264,6 +293,16 @@ class MambaTrace(HookedRuns, LensViews, Tokens, TransformersModel):
         if kwargs.get("trace", True):
             kwargs.setdefault("tracer_cls", SiteTracer)
         return super().trace(*inputs, **kwargs)
+
+    def scan(self, *inputs: Any, fn: Any = "__call__", backend: Any = None, **kwargs: Any) -> Any:
+        """nnsight's ``scan``: the shapes of a run, without its numbers; also where weights are offloaded.
+
+        Example::
+
+            with model.scan("Emma gave an apple to"):
+                shape = model.layers[1].ssm.h[2].output.shape  # [B,E,N]
+        """
+        return placement.ShapeTracer(self, fn, *inputs, backend=backend, **kwargs)
 
     # -- loading ---------------------------------------------------------------------------------------
 
@@ -289,6 +328,7 @@ class MambaTrace(HookedRuns, LensViews, Tokens, TransformersModel):
         dtype = dtype if isinstance(dtype, torch.dtype) else config.dtype
         module: Any = MambaForCausalLM(config)
         module.to(dtype or torch.float32)
+        placement.full_device_map(kwargs.get("device_map"), module)  # a name that is wrong is told at once
         self._find_tokenizer(checkpoint)
         return self._wrap(module, device="meta")
 
@@ -299,6 +339,8 @@ class MambaTrace(HookedRuns, LensViews, Tokens, TransformersModel):
         if "torch_dtype" in kwargs:
             kwargs["dtype"] = kwargs.pop("torch_dtype")
         config = copy.deepcopy(kwargs.pop("config", None) or checkpoint.config)
+        if "device_map" in kwargs:
+            kwargs["device_map"] = placement.usable_device_map(kwargs["device_map"], config)
         # transformers 5 rescales *loaded* weights too where this is set; it concerns new ones alone.
         rescale, config.rescale_prenorm_residual = config.rescale_prenorm_residual, False
         module = self._read(checkpoint, config, kwargs)
@@ -331,11 +373,12 @@ class MambaTrace(HookedRuns, LensViews, Tokens, TransformersModel):
         make_hookable(module, self._kernels)
         module.eval()
         # A module on its way in stays where its owner put it; one loaded here goes where nnsight's others go.
-        if placed and device is None and not getattr(module, "hf_device_map", None):
-            device = module.device
-        self.pipeline = TextGenerationPipeline(
-            model=module, tokenizer=self.tokenizer, task="text-generation", device=device
-        )
+        with placement.one_device(module):
+            if placed and device is None and not getattr(module, "hf_device_map", None):
+                device = module.device
+            self.pipeline = TextGenerationPipeline(
+                model=module, tokenizer=self.tokenizer, task=TASK, device=device
+            )
         return self._finalize_pipeline()
 
     def _batch(self, invokes: list, fn: Any) -> tuple:
@@ -344,7 +387,13 @@ class MambaTrace(HookedRuns, LensViews, Tokens, TransformersModel):
                 "this model has no tokenizer, so a prompt must be a tensor of token ids [B,L]; "
                 "or give it one: MambaTrace(..., tokenizer=...)"
             )
-        return super()._batch(invokes, fn)
+        check_token_lists(invokes)
+        reinstate_controllers(self.interleaver)
+        if self.dispatched and detect_fake_mode() is None:
+            placement.check_weights(self._module)
+        args, kwargs = super()._batch(invokes, fn)
+        check_tokens(self, invokes, kwargs)
+        return args, kwargs
 
 
 def check_loaded(name: str, found: Mapping[str, Any]) -> None:

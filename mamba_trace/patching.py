@@ -24,12 +24,12 @@ from torch import Tensor
 
 from . import names
 from .attribution import attributions
-from .errors import PositionError, PromptError, UnknownSiteError
+from .errors import FileError, PositionError, PromptError, UnknownSiteError
 from .grids import PatchGrid
 from .metrics import Metric, log_prob, logit, logit_diff, named_metrics, prob
 from .prompts import matching_tokens, token_strings
 from .sites import BY_HOOK, BY_NAME, SITES, Site, describe_axes
-from .sweep import Answers, Limits, Question, answers
+from .sweep import Answers, Limits, Question, answers, on_server
 
 if TYPE_CHECKING:
     from .model import MambaTrace
@@ -57,6 +57,7 @@ def patch_grid(
     keep: str | os.PathLike[str] | None = ...,
     progress: bool = ...,
     distribute: bool = ...,
+    remote: bool | str = ...,
 ) -> PatchGrid: ...
 @overload
 def patch_grid(
@@ -73,6 +74,7 @@ def patch_grid(
     keep: str | os.PathLike[str] | None = ...,
     progress: bool = ...,
     distribute: bool = ...,
+    remote: bool | str = ...,
 ) -> dict[str, PatchGrid]: ...
 def patch_grid(
     model: MambaTrace,
@@ -88,6 +90,7 @@ def patch_grid(
     keep: str | os.PathLike[str] | None = None,
     progress: bool = True,
     distribute: bool = True,
+    remote: bool | str = False,
 ) -> PatchGrid | dict[str, PatchGrid]:
     """Patch a site from the run on ``source`` into that on ``prompt``, at every layer and position in turn.
 
@@ -110,6 +113,8 @@ def patch_grid(
         progress: show a progress bar on stderr, with the time that is left.
         distribute: where a launcher (torchrun, accelerate launch) started several processes, share the cells
             among them; each of them gets the whole grid, the same to the last bit as from one process.
+        remote: compute it on an NDIF server, in one session, as ``model.session(remote=...)`` does: ``True``,
+            a URL or ``"local"``. Only the grid comes back; nothing is kept and no progress shown.
 
     Returns:
         The grid: [n_layers, L], or [1, L] for a site of the whole model (embeddings, norm_f, lm_head). With
@@ -120,7 +125,7 @@ def patch_grid(
         UnknownSiteError: if there is no such site.
         PositionError: if the site has no positions, or the prompt not those that the metric looks at.
         MetricError: if the metric does not return one number for each row.
-        FileError: if ``keep`` cannot be written, or holds another grid's cells.
+        FileError: if ``keep`` cannot be written, holds another grid's cells, or is on a server.
         ProcessesError: if the processes that share a grid do not all ask for the same.
 
     Example::
@@ -132,7 +137,15 @@ def patch_grid(
     question = asked(model, prompt, source, site, metrics, metric_positions, window)
     if batch_size is not None and batch_size < 1:
         raise PromptError(f"batch_size={batch_size}: a forward patches at least one cell")
-    found = answers(model, question, Limits(batch_size, memory), keep, progress, distribute)
+    limits = Limits(batch_size, memory)
+    if remote and keep is not None:
+        raise FileError(
+            f"keep={str(keep)!r}: with remote= the cells are on the server, and none are kept here"
+        )
+    if remote:
+        found = on_server(model, remote, answers, question, limits, None, False, False)
+    else:
+        found = answers(model, question, limits, keep, progress, distribute)
     grids = grids_of(model, question, found, "patching")
     return grids if isinstance(metric, Mapping) else next(iter(grids.values()))
 
@@ -147,6 +160,7 @@ def attribution_grid(
     *,
     metric_positions: int | Sequence[int] = ...,
     steps: int = ...,
+    remote: bool | str = ...,
 ) -> PatchGrid: ...
 @overload
 def attribution_grid(
@@ -158,6 +172,7 @@ def attribution_grid(
     metric: Mapping[str, Metric],
     metric_positions: int | Sequence[int] = ...,
     steps: int = ...,
+    remote: bool | str = ...,
 ) -> dict[str, PatchGrid]: ...
 def attribution_grid(
     model: MambaTrace,
@@ -168,6 +183,7 @@ def attribution_grid(
     *,
     metric_positions: int | Sequence[int] = -1,
     steps: int = 1,
+    remote: bool | str = False,
 ) -> PatchGrid | dict[str, PatchGrid]:
     """`patch_grid` to first order: from two forwards and one backward, for all layers and positions.
 
@@ -183,6 +199,7 @@ def attribution_grid(
         metric_positions: as in `patch_grid`.
         steps: with more than 1, the gradient is the mean over so many runs on embeddings between the prompt's
             and the source's (integrated gradients): so many forwards and backwards, two forwards more.
+        remote: as in `patch_grid`. A sandboxed server has no backward pass.
 
     Returns:
         The grid: [n_layers, L], or [1, L] for a site of the whole model. With several metrics, a dict of a
@@ -204,7 +221,10 @@ def attribution_grid(
     question = asked(model, prompt, source, site, metrics, metric_positions, window=1)
     if steps < 1:
         raise PromptError(f"steps={steps}: a gradient is taken at one point at least")
-    found = attributions(model, question, steps)
+    if remote:
+        found = on_server(model, remote, attributions, question, steps)
+    else:
+        found = attributions(model, question, steps)
     grids = grids_of(model, question, found, "attribution" if steps == 1 else "integrated gradients")
     return grids if isinstance(metric, Mapping) else next(iter(grids.values()))
 

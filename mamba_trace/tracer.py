@@ -7,8 +7,10 @@ from typing import Any
 from nnsight.intervention.cache import CacheView
 from nnsight.intervention.tracer import InterleavingTracer
 
+from .remote import SmallResults
 
-class SiteTracer(InterleavingTracer):
+
+class SiteTracer(SmallResults, InterleavingTracer):
     """What ``with model.trace(...) as tracer`` binds."""
 
     def cache(self, modules: list[Any] | None = None, *args: Any, **kwargs: Any) -> CacheView:

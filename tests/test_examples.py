@@ -52,7 +52,7 @@ CLASSES: tuple[type, ...] = (
 )
 #: Public of name and no call for users: helpers that other modules share, and what nnsight's classes define.
 APART = {
-    *("named", "named_metrics", "measured", "parse", "nearest", "public_path", "check", "check_state_dict"),
+    *("name_of", "named_metrics", "measured", "parse", "nearest", "public_path", "check", "check_state_dict"),
     *("convolution", "causal_conv", "residuals_per_layer", "check_writable", "section", "class_named"),
     *("write_page", "write_picture", "write_json", "write_safetensors", "read_json", "read_safetensors"),
     *("labels", "heatmap", "output", "tokenizer_prepends_bos"),

@@ -234,11 +234,13 @@ class Visit:
         self.module._modules[name].__dict__[CURSOR] = (self.interleaver, position, length)
 
     def _count_positions(self, prefix: str) -> None:
-        counts = self.interleaver.counts
-        visits = counts.get(f"{prefix}output", 0)
+        counts, whole = self.interleaver.counts, f"{prefix}output"
         for location in self.interleaver.parked:
             if position_of(location, prefix) is not None:
-                counts[location] = visits
+                counts[location] = counts.get(whole, 0)
+                # A worker in NDIF's sandbox, another process, cannot say what it began at: `expect_position`.
+                for mediator in self.interleaver.mediators:
+                    mediator.counts_at_start[location] = mediator.counts_at_start.get(whole, 0)
 
     def _asked(self, prefix: str) -> set[str]:
         # The locations under the prefix of a site with positions that this visit is to serve.
@@ -256,6 +258,8 @@ class Visit:
 
     def _refuse(self, mediator: Mediator, error: Exception) -> None:
         # Raise `error` at the line the worker is parked on. If its block catches it, the worker goes on.
+        if mediator.worker is None:  # it runs in NDIF's sandbox, another process
+            raise error
         mediator.worker.parent = getcurrent()
         try:
             mediator.pending = mediator.worker.throw(error)
@@ -310,5 +314,8 @@ def _warn_if_padded(mediator: Mediator, location: str, position: int, mask: Tens
         f"{public_path(location)}: this invoke is left-padded by {told}, so column {position} is not its "
         f"token {position}. Add the padding to the position, or count from the end with a negative one"
     )
+    if mediator.worker is None:  # it runs in NDIF's sandbox, another process
+        warnings.warn(message, UserWarning, stacklevel=2)
+        return
     frame = users_frame(mediator.worker.gr_frame)
     warnings.warn_explicit(message, UserWarning, frame.f_code.co_filename, frame.f_lineno)

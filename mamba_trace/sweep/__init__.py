@@ -11,7 +11,7 @@ done.
 from .plan import Limits
 from .processes import first_process, own_device, part
 from .question import Question
-from .run import Answers, answers
+from .run import Answers, answers, on_server
 from .unpatched import PROMPT, SOURCE
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "Question",
     "answers",
     "first_process",
+    "on_server",
     "own_device",
     "part",
 ]

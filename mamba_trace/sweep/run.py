@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import nnsight
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -78,6 +79,15 @@ def answers(
                 bar.show()
             kept.fill(values)
     return Answers(values, both[:, SOURCE], both[:, PROMPT])
+
+
+def on_server(model: MambaTrace, remote: bool | str, compute: Callable[..., Answers], *args: Any) -> Answers:
+    """What ``compute(model, *args)`` returns on a server: one session, from which only answers come back."""
+    with model.session(remote=remote):
+        found = compute(model, *args)
+        values = nnsight.save(found.values)
+        source, prompt = nnsight.save(found.source), nnsight.save(found.prompt)
+    return Answers(values, source, prompt)
 
 
 def after_layers(question: Question, unpatched: Unpatched, values: Tensor) -> None:
