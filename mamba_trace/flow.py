@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from .cuts import Cut, Pairs, ZeroDelta, edit_layer
+from .demand import SiteOrderError, need_a_trace
 from .selection import (
     Channels,
     Layers,
@@ -31,11 +32,11 @@ from .selection import (
     call_inputs,
     channel_mask,
     check_channels,
+    check_padding,
     decay_groups,
     decay_rate,
     layer_numbers,
     position_numbers,
-    warn_of_padding,
 )
 
 if TYPE_CHECKING:
@@ -65,6 +66,8 @@ def knockout(
 ) -> None:
     """Cut what flows from source to target tokens through the state; to be called inside a trace.
 
+    Several cuts in one layer of a trace are one call of `apply`: a second `knockout` there comes too late.
+
     For each target i and chosen channel e the part of ``y`` that comes from the sources is taken away::
 
         y_i -= sum over sources j <= i of C_i (A_bar_i ... A_bar_{j+1}) B_bar_j x_j
@@ -75,8 +78,9 @@ def knockout(
     Args:
         model: the model.
         source_positions: an int, a slice, several ints or a boolean mask [L]; negative counts from the end,
-            and is the same token in each prompt of a left-padded batch (others warn). Positions are those of
-            the forward call: what an earlier call has left in a cache is not cut.
+            and is the same token in each prompt of a left-padded batch (others warn, and so does one that is
+            padding in some prompts). Positions are those of the forward call: what an earlier call has left
+            in a cache is not cut.
         target_positions: likewise.
         layers: an int or several; all by default.
         channels: ``None`` for all, ``"slow"``, ``"medium"`` or ``"fast"`` (see `decay_groups`), indices, or
@@ -86,11 +90,12 @@ def knockout(
             them, which are neither sources nor targets, sources still reach the targets.
 
     Raises:
-        PositionError: for a position that the prompt does not have, or if no source is at or before a target:
-            before anything is computed, where the block has not asked for a site yet.
+        PositionError: for a position that no prompt has, or if no source is at or before a target: before
+            anything is computed, where the block has not asked for a site yet.
         LayerError: for a layer that the model does not have.
-        SiteValueError: for channels that it does not have.
-        SiteOrderError: if the block has gone past a layer's ssm_input (x_in with ``conv``).
+        SiteValueError: for channels that it does not have, or outside of a trace.
+        SiteOrderError: if the block has gone past a layer's ssm_input (x_in with ``conv``), as it has after
+            another cut there.
 
     An edit of B, C or delta made by an earlier invoke is taken into account. One of A_bar, B_bar, write
     or h[p] in the same layer is not: what is taken away is what the sources' own writes would be at the
@@ -106,7 +111,7 @@ def knockout(
             knockout(model, source_positions=10, target_positions=-1, layers=[2, 3], channels="slow")
             logits = model.lm_head.output.save()  # [B,L,V]
     """
-    apply(model, Cut(source_positions, target_positions, channels, scan, conv), layers)
+    _make("knockout", model, [Cut(source_positions, target_positions, channels, scan, conv)], layers)
 
 
 def knockout_conv(
@@ -140,7 +145,8 @@ def knockout_conv(
             knockout_conv(model, source_positions=10, target_positions=[11, 12, 13])
             logits = model.lm_head.output.save()  # [B,L,V]
     """
-    apply(model, Cut(source_positions, target_positions, channels, scan=False, conv=True), layers)
+    cut = Cut(source_positions, target_positions, channels, scan=False, conv=True)
+    _make("knockout_conv", model, [cut], layers)
 
 
 def zero_delta(
@@ -167,7 +173,7 @@ def zero_delta(
             zero_delta(model, positions=10, layers=1)
             logits = model.lm_head.output.save()  # [B,L,V]
     """
-    apply(model, ZeroDelta(positions, channels), layers)
+    _make("zero_delta", model, [ZeroDelta(positions, channels)], layers)
 
 
 def apply(
@@ -194,7 +200,11 @@ def apply(
             apply(model, [Cut(10, -1, conv=True), Cut(1, [-1, -2], "fast"), ZeroDelta(6)], layers=[2, 3])
             logits = model.lm_head.output.save()  # [B,L,V]
     """
-    edits = [edits] if isinstance(edits, (Cut, ZeroDelta)) else list(edits)
+    _make("apply", model, [edits] if isinstance(edits, (Cut, ZeroDelta)) else list(edits), layers)
+
+
+def _make(verb: str, model: MambaTrace, edits: list[Cut | ZeroDelta], layers: Layers) -> None:
+    need_a_trace(verb)
     numbers = layer_numbers(model, layers)
     for edit in edits:
         check_channels(model, edit.channels)
@@ -204,14 +214,20 @@ def apply(
             _check(edit, *call, model.config.conv_kernel)
     for layer in numbers:
         masks = [channel_mask(model, layer, edit.channels) for edit in edits]
-        edit_layer(model.layers[layer].ssm, edits, masks)
+        try:
+            edit_layer(model.layers[layer].ssm, edits, masks)
+        except SiteOrderError as error:
+            raise SiteOrderError(
+                f"{error}. If another cut went past it, make all cuts of a layer in one call, "
+                f"flow.apply(model, [Cut(...), Cut(...)], layers), and earlier layers first"
+            ) from error
 
 
 def _check(edit: Cut | ZeroDelta, length: int, mask: Tensor | None, taps: int) -> None:
     if isinstance(edit, ZeroDelta):
         position_numbers("positions", edit.positions, length)
-        warn_of_padding("positions", edit.positions, mask)
+        check_padding("positions", edit.positions, mask)
         return
     Pairs.of(edit, length, taps)
-    warn_of_padding("source_positions", edit.source_positions, mask)
-    warn_of_padding("target_positions", edit.target_positions, mask)
+    check_padding("source_positions", edit.source_positions, mask)
+    check_padding("target_positions", edit.target_positions, mask)

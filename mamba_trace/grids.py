@@ -99,13 +99,20 @@ class PatchGrid(Result):
             r, from -1 to 1, computed in float64.
 
         Raises:
-            MetricError: if the grids have different shapes, fewer than two cells in common, or the same value
-                in all of them.
+            MetricError: if the grids are of different sites or windows, or have different shapes, fewer than
+                two cells in common, or the same value in all of them.
 
         Example::
 
             assert grid.correlation(grid) == 1
         """
+        for name in ("site", "window"):
+            ours, theirs = getattr(self, name), getattr(other, name)
+            if ours != theirs:
+                raise MetricError(
+                    f"these grids answer different questions: {name} is {ours!r} in one and {theirs!r} in "
+                    f"the other. Make both of the same"
+                )
         if self.values.shape != other.values.shape:
             raise MetricError(
                 f"a correlation compares grids cell by cell: {self.site} has {list(self.values.shape)} rows "
@@ -125,8 +132,8 @@ class PatchGrid(Result):
                     f"the grid of {grid.site} ({grid.method}) is {values[0]:+.6g} in all {len(values)} "
                     f"cells, so nothing can correlate with it. Patch a site that changes the metric"
                 )
-        ours, theirs = (values - values.mean() for values in cells)
-        together = float(ours @ theirs) / math.sqrt(float(ours @ ours) * float(theirs @ theirs))
+        first, second = (values - values.mean() for values in cells)
+        together = float(first @ second) / math.sqrt(float(first @ first) * float(second @ second))
         return max(-1.0, min(1.0, together))
 
     def caption(self) -> str:

@@ -29,8 +29,9 @@ from .errors import SiteValueError
 from .plotting import Heatmap
 from .prompts import describe, prompt_tokens, token_strings
 from .results import Result
+from .run_arguments import refuse_inside_a_trace
 from .scan_pairs import ScanPairs
-from .selection import Channels, Positions, channel_mask, check_channels, layer_numbers, position_numbers
+from .selection import Channels, Positions, channel_mask, check_channels, layer_number, position_numbers
 
 if TYPE_CHECKING:
     from .model import MambaTrace
@@ -82,7 +83,7 @@ class TokenPairs(Result):
             Heatmap(
                 values=values,
                 title=f"{self._title}, layer {self.layer}\n{measure}, {count} channel{'s' * (count != 1)}",
-                row_title="token",
+                row_title="token that reads",
                 row_labels=self._labels(self.rows),
                 column_title="Token that is read",
                 column_labels=self._labels(self.columns),
@@ -135,10 +136,11 @@ def hidden_attention(
 
     Raises:
         PromptError: if the prompt is not one prompt.
-        LayerError: if there is no such layer.
+        LayerError: if there is no such layer, or not one.
         PositionError: for rows or columns that the prompt does not have.
         SiteValueError: for channels that the layer does not have.
         ValueError: for another ``reduce``.
+        RuntimeError: inside a trace.
 
     Source:
         The Hidden Attention of Mamba Models (arXiv 2403.01590).
@@ -149,6 +151,7 @@ def hidden_attention(
         attention.values  # [1,L]: what the last token reads
         attention.save("attention.html")
     """
+    refuse_inside_a_trace(model, "hidden_attention")
     if reduce not in MEASURES:
         raise ValueError(f"reduce={reduce!r} is none of {', '.join(map(repr, MEASURES))}")
     asked = Asked.of(model, prompt, layer, channels, rows, columns)
@@ -190,7 +193,7 @@ def contributions(
     Raises:
         SiteValueError: if a direction has another length or both are given, or for channels that the layer
             does not have.
-        PromptError, LayerError, PositionError: as `hidden_attention`.
+        PromptError, LayerError, PositionError, RuntimeError: as `hidden_attention`.
 
     Source:
         The matrix of arXiv 2403.01590.
@@ -203,6 +206,7 @@ def contributions(
         found = contributions(model, prompt, 1, residual_direction=directions[0] - directions[1], rows=-1)
         found.values  # [1,L]: from which tokens layer 1 has what it says in favour of Emma
     """
+    refuse_inside_a_trace(model, "contributions")
     if y_direction is not None and residual_direction is not None:
         raise SiteValueError(
             "contributions are measured along one direction: y_direction or residual_direction"
@@ -254,7 +258,7 @@ class Asked:
     ) -> Asked:
         """What `hidden_attention` was asked for. Raises what it raises."""
         tokens = prompt_tokens(model, "prompt", prompt)
-        (layer,) = layer_numbers(model, layer)
+        layer = layer_number(model, layer)
         check_channels(model, channels)
         mask = channel_mask(model, layer, channels)
         rows, columns = (slice(None) if positions is None else positions for positions in (rows, columns))

@@ -14,6 +14,7 @@ direction as in Turner et al. (arXiv 2308.10248).
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Real
@@ -22,11 +23,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .demand import need_a_trace
 from .envoys import PositionEnvoy, SiteEnvoy
 from .errors import PositionError, SiteValueError
 from .names import public_path
 from .prompts import describe
-from .selection import Indices, chosen_indices
+from .selection import GROUPS, Indices, chosen_indices
 from .sites import AXES, describe_axes
 
 __all__ = ["ablate", "steer"]
@@ -56,9 +58,11 @@ def ablate(
             the tokens of this forward call: a decode step of ``generate`` has one, and in a prompt padded on
             the left those from 0 on count the padding, while negative ones are the same token in every row.
         channels: likewise, along the axis E of the site, or D, R, N or V where it has no E; all n of a state.
+            `flow.decay_groups` has those of a layer that are slow or fast.
 
     Raises:
-        SiteValueError: if ``place`` is no site, ``value`` does not broadcast, or there is no such channel.
+        SiteValueError: if ``place`` is no site, ``value`` does not broadcast, there is no such channel, or
+            outside of a trace.
         PositionError: if there is no such position, or the site has no positions (``h[p]`` is of one).
         SiteOrderError: if the run has gone past this site.
 
@@ -78,6 +82,7 @@ def ablate(
             logits = model.lm_head.output.save()
     """
     target = Target.of(place, "ablate")
+    need_a_trace("ablate")
     target.check_value(value)
     current = place.output
     index = target.index(current, positions, channels)
@@ -101,11 +106,12 @@ def steer(
         place: as in `ablate`.
         direction: a floating tensor of the site's axes without B and L: [D] for the residual stream, [E] for
             ``ssm.y``, [E,N] for ``ssm.h[p]``.
-        scale: its factor.
+        scale: its factor: a number, or a tensor of one.
         positions: as in `ablate`.
 
     Raises:
-        SiteValueError: if ``place`` is no site, or the direction has another shape.
+        SiteValueError: if ``place`` is no site, the direction has another shape, ``scale`` is not one number,
+            or outside of a trace.
         PositionError: if there is no such position, or the site has no positions (``h[p]`` is of one).
         SiteOrderError: if the run has gone past this site.
 
@@ -123,8 +129,10 @@ def steer(
         ids = steered.generate(prompt, max_new_tokens=5)
     """
     target = Target.of(place, "steer")
+    need_a_trace("steer")
     if not isinstance(direction, Tensor) or not direction.is_floating_point():
         raise SiteValueError(f"{target}: a direction is a floating tensor, not {describe(direction)}")
+    target.check_scale(scale)
     current = place.output
     target.check_direction(direction, current.shape)
     index = target.index(current, positions, None)
@@ -182,6 +190,16 @@ class Target:
             )
         return value.to(current).expand(current.shape)
 
+    def check_scale(self, scale: Any) -> None:
+        """Raises `SiteValueError` unless a scale is a number, or a tensor of one."""
+        if isinstance(scale, Tensor):
+            one = scale.shape in ((), (1,)) and scale.dtype != torch.bool
+        else:
+            one = isinstance(scale, Real) and not isinstance(scale, bool)
+        if not one:
+            found = describe(scale) if isinstance(scale, Tensor) else repr(scale)
+            raise SiteValueError(f"{self}: scale= is one number, the factor of the direction, not {found}")
+
     def check_direction(self, direction: Tensor, shape: Sequence[int]) -> None:
         """Raises `SiteValueError` unless a direction has the axes of a site of ``shape`` without B and L."""
         kept = "".join(axis for axis in self.axes if axis not in "BL")
@@ -208,6 +226,8 @@ class Target:
         if channels is not None:
             letter = next(one for one in CHANNEL_AXES if one in self.axes)
             axis = self.axes.index(letter)
+            if isinstance(channels, str):
+                raise self.no_channel(letter, self.named_channels(letter, channels))
             found = chosen_indices(
                 channels, current.shape[axis], lambda reason: self.no_channel(letter, reason)
             )
@@ -226,3 +246,10 @@ class Target:
     def no_channel(self, letter: str, reason: str) -> SiteValueError:
         """The error for channels that cannot be picked."""
         return SiteValueError(f"{self}: channels={reason}. Channels count along {letter} ({AXES[letter]})")
+
+    def named_channels(self, letter: str, channels: str) -> str:
+        """Why channels are not chosen by name, and how those of a group by decay are."""
+        layer = re.search(r"layers\[(\d+)\]", self.path)
+        if channels not in GROUPS or letter != "E" or layer is None:
+            return f"{channels!r}: give an integer, a slice, several integers or a boolean mask"
+        return f"{channels!r}: give decay_groups(model, {layer[1]})[{channels!r}], of mamba_trace.flow"

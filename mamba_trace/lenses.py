@@ -32,6 +32,7 @@ from .errors import PromptError
 from .plotting import Heatmap
 from .prompts import prompt_tokens, single_token, token_strings
 from .results import Result
+from .run_arguments import refuse_inside_a_trace
 from .selection import layer_numbers
 
 if TYPE_CHECKING:
@@ -154,6 +155,7 @@ def logit_lens(
     Raises:
         PromptError: before anything runs, if these are no single prompt, no single token, or ``top`` is not
             from 1 to V.
+        RuntimeError: inside a trace.
 
     Example::
 
@@ -162,6 +164,7 @@ def logit_lens(
         lens = logit_lens(model, prompt, top=3)
         lens.top_tokens[-3:]  # the model's answer, and the two behind it
     """
+    refuse_inside_a_trace(model, "logit_lens")
     tokens, chosen = prompt_tokens(model, "prompt", prompt), wanted_token(model, token)
     cells = Cells(chosen, checked_top(model, top), probable=True)
     with torch.no_grad(), model.trace(tokens, use_cache=False) as tracer:
@@ -207,6 +210,7 @@ def state_lens(
         PromptError: before anything runs, if these are no single prompt, no single token, or ``top`` is not
             from 1 to V.
         LayerError: likewise, if the model has no such layer.
+        RuntimeError: inside a trace.
 
     Example::
 
@@ -215,6 +219,7 @@ def state_lens(
         lens = state_lens(model, prompt, layer=1, top=3)
         lens.top_tokens[-3:]  # what the state of layer 1 raises at the last position
     """
+    refuse_inside_a_trace(model, "state_lens")
     tokens, chosen = prompt_tokens(model, "prompt", prompt), wanted_token(model, token)
     cells = Cells(chosen, checked_top(model, top))
     layers = layer_numbers(model, layer)

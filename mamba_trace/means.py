@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .errors import LayerError, PromptError, SiteValueError, UnknownSiteError
 from .names import nearest
-from .run_arguments import prompt_of
+from .run_arguments import prompt_of, refuse_inside_a_trace
 from .selection import layer_numbers
 from .sites import BY_HOOK, BY_NAME, Site, describe_axes
 
@@ -60,6 +60,7 @@ def mean_activation(
         LayerError: likewise, if the model has no such layer.
         SiteValueError: likewise, if the site is the same for every prompt.
         PromptError: likewise, if these are no prompts, or not of one length where they must be.
+        RuntimeError: inside a trace.
 
     Example::
 
@@ -71,6 +72,7 @@ def mean_activation(
             ablate(model.layers[1].ssm.y, means[1])  # mean ablation of a layer's scan
             logits = model.lm_head.output.save()
     """
+    refuse_inside_a_trace(model, "mean_activation")
     averaged = averaged_site(site)
     sums = {layer: Sum() for layer in averaged_layers(model, averaged, layers)}
     if over not in ("positions", "prompts"):

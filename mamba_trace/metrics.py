@@ -173,7 +173,7 @@ def named_metrics(metric: Metric | Mapping[str, Metric] | None, caller: str) -> 
 def measured(metric: Metric, logits: Tensor) -> Tensor:
     """The metric of logits [B,V] or [B,m,V], in float32 or better: [B]. Raises `MetricError`."""
     values = metric(logits)
-    if not isinstance(values, Tensor) or values.shape != logits.shape[:1]:
+    if not isinstance(values, Tensor) or values.shape != logits.shape[:1] or values.is_complex():
         axes = "[B,V]" if logits.dim() == 2 else "[B,m,V]"
         raise MetricError(
             f"a metric takes the logits it looks at {axes} and returns one number for each row [B]; "

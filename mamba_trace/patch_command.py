@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from .errors import FileError, UnknownSiteError
+from .errors import FileError, MetricError, UnknownSiteError
 from .files import check_writable
 from .grids import PatchGrid
 from .metrics import Metric, log_prob, logit, logit_diff, prob
@@ -60,6 +60,11 @@ class Asked:
             raise UnknownSiteError("no site is named; `mamba-trace sites` lists them")
         for site in self.sites:
             find_site(site)
+        if self.attribution and self.options.get("window", 1) > 1:
+            raise MetricError(
+                "--attribution estimates patches of one layer: where several are patched together, the effect "
+                "of the first is overwritten by the next. Leave out --window or --attribution"
+            )
         if self.out is not None:
             check_writable(self.out)
             if self.out.suffix != ".html" and len(self.sites) + self.attribution > 1:

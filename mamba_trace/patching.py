@@ -7,7 +7,7 @@ position at once.
 
 Nothing is computed that a patch cannot change: a cell's run starts at its layer and its position, from what
 the unpatched run left there, and cells run together as rows of a batch (see `sweep`). Each is what a trace of
-its own would give.
+its own would give, to rounding.
 
 Source: activation patching as in Vig et al. (arXiv 2004.12265) and Meng et al. (arXiv 2202.05262).
 """
@@ -24,10 +24,11 @@ from torch import Tensor
 
 from . import names
 from .attribution import attributions
-from .errors import FileError, PositionError, PromptError, UnknownSiteError
+from .errors import FileError, LayerError, MetricError, PositionError, PromptError, UnknownSiteError
 from .grids import PatchGrid
 from .metrics import Metric, log_prob, logit, logit_diff, named_metrics, prob
 from .prompts import matching_tokens, token_strings
+from .run_arguments import refuse_inside_a_trace
 from .sites import BY_HOOK, BY_NAME, SITES, Site, describe_axes
 from .sweep import Answers, Limits, Question, answers, on_server
 
@@ -101,10 +102,12 @@ def patch_grid(
         site: a site's name or hook name: ``"h"``, ``"resid_pre"``, ``"hook_conv"``, ... ``h`` is the state
             carried on from a position, so patching it acts on everything after, too.
         metric: from the logits at the last position [B,V] to [B], see `logit_diff`; or a dict of several by
-            name, which are measured in the same runs.
+            name, which are measured in the same runs. Each number comes from its own row alone: rows
+            are other cells.
         metric_positions: the position whose logits the metric gets, or a list of m: then it gets [B,m,V], in
             ascending order of position.
-        window: how many layers are patched together: row l patches ``window`` layers around l.
+        window: how many layers are patched together: row l patches ``window`` layers around l, of an even
+            number one more after it than before, and those at the ends fewer.
         batch_size: the most cells that share a forward; ``None`` for as many as ``memory`` permits.
         memory: bytes that the activations of one forward may take, the states that cells start from, and the
             residual streams of cells that are under way: each of the three. Beside them there are those
@@ -135,8 +138,11 @@ def patch_grid(
     """
     metrics = named_metrics(metric, "patch_grid")
     question = asked(model, prompt, source, site, metrics, metric_positions, window)
-    if batch_size is not None and batch_size < 1:
+    refuse_inside_a_trace(model, "patch_grid")
+    if batch_size is not None and counted("batch_size", batch_size) < 1:
         raise PromptError(f"batch_size={batch_size}: a forward patches at least one cell")
+    if counted("memory", memory) < 1:
+        raise PromptError(f"memory={memory}: that is a number of bytes")
     limits = Limits(batch_size, memory)
     if remote and keep is not None:
         raise FileError(
@@ -219,7 +225,12 @@ def attribution_grid(
     """
     metrics = named_metrics(metric, "attribution_grid")
     question = asked(model, prompt, source, site, metrics, metric_positions, window=1)
-    if steps < 1:
+    refuse_inside_a_trace(model, "attribution_grid")
+    if torch.is_inference_mode_enabled():
+        raise MetricError(
+            "attribution_grid takes gradients, which torch.inference_mode() has none of: leave it"
+        )
+    if counted("steps", steps) < 1:
         raise PromptError(f"steps={steps}: a gradient is taken at one point at least")
     if remote:
         found = on_server(model, remote, attributions, question, steps)
@@ -242,31 +253,44 @@ def asked(
     where = find_site(site)
     tokens, source_tokens = matching_tokens(model, prompt, source)  # [1,L] each
     n_layers = len(model.layers)
-    if not 1 <= window <= n_layers:
-        raise PositionError(f"window={window}: this model has {n_layers} layers to patch together")
-    single = isinstance(metric_positions, int)
-    if not single and not list(metric_positions):  # type: ignore[arg-type]
-        raise PositionError("metric_positions is empty: a metric looks at one position's logits at least")
-    wanted = [metric_positions] if isinstance(metric_positions, int) else list(metric_positions)
+    if not 1 <= counted("window", window) <= n_layers:
+        raise LayerError(f"window={window}: this model has {n_layers} layers to patch together")
     return Question(
         tokens=torch.cat((source_tokens, tokens)),
         site=where,
         n_layers=n_layers,
         window=window,
         metrics=metrics,
-        looked_at=sorted({checked_position(position, tokens.shape[1]) for position in wanted}),
-        single=single,
+        looked_at=positions_of_metric(metric_positions, tokens.shape[1]),
+        single=isinstance(metric_positions, int),
     )
 
 
-def checked_position(position: int, length: int) -> int:
-    """A position, counted from the start. Raises `PositionError`."""
-    if not -length <= position < length:
+def positions_of_metric(positions: int | Sequence[int], length: int) -> list[int]:
+    """The positions that a metric looks at, from 0 and ascending. Raises `PositionError`."""
+    several = [positions] if isinstance(positions, int) else positions
+    if not isinstance(several, Sequence) or not all(type(position) is int for position in several):
+        raise PositionError(f"metric_positions={positions!r}: give an integer, or a list of several")
+    for position in several:
+        if not -length <= position < length:
+            raise PositionError(
+                f"metric_positions has {position}, and the prompt has {length} positions: {-length} to "
+                f"{length - 1}"
+            )
+    found = sorted({position % length for position in several})
+    if not found or len(found) < len(several):
         raise PositionError(
-            f"metric_positions has {position}, and the prompt has {length} positions: {-length} to "
-            f"{length - 1}"
+            f"metric_positions={positions!r} {'names one twice' if found else 'is empty'}: a metric looks at "
+            f"the logits of one position or of several"
         )
-    return position % length
+    return found
+
+
+def counted(name: str, number: int) -> int:
+    """An argument that is a number of things. Raises `PromptError` for what is no integer."""
+    if type(number) is not int:
+        raise PromptError(f"{name}={number!r}: that is an integer")
+    return number
 
 
 def grids_of(model: MambaTrace, question: Question, found: Answers, method: str) -> dict[str, PatchGrid]:
@@ -302,6 +326,10 @@ def find_site(name: str) -> Site:
         UnknownSiteError: if there is none.
         PositionError: if it has no positions.
     """
+    if not isinstance(name, str):
+        raise UnknownSiteError(
+            f"site={name!r}: a grid is of one site, named by a string such as 'h'. Make a grid for each"
+        )
     site = BY_NAME.get(name) or BY_HOOK.get(name)
     if site is None:
         one = site_of_place(name)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from .errors import PromptError
@@ -50,7 +51,7 @@ def prompt_tokens(model: MambaTrace, role: str, prompt: str | Tensor) -> Tensor:
                 f"{role} has words that this tokenizer does not know: {prompt!r} is "
                 f"{token_strings(model, tokens)}. Use words of its vocabulary, or pass token ids [1,L]"
             )
-    elif isinstance(prompt, Tensor) and not prompt.is_floating_point():
+    elif isinstance(prompt, Tensor) and prompt.dtype != torch.bool and not prompt.is_floating_point():
         tokens = prompt.cpu()
     else:
         raise PromptError(f"{role} must be one string or a tensor of token ids [1,L], not {describe(prompt)}")

@@ -20,7 +20,7 @@ from .errors import PromptError
 from .hooked_run import HookedRun, Wanted
 from .hooks import Extent, NameOrFilter, check_name, checked_hooks
 from .losses import next_token_loss
-from .run_arguments import explain_away, need_gradients, prompt_of, residual_of
+from .run_arguments import explain_away, need_gradients, prompt_of, refuse_inside_a_trace, residual_of
 
 RETURN_TYPES = ("logits", "loss", "both", None)
 
@@ -186,7 +186,7 @@ class HookedRuns:
             Rows of ``lm_head``'s weight: the shape of ``tokens`` and [D] behind it.
 
         Raises:
-            PromptError: if a string is not one token, or an id is not in the vocabulary.
+            PromptError: if a string is not one token, an id is not in the vocabulary, or these are no ids.
 
         Example::
 
@@ -194,7 +194,13 @@ class HookedRuns:
         """
         if isinstance(tokens, str):
             tokens = self.to_single_token(tokens)
-        ids = torch.as_tensor(tokens)
+        try:
+            ids = torch.as_tensor(tokens)
+        except (TypeError, ValueError, RuntimeError):
+            raise PromptError(
+                f"tokens are ids of any shape, or a string that is one token, not {tokens!r}; of several "
+                f"strings give the ids, [model.to_single_token(string) for string in strings]"
+            ) from None
         self.dispatch()
         head = self.lm_head._module
         with align_module_device(head):  # where it is offloaded
@@ -251,11 +257,7 @@ class HookedRuns:
             prompt = (prompt_of(self, input, prepend_bos),)
         else:
             inputs["inputs_embeds"] = residual_of(self, input)
-        if self.interleaver.interleaving or self.interleaver.mediators:
-            raise RuntimeError(
-                "run_with_hooks and run_with_cache are traces of their own, and this model is in one: call "
-                "them before or after it, or ask for the sites in it"
-            )
+        refuse_inside_a_trace(self, "run_with_hooks or run_with_cache")
         run = HookedRun(self, extent, wanted)
         with self.trace(*prompt, use_cache=False, **inputs) as tracer:
             run.perform(tracer)

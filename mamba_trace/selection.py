@@ -47,13 +47,26 @@ def layer_numbers(model: MambaTrace, layers: Layers) -> list[int]:
     n_layers = len(model.layers)
     if layers is None:
         return list(range(n_layers))
-    given = [layers] if isinstance(layers, int) else list(layers)
+    given = _listed(layers)
+    if not all(hasattr(layer, "__index__") and not isinstance(layer, bool) for layer in given):
+        raise LayerError(
+            f"layers={layers!r}: give one integer or several, from 0 to {n_layers - 1}; None is all"
+        )
     for layer in given:
         if not -n_layers <= layer < n_layers:
             raise LayerError(f"layers={layers!r}: this model has layers 0 to {n_layers - 1}, and no {layer}")
     if not given:
         raise LayerError(f"layers={layers!r} names no layer; this model has layers 0 to {n_layers - 1}")
     return sorted({layer % n_layers for layer in given})
+
+
+def layer_number(model: MambaTrace, layer: int) -> int:
+    """One layer, counted from 0. Raises `LayerError`."""
+    n_layers = len(model.layers)
+    plain: Any = layer.tolist() if hasattr(layer, "tolist") else layer
+    if not isinstance(plain, int) or isinstance(plain, bool):
+        raise LayerError(f"layer={layer!r}: give one layer, an integer from 0 to {n_layers - 1}")
+    return layer_numbers(model, layer)[0]
 
 
 # -- positions ---------------------------------------------------------------------------------------------
@@ -97,22 +110,50 @@ def call_inputs(*envoys: Any) -> tuple[int, Tensor | None] | None:
     return None
 
 
-def warn_of_padding(role: str, positions: Positions, mask: Tensor | None) -> None:
-    """Warn, at the user's line, whoever counts columns of a left-padded prompt; mask [B,L]."""
-    bounds = [positions.start or None, positions.stop] if isinstance(positions, slice) else _listed(positions)
-    counts = any(bound is not None and bound >= 0 for bound in bounds)
-    if not counts or mask is None or isinstance(mask, FakeTensor) or mask.is_meta:
+def check_padding(role: str, positions: Positions, mask: Tensor | None) -> None:
+    """Warn, at the user's line, whoever asks for padding where tokens may be meant; mask [B,L].
+
+    That is who counts columns of a left-padded prompt from 0, or from the end further than a row has tokens.
+
+    Raises:
+        PositionError: for a negative position before the first token of every row.
+    """
+    if mask is None or isinstance(mask, FakeTensor) or mask.is_meta:
         return
-    offsets = (mask.cumsum(-1) == 0).sum(-1).tolist()
-    if not any(offsets):
+    offsets, length = (mask.cumsum(-1) == 0).sum(-1).tolist(), mask.shape[-1]
+    tokens = [length - offset for offset in offsets if offset < length]
+    if not any(offsets) or not tokens:
         return
     told = str(offsets[0]) if len(set(offsets)) == 1 else str(offsets)
-    message = (
-        f"{role}={positions!r}: this invoke is left-padded by {told}, so column p is not its token p. Add "
-        f"the padding to the position, or count from the end with a negative one"
-    )
+    padded = f"{role}={positions!r}: this invoke is left-padded by {told}"
+    counts_columns, back = _reach(positions, length)
+    if back > max(tokens):
+        raise PositionError(f"{padded}, and its longest prompt has {max(tokens)} tokens")
+    if counts_columns:
+        message = (
+            f"{padded}, so column p is not its token p. Add the padding to the position, or count from the "
+            f"end with a negative one"
+        )
+    elif back > min(tokens):
+        message = (
+            f"{padded}, and where a prompt has fewer than {back} tokens this is padding. The shortest has "
+            f"{min(tokens)}"
+        )
+    else:
+        return
     frame = users_frame(sys._getframe())
     warnings.warn_explicit(message, UserWarning, frame.f_code.co_filename, frame.f_lineno)
+
+
+def _reach(positions: Positions, length: int) -> tuple[bool, int]:
+    # Whether columns are counted from 0, and how many tokens from the end on a prompt must have.
+    if not isinstance(positions, slice):
+        listed = _listed(positions)
+        return any(one >= 0 for one in listed), -min(listed)
+    bounds = (positions.start or None, positions.stop)
+    counted = any(bound is not None and bound >= 0 for bound in bounds)
+    # A slice is clipped, as Python's are: that one token of it is there is enough.
+    return counted, 0 if counted else length - max(range(length)[positions])
 
 
 # -- channels ----------------------------------------------------------------------------------------------
@@ -140,7 +181,7 @@ def decay_rate(model: MambaTrace, layer: int) -> Tensor:
 
         decay_rate(model, layer=1).argmin()  # the channel that remembers longest
     """
-    (layer,) = layer_numbers(model, layer)
+    layer = layer_number(model, layer)
     model.dispatch()
     mixer = model.layers[layer].ssm._module
     A_log = mixer.A_log.detach()  # [E,N]

@@ -120,5 +120,7 @@ def test_it_leaves_no_gradient_on_the_weights(tiny_hf: ModuleFactory, trainable:
 def test_a_metric_without_a_gradient_is_refused(tiny: MambaTrace) -> None:
     with pytest.raises(MetricError, match="argmax has no gradient"):
         attribution_grid(tiny, OURS, THEIRS, "h", {"argmax": lambda logits: logits.argmax(-1).float()})
+    with pytest.raises(MetricError, match="inference_mode"), torch.inference_mode():
+        attribution_grid(tiny, OURS, THEIRS, "h", logit_diff(tiny, PLUS, MINUS))
     with pytest.raises(PromptError, match="steps=0"):
         attribution_grid(tiny, OURS, THEIRS, "h", logit_diff(tiny, PLUS, MINUS), steps=0)

@@ -131,6 +131,7 @@ def test_patch_warns_of_an_answer_without_its_space() -> None:
         (("--site", "h,y", "--out", "grid.png"), "grid.png: several grids are saved as one page, .html"),
         (("--site", "h,resid_prae"), "no site is called 'resid_prae'; did you mean resid_pre"),
         (("--site", " , "), "no site is named"),
+        (("--window", "2", "--attribution"), "--attribution estimates patches of one layer"),
         (("--window", "9"), "window=9: this model has 8 layers"),
         (("--answer", " Emma Shelby"), "is 2 tokens"),
         (("--answer", " Shelby"), "answer and wrong are both ' Shelby'"),

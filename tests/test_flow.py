@@ -389,6 +389,41 @@ def test_a_position_that_counts_padding_warns_at_the_line_that_asks(
     assert all(one.filename == __file__ for one in said)
 
 
+@pytest.mark.parametrize(
+    ("positions", "warns"),
+    [(-8, True), ([-1, -8], True), (-7, False), (slice(-9, -7), True), (slice(-9, -6), False)],
+    ids=["int", "one of two", "first token", "slice of padding", "slice clipped"],
+)
+def test_a_position_that_some_prompts_do_not_have_warns(
+    tiny: MambaTrace, tokens: Tensor, positions: Any, warns: bool
+) -> None:
+    mask = torch.ones_like(tokens)
+    mask[0, :2] = 0
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with torch.no_grad(), tiny.trace(tokens, attention_mask=mask):
+            knockout(tiny, positions, -1, 1)
+    said = [
+        one for one in caught if "fewer than 8 tokens this is padding. The shortest has 7" in str(one.message)
+    ]
+    assert len(said) == warns
+    assert all(one.filename == __file__ for one in said)
+
+
+@pytest.mark.parametrize("positions", [-8, [-1, -8], [-8, 3], slice(-9, -7)], ids=str)
+def test_a_position_that_no_prompt_has_is_refused_though_padding_is_there(
+    tiny: MambaTrace, tokens: Tensor, positions: Any
+) -> None:
+    mask = torch.ones_like(tokens)
+    mask[:, :2] = 0
+    with (
+        pytest.raises(PositionError, match=r"source_positions=.*left-padded by 2, .* has 7 tokens"),
+        tiny.trace(tokens, attention_mask=mask),
+    ):
+        knockout(tiny, positions, -1, 1)
+    assert not len(tiny.last_run)
+
+
 def test_without_padding_no_position_warns(tiny: MambaTrace, tokens: Tensor) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -519,6 +554,16 @@ REFUSED: dict[str, tuple[type[Exception], str, Callable[[MambaTrace], None]]] = 
         r"layers=\[0, 3\]: this model has layers 0 to 2, and no 3",
         lambda model: knockout(model, 1, 4, [0, 3]),
     ),
+    "a word for layers": (
+        LayerError,
+        r"layers='all': give one integer or several, from 0 to 2; None is all",
+        lambda model: knockout(model, 1, 4, "all"),  # type: ignore[arg-type]
+    ),
+    "a mask of layers": (
+        LayerError,
+        r"give one integer or several",
+        lambda model: knockout(model, 1, 4, [True, False, True]),
+    ),
     "no layer": (LayerError, r"layers=\[\] names no layer", lambda model: knockout(model, 1, 4, [])),
     "an unknown group": (
         SiteValueError,
@@ -585,8 +630,32 @@ def test_a_second_call_in_the_same_layer_is_refused(tiny: MambaTrace, tokens: Te
         knockout(tiny, 1, -1, layers=1)
         knockout(tiny, 2, -1, layers=1)
 
-    with pytest.raises(SiteOrderError, match=r"layers\[1\].ssm.ssm_input"), tiny.trace(tokens):
+    cure = r"layers\[1\].ssm.ssm_input.*flow.apply\(model, \[Cut\(...\), Cut\(...\)\], layers\)"
+    with pytest.raises(SiteOrderError, match=cure), tiny.trace(tokens):
         body()
+
+
+@pytest.mark.parametrize(
+    ("verb", "call"),
+    [
+        ("knockout", lambda model: knockout(model, 1, 4)),
+        ("knockout_conv", lambda model: knockout_conv(model, 3, 4)),
+        ("zero_delta", lambda model: zero_delta(model, 1)),
+        ("apply", lambda model: apply(model, Cut(1, 4))),
+    ],
+    ids=["knockout", "knockout_conv", "zero_delta", "apply"],
+)
+def test_a_cut_outside_of_a_trace_is_told_where_it_belongs(
+    tiny: MambaTrace, verb: str, call: Callable[[MambaTrace], None]
+) -> None:
+    with pytest.raises(SiteValueError, match=rf"^{verb} edits a run: call it inside `with model.trace"):
+        call(tiny)
+
+
+@pytest.mark.parametrize("layer", [None, [1, 2], "1", 1.5, True], ids=repr)
+def test_groups_are_those_of_one_layer(tiny: MambaTrace, layer: Any) -> None:
+    with pytest.raises(LayerError, match="give one layer, an integer from 0 to 2"):
+        decay_groups(tiny, layer)
 
 
 def test_taps_of_an_adapted_convolution_are_not_guessed(tiny: MambaTrace, tokens: Tensor) -> None:

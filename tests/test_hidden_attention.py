@@ -309,6 +309,7 @@ def test_the_picture_names_tokens_and_layer(demo: MambaTrace) -> None:
     found = hidden_attention(demo, PROMPT, 1, channels="slow", rows=[8, -1])
     (heatmap,) = found.heatmaps()
     assert heatmap.row_labels == [" school_8", " to_14"]
+    assert (heatmap.row_title, heatmap.column_title) == ("token that reads", "Token that is read")
     assert heatmap.column_labels[:3] == ["Lately_0", ",_1", " Emma_2"]
     assert torch.equal(heatmap.values, found.values)
     assert heatmap.title == "Hidden attention, layer 1\nmean of alpha, 43 channels"
@@ -403,3 +404,22 @@ def test_what_cannot_be_answered_is_refused_before_anything_runs(
     with pytest.raises(kind, match=message):
         call(tiny, prompt)
     assert not len(tiny.last_run)
+
+
+@pytest.mark.parametrize("question", [hidden_attention, contributions], ids=lambda one: one.__name__)
+def test_inside_a_trace_both_are_refused_before_anything_runs(
+    tiny: MambaTrace, prompt: Tensor, question: Callable[..., Any]
+) -> None:
+    words = f"{question.__name__} is a trace of its own, and this model is in one"
+    with pytest.raises(RuntimeError, match=words), tiny.trace(prompt):
+        question(tiny, prompt, 1)
+    assert not len(tiny.last_run)
+
+
+@pytest.mark.parametrize("question", [hidden_attention, contributions], ids=lambda one: one.__name__)
+@pytest.mark.parametrize("layer", [None, [1, 2], "all", torch.tensor([1, 2])], ids=repr)
+def test_both_are_of_one_layer(
+    tiny: MambaTrace, prompt: Tensor, question: Callable[..., Any], layer: Any
+) -> None:
+    with pytest.raises(LayerError, match="give one layer, an integer from 0 to 2"):
+        question(tiny, prompt, layer)

@@ -506,6 +506,26 @@ WRONG: dict[str, tuple[Callable[[Any], None], type[Exception], list[str]]] = {
         SiteValueError,
         ["layers[1].ssm.y", "a floating tensor, not a float"],
     ),
+    "scale that is a word": (
+        lambda m: steer(m.layers[1].ssm.y, torch.ones(E), scale="2"),  # type: ignore[arg-type]
+        SiteValueError,
+        ["layers[1].ssm.y", "scale= is one number", "not '2'"],
+    ),
+    "scale of several numbers": (
+        lambda m: steer(m.layers[1].ssm.y, torch.ones(E), scale=torch.ones(3)),
+        SiteValueError,
+        ["layers[1].ssm.y", "scale= is one number", "a tensor of shape [3]"],
+    ),
+    "group of channels": (
+        lambda m: ablate(m.layers[1].ssm.h[2], channels="slow"),  # type: ignore[arg-type]
+        SiteValueError,
+        ["layers[1].ssm.h[2]", "channels='slow'", "decay_groups(model, 1)['slow']", "mamba_trace.flow"],
+    ),
+    "word for channels": (
+        lambda m: ablate(m.layers[1].ssm.B, channels="slow"),  # type: ignore[arg-type]
+        SiteValueError,
+        ["channels='slow'", "give an integer, a slice"],
+    ),
     "output instead of its place": (
         lambda m: ablate(m.layers[1].ssm.y.output),
         SiteValueError,
@@ -529,6 +549,29 @@ def test_what_does_not_fit_is_refused_with_words_and_changes_nothing(
     for word in words:
         assert word in str(raised.value)
     agree(logits_with(model, tokens, lambda: None), by_hand(model, tokens, {}), 1e-10)
+
+
+@pytest.mark.parametrize(
+    ("verb", "act"),
+    [
+        ("ablate", lambda m: ablate(m.layers[1].ssm.y)),
+        ("ablate", lambda m: ablate(m.layers[1].ssm.h[2])),
+        ("steer", lambda m: steer(m.layers[1].resid_post, torch.ones(D))),
+    ],
+    ids=["ablate a site", "ablate a state", "steer"],
+)
+def test_an_edit_outside_of_a_trace_is_told_where_it_belongs(
+    model: MambaTrace, verb: str, act: Callable[[Any], None]
+) -> None:
+    with pytest.raises(SiteValueError, match=rf"^{verb} edits a run: call it inside `with model.trace"):
+        act(model)
+
+
+@pytest.mark.parametrize("scale", [2, np.float32(2), torch.tensor(2), torch.tensor([2.0])], ids=repr)
+def test_a_scale_is_a_number_in_any_form(model: MambaTrace, tokens: Tensor, scale: Any) -> None:
+    place, direction = model.layers[1].resid_post, noise(D)
+    found = logits_with(model, tokens, lambda: steer(place, direction, scale))
+    agree(found, by_hand(model, tokens, {"blocks.1.hook_resid_post": lambda v: v + 2 * direction}), 1e-10)
 
 
 def test_a_position_of_the_prompt_is_none_of_a_decode_step(model: MambaTrace, tokens: Tensor) -> None:

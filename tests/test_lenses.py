@@ -304,6 +304,17 @@ def test_questions_that_make_no_sense_are_refused_before_anything_runs(
     assert not ran
 
 
+@both
+def test_a_lens_inside_a_trace_is_refused_before_anything_runs(
+    tiny_hf: ModuleFactory, lens_of: Callable[..., Any], prompt: Tensor
+) -> None:
+    model = MambaTrace(tiny_hf())
+    words = f"{lens_of.__name__} is a trace of its own, and this model is in one"
+    with pytest.raises(RuntimeError, match=words), model.trace(prompt):
+        lens_of(model, prompt)
+    assert not len(model.last_run)
+
+
 @pytest.mark.parametrize("layer", [3, -4, [0, 3], []], ids=str)
 def test_a_layer_that_the_model_does_not_have(model: MambaTrace, prompt: Tensor, layer: Any) -> None:
     with pytest.raises(LayerError, match="layers 0 to 2"):

@@ -157,3 +157,12 @@ def test_means_that_make_no_sense_are_refused_before_anything_runs(
         mean_activation(demo, prompts, **{"site": "y", **arguments})
     handle.remove()
     assert not ran
+
+
+def test_a_mean_inside_a_trace_is_refused_before_anything_runs(tiny: MambaTrace, tokens: Tensor) -> None:
+    with (
+        pytest.raises(RuntimeError, match="mean_activation is a trace of its own, and this model is in one"),
+        tiny.trace(tokens),
+    ):
+        mean_activation(tiny, tokens, "y")
+    assert not len(tiny.last_run)

@@ -385,8 +385,10 @@ def test_a_correlation_without_meaning_is_refused() -> None:
     def message(values: Any, **changes: Any) -> str:
         return refusal(MetricError, lambda: patch_grid().correlation(patch_grid(values, **changes)))
 
-    shapes = message([[1.0, 2.0]], site="resid_pre")
-    assert "h has [1, 4] rows and positions, resid_pre [1, 2]" in shapes
+    shapes = message([[1.0, 2.0]])
+    assert "h has [1, 4] rows and positions, h [1, 2]" in shapes
+    assert "site is 'h' in one and 'resid_pre' in the other" in message([[1.0] * 4], site="resid_pre")
+    assert "window is 1 in one and 3 in the other" in message([[1.0] * 4], window=3)
     assert "have 1 cells in common that are computed and finite; a correlation needs two" in message(
         [[1.0, NAN, INF, NAN]]
     )

@@ -336,6 +336,12 @@ def test_an_argument_that_does_not_fit(
         tiny.run_with_cache(tokens, **arguments)
 
 
+@pytest.mark.parametrize("asked", [[" Emma", " Peter"], None, [[1, 2], [3]]], ids=repr)
+def test_directions_are_of_ids_or_of_one_string(demo: MambaTrace, asked: Any) -> None:
+    with pytest.raises(PromptError, match=r"of several strings give the ids, \[model.to_single_token"):
+        demo.tokens_to_residual_directions(asked)
+
+
 def test_inputs_that_are_no_prompt(tiny: MambaTrace, tokens: Tensor) -> None:
     with pytest.raises(PromptError, match=r"float32 \(3, 9\).*start_at_layer"):
         tiny.run_with_hooks(tokens.float())
@@ -441,7 +447,7 @@ def test_not_inside_another_trace(tiny: MambaTrace, tokens: Tensor) -> None:
             tiny.run_with_cache(tokens)
 
     for nested in (inside, between_invokes):
-        with pytest.raises(RuntimeError, match="traces of their own"):
+        with pytest.raises(RuntimeError, match="run_with_hooks or run_with_cache is a trace of its own"):
             nested()
     assert torch.equal(plain(tiny, tokens), expected)
     with tiny.session():

@@ -15,8 +15,15 @@ from torch import Tensor
 from transformers import MambaConfig
 
 from mamba_trace import MambaTrace
-from mamba_trace.errors import FileError, MetricError, PositionError
-from mamba_trace.patching import PatchGrid, log_prob, logit, logit_diff, patch_grid, prob
+from mamba_trace.errors import (
+    FileError,
+    LayerError,
+    MetricError,
+    PositionError,
+    PromptError,
+    UnknownSiteError,
+)
+from mamba_trace.patching import PatchGrid, attribution_grid, log_prob, logit, logit_diff, patch_grid, prob
 from mamba_trace.sites import BY_NAME
 from mamba_trace.sweep import run
 from mamba_trace.sweep.plan import Footprint, Job, jobs_of, windows
@@ -276,6 +283,10 @@ def test_a_folder_is_of_one_grid(tiny: MambaTrace, tiny_hf: ModuleFactory, tmp_p
         with pytest.raises(FileError, match="holds the cells of another grid") as caught:
             other()
         assert said in str(caught.value)
+    damaged = next(tmp_path.glob("cells-*"))
+    damaged.write_bytes(b"1234")
+    with pytest.raises(FileError, match="cannot keep the cells of a grid"):
+        grid_of(tiny, keep=tmp_path)
     (tmp_path / "file").touch()
     with pytest.raises(FileError, match="cannot keep the cells of a grid"):
         grid_of(tiny, keep=tmp_path / "file")
@@ -288,16 +299,41 @@ def test_what_cannot_be_is_refused_before_anything_runs(
     tiny: MambaTrace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(run, "run_unpatched", None)
-    with pytest.raises(PositionError, match=r"window=4: this model has 3 layers"):
+    with pytest.raises(LayerError, match=r"window=4: this model has 3 layers"):
         grid_of(tiny, window=4)
+    for wrong in (None, 1.5, slice(2, 5), [1, 1], [True], "1"):
+        with pytest.raises(PositionError, match="metric_positions="):
+            grid_of(tiny, metric_positions=wrong)
+    for name, value in (("window", 2.0), ("batch_size", 2.5), ("memory", -1), ("batch_size", True)):
+        with pytest.raises(PromptError, match=f"{name}="):
+            grid_of(tiny, **{name: value})
+    with pytest.raises(UnknownSiteError, match="a grid is of one site"):
+        grid_of(tiny, ["h", "conv"])
+    with pytest.raises(PromptError, match="dtype bool"):
+        patch_grid(tiny, LONG[:1] > 3, LONG[1:], "h", logit(tiny, 3))
     with pytest.raises(
         PositionError, match=r"metric_positions has 13, and the prompt has 13 positions: -13 to 12"
     ):
         grid_of(tiny, metric_positions=[0, 13])
-    with pytest.raises(PositionError, match="metric_positions is empty"):
+    with pytest.raises(PositionError, match=r"metric_positions=\[\] is empty"):
         grid_of(tiny, metric_positions=[])
     with pytest.raises(MetricError, match="or a dict of several"):
         grid_of(tiny, metric={"m": 3})
+
+
+@pytest.mark.parametrize("make", [patch_grid, attribution_grid], ids=["patch_grid", "attribution_grid"])
+def test_a_grid_is_no_part_of_a_trace(tiny: MambaTrace, make: Callable[..., Any]) -> None:
+    metric = logit(tiny, 3)
+
+    def misplaced() -> None:
+        with tiny.trace(LONG):
+            tiny.layers[0].resid_pre.output.save()
+            make(tiny, LONG[:1], LONG[1:], "h", metric)
+
+    with pytest.raises(
+        RuntimeError, match=f"{make.__name__} is a trace of its own, and this model is in one"
+    ):
+        misplaced()
 
 
 def test_jobs_have_cells() -> None:

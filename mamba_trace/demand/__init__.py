@@ -35,7 +35,7 @@ served (`Visit.next_position`).
 from .apart import keep_apart, version
 from .forwards import is_itself, rebind_forward, reinstate_controllers
 from .visit import Visit, listened_to
-from .worker import SiteOrderError, current_value, expect, expect_position, skip_module
+from .worker import SiteOrderError, current_value, expect, expect_position, need_a_trace, skip_module
 
 __all__ = [
     "SiteOrderError",
@@ -46,6 +46,7 @@ __all__ = [
     "is_itself",
     "keep_apart",
     "listened_to",
+    "need_a_trace",
     "rebind_forward",
     "reinstate_controllers",
     "skip_module",

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -70,7 +71,7 @@ class Kept:
                 kept.jobs.add(job_of(path))
         except FileError:
             raise
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, SafetensorError) as error:
             raise FileError(
                 f"{folder} cannot keep the cells of a grid: {error}. Name another folder"
             ) from error
