@@ -62,8 +62,8 @@ class Asked:
             find_site(site)
         if self.attribution and self.options.get("window", 1) > 1:
             raise MetricError(
-                "--attribution estimates patches of one layer: where several are patched together, the effect "
-                "of the first is overwritten by the next. Leave out --window or --attribution"
+                "--attribution estimates patches of one layer: where several are patched together, the "
+                "effect of the first is overwritten by the next. Leave out --window or --attribution"
             )
         if self.out is not None:
             check_writable(self.out)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
@@ -145,4 +147,27 @@ def refuse_inside_a_trace(model: Any, what: str) -> None:
         raise RuntimeError(
             f"{what} is a trace of its own, and this model is in one: call it before or after it, or ask for "
             f"the sites in it"
+        )
+
+
+def need_gradients(what: str) -> None:
+    """Raises `ValueError` where PyTorch records no gradients."""
+    if not torch.is_grad_enabled() or torch.is_inference_mode_enabled():
+        raise ValueError(f"{what}: gradients are turned off here; run under torch.enable_grad()")
+
+
+def explain_away(flags: dict[str, Any]) -> None:
+    """Accept MambaLens's flags, and warn once in the life of the process. Raises `TypeError` for others."""
+    global _warned
+    unknown = sorted(set(flags) - set(KERNEL_FLAGS))
+    if unknown:
+        raise TypeError(f"run_with_cache and run_with_hooks have no argument {unknown[0]!r}")
+    if flags and not _warned:
+        _warned = True
+        warnings.warn(
+            f"{', '.join(sorted(flags))}: not needed and without effect. Every run uses the fast kernels "
+            f"wherever no hook and no cache looks inside, and every hook works with them; model.last_run "
+            f"says what ran",
+            DeprecationWarning,
+            stacklevel=4,
         )

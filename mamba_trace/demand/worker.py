@@ -99,26 +99,3 @@ def need_a_trace(what: str) -> None:
         Mediator.current(what)
     except ValueError:
         raise SiteValueError(f"{what} edits a run: call it inside `with model.trace(...)`") from None
-
-
-def need_gradients(what: str) -> None:
-    """Raises `ValueError` where PyTorch records no gradients."""
-    if not torch.is_grad_enabled() or torch.is_inference_mode_enabled():
-        raise ValueError(f"{what}: gradients are turned off here; run under torch.enable_grad()")
-
-
-def explain_away(flags: dict[str, Any]) -> None:
-    """Accept MambaLens's flags, and warn once in the life of the process. Raises `TypeError` for others."""
-    global _warned
-    unknown = sorted(set(flags) - set(KERNEL_FLAGS))
-    if unknown:
-        raise TypeError(f"run_with_cache and run_with_hooks have no argument {unknown[0]!r}")
-    if flags and not _warned:
-        _warned = True
-        warnings.warn(
-            f"{', '.join(sorted(flags))}: not needed and without effect. Every run uses the fast kernels "
-            f"wherever no hook and no cache looks inside, and every hook works with them; model.last_run "
-            f"says what ran",
-            DeprecationWarning,
-            stacklevel=4,
-        )
