@@ -148,13 +148,7 @@ def check_weights(model: nn.Module) -> None:
     Raises:
         CheckpointError: naming the first of them.
     """
-    stack = [model]
-    while stack:
-        module = stack.pop()
-        if any(tensor is not None and tensor.is_meta for tensor in module._parameters.values()):
-            break
-        stack.extend(child for child in module._modules.values() if child is not None)
-    else:
+    if not _on_meta(model):
         return
     if absent := list(_absent(model, "", False)):
         raise CheckpointError(
@@ -163,6 +157,21 @@ def check_weights(model: nn.Module) -> None:
             f"off one that was loaded with a device_map; let a device_map place modules, not parameters; "
             f"and give a module that was made on the meta device its weights first"
         )
+
+
+def _on_meta(model: nn.Module) -> bool:
+    # At every trace, so without generators and without a look into what has no parameters.
+    stack: list[nn.Module | None] = [model]
+    while stack:
+        module = stack.pop()
+        if module is None:
+            continue
+        for tensor in module._parameters.values():
+            if tensor is not None and tensor.is_meta:
+                return True
+        if module._modules:
+            stack.extend(module._modules.values())
+    return False
 
 
 def _absent(module: nn.Module, path: str, brought: bool) -> Iterator[str]:
