@@ -117,7 +117,8 @@ def patch_grid(
         distribute: where a launcher (torchrun, accelerate launch) started several processes, share the cells
             among them; each of them gets the whole grid, the same to the last bit as from one process.
         remote: compute it on an NDIF server, in one session, as ``model.session(remote=...)`` does: ``True``,
-            a URL or ``"local"``. Only the grid comes back; nothing is kept and no progress shown.
+            a URL or ``"local"``. Only the grid comes back; nothing is kept and no progress shown. It takes a
+            trusted request: the sandbox of ndif 0.1.2 breaks off a run that starts from given states.
 
     Returns:
         The grid: [n_layers, L], or [1, L] for a site of the whole model (embeddings, norm_f, lm_head). With

@@ -20,6 +20,7 @@ from nnsight.schema.config import CONFIG
 from nnsight.schema.request import RequestModel
 
 from mamba_trace import MambaTrace, remote
+from mamba_trace.patching import logit_diff, patch_grid
 
 sys.path.append(str(Path(__file__).with_name("ndif")))
 import serve
@@ -153,6 +154,14 @@ def test_a_session_carries_a_state_from_one_trace_to_the_next(host: str, demo: M
                 logits = demo.lm_head.output[0, -1].save()
         found.append(logits.detach())
     agree(*found)
+
+
+@pytest.mark.parametrize("sandboxed", [False], indirect=True, ids=["trusted"])
+def test_a_grid_is_one_request_and_a_trusted_one(host: str, demo: MambaTrace) -> None:
+    metric = logit_diff(demo, " Emma", " Shelby")
+    there = patch_grid(demo, PROMPT, OTHER, "h", metric, remote=host)
+    here = patch_grid(demo, PROMPT, OTHER, "h", metric, progress=False)
+    agree(there.values, here.values)
 
 
 def test_a_cache_is_filled(host: str, demo: MambaTrace) -> None:
