@@ -15,8 +15,8 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def blocks() -> list[str]:
-    return re.findall(r"^```python\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
+def blocks(page: str = README) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```$", page, flags=re.MULTILINE | re.DOTALL)
 
 
 def found(pattern: str) -> str:
@@ -44,6 +44,14 @@ def test_every_code_block_runs_in_order(tmp_path: Path) -> None:
     run = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr
     assert (tmp_path / "heatmap.html").stat().st_size > 1000
+
+
+def test_the_deployment_page_runs(tmp_path: Path) -> None:
+    page = (ROOT / "tutorials" / "deployment.md").read_text(encoding="utf-8")
+    script = tmp_path / "deployment.py"
+    script.write_text("\n".join(blocks(page)), encoding="utf-8")
+    run = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
 
 
 def test_the_first_block_prints_what_it_says(tmp_path: Path) -> None:
