@@ -5,8 +5,8 @@ value at one layer and position is taken from the run on one (``source``) and pu
 (``prompt``). Where the answer follows, the information was there. `patch_grid` asks this of every layer and
 position at once.
 
-Nothing is computed that a patch cannot change: a cell's run starts at its layer and its position, from what
-the unpatched run left there, and cells run together as rows of a batch (see `sweep`). Each is what a trace of
+No layer and no position before a patch is computed again: a cell's run starts at its own, from what the
+unpatched run left there, and cells run together as rows of a batch (see `sweep`). Each is what a trace of
 its own would give, to rounding.
 
 Source: activation patching as in Vig et al. (arXiv 2004.12265) and Meng et al. (arXiv 2202.05262).

@@ -43,6 +43,8 @@ def test_every_code_block_runs_in_order(tmp_path: Path) -> None:
     script.write_text("\n\n".join(blocks()), encoding="utf-8")
     run = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr
+    correlation = found(r"print\(estimate\.correlation\(grid\)\)  # (\d\.\d+)")
+    assert re.search(rf"^{re.escape(correlation)}\d*$", run.stdout, re.MULTILINE)
     assert (tmp_path / "heatmap.html").stat().st_size > 1000
 
 
