@@ -18,7 +18,7 @@ from nnsight.intervention.eproperty import eproperty
 from nnsight.intervention.util import first_input, replace_first_input
 from torch import Tensor, nn
 
-from .demand import current_value, expect, expect_position, keep_apart, skip_module
+from .demand import assigned, current_value, expect, expect_position, keep_apart, skip_module
 from .errors import LayerError, PositionError, SiteValueError, UnknownSiteError
 from .names import NATIVE_MODULES, lacked, nearest, public_path
 from .sites import BY_NAME, SITES, STATE, Site, describe_axes, in_scope
@@ -27,8 +27,16 @@ from .sites import BY_NAME, SITES, STATE, Site, describe_axes, in_scope
 PLACES = {*BY_NAME, *NATIVE_MODULES, "layers", "ssm"}
 
 
-class SiteValue(eproperty):
-    """The ``output`` of a site: an `eproperty` that refuses what can no longer be served."""
+class Value(eproperty):
+    """An `eproperty` of which saved values stay what they were."""
+
+    def __set__(self, obj: Any, value: Any) -> None:
+        super().__set__(obj, value)
+        assigned(self._location(obj))
+
+
+class SiteValue(Value):
+    """The ``output`` of a site: it refuses what can no longer be served."""
 
     def __get__(self, obj: Any, owner: Any = None) -> Any:
         if obj is None:
@@ -56,7 +64,7 @@ class Located(Envoy):
     def output(self, value: Any) -> Any:
         return moved(public_path(self.path), value, current_value(f"{self.path}.output"))
 
-    @eproperty
+    @Value
     def input(self, value: Any) -> Any:
         """The first input of the module: read it, assign to it, or edit it in place, inside a trace."""
         args, kwargs = value
@@ -64,9 +72,10 @@ class Located(Envoy):
             f"{self.path}.input",
             first_input(args, kwargs),
             lambda tensor: replace_first_input(args, kwargs, tensor),
+            lambda inputs: first_input(*inputs),
         )
 
-    @eproperty(key="input")
+    @Value(key="input")
     def inputs(self, value: Any) -> Any:
         """All the inputs of the module, as ``(args, kwargs)``; the first is `input`."""
         args, kwargs = value

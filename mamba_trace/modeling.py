@@ -28,9 +28,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from .demand import Visit, version
+from .demand import Visit
 from .discretisation import Discretisation
-from .offers import Offers
+from .offers import Offers, same_contents
 from .past import PastStates, attention_mask_of, masked
 from .report import LayerRun, RunReport
 from .scan import Recurrence, causal_conv, convolution, gated_scan
@@ -227,10 +227,9 @@ class HookableMixer:
         """Run from ``start`` to position ``at``, offer the state there, and read y from what came back."""
         y, reached = recurrence.run(start, at + 1, h)
         # A copy, since the backward pass of y reads the original, which an edit in place must not touch.
-        reached = reached.clone(memory_format=torch.contiguous_format)
-        before = version(reached)
-        after = offer.visit.serve_position(STATE, at, recurrence.x.shape[1], reached)
-        if touched(reached, before, after):
+        copy = reached.clone(memory_format=torch.contiguous_format)
+        after = offer.visit.serve_position(STATE, at, recurrence.x.shape[1], copy)
+        if after.requires_grad or not same_contents(reached, after):
             y = torch.cat((y[:, :-1], recurrence.read(after, at)[:, None]), dim=1)
         return Stretch(start, at + 1, h, y, after)
 
@@ -243,12 +242,14 @@ class HookableMixer:
         if start < length or not done:
             parts.append(recurrence.states(start, length, h))
         y, states = (torch.cat(pieces, dim=1) if done else pieces[0] for pieces in zip(*parts, strict=True))
-        before = version(states)
-        served = offer(STATE, states)  # [B,L,E,N]
-        read = offer("h_read", served)  # [B,L,E,N]
-        if touched(states, before, read):
+        last = states[:, -1].clone()  # the whole trajectory is a record: its edits are not carried on
+        unedited = recurrence.read(states) if offer.visit.may_edit(STATE) and not states.requires_grad else None
+        read = offer("h_read", offer(STATE, states))  # [B,L,E,N]
+        if read is not states or read.requires_grad:
             y = recurrence.read(read)
-        return Stretch(0, length, None, y, served[:, -1])
+        elif unedited is not None and not same_contents(unedited, edited := recurrence.read(read)):
+            y = edited
+        return Stretch(0, length, None, y, last)
 
 
 @dataclass
@@ -284,8 +285,3 @@ def joined(done: list[Stretch]) -> Tensor:
 def past_the_state(y: Tensor, x: Tensor, D: Tensor) -> Tensor:
     """y + D x: y, x [B,L,E], D [E]."""
     return torch.addcmul(y, x.to(y.dtype), D.to(y.dtype))
-
-
-def touched(handed_out: Tensor, before: int | None, served: Tensor) -> bool:
-    """Whether what follows must be computed from ``served``: it was edited, or its gradient is kept."""
-    return served is not handed_out or before is None or version(served) != before or served.requires_grad

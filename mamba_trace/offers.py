@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from .demand import Visit, is_itself, version
+from .demand import Visit, is_itself
 from .sites import BY_NAME, Scope, Site, offered
 
 
@@ -112,14 +112,17 @@ class Offers:
             self.pass_over(name)
             return None, False
         value = make()
-        before = version(value)
+        # Compared by its contents: an edit by way of ``.data`` or ``.numpy()`` is counted nowhere.
+        before = value.clone() if self.visit.may_edit(name) else value
         served = self(name, value)
-        # A mere copy is no edit. What cannot be told from an edit is taken for one.
-        if before is None or version(value) != before or isinstance(served, FakeTensor):
-            return served, True
-        return served, served is not value and not torch.equal(served, value)
+        return served, not same_contents(before, served)
 
     def close(self) -> None:
         """Count the sites of a call that offered none."""
         if not self.open:
             self.visit.pass_over(self.names)
+
+
+def same_contents(before: Tensor, after: Tensor) -> bool:
+    """Whether two tensors of one shape are equal. What cannot be told from an edit is taken for one."""
+    return not isinstance(after, FakeTensor) and not after.is_meta and torch.equal(before, after)

@@ -24,7 +24,7 @@ from nnsight.intervention.tracer import ScanningTracer
 from torch import nn
 from transformers import MambaConfig, MambaForCausalLM
 
-from .demand import reinstate_controllers
+from .demand import GuardedTracer, reinstate_controllers
 from .errors import CheckpointError
 from .names import nearest
 
@@ -214,7 +214,7 @@ def one_device(model: Any) -> Iterator[None]:
         own.update(before)
 
 
-class ShapeTracer(ScanningTracer):
+class ShapeTracer(GuardedTracer, ScanningTracer):
     """nnsight's tracer of ``scan``, for models whose weights may be offloaded."""
 
     def execute(self, code: CodeType) -> None:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from nnsight.intervention.cache import CacheView
-from nnsight.intervention.tracer import InterleavingTracer
 
+from .demand import GuardedTracer
 from .remote import SmallResults
 
 
-class SiteTracer(SmallResults, InterleavingTracer):
+class SiteTracer(SmallResults, GuardedTracer):
     """What ``with model.trace(...) as tracer`` binds."""
 
     def cache(self, modules: list[Any] | None = None, *args: Any, **kwargs: Any) -> CacheView:

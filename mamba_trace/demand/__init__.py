@@ -4,7 +4,8 @@ The forward of a Mamba can be fused into kernels exactly as far as nobody looks 
 body of a trace in greenlets, each always parked on one location, so before computing anything a module can
 ask what is wanted of it right now. `Visit` answers that for one call of one module, serves the state after
 a position, and keeps nnsight's visit counts right for the locations that a fused pass never offers.
-`worker` is the other side, code that runs where the user wrote it; `apart` keeps saved values from changing;
+`worker` is the other side, code that runs where the user wrote it; `saving` keeps saved values from changing, and
+`apart` the values of places that share memory;
 `forwards` keeps nnsight's place on modules that accelerate wraps too.
 
 The facts about nnsight 0.8 this module rests on, each held by a test in tests/test_demand.py (those about
@@ -20,7 +21,8 @@ accelerate in tests/test_devices.py):
   and nothing when it is ``None``;
 * ``mediator.iteration`` is the step of ``tracer.iter`` a worker is pinned to, 0 outside of one, and ``None``
   once it was served in that step; while a worker runs, ``mediator.pending`` is what it was last served;
-* ``mediator.transform`` is a write-back, swapped in when the worker next asks for anything;
+* ``mediator.flush()`` is called before a worker asks for anything and at the end of its block;
+* ``save`` returns what ``nnsight.tracing.tracer.mark`` returns;
 * the route from a module to the running trace is `source.STATE` of its ``__dict__``: ``.active()``;
 * the forward of a wrapped module is a `Controller`, whose ``state.body`` is the forward it stands for, run
   inside accelerate's hook if the module has one;
@@ -32,14 +34,25 @@ is the count of the site ``h`` itself, set at the moment when somebody asks (`ex
 served (`Visit.next_position`).
 """
 
-from .apart import keep_apart, version
+from .apart import keep_apart
 from .forwards import is_itself, rebind_forward, reinstate_controllers
+from .saving import GuardedTracer
 from .visit import Visit, listened_to
-from .worker import SiteOrderError, current_value, expect, expect_position, need_a_trace, skip_module
+from .worker import (
+    SiteOrderError,
+    assigned,
+    current_value,
+    expect,
+    expect_position,
+    need_a_trace,
+    skip_module,
+)
 
 __all__ = [
+    "GuardedTracer",
     "SiteOrderError",
     "Visit",
+    "assigned",
     "current_value",
     "expect",
     "expect_position",
@@ -50,5 +63,4 @@ __all__ = [
     "rebind_forward",
     "reinstate_controllers",
     "skip_module",
-    "version",
 ]

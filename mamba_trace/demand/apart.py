@@ -1,10 +1,9 @@
-"""A saved value is never changed by a later edit.
+"""Memory that a trace was handed at one place is not handed out again at another.
 
-nnsight hands out the run's own tensor, every time the same. So ``clean = site.output.save()`` followed by
-``site.output[:] = 0`` would zero ``clean`` too, and so would an edit of another location that shares its
-memory. Nothing says which of the tensors handed out were saved, in whole, in part or in a list, so a
-further read of memory that was already handed out gets a copy of it, and the run goes on with whatever was
-edited in any of them.
+Two places of a model may hold one tensor: the final norm's output is lm_head's input. An edit in place of the
+second would change what was read at the first. So the first read of a place whose memory was already handed
+out elsewhere gets a copy, and the run goes on with that copy. Further reads of the same place, in the same
+visit, get the same tensor, as in nnsight.
 """
 
 from __future__ import annotations
@@ -14,126 +13,75 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from nnsight.intervention.eproperty import WriteBack
+from greenlet import greenlet
 from nnsight.intervention.interleaver import Mediator
 from nnsight.util import apply
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from ..errors import SiteValueError
-from ..names import public_path
+from .saving import Place, among, tensors_of, watch
 
-#: Which memory a run has handed out, kept on its interleaver: (run, {storage: [(first, last) byte]}).
-SERVED = "_mamba_trace_served"
-#: What one worker has read at one visit, kept on the worker: (visit, [(tensor, contents when last seen)]).
-HANDLES = "_mamba_trace_handles"
+#: One visit of one place: its location, and how often the worker's run had come to it before.
+Visit = tuple[str, int]
 
 
-#: Storage -> a weak reference, which keeps its address from being used again, and the ranges handed out.
-Served = dict[int, tuple[StorageWeakRef, list[tuple[int, int]]]]
+class HandedOut:
+    """The memory that the workers of one run were handed, and at which place."""
+
+    def __init__(self) -> None:
+        # The weak reference keeps the storage's address from being used again.
+        self.ranges: dict[int, tuple[StorageWeakRef, dict[tuple[int, int, Visit], None]]] = {}
+
+    def record(self, value: Tensor, visit: Visit) -> bool:
+        """Remember the memory of ``value``; say whether any of it was handed out at another visit."""
+        if value.layout != torch.strided or not value.numel():
+            return False
+        first = int(value.storage_offset())
+        last = first + sum(
+            int((size - 1) * stride) for size, stride in zip(value.shape, value.stride(), strict=True)
+        )
+        storage = StorageWeakRef(value.untyped_storage())
+        _, ranges = self.ranges.setdefault(storage.cdata, (storage, {}))
+        if (first, last, visit) in ranges:
+            return False
+        elsewhere = any(first <= end and start <= last for start, end, other in ranges if other != visit)
+        ranges[first, last, visit] = None
+        return elsewhere
 
 
-def keep_apart(location: str, value: Any, rebuild: Callable[[Tensor], Any] = lambda tensor: tensor) -> Any:
+#: By the first worker of a run. Kept here and not on the interleaver, which is copied with its model: a copy
+#: of a weak reference to a storage would give back what it never took.
+_RUNS: weakref.WeakKeyDictionary[greenlet, HandedOut] = weakref.WeakKeyDictionary()
+
+
+def keep_apart(
+    location: str,
+    value: Any,
+    rebuild: Callable[[Any], Any] = lambda value: value,
+    extract: Callable[[Any], Any] = lambda value: value,
+) -> Any:
     """What to hand out for a read of ``value``: itself, or a copy that the run goes on with.
 
     Args:
         location: where the running worker read it.
-        value: what nnsight served there: a tensor, or a container of tensors.
-        rebuild: makes what stands at the location of a tensor in the place of ``value``.
-
-    Raises:
-        SiteValueError: when the worker moves on, if two tensors read here were edited in place to disagree.
+        value: a tensor, or a container of tensors, that was served there.
+        rebuild: makes what stands at the location from something in the place of ``value``.
+        extract: the opposite: finds ``value`` in what stands at the location.
     """
     mediator = Mediator.current(location)
-    served = _served_in_this_run(mediator.interleaver)
-    if not isinstance(value, Tensor):
-        return _keep_parts_apart(location, served, value)
-    if not _record(served, value):
-        return value
-    copy = value.clone()
-    _record(served, copy)
+    handed_out = _handed_out_in(mediator.interleaver)
     visit = (location, mediator.occurrence(location))
-    earlier = mediator.__dict__.get(HANDLES)
-    handles = [] if earlier is None or earlier[0] != visit else earlier[1]
-    if all(handle is not value for handle, _ in handles):
-        handles.append((value, value.detach().clone()))
-    handles.append((copy, copy.detach().clone()))
-
-    def carry_on() -> Any:
-        mediator.__dict__[HANDLES] = (visit, [(handle, handle.detach().clone()) for handle, _ in handles])
-        return rebuild(_merge(public_path(location), handles))
-
-    # nnsight swaps the result in as soon as the worker asks for anything else, or ends.
-    mediator.transform = WriteBack(carry_on, copy, None, location, mediator.wanted(location))
-    return copy
+    shared = [tensor for tensor in tensors_of(value) if handed_out.record(tensor, visit)]
+    if shared:
+        own = apply(value, lambda tensor: tensor.clone() if among(tensor, shared) else tensor, Tensor)
+        Mediator.swap(location, rebuild(own))
+        value = extract(Mediator.value(location))  # in a batch of invokes, this worker's rows of it
+        for tensor in tensors_of(value):
+            handed_out.record(tensor, visit)
+    watch(mediator, Place(visit, value, rebuild, extract, lambda tensor: handed_out.record(tensor, visit)))
+    return value
 
 
-def _keep_parts_apart(location: str, served: Served, value: Any) -> Any:
-    # A container of tensors, such as a model's output: the run goes on with the one that is handed out.
-    copied = []
-
-    def part(tensor: Tensor) -> Tensor:
-        if not _record(served, tensor):
-            return tensor
-        copied.append(tensor.clone())
-        _record(served, copied[-1])
-        return copied[-1]
-
-    fresh = apply(value, part, Tensor)
-    if copied:
-        Mediator.swap(location, fresh)
-    return fresh if copied else value
-
-
-def _merge(path: str, handles: list[tuple[Tensor, Tensor]]) -> Tensor:
-    # The last handle, with every edit that was made in place of an earlier one.
-    merged, contents = handles[-1]
-    if isinstance(merged, FakeTensor):  # has no contents to compare
-        return merged
-    taken = _changed(merged, contents)
-    for handle, contents in handles[:-1]:
-        changed = _changed(handle, contents)
-        if not bool(changed.any()):
-            continue
-        if bool((changed & taken & _changed(handle, merged)).any()):
-            raise SiteValueError(
-                f"{path} was read more than once, and two of the values were edited in place to disagree: "
-                f"edit one of them"
-            )
-        merged, taken = torch.where(changed, handle, merged), taken | changed
-    return merged
-
-
-def _changed(value: Tensor, contents: Tensor) -> Tensor:
-    # Where contents differ; NaN is equal to NaN.
-    value, contents = value.detach(), contents.detach()
-    return (value != contents) & ~(value.isnan() & contents.isnan())
-
-
-def version(value: Tensor) -> int | None:
-    """How often a tensor was edited in place; ``None`` where PyTorch does not count (inference mode)."""
-    return None if value.is_inference() else value._version
-
-
-def _served_in_this_run(interleaver: Any) -> Served:
+def _handed_out_in(interleaver: Any) -> HandedOut:
     # Every run starts its workers anew.
-    worker = interleaver.mediators[0].worker
-    run, served = interleaver.__dict__.get(SERVED, (None, {}))
-    if run is None or run() is not worker:
-        served = {}
-        interleaver.__dict__[SERVED] = (weakref.ref(worker), served)
-    return served
-
-
-def _record(served: Served, value: Tensor) -> bool:
-    # Remember the memory of `value`; say whether any of it was handed out before.
-    first = int(value.storage_offset())
-    last = first + sum(
-        int((size - 1) * stride) for size, stride in zip(value.shape, value.stride(), strict=True)
-    )
-    storage = StorageWeakRef(value.untyped_storage())
-    _, ranges = served.setdefault(storage.cdata, (storage, []))
-    overlap = any(first <= end and start <= last for start, end in ranges)
-    ranges.append((first, last))
-    return overlap and value.numel() > 0
+    return _RUNS.setdefault(interleaver.mediators[0].worker, HandedOut())

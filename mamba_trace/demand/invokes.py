@@ -10,8 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-
-from .apart import version
+from torch._subclasses.fake_tensor import FakeTensor
 
 
 class PerInvoke:
@@ -29,7 +28,6 @@ class PerInvoke:
         groups = (mediator.batch_group for mediator in interleaver.mediators)
         self.groups = sorted({tuple(group) for group in groups if group is not None})
         self.own: dict[int, Tensor] = {}
-        self.handed_out: dict[int, tuple[Tensor, int | None]] = {}
 
     def narrow(self, value: Any, group: list[int] | None) -> Any:
         """The copy of the invoke with rows ``group``; a worker on the whole batch sees the shared value."""
@@ -39,7 +37,6 @@ class PerInvoke:
             return self.shared
         if group[0] not in self.own:
             self.own[group[0]] = self.shared.clone()
-            self.handed_out[group[0]] = (self.own[group[0]], version(self.own[group[0]]))
         return self.own[group[0]]
 
     def widen(self, value: Any, group: list[int] | None, edited: Any) -> Any:
@@ -72,7 +69,7 @@ class PerInvoke:
         return any(self._edited(start) for start, _ in self.groups)
 
     def _edited(self, start: int) -> bool:
-        if start not in self.own:
+        own = self.own.get(start)
+        if own is None:
             return False
-        copy, before = self.handed_out.get(start, (None, None))
-        return self.own[start] is not copy or before is None or version(copy) != before
+        return isinstance(own, FakeTensor) or own.requires_grad or not torch.equal(own, self.shared)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from greenlet import getcurrent
-from nnsight.intervention.interleaver import Mediator
+from nnsight.intervention.interleaver import EarlyStopException, Mediator
 from nnsight.intervention.source import STATE as CONTROLLER_STATE
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
@@ -27,6 +27,9 @@ LOCATIONS = ("input", "skip", "output")
 
 #: Where a pass over positions stands, kept on the site's module: (interleaver, next position, length).
 CURSOR = "_mamba_trace_cursor"
+
+#: Set on a worker while what it asks for is not going to be edited.
+READING = "_mamba_trace_reading"
 
 
 def listened_to(module: nn.Module | None) -> bool:
@@ -84,7 +87,7 @@ class Visit:
         if self.interleaver is None:
             return False
         own = {f"{self.path}.{key}" for key in LOCATIONS}
-        self._count_positions(f"{self.path}.{STATE}.")
+        self._count_positions()
         if any(location not in own for _, location in self._parked(f"{self.path}.")):
             return True
         return bool(self.interleaver.observers) and any(
@@ -103,6 +106,15 @@ class Visit:
             return True
         return any(location in locations for _, location in self._parked(f"{self.path}.{name}."))
 
+    def may_edit(self, name: str) -> bool:
+        """Whether somebody waits for site ``name`` who may edit it in place: a cache, for one, does not."""
+        if listened_to(self.module._modules[name]):
+            return True
+        if self.interleaver is None:
+            return False
+        prefix = f"{self.path}.{name}."
+        return any(not mediator.__dict__.get(READING) for mediator, _ in self._parked(prefix))
+
     def wants_within(self, name: str) -> bool:
         """Whether anything at or below ``name`` is wanted now, such as one position of a site."""
         if listened_to(self.module._modules.get(name)):
@@ -110,7 +122,7 @@ class Visit:
         if self.interleaver is None:
             return False
         prefix = f"{self.path}.{name}."
-        self._count_positions(prefix)
+        self._count_positions()
         if any(location.startswith(prefix) for location in self.interleaver.observers):
             return True
         return any(self._parked(prefix))
@@ -186,7 +198,7 @@ class Visit:
             return None
         prefix = f"{self.path}.{name}."
         self.stand_at(name, start, length)
-        self._count_positions(prefix)
+        self._count_positions()
         wanted = []
         for mediator, location in list(self._parked(prefix)):
             position = position_of(location, prefix)
@@ -213,13 +225,37 @@ class Visit:
         self.stand_at(name, position, length)
         prefix = f"{self.path}.{name}."
         names = [f"{prefix}{spelling}.output" for spelling in (position, position - length)]
+        value, stopped = self._serve_workers(names, value)
         for location in names:
-            if location in self.interleaver.observers:
-                value = self.interleaver.handle(location, value)
-        # A worker served under one name may go on to ask under the other.
-        while asked := self._asked(prefix).intersection(names):
-            value = self.interleaver.handle(asked.pop(), value)
+            for mediator, cache, selected in self.interleaver.observers.get(location, ()):
+                batcher = self.interleaver.batcher
+                rows = value if batcher is None else batcher.narrow(value, mediator.batch_group)
+                cache.observe_selected(selected, rows)
+        if stopped is not None:
+            raise stopped
         return self.pass_on(value)
+
+    def _serve_workers(self, names: list[str], value: Tensor) -> tuple[Tensor, EarlyStopException | None]:
+        # Interleaver.handle for a place of several names: whichever of them workers use, they are served in
+        # their own order, edits of the model before the trace. A stop is held back until all are.
+        stopped = None
+        while asking := [mediator for mediator in self.interleaver.mediators if self._asks(mediator, names)]:
+            for mediator in asking:
+                while self._asks(mediator, names):
+                    try:
+                        value = mediator.handle(mediator.pending.provider, value)
+                    except EarlyStopException as stop:
+                        stopped, mediator.pending = stop, None
+        self.interleaver._reindex_parked()
+        return value, stopped
+
+    def _asks(self, mediator: Mediator, names: list[str]) -> bool:
+        # Whether a worker waits for this visit of a place of several names.
+        self._count_positions()
+        pending = mediator.pending
+        if pending is None or pending.provider not in names:
+            return False
+        return bool(pending.iteration == mediator.occurrence(pending.provider))
 
     @contextlib.contextmanager
     def positions(self, name: str) -> Iterator[None]:
@@ -233,19 +269,18 @@ class Visit:
         """Remember that every position before ``position`` has been run."""
         self.module._modules[name].__dict__[CURSOR] = (self.interleaver, position, length)
 
-    def _count_positions(self, prefix: str) -> None:
-        counts, whole = self.interleaver.counts, f"{prefix}output"
-        for location in self.interleaver.parked:
-            if position_of(location, prefix) is not None:
-                counts[location] = counts.get(whole, 0)
-                # A worker in NDIF's sandbox, another process, cannot say what it began at: `expect_position`.
-                for mediator in self.interleaver.mediators:
-                    mediator.counts_at_start[location] = mediator.counts_at_start.get(whole, 0)
-
-    def _asked(self, prefix: str) -> set[str]:
-        # The locations under the prefix of a site with positions that this visit is to serve.
-        self._count_positions(prefix)
-        return {location for _, location in self._parked(prefix)}
+    def _count_positions(self) -> None:
+        # A position below this module was visited as often as its site, in whatever mixer that is.
+        counts = self.interleaver.counts
+        for waiting in self.interleaver.mediators:
+            location = None if waiting.pending is None else waiting.pending.provider
+            whole = None if location is None else site_of_position(location)
+            if location is None or whole is None or not location.startswith(f"{self.path}."):
+                continue
+            counts[location] = counts.get(whole, 0)
+            # A worker in NDIF's sandbox, another process, cannot say what it began at: `expect_position`.
+            for mediator in self.interleaver.mediators:
+                mediator.counts_at_start[location] = mediator.counts_at_start.get(whole, 0)
 
     def _parked(self, prefix: str) -> Iterator[tuple[Mediator, str]]:
         # The workers this visit will serve: parked on a location under `prefix`, at this occurrence of it.
@@ -287,6 +322,12 @@ def position_of(location: str, prefix: str) -> int | None:
         return None
     match = re.fullmatch(r"(-?\d+)\.output", location[len(prefix) :])
     return None if match is None else int(match[1])
+
+
+def site_of_position(location: str) -> str | None:
+    """The location of the site that a position belongs to, or ``None`` for any other location."""
+    match = re.fullmatch(rf"(.+\.{STATE})\.-?\d+\.output", location)
+    return None if match is None else f"{match[1]}.output"
 
 
 def position_error(path: str, length: int) -> PositionError:

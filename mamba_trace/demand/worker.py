@@ -10,6 +10,7 @@ from nnsight.intervention.util import first_input
 
 from ..errors import MambaTraceError, SiteValueError
 from ..names import public_path
+from .saving import assigned as note_assignment
 from .visit import CURSOR
 
 
@@ -66,6 +67,11 @@ def expect_position(site: Any, position: int) -> None:
     counts[location] = counts.get(whole, 0) + passed
     mediator.counts_at_start[location] = mediator.counts_at_start.get(whole, 0)
     expect(location)
+
+
+def assigned(location: str) -> None:
+    """Note that the running worker has assigned a value to a location that it may hold an earlier one of."""
+    note_assignment(Mediator.current(location))
 
 
 def current_value(location: str) -> Any:
