@@ -243,7 +243,9 @@ class HookableMixer:
             parts.append(recurrence.states(start, length, h))
         y, states = (torch.cat(pieces, dim=1) if done else pieces[0] for pieces in zip(*parts, strict=True))
         last = states[:, -1].clone()  # the whole trajectory is a record: its edits are not carried on
-        unedited = recurrence.read(states) if offer.visit.may_edit(STATE) and not states.requires_grad else None
+        unedited = (
+            recurrence.read(states) if offer.visit.may_edit(STATE) and not states.requires_grad else None
+        )
         read = offer("h_read", offer(STATE, states))  # [B,L,E,N]
         if read is not states or read.requires_grad:
             y = recurrence.read(read)

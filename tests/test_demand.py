@@ -180,6 +180,32 @@ def test_a_visit_is_counted_after_its_workers_were_served(probe):
     assert during == [0, 1]
 
 
+def test_save_returns_what_mark_returns(probe, monkeypatch):
+    monkeypatch.setattr("nnsight.tracing.tracer.mark", lambda value: ("marked", value))
+    with probe.trace(X):
+        kept = nnsight.save([])
+        same = [1].save()
+        nnsight.tracing.tracer._saves().update({id(kept), id(same)})
+    assert (kept, same) == (("marked", []), ("marked", [1]))
+
+
+def test_a_worker_flushes_before_each_request_and_at_the_end_of_its_block(probe):
+    with probe.trace(X):
+        mediator = Mediator.current("")
+        calls = nnsight.save([])
+
+        def flush() -> None:
+            calls.append(mediator.pending and mediator.pending.provider)
+            type(mediator).flush(mediator)
+
+        mediator.flush = flush
+        _ = probe.first.output
+        probe.second.input = probe.first.output
+        _ = probe.second.output.sum()
+    assert len(calls) == 6  # an assigned input is read first; five requests, and the end
+    assert calls[-1] == "model.second.output"
+
+
 def test_an_unserved_request_ends_in_an_out_of_order_error(probe):
     with pytest.raises(OutOfOrderError), probe.trace(X):
         _ = probe.second.output

@@ -4,9 +4,9 @@ The forward of a Mamba can be fused into kernels exactly as far as nobody looks 
 body of a trace in greenlets, each always parked on one location, so before computing anything a module can
 ask what is wanted of it right now. `Visit` answers that for one call of one module, serves the state after
 a position, and keeps nnsight's visit counts right for the locations that a fused pass never offers.
-`worker` is the other side, code that runs where the user wrote it; `saving` keeps saved values from changing, and
-`apart` the values of places that share memory;
-`forwards` keeps nnsight's place on modules that accelerate wraps too.
+`worker` is the other side, code that runs where the user wrote it; `saving` keeps saved values from changing,
+and `apart` the values of places that share memory; `forwards` keeps nnsight's place on modules that
+accelerate wraps too.
 
 The facts about nnsight 0.8 this module rests on, each held by a test in tests/test_demand.py (those about
 accelerate in tests/test_devices.py):

@@ -19,7 +19,7 @@ from nnsight.util import apply
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from .saving import Place, among, tensors_of, watch
+from .saving import Place, among, span, tensors_of, watch
 
 #: One visit of one place: its location, and how often the worker's run had come to it before.
 Visit = tuple[str, int]
@@ -36,10 +36,7 @@ class HandedOut:
         """Remember the memory of ``value``; say whether any of it was handed out at another visit."""
         if value.layout != torch.strided or not value.numel():
             return False
-        first = int(value.storage_offset())
-        last = first + sum(
-            int((size - 1) * stride) for size, stride in zip(value.shape, value.stride(), strict=True)
-        )
+        first, last = span(value)
         storage = StorageWeakRef(value.untyped_storage())
         _, ranges = self.ranges.setdefault(storage.cdata, (storage, {}))
         if (first, last, visit) in ranges:

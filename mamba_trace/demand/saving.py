@@ -15,9 +15,9 @@ value, a second read and the run's own value are one tensor with one gradient.
 What is saved of a part of a value, such as ``y[:, -1].save()``, is a copy from the start; an edit of that in
 place reaches the run, too. A saved list or dictionary keeps what was put into it.
 
-The facts about nnsight 0.8 this module rests on, each held by a test in tests/test_demand.py: ``save`` returns
-what ``nnsight.tracing.tracer.mark`` returns; a worker calls ``mediator.flush()`` before each request and at
-the end of its block, and nowhere else.
+The facts about nnsight 0.8 this module rests on, each held by a test in tests/test_demand.py: ``save``
+returns what ``nnsight.tracing.tracer.mark`` returns; a worker calls ``mediator.flush()`` before each request
+and at the end of its block, and nowhere else.
 """
 
 from __future__ import annotations
@@ -90,15 +90,20 @@ class Place:
 
     def save(self, value: Tensor) -> Tensor:
         """What is saved where a worker saves ``value``: itself, or a copy of a part of the value here."""
-        if among(value, self.tensors):
-            if not among(value, self.saved):
-                self.saved.append(value)
-            return value
-        if not self.holds(value) or among(value, [old for old, _ in self.retired]):
+        for tensor in self.tensors:  # in a batch each read makes another view of an invoke's rows
+            if same_view(value, tensor):
+                self.protect(tensor)
+                return value
+        if not self.holds(value) or any(same_view(value, old) for old, _ in self.retired):
             return value
         copy = value.clone()
         self.copies.append((copy, value))
         return copy
+
+    def protect(self, tensor: Tensor) -> None:
+        """Let no more be written to one of the tensors here."""
+        if not among(tensor, self.saved):
+            self.saved.append(tensor)
 
     def writable(self, target: Tensor) -> Tensor:
         """Where a write to ``target`` goes: to memory of which nothing was saved."""
@@ -113,7 +118,7 @@ class Place:
 
     def moved(self, target: Tensor, old: Tensor, new: Tensor) -> Tensor:
         """``target``, a view of ``old``, as the same view of ``new``."""
-        if target is old:
+        if same_view(target, old):
             return new
         if new.stride() != old.stride():
             raise SiteValueError(
@@ -170,17 +175,17 @@ class Guard(TorchFunctionMode):
             self.busy = False
         moves = [(target, other) for target, other in moves if other is not target]
 
-        def move(tensor: Tensor) -> Tensor:
-            return next((other for target, other in moves if target is tensor), tensor)
+        def move(value: Any) -> Any:
+            return next((other for target, other in moves if target is value), value)
 
-        if moves:
-            first, *rest = args or (None,)
-            args = (move(first) if isinstance(first, Tensor) else first, *rest) if args else ()
-            kwargs = {name: apply(value, move, Tensor) if name == "out" else value for name, value in kwargs.items()}
+        if "out" in kwargs:
+            kwargs = {**kwargs, "out": apply(kwargs["out"], move, Tensor)}
+        else:
+            args = (move(args[0]), *args[1:])
         result = func(*args, **kwargs)
-        # ``saved *= 2`` binds its result to the name of what was saved.
-        augmented = moves and getattr(func, "__name__", "").startswith("__i")
-        return nnsight_tracer.mark(result) if augmented and is_saved(targets[0]) else result
+        # ``saved *= 2``, which arrives here as ``mul_``, binds its result to the name of what was saved.
+        renamed = moves and isinstance(result, Tensor) and func.__name__ != "__setitem__"
+        return nnsight_tracer.mark(result) if renamed and is_saved(targets[0]) else result
 
 
 def written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
@@ -189,9 +194,8 @@ def written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Te
         return tensors_of(kwargs["out"])
     name = getattr(func, "__name__", "")
     in_place = name.endswith("_") and not name.endswith("__") and name not in HARMLESS
-    augmented = name.startswith("__i") and name not in ("__index__", "__int__", "__invert__", "__init__")
     by_data = name in ("__get__", "__set__") and getattr(func, "__self__", None) is Tensor.data
-    if not (in_place or augmented or by_data or name == "__setitem__" or name in ESCAPES or kwargs.get("inplace")):
+    if not (in_place or by_data or name == "__setitem__" or name in ESCAPES or kwargs.get("inplace")):
         return []
     return [arg for arg in args[:1] if isinstance(arg, Tensor)]
 
@@ -214,10 +218,15 @@ def watch(mediator: Mediator, place: Place) -> None:
     """Remember what a worker is handed, and guard what was saved of it before."""
     earlier = mediator.__dict__.get(PLACE)
     if earlier is not None and earlier.visit == place.visit and not earlier.assigned:
-        kept = zip(earlier.tensors, place.tensors, strict=False)
-        if len(earlier.tensors) == len(place.tensors) and all(old is new for old, new in kept):
+        pairs = list(zip(earlier.tensors, place.tensors, strict=False))
+        if len(pairs) == len(place.tensors) and all(same_view(old, new) for old, new in pairs):
             place = earlier
     mediator.__dict__[PLACE] = place
+    for other in mediator.interleaver.mediators:
+        theirs = None if other is mediator else other.__dict__.get(PLACE)
+        for saved, tensor in itertools.product(theirs.saved if theirs else (), place.tensors):
+            if overlap(saved, tensor):
+                place.protect(tensor)
     if place.saved or place.retired or place.copies or saved_containers():
         open_guard(mediator)
 
@@ -370,6 +379,27 @@ def tensors_of(value: Any) -> list[Tensor]:
 def among(tensor: Tensor, others: Iterable[Tensor]) -> bool:
     """Whether a tensor is one of others, the same object."""
     return any(tensor is other for other in others)
+
+
+def same_view(tensor: Tensor, other: Tensor) -> bool:
+    """Whether two tensors show the same part of one storage in the same way."""
+    if tensor is other:
+        return True
+    shape = tensor.shape == other.shape and tensor.stride() == other.stride()
+    return shape and tensor.storage_offset() == other.storage_offset() and same_memory(tensor, other)
+
+
+def overlap(tensor: Tensor, other: Tensor) -> bool:
+    """Whether two tensors have memory in common."""
+    (first, last), (start, end) = span(tensor), span(other)
+    return first <= end and start <= last and same_memory(tensor, other)
+
+
+def span(tensor: Tensor) -> tuple[int, int]:
+    """The first and the last element of its storage that a tensor shows."""
+    first = int(tensor.storage_offset())
+    steps = zip(tensor.shape, tensor.stride(), strict=True)
+    return first, first + sum(int((size - 1) * stride) for size, stride in steps)
 
 
 def same_memory(tensor: Tensor, other: Tensor) -> bool:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from nnsight.intervention.interleaver import Mediator, OutOfOrderError
@@ -11,7 +12,7 @@ from nnsight.intervention.util import first_input
 from ..errors import MambaTraceError, SiteValueError
 from ..names import public_path
 from .saving import assigned as note_assignment
-from .visit import CURSOR
+from .visit import CURSOR, LOCATIONS, READING
 
 
 class SiteOrderError(MambaTraceError, OutOfOrderError):
@@ -79,6 +80,17 @@ def current_value(location: str) -> Any:
     return Mediator.value(location)
 
 
+@contextlib.contextmanager
+def reading() -> Iterator[None]:
+    """What the running worker asks for in here it only reads, so that nothing looks for an edit of it."""
+    mediator = Mediator.current("reading")
+    mediator.__dict__[READING] = True
+    try:
+        yield
+    finally:
+        del mediator.__dict__[READING]
+
+
 def skip_module(envoy: Any, replacement: Callable[[Any], Any]) -> None:
     """Skip the module of ``envoy``: nnsight's ``Envoy.skip``, also where a submodule hides the method.
 
@@ -97,6 +109,18 @@ def skip_module(envoy: Any, replacement: Callable[[Any], Any]) -> None:
         )
     args, kwargs = Mediator.value(f"{envoy.path}.input")
     Mediator.skip(f"{envoy.path}.skip", replacement(first_input(args, kwargs)))
+    _count_below(envoy)
+
+
+def _count_below(envoy: Any) -> None:
+    # What lies below a module that is skipped has its visit, too, so that a later step is not taken for this.
+    mediator = Mediator.current(envoy.path)
+    counts, visits = envoy.interleaver.counts, mediator.occurrence(f"{envoy.path}.input")
+    for name, _ in envoy._module.named_modules(prefix=envoy.path):
+        for location in (f"{name}.{key}" for key in LOCATIONS):
+            if name != envoy.path:
+                start = mediator.counts_at_start.get(location, 0)
+                counts[location] = max(counts.get(location, 0), start + visits)
 
 
 def need_a_trace(what: str) -> None:
