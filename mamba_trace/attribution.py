@@ -21,7 +21,7 @@ from torch import Tensor
 from .errors import MetricError
 from .metrics import measured
 from .sites import STATE
-from .sweep import PROMPT, SOURCE, Answers, Question
+from .sweep import PROMPT, SOURCE, Answers, Question, changes
 
 if TYPE_CHECKING:
     from .model import MambaTrace
@@ -38,6 +38,7 @@ def attributions(model: MambaTrace, question: Question, steps: int) -> Answers:
     Raises:
         MetricError: if a metric has no gradient.
     """
+    model.dispatch()
     source, source_values, ends = unpatched(model, question, SOURCE)
     if steps == 1:
         slopes = Slopes(model, question, source_values, None)
@@ -48,7 +49,7 @@ def attributions(model: MambaTrace, question: Question, steps: int) -> Answers:
         for step in range(steps):
             slopes.add(torch.lerp(start, ends, (step + 0.5) / steps))
     values = prompt[:, None, None] + slopes.sum.to(prompt.dtype).cpu() / steps
-    return Answers(values, source, prompt)
+    return Answers(values, source, prompt, "every cell from forwards of the whole prompt and their backwards")
 
 
 def unpatched(model: MambaTrace, question: Question, row: int) -> tuple[Tensor, list[Tensor], Tensor]:
@@ -56,26 +57,16 @@ def unpatched(model: MambaTrace, question: Question, row: int) -> tuple[Tensor, 
     with torch.no_grad(), model.trace(question.tokens[row, None], use_cache=False):
         embeddings = model.embeddings.output.save()  # [1,L,D]
         values = nnsight.save([])
-        for _, _, value in places(model, question, whole=True):
-            values.append(value[0].clone())
+        for _, place in rows_of(model, question):
+            values.append(place.output[0].clone())
         logits = model.lm_head.output[:, question.looked_at].save()
     return question.measure(logits)[:, 0], values, embeddings
 
 
-def places(model: Any, question: Question, whole: bool) -> Iterator[tuple[int, slice, Tensor]]:
-    """In a trace: the site's value [1,L,...] in each row of the grid, with the positions it is of.
-
-    The state is one value with ``whole``, and else one [1,E,N] for each position, whose gradient is that of
-    all that it is carried on to.
-    """
-    site = question.site
+def rows_of(model: Any, question: Question) -> Iterator[tuple[int, Any]]:
+    """The rows of the grid, and where the site is in each."""
     for row in range(len(question.windows)):
-        place = model.hook(site.path(None if site.scope == "model" else row))
-        if site.name != STATE or whole:
-            yield row, slice(0, question.length), place.output
-            continue
-        for position in question.positions:
-            yield row, slice(position, position + 1), place[position].output
+        yield row, model.hook(question.site.path(None if question.site.scope == "model" else row))
 
 
 class Slopes:
@@ -98,30 +89,57 @@ class Slopes:
         self.sum = torch.zeros(
             len(question.metrics), len(question.windows), question.length, dtype=torch.float64
         )
+        self.changed = bool(changes(model))
+        #: Where a difference of the runs can be: with what a user has added, it may be at any position.
+        self.positions = range(question.length) if self.changed else question.positions
         self.metric = 0  # whose gradient is being taken
+        self.ends: list[Tensor] = []  # of the backward pass
 
     def add(self, embeddings: Tensor | None) -> Tensor:
         """Add the slopes at ``embeddings`` [1,L,D], or at the prompt's own; returns the metrics there [M]."""
         model, question = self.model, self.question
         with torch.enable_grad():
             with model.trace(question.tokens[PROMPT, None], use_cache=False):
-                if embeddings is not None:
-                    model.embeddings.output = embeddings
-                start = model.embeddings.output
-                if not start.requires_grad:
-                    start.requires_grad_()
-                nnsight.save(start)
-                for row, positions, value in places(model, question, whole=False):
-                    value.register_hook(self.slope(row, positions, value.detach()))
+                start = model.embeddings.output if embeddings is None else embeddings
+                self.ends = [rooted(model.embeddings, start)]
+                for row, place in rows_of(model, question):
+                    for positions, at in self.places(place):
+                        value = at.output
+                        if not value.requires_grad:  # an edit has put a constant here
+                            rooted(at, value)
+                            value = at.output
+                        if self.changed:  # as an edit may have cut it off from the embeddings
+                            self.ends.append(value)
+                        value.register_hook(self.slope(row, positions, value.detach()))
                 logits = model.lm_head.output[:, question.looked_at].save()
-            logits = logits[:, 0] if question.single else logits
-            found = [measured(metric, logits) for metric in question.metrics.values()]
-            for number, (name, value) in enumerate(zip(question.metrics, found, strict=True)):
-                if not value.requires_grad:
-                    raise MetricError(f"{name} has no gradient, so nothing can be said to first order")
-                self.metric = number
-                # With respect to where the run starts: no gradient of a weight is made.
-                torch.autograd.grad(value.sum(), start, retain_graph=number + 1 < len(found))
+            return self.take(logits[:, 0] if question.single else logits)
+
+    def places(self, place: Any) -> Iterator[tuple[slice, Any]]:
+        """Where to ask for the value of a row, with the positions it is of.
+
+        The state has a place for each position, whose gradient is that of all that it is carried on to.
+        """
+        if self.question.site.name != STATE:
+            yield slice(0, self.question.length), place
+            return
+        for position in self.positions:
+            yield slice(position, position + 1), place[position]
+
+    def take(self, logits: Tensor) -> Tensor:
+        """Go backward from every metric of ``logits`` to `ends`; returns the metrics [M].
+
+        A metric may do anything to the logits that it gets, so each gets its own.
+        """
+        metrics = self.question.metrics
+        found = [measured(metric, logits.clone()) for metric in metrics.values()]
+        for number, (name, value) in enumerate(zip(metrics, found, strict=True)):
+            if not value.requires_grad:
+                raise MetricError(f"{name} has no gradient, so nothing can be said to first order")
+            self.metric = number
+            # With respect to where the run starts: no gradient of a weight is made.
+            keep = number + 1 < len(found)
+            torch.autograd.grad(value.sum(), self.ends, retain_graph=keep, allow_unused=True)
+        self.ends = []
         return torch.stack([value.detach().cpu() for value in found])[:, 0]
 
     def slope(self, row: int, positions: slice, here: Tensor) -> Any:
@@ -134,3 +152,10 @@ class Slopes:
             self.sum[self.metric, row, positions] += slopes.cpu()
 
         return add
+
+
+def rooted(place: Any, value: Tensor) -> Tensor:
+    """In a trace: have a place's gradient start there, with ``value``; returns what it is taken to."""
+    root = value.detach().clone().requires_grad_()
+    place.output = root  # of which the run gets a copy, to be edited in place
+    return root

@@ -39,6 +39,9 @@ class PatchGrid(Result):
         window: how many layers are patched together.
         method: ``"patching"``, or how the values were estimated: ``"attribution"`` or
             ``"integrated gradients"``.
+        plan: how cells ran, and why so, in words: from their position on in batches, or each in a forward of
+            its own, as something that was done to the model (a lasting edit, a PyTorch hook) may look at all
+            of a run. Empty where it is not known.
     """
 
     values: Tensor
@@ -51,6 +54,7 @@ class PatchGrid(Result):
     source_tokens: list[str]
     window: int = 1
     method: str = "patching"
+    plan: str = ""
 
     @property
     def labels(self) -> list[str]:

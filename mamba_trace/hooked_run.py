@@ -9,6 +9,7 @@ and which places there are; whatever cannot be served is refused there.
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,10 +17,14 @@ from typing import Any
 from torch import Tensor
 
 from . import names
-from .errors import PromptError, SiteValueError, UnknownSiteError
-from .hooks import Extent, Hook, HookFunction, NameOrFilter, Order, key_of, order_of, resolve
-from .names import Place
+from .demand.edits import waiting_edits
+from .errors import LayerError, PromptError, SiteValueError, UnknownSiteError
+from .hooks import Extent, Hook, HookFunction, NameOrFilter, Order, key_of, resolve
+from .names import Place, public_path
 from .sites import BY_NAME, STATE
+
+#: The place whose value a run returns.
+LOGITS = BY_NAME["lm_head"].hook_name()
 
 
 @dataclass
@@ -28,12 +33,14 @@ class Visit:
 
     Attributes:
         place: where.
+        hook: what its functions are told about it.
         fwd, bwd: functions of (value, hook) and (gradient, hook), in the order they were given.
         cached: keep the value.
         named: somebody named this very place, and did not just take all that there are.
     """
 
     place: Place
+    hook: Hook
     fwd: list[HookFunction] = field(default_factory=list)
     bwd: list[HookFunction] = field(default_factory=list)
     cached: bool = False
@@ -61,7 +68,7 @@ class Wanted:
 
 
 class HookedRun:
-    """A run of ``model`` through ``extent``; call `perform` in the body of a trace.
+    """A run of ``model`` through ``extent``; call `perform` in the body of a trace, and `close` after it.
 
     Attributes:
         output: the logits [B,L,V], the residual stream [B,L,D] where the run stops, or ``None``.
@@ -79,6 +86,10 @@ class HookedRun:
         self.tokens: Tensor | None = None
         self.mask: Tensor | None = None
         self.length = 0
+        #: Whether a hook was given the logits.
+        self.handed_out = False
+        #: What holds a list of layers in place of the model's own, if anything does.
+        self.shadowed: dict[str, Any] = {}
 
     def perform(self, tracer: Any) -> None:
         """The body of the trace. Raises, before anything is computed, for a place that cannot be served."""
@@ -87,47 +98,87 @@ class HookedRun:
         self.length = (inputs["inputs_embeds"] if self.tokens is None else self.tokens).shape[1]
         if not self.length:
             raise PromptError("the prompt has no tokens")
-        for action in self.actions():
-            action()
+        todo = self.actions()
+        self.check_edits()
+        layers = self.extent.layers
+        if layers != list(range(self.extent.n_layers)):
+            backbone = self.model.backbone._module
+            self.shadowed = backbone.__dict__
+            # Its forward goes through what it finds under this name, which stands before the submodule.
+            self.shadowed["layers"] = [self.model.layers[layer]._module for layer in layers]
+        for time, action in todo:
+            if time:
+                for _ in tracer.iter[time]:
+                    action()
+            else:
+                action()
         self.finish(tracer)
 
     def finish(self, tracer: Any) -> None:
         """Take the output, and leave the rest of the model uncomputed where nobody needs it."""
-        stop, layers = self.extent.stop, self.model.layers
-        if stop is not None:
-            self.output = (layers[stop] if stop < len(layers) else self.model.norm_f).input  # [B,L,D]
+        if self.extent.stop is not None:
+            self.output = self.model.norm_f.input.clone()  # [B,L,D]
         elif self.wanted.logits:
             self.output = self.model.lm_head.output  # [B,L,V]
+            if self.handed_out:
+                self.output = self.output.clone()  # a hook may have kept it
+            self.check_edits()
             return
         tracer.stop()
 
+    def close(self) -> None:
+        """Leave the model as it was. To be called when the trace is over, however it ended."""
+        self.shadowed.pop("layers", None)
+
+    def check_edits(self) -> None:
+        """Raises `LayerError` if a lasting edit of the model waits for what this run does not compute."""
+        extent = self.extent
+        for location in waiting_edits(self.model):
+            path = public_path(location)
+            found = re.search(r"\blayers\[(\d+)\]", path)
+            layer = -1 if found is None else int(found[1])
+            behind = extent.stop is not None and layer >= extent.stop
+            passed = path.split(".")[0] == "embeddings" and extent.start is not None
+            if passed or not (found is None or behind or layer in extent.layers):
+                raise LayerError(
+                    f"a lasting edit (model.edit) waits for {path}, which is never reached with {extent}, "
+                    f"so what it does after that would be left out. Run all layers, make edits of what is "
+                    f"reached in a block of their own, or take them off with model.clear_edits()"
+                )
+
     # -- what there is to do ---------------------------------------------------------------------------
 
-    def actions(self) -> list[Callable[[], None]]:
-        """Everything the run does, in execution order."""
-        n_layers = self.extent.n_layers
-        todo: list[tuple[Order, Callable[[], None]]] = []
+    def actions(self) -> list[tuple[int, Callable[[], None]]]:
+        """Everything the run does, in execution order, with how often it has come to the place before."""
+        todo: list[tuple[Order, int, Callable[[], None]]] = []
+
+        def add(place: Place, action: Callable[[bool], None]) -> None:
+            orders = self.extent.orders_of(place)
+            for time, order in enumerate(orders):
+                todo.append((order, time, functools.partial(action, time + 1 == len(orders))))
+
         visits = self.visits()
         for layer in self.whole_trajectories(visits):
-            order = order_of(Place(BY_NAME[STATE], layer), n_layers)
-            todo.append(((order[0], order[1], self.length), functools.partial(self.keep_states, layer)))
+            add(Place(BY_NAME[STATE], layer), functools.partial(self.keep_states, layer))
         for visit in visits.values():
             if visit.fwd or visit.bwd or visit.cached:
-                todo.append((order_of(visit.place, n_layers), functools.partial(self.visit, visit)))
-        for layer in self.extent.skipped():
-            todo.append(((layer, -1, 0), functools.partial(self.skip, layer)))
-        return [action for _, action in sorted(todo, key=lambda item: item[0])]
+                add(visit.place, functools.partial(self.visit, visit))
+        return [(time, action) for _, time, action in sorted(todo, key=lambda item: item[0])]
 
     def visits(self) -> dict[str, Visit]:
         """What happens where, by the name of the place."""
         visits: dict[str, Visit] = {}
 
+        def visit_of(place: Place) -> Visit:
+            key = key_of(place)
+            return visits.setdefault(key, Visit(place, Hook(key, place.path)))
+
         def at(name: NameOrFilter) -> list[Visit]:
             places = resolve(name, lambda: self.known, self.length)
             if isinstance(name, str):
                 for place in places:
-                    visits.setdefault(key_of(place), Visit(place)).named = True
-            return [visits.setdefault(key_of(place), Visit(place)) for place in places]
+                    visit_of(place).named = True
+            return [visit_of(place) for place in places]
 
         for name, fn in self.wanted.fwd:
             for visit in self.some(name, at(name)):
@@ -185,19 +236,16 @@ class HookedRun:
 
     # -- doing it --------------------------------------------------------------------------------------
 
-    def skip(self, layer: int) -> None:
-        """Hand the residual stream past a layer."""
-        block = self.model.layers[layer]
-        block.skip(block.input)
+    def visit(self, visit: Visit, last: bool) -> None:
+        """Serve one place: forward hooks, then the backward ones, then the cache.
 
-    def visit(self, visit: Visit) -> None:
-        """Serve one place: forward hooks, then the backward ones, then the cache."""
+        Of a place that the run comes to several times, the cache has what there was the ``last`` time.
+        """
         key = key_of(visit.place)
-        hook = Hook(key, visit.place.path)
         envoy = self.model.hook(self.path_of(visit))
         value = envoy.output
         for fn in visit.fwd:
-            returned = fn(value, hook)
+            returned = fn(value, visit.hook)
             if returned is None or returned is value:
                 continue
             try:
@@ -205,11 +253,12 @@ class HookedRun:
             except SiteValueError as error:
                 raise SiteValueError(f"what the hook on {key} returned: {error}") from error
             value = envoy.output
-        keeps_gradient = self.wanted.gradients and visit.cached
-        if visit.bwd or keeps_gradient:
-            self.watch(value, visit.bwd, hook, keeps_gradient)
-        if visit.cached:
-            self.values[key] = value.detach().to(self.wanted.device)
+        self.handed_out |= bool(visit.fwd) and key == LOGITS
+        keeps = visit.cached and last
+        if visit.bwd or (keeps and self.wanted.gradients):
+            self.watch(value, visit, key, keeps and self.wanted.gradients)
+        if keeps:
+            self.values[key] = kept(value, self.wanted.device)
 
     def path_of(self, visit: Visit) -> str:
         """Where to ask for a place. Counted from the end, a position is the same token in padded rows, and
@@ -219,17 +268,19 @@ class HookedRun:
             return place.path
         return f"{Place(place.site, place.layer).path}[{place.position - self.length}]"
 
-    def keep_states(self, layer: int) -> None:
+    def keep_states(self, layer: int, last: bool) -> None:
         """Cache the states of a layer after every position, edits of them included."""
-        states = self.model.layers[layer].ssm.h.output.detach().to(self.wanted.device)  # [B,L,E,N]
+        if not last:
+            return
+        states = kept(self.model.layers[layer].ssm.h.output, self.wanted.device)  # [B,L,E,N]
         for position in range(self.length):
             self.values[key_of(Place(BY_NAME[STATE], layer, position))] = states[:, position]
 
-    def watch(self, value: Tensor, fns: list[HookFunction], hook: Hook, keep: bool) -> None:
-        """Have the gradient of ``value`` go through ``fns`` when there is one, and keep what comes out."""
+    def watch(self, value: Tensor, visit: Visit, key: str, keep: bool) -> None:
+        """Have the gradient of ``value`` go through hooks when there is one, and keep what comes out."""
         if not value.requires_grad:
             value.requires_grad_()  # with frozen weights there may be no other reason to
-        gradients, device = self.gradients, self.wanted.device
+        gradients, device, fns, hook = self.gradients, self.wanted.device, list(visit.bwd), visit.hook
 
         def through(gradient: Tensor) -> Tensor:
             passed = gradient.clone()  # autograd's own must not be edited in place
@@ -237,10 +288,15 @@ class HookedRun:
                 returned = fn(passed, hook)
                 passed = passed if returned is None else checked_gradient(returned, passed, hook)
             if keep:
-                gradients[f"{hook.name}_grad"] = passed.detach().to(device)
+                gradients[f"{key}_grad"] = kept(passed, device)
             return passed
 
         value.register_hook(through)
+
+
+def kept(value: Tensor, device: Any) -> Tensor:
+    """A copy for a cache, which nothing that happens to ``value`` reaches; on ``device``, if it is given."""
+    return value.detach().to(value.device if device is None else device, copy=True)
 
 
 def checked_gradient(returned: Any, gradient: Tensor, hook: Hook) -> Tensor:
@@ -253,4 +309,5 @@ def checked_gradient(returned: Any, gradient: Tensor, hook: Hook) -> Tensor:
             f"the backward hook on {hook.name} takes the place of a gradient of shape "
             f"{tuple(gradient.shape)}, and returned {found}"
         )
-    return returned.to(gradient)
+    # A copy, as the next hook may edit it in place, and this tensor is the user's own.
+    return returned if returned is gradient else returned.to(gradient, copy=True)

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+import operator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,7 +31,7 @@ KEEPING_HOOKS = frozenset(
     "hooks hook_dict hook_points add_hook add_perma_hook add_caching_hooks check_and_add_hook "
     "remove_all_hook_fns".split()
 )
-#: Where a place stands in a run: layer, then site, then position.
+#: Where a place stands in a run: which of the layers that it goes through, then site, then position.
 Order = tuple[int, float, int]
 
 _INDEX = {site.name: index for index, site in enumerate(SITES)}
@@ -67,13 +68,14 @@ class Extent:
         n_layers: how many layers the model has.
         start: the layer that the input, a residual stream, goes into; ``None`` for tokens.
         stop: the layer before which the run ends; ``None`` to run to the logits.
-        only: the layers that are computed; the others hand the residual stream on as it is.
+        only: the layers that are computed, in the order in which they are, some perhaps more than once;
+            ``None`` for all, in the model's own order.
     """
 
     n_layers: int
     start: int | None = None
     stop: int | None = None
-    only: frozenset[int] | None = None
+    only: tuple[int, ...] | None = None
 
     @classmethod
     def of(cls, n_layers: int, start: int | None, stop: int | None, only: Sequence[int] | None) -> Extent:
@@ -84,7 +86,7 @@ class Extent:
             None if stop is None else _layer("stop_at_layer", stop, n_layers, n_layers),
             None
             if only is None
-            else frozenset(_layer("only_use_these_layers", one, n_layers, n_layers - 1) for one in only),
+            else tuple(_layer("only_use_these_layers", one, n_layers, n_layers - 1) for one in only),
         ).checked()
 
     def checked(self) -> Extent:
@@ -93,30 +95,42 @@ class Extent:
             raise LayerError(f"start_at_layer={self.start} comes after stop_at_layer={self.stop}")
         return self
 
-    def computes(self, layer: int) -> bool:
-        """Whether the run computes a layer."""
-        inside = (self.start or 0) <= layer < (self.n_layers if self.stop is None else self.stop)
-        return inside and (self.only is None or layer in self.only)
+    @property
+    def layers(self) -> list[int]:
+        """The layers that the run goes through, in order: those of ``only`` that are in its range."""
+        inside = range(self.start or 0, self.n_layers if self.stop is None else self.stop)
+        return [layer for layer in (inside if self.only is None else self.only) if layer in inside]
 
     def reaches(self, place: Place) -> bool:
         """Whether the run computes the value at a place."""
         if place.layer is not None:
-            return self.computes(place.layer)
+            return place.layer in self.layers
         assert place.site is not None
         return self.start is None if _INDEX[place.site.name] < _FIRST_INNER else self.stop is None
 
-    def skipped(self) -> Iterator[int]:
-        """The layers that the forward comes to and is to leave out."""
-        last = self.n_layers if self.stop is None else self.stop
-        return (layer for layer in range(last) if not self.computes(layer))
+    def orders_of(self, place: Place) -> list[Order]:
+        """Where a place stands in the run, each time that the run comes to it.
+
+        The whole trajectory comes after its positions.
+        """
+        index = _INDEX[BEFORE[str(place.native)]] - 0.5 if place.site is None else _INDEX[place.site.name]
+        if place.layer is None:
+            numbers = [-1 if index < _FIRST_INNER else len(self.layers)]
+        else:
+            numbers = [number for number, layer in enumerate(self.layers) if layer == place.layer]
+        return [(number, index, WHOLE if place.position is None else place.position) for number in numbers]
 
     def __str__(self) -> str:
         said = {"start_at_layer": self.start, "stop_at_layer": self.stop}
-        said["only_use_these_layers"] = None if self.only is None else sorted(self.only)  # type: ignore[assignment]
+        said["only_use_these_layers"] = None if self.only is None else list(self.only)  # type: ignore[assignment]
         return ", ".join(f"{name}={value}" for name, value in said.items() if value is not None)
 
 
-def _layer(argument: str, layer: int, n_layers: int, last: int) -> int:
+def _layer(argument: str, layer: Any, n_layers: int, last: int) -> int:
+    try:
+        layer = operator.index(layer)
+    except TypeError:
+        raise LayerError(f"{argument}={layer!r}: a layer is an integer, from 0 to {n_layers - 1}") from None
     if not -n_layers <= layer <= last:
         raise LayerError(f"{argument}={layer}: this model has layers 0 to {n_layers - 1}; -1 is the last")
     return layer % n_layers if layer < 0 else layer
@@ -140,15 +154,6 @@ def key_of(place: Place) -> str:
     if place.site is None or (place.site.name == STATE and place.position is None):
         return place.path
     return place.hook_name
-
-
-def order_of(place: Place, n_layers: int) -> Order:
-    """Where a place stands in a run; the whole trajectory comes after its positions."""
-    index = _INDEX[BEFORE[str(place.native)]] - 0.5 if place.site is None else _INDEX[place.site.name]
-    layer = place.layer
-    if layer is None:
-        layer = -1 if index < _FIRST_INNER else n_layers
-    return layer, index, WHOLE if place.position is None else place.position
 
 
 #: The position of what comes after all positions.

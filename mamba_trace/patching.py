@@ -7,7 +7,9 @@ position at once.
 
 No layer and no position before a patch is computed again: a cell's run starts at its own, from what the
 unpatched run left there, and cells run together as rows of a batch (see `sweep`). Each is what a trace of
-its own would give, to rounding.
+its own would give, to rounding. Where something that was done to the model may look at all of a run (a
+lasting edit, a PyTorch hook, a module of the user's own), each cell is such a trace; the grid's ``plan`` says
+so.
 
 Source: activation patching as in Vig et al. (arXiv 2004.12265) and Meng et al. (arXiv 2202.05262).
 """
@@ -103,12 +105,14 @@ def patch_grid(
             carried on from a position, so patching it acts on everything after, too.
         metric: from the logits at the last position [B,V] to [B], see `logit_diff`; or a dict of several by
             name, which are measured in the same runs. Each number comes from its own row alone: rows
-            are other cells.
+            are other cells. It may do what it likes to the logits that it gets.
         metric_positions: the position whose logits the metric gets, or a list of m: then it gets [B,m,V], in
             ascending order of position.
         window: how many layers are patched together: row l patches ``window`` layers around l, of an even
             number one more after it than before, and those at the ends fewer.
-        batch_size: the most cells that share a forward; ``None`` for as many as ``memory`` permits.
+        batch_size: the most cells that share a forward; ``None`` for as many as ``memory`` permits. On a
+            model with lasting edits or PyTorch hooks, or with another forward or module in the place of its
+            own, every cell has a forward to itself, as each of these may look at positions and rows.
         memory: bytes that the activations of one forward may take, the states that cells start from, and the
             residual streams of cells that are under way: each of the three. Beside them there are those
             of one run, [n_layers,L,D], and what a forward of both prompts takes.
@@ -312,6 +316,7 @@ def grids_of(model: MambaTrace, question: Question, found: Answers, method: str)
             source_tokens=source_tokens,
             window=question.window,
             method=method,
+            plan=found.plan,
         )
         for m, name in enumerate(question.metrics)
     }

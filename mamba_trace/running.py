@@ -69,7 +69,9 @@ class HookedRuns:
             stop_at_layer: return the residual stream before this layer [B,L,D], whatever ``return_type``
                 says, and compute no more; negative counts from the end, ``n_layers`` is after the last.
             start_at_layer: feed ``input`` to this layer; nothing before it is computed.
-            only_use_these_layers: compute these layers; the others hand the residual stream on as it is.
+            only_use_these_layers: compute these layers and no others, in the order given; a layer may be
+                there several times. Hooks run each time that the run comes to their layer. Of these layers,
+                those before ``start_at_layer`` and from ``stop_at_layer`` on are left out.
             prepend_bos: put the beginning-of-sequence token before each string; ``None`` for
                 ``model.default_prepend_bos``, which is ``False``.
             attention_mask: [B,L], 0 on padding; strings bring their own.
@@ -140,7 +142,7 @@ class HookedRuns:
 
         Returns:
             The output as in `run_with_hooks`, and the cache. Its values are detached, and later edits of any
-            tensor do not reach them.
+            tensor do not reach them. Of a layer that runs several times it has the last.
 
         Raises:
             As `run_with_hooks`.
@@ -259,8 +261,12 @@ class HookedRuns:
             inputs["inputs_embeds"] = residual_of(self, input)
         refuse_inside_a_trace(self, "run_with_hooks or run_with_cache")
         run = HookedRun(self, extent, wanted)
-        with self.trace(*prompt, use_cache=False, **inputs) as tracer:
-            run.perform(tracer)
+        self.dispatch()  # before the run looks for the modules of its layers
+        try:
+            with self.trace(*prompt, use_cache=False, **inputs) as tracer:
+                run.perform(tracer)
+        finally:
+            run.close()
         return run
 
 

@@ -7,6 +7,7 @@ from typing import Any
 from nnsight.intervention.cache import CacheView
 
 from .demand import GuardedTracer
+from .demand.edits import let_edits_go
 from .remote import SmallResults
 
 
@@ -33,6 +34,18 @@ class SiteTracer(SmallResults, GuardedTracer):
         if modules is not None:
             modules = [self._envoy_path(module) for module in modules]
         return super().cache(modules, *args, **kwargs)
+
+    def stop(self) -> None:
+        """End the run here, as nnsight's ``tracer.stop`` does; lasting edits of what lies behind are let go.
+
+        Example::
+
+            with model.trace(prompt) as tracer:
+                stream = model.layers[1].resid_post.output.save()
+                tracer.stop()
+        """
+        let_edits_go(self.envoy)
+        super().stop()
 
     def _envoy_path(self, module: Any) -> Any:
         if not isinstance(module, str) or module in {path for path, _ in self.envoy.named_modules()}:

@@ -104,6 +104,20 @@ def test_several_metrics_come_from_one_run(exact: MambaTrace) -> None:
     assert both["difference"].metric == "difference"
 
 
+def test_a_metric_in_place_leaves_the_others_their_logits_and_gradients(exact: MambaTrace) -> None:
+    def halved(logits: Tensor) -> Tensor:
+        logits /= 2
+        return logits[:, PLUS]
+
+    def plain(logits: Tensor) -> Tensor:
+        return logits[:, PLUS]
+
+    both = attribution_grid(exact, OURS, THEIRS, "h", {"halved": halved, "plain": plain})
+    alone = attribution_grid(exact, OURS, THEIRS, "h", plain)
+    torch.testing.assert_close(both["plain"].values, alone.values, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(both["halved"].values, alone.values / 2, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("trainable", [True, False])
 def test_it_leaves_no_gradient_on_the_weights(tiny_hf: ModuleFactory, trainable: bool) -> None:
     module = tiny_hf().requires_grad_(trainable)

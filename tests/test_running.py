@@ -287,7 +287,7 @@ def test_a_residual_stream_goes_into_a_layer(tiny: MambaTrace, tokens: Tensor, s
     assert torch.equal(tiny.run_with_hooks(stream, start_at_layer=start, stop_at_layer=start), stream)
 
 
-@pytest.mark.parametrize("only", [[1], [0, -1], [], [2, 0, 1]], ids=str)
+@pytest.mark.parametrize("only", [[1], [0, -1], [], [0, 1, 2]], ids=str)
 def test_other_layers_hand_the_stream_on(exact: MambaTrace, tokens: Tensor, only: list[int]) -> None:
     """Against the reference, whose other layers write nothing."""
     used = {layer % N_LAYERS for layer in only}

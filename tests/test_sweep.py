@@ -23,6 +23,7 @@ from mamba_trace.errors import (
     PromptError,
     UnknownSiteError,
 )
+from mamba_trace.past import PastStates
 from mamba_trace.patching import PatchGrid, attribution_grid, log_prob, logit, logit_diff, patch_grid, prob
 from mamba_trace.sites import BY_NAME
 from mamba_trace.sweep import run
@@ -101,6 +102,40 @@ def test_metrics_are_what_their_names_say(
     assert got.metric == {logit: "logit", log_prob: "log probability", prob: "probability"}[metric] + " of 7"
 
 
+@pytest.mark.parametrize("looked_at", [-1, [1, -1]], ids=str)
+@pytest.mark.parametrize("site", ["h", "lm_head"])
+def test_metrics_may_do_anything_to_their_logits(tiny: MambaTrace, site: str, looked_at: Any) -> None:
+    """One that works in place changes neither what the others see nor what comes before a patch."""
+    own = torch.empty(0)
+
+    def first(logits: Tensor, token: int) -> Tensor:
+        return logits.reshape(len(logits), -1, logits.shape[-1])[:, 0, token]
+
+    def centred(logits: Tensor) -> Tensor:
+        logits -= logits.mean(-1, keepdim=True)
+        return first(logits, PLUS)
+
+    def plain(logits: Tensor) -> Tensor:
+        return first(logits, PLUS)
+
+    def in_one_place(logits: Tensor) -> Tensor:
+        own.resize_(len(logits)).copy_(first(logits, MINUS))
+        logits.zero_()
+        return own
+
+    def grids(metrics: dict[str, Any]) -> dict[str, Tensor]:
+        arguments: dict[str, Any] = {"metric_positions": looked_at, "progress": False}
+        found = patch_grid(tiny, LONG[:1], LONG[1:], site, metrics, **arguments)
+        return {name: grid.values for name, grid in found.items()}
+
+    metrics = {"again": in_one_place, "centred": centred, "plain": plain, "once more": in_one_place}
+    got = grids(metrics)
+    for name, metric in metrics.items():
+        assert torch.equal(got[name], grids({name: metric})[name])
+    assert torch.equal(got["plain"], grids({"plain": plain})["plain"])
+    assert torch.equal(got["again"], grids({"m": lambda logits: first(logits, MINUS)})["m"])
+
+
 @pytest.mark.parametrize("site", ["h", "delta"])
 def test_how_much_runs_at_once_changes_nothing(exact: MambaTrace, tiny_hf: ModuleFactory, site: str) -> None:
     """With little memory, states are made for a stretch of positions at a time, and layers run apart."""
@@ -137,11 +172,16 @@ def test_prompts_that_are_the_same_have_one_answer(tiny: MambaTrace) -> None:
 
 
 @pytest.fixture
-def rows_run(tiny: MambaTrace) -> list[list[tuple[int, ...]]]:
-    """The shapes [B,l] that every layer runs, in order."""
+def rows_run(tiny: MambaTrace, monkeypatch: pytest.MonkeyPatch) -> list[list[tuple[int, ...]]]:
+    """The shapes [B,l] that every layer runs, in order; PyTorch hooks would make cells run whole."""
     seen: list[list[tuple[int, ...]]] = [[] for _ in tiny.layers]
-    for found, block in zip(seen, tiny._module.backbone.layers, strict=True):
-        block.norm.register_forward_pre_hook(lambda _, args, found=found: found.append((*args[0].shape[:2],)))
+    convolution = PastStates.convolution
+
+    def noted(self: PastStates, x_in: Tensor, *args: Any) -> Any:
+        seen[self.mixer.layer_idx].append((*x_in.shape[:2],))
+        return convolution(self, x_in, *args)
+
+    monkeypatch.setattr(PastStates, "convolution", noted)
     return seen
 
 
@@ -298,7 +338,7 @@ def test_a_folder_is_of_one_grid(tiny: MambaTrace, tiny_hf: ModuleFactory, tmp_p
 def test_what_cannot_be_is_refused_before_anything_runs(
     tiny: MambaTrace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run, "run_unpatched", None)
+    monkeypatch.setattr(run, "InParts", None)
     with pytest.raises(LayerError, match=r"window=4: this model has 3 layers"):
         grid_of(tiny, window=4)
     for wrong in (None, 1.5, slice(2, 5), [1, 1], [True], "1"):

@@ -34,6 +34,18 @@ def is_itself(module: nn.Module, plain: type[nn.Module]) -> bool:
     return hook is None or (isinstance(hook, AlignDevicesHook) and not hook.offload)
 
 
+def runs_its_own_forward(module: nn.Module) -> bool:
+    """Whether ``module`` runs the forward of its class, below what accelerate and nnsight put around it."""
+    own = module.__dict__
+    forward = own.get("forward")
+    if "_hf_hook" in own and isinstance(forward, functools.partial):  # accelerate's wrapper
+        forward = own.get("_old_forward")
+    if isinstance(forward, Controller):
+        forward = forward.state.original
+    plain = type(module).forward
+    return forward is None or forward is plain or getattr(forward, "__func__", None) is plain
+
+
 def rebind_forward(module: nn.Module) -> None:
     """Make every wrapper around ``module.forward`` run the forward of its present class.
 

@@ -6,8 +6,12 @@ it starts at its layer and its position, from the residual stream, the convoluti
 state that the unpatched run left there. `plan` says which cells run together, `unpatched` makes what they
 start from, `patched` runs them, as rows of a batch that grows from layer to layer, and `kept` keeps what is
 done.
+
+All that holds of a plain model. Where something that was done to a model may look at a run (`changes`), each
+cell is a run of its own (`whole`).
 """
 
+from .changes import changes
 from .plan import Limits
 from .processes import first_process, own_device, part
 from .question import Question
@@ -21,6 +25,7 @@ __all__ = [
     "Limits",
     "Question",
     "answers",
+    "changes",
     "first_process",
     "on_server",
     "own_device",

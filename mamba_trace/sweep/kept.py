@@ -19,7 +19,6 @@ from torch import Tensor
 from ..errors import FileError
 from ..files import replacing
 from .plan import Job
-from .question import Question
 from .unpatched import PROMPT, SOURCE
 
 FolderPath = str | os.PathLike[str] | None
@@ -42,12 +41,12 @@ class Kept:
         self.jobs: set[Job] = set()
 
     @classmethod
-    def open(cls, folder: FolderPath, question: Question, both: Tensor) -> Kept:
+    def open(cls, folder: FolderPath, question: dict[str, Any], both: Tensor) -> Kept:
         """What a folder has of a grid, which is made where it does not exist.
 
         Args:
             folder: its path, or ``None`` to keep cells in memory alone.
-            question: what is asked.
+            question: what is asked, and of what, as JSON.
             both: each metric of the unpatched runs on source and prompt [M,2].
 
         Raises:
@@ -55,8 +54,11 @@ class Kept:
         """
         if folder is None:
             return cls(None)
-        kept, asked = cls(Path(folder)), question.described()
-        asked |= {"source_metrics": both[:, SOURCE].tolist(), "prompt_metrics": both[:, PROMPT].tolist()}
+        kept = cls(Path(folder))
+        asked = question | {
+            "source_metrics": both[:, SOURCE].tolist(),
+            "prompt_metrics": both[:, PROMPT].tolist(),
+        }
         assert kept.folder is not None
         try:
             kept.folder.mkdir(parents=True, exist_ok=True)
@@ -123,7 +125,7 @@ def job_of(path: Path) -> Job:
 def check_same(folder: Path, kept: dict[str, Any], asked: dict[str, Any]) -> None:
     """Raises `FileError` if a folder holds the cells of another grid than the one asked for."""
     for name, value in asked.items():
-        other = kept.get(name)
+        other = kept.get(name, [] if name == "changes" else None)  # which older folders do not say
         if name.endswith("_metrics") and isinstance(other, list) and len(other) == len(value):
             mine, theirs = torch.tensor(value), torch.tensor(other)
             same = torch.allclose(mine, theirs, rtol=SAME, atol=SAME)

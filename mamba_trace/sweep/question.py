@@ -85,6 +85,14 @@ class Question:
         }
 
     def measure(self, logits: Tensor) -> Tensor:
-        """Every metric of logits [B,m,V]: [M,B], on the CPU. Raises `MetricError`."""
+        """Every metric of logits [B,m,V]: [M,B], on the CPU. Raises `MetricError`.
+
+        A metric may do anything to the logits that it gets, so each gets its own; the last one these.
+        """
         logits = logits[:, 0] if self.single else logits
-        return torch.stack([measured(metric, logits).detach().cpu() for metric in self.metrics.values()])
+        last, found = len(self.metrics) - 1, []
+        for number, metric in enumerate(self.metrics.values()):
+            own = logits if number == last else logits.clone()
+            # A copy, as a metric may return the same tensor each time, filled anew.
+            found.append(measured(metric, own).detach().cpu().clone())
+        return torch.stack(found)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -12,12 +13,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from .changes import changes
 from .kept import FolderPath, Kept
-from .patched import last_logits, patched_streams
-from .plan import Job, Limits, Plan
+from .parts import InParts
+from .plan import Job, Limits
 from .processes import Processes
 from .question import Question
-from .unpatched import PROMPT, SOURCE, Stretch, Unpatched, run_unpatched, stretches
+from .unpatched import PROMPT, SOURCE
+from .whole import Whole
 
 if TYPE_CHECKING:
     from ..model import MambaTrace
@@ -30,11 +33,13 @@ class Answers:
     Attributes:
         values: of each metric [M,rows,L].
         source, prompt: each metric of the unpatched runs [M].
+        plan: how cells ran, and why so, in words.
     """
 
     values: Tensor
     source: Tensor
     prompt: Tensor
+    plan: str = ""
 
 
 def answers(
@@ -55,30 +60,28 @@ def answers(
         progress: show a progress bar on stderr.
         distribute: share the cells with the other processes that a launcher started.
     """
+    model.dispatch()
     processes = Processes.here(model.device) if distribute else Processes()
-    processes.check_same(question.described())
+    changed = changes(model)
+    asked = question.described() | {"changes": [[change.what, change.mark] for change in changed]}
+    processes.check_same(asked)
     with torch.no_grad():
-        plan = None if question.after_layers else Plan.of(model, question, limits)
-        whole = question.patched if plan is not None and plan.short else None
-        unpatched, stretch = run_unpatched(model, question.tokens, question.looked_at, whole)
-        both = question.measure(unpatched.logits)  # [M,2]
-        kept = Kept.open(keep, question, both)
+        way = Whole(model, question, changed) if changed else InParts(model, question, limits)
+        both = question.measure(way.logits.clone())  # [M,2]
+        kept = Kept.open(keep, asked, both)
         # A patch that changes nothing leaves the prompt's answer.
         values = both[:, PROMPT, None, None].repeat(1, len(question.windows), question.length)
-        if plan is None:
-            after_layers(question, unpatched, values)
-        else:
-            kept.jobs |= set(processes.gather(list(kept.jobs)))
-            missing = [job for job in plan.jobs if not kept.has(job)]
-            with bar_over(missing, question, kept, processes, progress) as bar:
-                mine = set(processes.share(missing))
-                for job, found in sweep(model, question, plan, unpatched, stretch, mine):
-                    kept.add(job, found)
-                    bar.done(job)
-                kept.cells = dict(processes.gather(list(kept.cells.items())))
-                bar.show()
-            kept.fill(values)
-    return Answers(values, both[:, SOURCE], both[:, PROMPT])
+        way.fill(values)
+        kept.jobs |= set(processes.gather(list(kept.jobs)))
+        missing = [job for job in way.jobs if not kept.has(job)]
+        with bar_over(missing, way, question, kept, processes, progress) as bar:
+            for job, found in way.cells(processes.share(missing)):
+                kept.add(job, found)
+                bar.done(job)
+            kept.cells = dict(processes.gather(list(kept.cells.items())))
+            bar.show()
+        kept.fill(values)
+    return Answers(values, both[:, SOURCE], both[:, PROMPT], str(way))
 
 
 def on_server(model: MambaTrace, remote: bool | str, compute: Callable[..., Answers], *args: Any) -> Answers:
@@ -87,53 +90,16 @@ def on_server(model: MambaTrace, remote: bool | str, compute: Callable[..., Answ
         found = compute(model, *args)
         values = nnsight.save(found.values)
         source, prompt = nnsight.save(found.source), nnsight.save(found.prompt)
-    return Answers(values, source, prompt)
-
-
-def after_layers(question: Question, unpatched: Unpatched, values: Tensor) -> None:
-    """Fill the row of a site after all layers: the source's logits at a position, the prompt's elsewhere."""
-    for m, position in enumerate(question.looked_at):
-        logits = unpatched.logits[PROMPT].clone()  # [m,V]
-        logits[m] = unpatched.logits[SOURCE, m]
-        values[:, :, position] = question.measure(logits[None])
-
-
-def sweep(
-    model: MambaTrace,
-    question: Question,
-    plan: Plan,
-    unpatched: Unpatched,
-    whole: Stretch | None,
-    wanted: Collection[Job],
-) -> Iterator[tuple[Job, Tensor]]:
-    """Run those of a grid's jobs that are wanted: each with its metrics [M,rows,k].
-
-    ``whole`` is the stretch of all positions, where there is one already.
-    """
-    needed = [any(job in wanted for job in stretch.jobs) for stretch in plan.stretches]
-    if not any(needed):
-        return
-    spans = [stretch.positions for stretch in plan.stretches]
-    found: Iterable[Stretch | None] = [whole]
-    if whole is None:
-        found = stretches(model, question.tokens, spans, needed, question.patched)
-    for planned, stretch in zip(plan.stretches, found, strict=False):  # it ends with the last that is needed
-        for group in planned.groups:
-            jobs = [job for job in group.jobs if job in wanted]
-            if stretch is None or not jobs:
-                continue
-            patched = patched_streams(model, group.whole, question, unpatched, stretch)
-            for job in jobs:
-                logits = last_logits(model, job, question, patched, unpatched, stretch)  # [rows,k,m,V]
-                yield job, question.measure(logits.flatten(0, 1)).unflatten(1, logits.shape[:2])
+        plan = nnsight.save(found.plan)
+    return Answers(values, source, prompt, plan)
 
 
 @contextmanager
 def bar_over(
-    jobs: list[Job], question: Question, kept: Kept, processes: Processes, show: bool
+    jobs: list[Job], way: Whole | InParts, question: Question, kept: Kept, processes: Processes, show: bool
 ) -> Iterator[Bar]:
     """A progress bar over the time that jobs take, which is not the same for all cells."""
-    bar = Bar(jobs, question, processes, show)
+    bar = Bar(jobs, way, question, processes, show and bool(way.jobs))
     try:
         yield bar
     except KeyboardInterrupt as interrupt:
@@ -146,30 +112,29 @@ def bar_over(
 class Bar:
     """A progress bar that shows the cells of all processes, and estimates by what is left to run."""
 
-    def __init__(self, jobs: list[Job], question: Question, processes: Processes, show: bool) -> None:
-        self.question, self.processes = question, processes
+    def __init__(
+        self, jobs: list[Job], way: Whole | InParts, question: Question, processes: Processes, show: bool
+    ) -> None:
+        self.way, self.processes = way, processes
         self.all_cells = len(question.windows) * question.length
         self.others = self.all_cells - sum(job.n_cells for job in jobs)  # kept, or what no patch can change
         self.cells = self.others
         shared = f" on {processes.size} processes" if processes.size > 1 else ""
         self.bar = tqdm(
-            total=sum(map(self.work, jobs)),
+            total=sum(map(way.work, jobs)),
             desc=f"patching {question.site.name}{shared}",
             disable=not show or processes.rank > 0,
             bar_format="{desc}: {percentage:3.0f}%|{bar}|{postfix} [{elapsed}<{remaining}]",
             postfix=f"{self.cells}/{self.all_cells}",
         )
+        if way.slow and not self.bar.disable:
+            self.bar.write(f"patching {question.site.name}: {way}", file=sys.stderr)
         self.worked = processes.counter("work")
         self.done_cells = processes.counter("cells")
 
-    def work(self, job: Job) -> int:
-        """Positions times layers."""
-        layers = sum(self.question.n_layers - self.question.windows[row].start for row in job.rows)
-        return layers * len(job.positions) * (self.question.stop - job.positions.start)
-
     def done(self, job: Job) -> None:
         """Count a job of this process."""
-        self.show(job.n_cells, self.work(job))
+        self.show(job.n_cells, self.way.work(job))
 
     def show(self, cells: int = 0, work: int = 0) -> None:
         """Count, and show how far all processes are."""
