@@ -1,18 +1,18 @@
-"""A checkpoint's files are in a folder or on the hub, in one file or in shards; any may be absent or broken.
+"""A checkpoint's files are in a folder or on the hub, in one file or in shards; any may be absent.
 
-Contract: these functions find, fetch and read files, and know nothing of what is in them. Whatever goes
-wrong is a `CheckpointError` that says which file and why; where the hub is not reached it names
-`MambaTrace.demo()`, which needs none. Fetching is huggingface_hub's, with its cache; pickles are loaded under
-weights_only.
+Contract: these functions find and fetch files, and know nothing of what is in them. They look for weights
+where transformers looks, and in its order. Whatever goes wrong is a `CheckpointError` that says which file
+and why; where the hub is not reached it names `MambaTrace.demo()`, which needs none. Fetching is
+huggingface_hub's, with its cache.
 """
 
-import json
-import pickle
-import zipfile
-from pathlib import Path
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path, PurePath
 from typing import Any
 
-import torch
 from huggingface_hub import hf_hub_download, is_offline_mode, try_to_load_from_cache
 from huggingface_hub.errors import (
     EntryNotFoundError,
@@ -23,11 +23,9 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
+from .checkpoint_index import inside, shards_of
 from .errors import CheckpointError
 
 WEIGHT_FILES = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
@@ -36,39 +34,150 @@ BOTH_FORMATS = (
     f"config.json with d_model, n_layer and vocab_size and no model_type. Weights are in "
     f"{SAFE_WEIGHTS_NAME} or {WEIGHTS_NAME}."
 )
+DISTRIBUTED = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors$")
 OFFLINE = "MambaTrace.demo() needs no network: it loads the small trained model that ships with the package."
 
 
-def weight_files(name: str, folder: Path | None, **options: Any) -> list[Path]:
-    """The files with the weights of a folder, or else of a hub id: one, or every shard of its index."""
-    file = _local_weights(folder) if folder else _hub_weights(name, **options)
-    if file.name not in (SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_INDEX_NAME):
+@dataclass(frozen=True)
+class Wanted:
+    """Which of a checkpoint's files of weights are asked for.
+
+    Attributes:
+        variant: ``"fp16"`` for ``model.fp16.safetensors``.
+        subfolder: where in the checkpoint they are.
+        use_safetensors: ``True`` for safetensors alone, ``False`` for pickles alone, ``None`` for either.
+        named: the file or the index that the config names as transformers_weights, alone.
+        transformers: whether transformers reads them, which asks for more.
+    """
+
+    variant: str | None = None
+    subfolder: str = ""
+    use_safetensors: bool | None = None
+    named: str | None = None
+    transformers: bool = False
+
+    @property
+    def names(self) -> list[str]:
+        """The files to look for, best first."""
+        if self.named is not None:
+            return [self._below(self.named)]
+        safe, pickled = WEIGHT_FILES[:2], WEIGHT_FILES[2:]
+        names = [] if self.use_safetensors is False else [*safe]
+        names += [] if self.use_safetensors else pickled
+        return [self._below(self._of_variant(name)) for name in names]
+
+    def _of_variant(self, name: str) -> str:
+        # As transformers does it: pytorch_model.bin.fp16.index.json is the index of pytorch_model.fp16.bin.
+        if self.variant is None:
+            return name
+        stem, _, ending = name.rpartition(".")
+        return f"{stem}.{self.variant}.{ending}"
+
+    def _below(self, name: str) -> str:
+        return (PurePath(self.subfolder) / name).as_posix()
+
+
+ANY = Wanted()
+
+
+def weight_files(name: str, folder: Path | None, wanted: Wanted = ANY, **options: Any) -> list[Path]:
+    """The files with the weights of a folder, or else of a hub id, which fetches them.
+
+    Returns:
+        One file, or every shard of an index.
+
+    Raises:
+        CheckpointError: where there are none, or they are not the checkpoint's own.
+    """
+    if folder is not None:
+        return _local_files(folder, wanted)
+    index = _hub_weights(name, wanted.names, **options)
+    if not _is_index(index):
+        return [index]
+    below = PurePath(wanted.subfolder)
+    shards = [(below / shard).as_posix() for shard in shards_of(index, metadata=wanted.transformers)]
+    return [from_hub(name, shard, **options) for shard in shards]
+
+
+def weight_files_here(name: str, folder: Path | None, wanted: Wanted, **options: Any) -> list[Path] | None:
+    """`weight_files` as far as they are on this machine; ``None`` where none are or some must be fetched.
+
+    Raises:
+        CheckpointError: where files are there, and are not the checkpoint's own.
+    """
+    if folder is not None:
+        there = wanted.named is not None or any(
+            (folder / file).exists() or (folder / file).is_symlink() for file in wanted.names
+        )
+        return _local_files(folder, wanted) if there or _distributed(folder, wanted) else None
+    index = _cached(name, wanted.names, **options)
+    if index is None or not _is_index(index):
+        return None if index is None else [index]
+    found = []
+    for shard in shards_of(index, metadata=wanted.transformers):
+        file = _cached(name, [(PurePath(wanted.subfolder) / shard).as_posix()], **options)
+        if file is None:
+            return None
+        found.append(file)
+    return found
+
+
+def _is_index(file: Path) -> bool:
+    return file.name.endswith(".index.json")
+
+
+def _local_files(folder: Path, wanted: Wanted) -> list[Path]:
+    """The files with the weights of a folder."""
+    if parts := _distributed(folder, wanted):
+        return parts
+    for name in wanted.names:
+        file = inside(folder, name)
+        if file.is_file():
+            break
+        if file.exists():
+            raise CheckpointError(
+                f"{file} is no file; it is a folder or a device. Put the weights in its place"
+            )
+        if file.is_symlink():
+            raise CheckpointError(f"{file} is a link to a file that is not there: {file.readlink()}")
+    else:
+        if wanted.named is not None:
+            raise CheckpointError(
+                f"{folder} has no {wanted.names[0]}, which its config names as transformers_weights; it has "
+                f"{listing(folder)}"
+            )
+        raise CheckpointError(f"{folder} has no weights; it has {listing(folder)}. {BOTH_FORMATS}")
+    if not _is_index(file):
         return [file]
-    shards = sorted(set(read_json(file).get("weight_map", {}).values()))
-    if folder is None:
-        return [from_hub(name, shard, **options) for shard in shards]
-    absent = [shard for shard in shards if not (folder / shard).is_file()]
+    shards = shards_of(file, metadata=wanted.transformers)
+    files = [inside(folder, (PurePath(wanted.subfolder) / shard).as_posix()) for shard in shards]
+    absent = [shard for shard, path in zip(shards, files, strict=True) if not path.is_file()]
     if absent:
-        raise CheckpointError(f"{file} names {len(shards)} files, of which {', '.join(absent)} is not there")
-    return [folder / shard for shard in shards]
+        more = f" and {len(absent) - 4} more" if len(absent) > 4 else ""
+        raise CheckpointError(
+            f"{file} names {len(shards)} files, of which {', '.join(absent[:4])}{more} is not there. "
+            f"Download the checkpoint again"
+        )
+    return files
 
 
-def _local_weights(folder: Path) -> Path:
-    """The file of weights, or the index of their shards, in a folder."""
-    for name in WEIGHT_FILES:
-        if (folder / name).is_file():
-            return folder / name
-    raise CheckpointError(f"{folder} has no weights; it has {listing(folder)}. {BOTH_FORMATS}")
+def _distributed(folder: Path, wanted: Wanted) -> list[Path]:
+    """The files of a checkpoint that several processes wrote, which transformers alone reads, and first."""
+    below = folder / wanted.subfolder
+    if not wanted.transformers or not below.is_dir():
+        return []
+    names = sorted(entry.name for entry in below.iterdir() if entry.suffix == ".safetensors")
+    if not any(DISTRIBUTED.match(name) for name in names):
+        return []
+    return [inside(folder, (PurePath(wanted.subfolder) / name).as_posix()) for name in names]
 
 
-def _hub_weights(name: str, **options: Any) -> Path:
-    """The same for a hub id; what is cached already is taken without asking the hub."""
-    where = {key: options.get(key) for key in ("cache_dir", "revision")}
-    for file in WEIGHT_FILES:
-        cached = try_to_load_from_cache(name, file, **where)
-        if isinstance(cached, str):
-            return Path(cached)
-    for file in WEIGHT_FILES:
+def _hub_weights(name: str, files: list[str], **options: Any) -> Path:
+    """The file of weights, or the index of their shards, of a hub id; the cache first, then the hub."""
+    cached = _cached(name, files, **options)
+    if cached is not None:
+        return cached
+    for file in files:
         try:
             return from_hub(name, file, **options)
         except CheckpointError as error:
@@ -78,23 +187,14 @@ def _hub_weights(name: str, **options: Any) -> Path:
     raise CheckpointError(f"{name} has no weights on the hub. {BOTH_FORMATS}")
 
 
-def load_tensors(file: Path) -> dict[str, Tensor]:
-    """The tensors in one file."""
-    try:
-        if file.suffix == ".safetensors":
-            return load_file(file)
-        loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-    except pickle.UnpicklingError as error:
-        reason = str(error).partition("\n")[0]
-        raise CheckpointError(
-            f"{file} is a pickle that holds more than tensors, and loading it could run code, so it is "
-            f"refused. If you trust it, load it yourself and save its tensors alone. {reason}"
-        ) from error
-    except (SafetensorError, RuntimeError, EOFError, OSError) as error:
-        raise CheckpointError(f"{file} cannot be read; it may be incomplete: {error}") from error
-    if not isinstance(loaded, dict):
-        raise CheckpointError(f"{file} must hold a dict of tensors, found a {type(loaded).__name__}")
-    return loaded
+def _cached(name: str, files: list[str], **options: Any) -> Path | None:
+    """The first of a hub id's files that the cache has; the hub is not asked."""
+    where = {key: options.get(key) for key in ("cache_dir", "revision")}
+    for file in files:
+        cached = try_to_load_from_cache(name, file, **where)
+        if isinstance(cached, str):
+            return Path(cached)
+    return None
 
 
 def from_hub(name: str, file: str, **options: Any) -> Path:
@@ -131,17 +231,6 @@ def from_hub(name: str, file: str, **options: Any) -> Path:
 def offline(options: dict[str, Any]) -> bool:
     """Whether fetching from the hub is switched off."""
     return bool(options.get("local_files_only")) or is_offline_mode()
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """The JSON object in a file."""
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{file} is not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{file} must hold a JSON object, found a {type(content).__name__}")
-    return content
 
 
 def listing(folder: Path) -> str:

@@ -25,9 +25,23 @@ from torch import Tensor
 from transformers import AutoTokenizer, MambaConfig, MambaForCausalLM, PreTrainedTokenizerBase
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_NAME
 
-from .checkpoint_files import BOTH_FORMATS, from_hub, listing, load_tensors, offline, read_json, weight_files
-from .conversion import check_state_dict, convert_config, convert_state_dict, detect_config_format
+from .checkpoint_files import (
+    BOTH_FORMATS,
+    Wanted,
+    from_hub,
+    listing,
+    offline,
+    weight_files,
+    weight_files_here,
+)
+from .checkpoint_json import read_json
+from .config_fields import MOST_LAYERS
+from .config_formats import declared_layers, detect
+from .conversion import check_state_dict, convert_config, convert_state_dict
 from .errors import CheckpointError
+from .tensor_files import Shapes, load_tensors, shapes_in
+from .weight_formats import EMBEDDING, first_layers
+from .weight_sizes import layers_in
 
 DEFAULT_TOKENIZER = "EleutherAI/gpt-neox-20b"  # what the state-spaces checkpoints were trained with
 DEFAULT_TOKENIZER_SIZE = 50277
@@ -40,7 +54,8 @@ class Checkpoint:
     """A checkpoint that was found, on disk or on the hub.
 
     `name` is the folder or hub id; `path` the folder, None on the hub; `format` "huggingface" or "original";
-    `config` Hugging Face's in either case. The rest is how to fetch further files from the hub.
+    `config` Hugging Face's in either case, and `given` whether it is the caller's instead of the
+    checkpoint's. The rest is how to fetch further files from the hub.
     """
 
     name: str
@@ -51,6 +66,7 @@ class Checkpoint:
     cache_dir: str | Path | None = None
     token: str | bool | None = field(default=None, repr=False)
     local_files_only: bool = False
+    given: bool = False
 
     @property
     def hub_options(self) -> dict[str, Any]:
@@ -62,6 +78,7 @@ class Checkpoint:
 def find_checkpoint(
     name_or_path: str | Path,
     *,
+    config: MambaConfig | None = None,
     revision: str | None = None,
     cache_dir: str | Path | None = None,
     token: str | bool | None = None,
@@ -71,6 +88,8 @@ def find_checkpoint(
 
     Args:
         name_or_path: a local folder, or else a hub id.
+        config: in place of its own, which then may be missing or broken: the names of the weights, where they
+            are on this machine, tell the format too.
         revision, cache_dir, token, local_files_only: as for `transformers.AutoConfig.from_pretrained`.
 
     Raises:
@@ -86,32 +105,34 @@ def find_checkpoint(
             f"MambaTrace.from_config. This is a {type(name_or_path).__name__}"
         )
     name = str(name_or_path)
+    if not name.strip():
+        raise CheckpointError("the name of the checkpoint is empty; give a hub id or a folder")
     path = _local_folder(name)
-    if path is None:
-        config_file = from_hub(
-            name,
-            CONFIG_NAME,
-            revision=revision,
-            cache_dir=cache_dir,
-            token=token,
-            local_files_only=local_files_only,
-        )
-    else:
-        config_file = path / CONFIG_NAME
-    format, config = _recognised(name, path, config_file)
-    return Checkpoint(name, path, format, config, revision, cache_dir, token, local_files_only)
+    options: dict[str, Any] = {
+        "revision": revision,
+        "cache_dir": cache_dir,
+        "token": token,
+        "local_files_only": local_files_only,
+    }
+    try:
+        config_file = _config_of(path) if path is not None else from_hub(name, CONFIG_NAME, **options)
+        format, own = _recognised(name, path, config_file, **options)
+    except CheckpointError:
+        named = None if config is None else _format_of_weights(name, path, **options)
+        if config is None or named is None:
+            raise
+        format, own = named, config
+    return Checkpoint(name, path, format, config or own, **options, given=config is not None)
 
 
 def _local_folder(name: str) -> Path | None:
-    """The folder of that name, with a config.json in it; None where the name may be a hub id."""
+    """The folder of that name; None where the name may be a hub id."""
     try:
         folder = Path(name).expanduser()
         is_folder, exists = folder.is_dir(), folder.exists()
     except (OSError, RuntimeError):  # a name too long for a file; ~ of nobody
         folder, is_folder, exists = Path(name), False, False
     if is_folder:
-        if not (folder / CONFIG_NAME).is_file():
-            raise CheckpointError(f"{name} has no {CONFIG_NAME}; it has {listing(folder)}. {BOTH_FORMATS}")
         return folder
     if exists:
         raise CheckpointError(f"{name} is a file; give the folder that it is in")
@@ -120,12 +141,21 @@ def _local_folder(name: str) -> Path | None:
     return None
 
 
-def _recognised(name: str, path: Path | None, config_file: Path) -> tuple[str, MambaConfig]:
+def _config_of(folder: Path) -> Path:
+    """The config.json of a folder."""
+    file = folder / CONFIG_NAME
+    if file.is_dir():
+        raise CheckpointError(f"{file} is a folder; put the file of that name in its place. {BOTH_FORMATS}")
+    if not file.is_file():
+        raise CheckpointError(f"{folder} has no {CONFIG_NAME}; it has {listing(folder)}. {BOTH_FORMATS}")
+    return file
+
+
+def _recognised(name: str, path: Path | None, config_file: Path, **options: Any) -> tuple[str, MambaConfig]:
     """The format of a config.json, "huggingface" or "original", and Hugging Face's configuration of it."""
     raw = read_json(config_file)
     try:
-        format = detect_config_format(raw)
-        config = convert_config(raw, "huggingface", trained=format != "huggingface")
+        format = detect(raw)
     except CheckpointError as error:
         files = f" The folder has {listing(path)}." if path else ""
         raise CheckpointError(
@@ -136,7 +166,33 @@ def _recognised(name: str, path: Path | None, config_file: Path) -> tuple[str, M
             f"{name} has the config of a MambaLens model; convert it with convert_config and its weights "
             f"with convert_state_dict of mamba_trace.conversion. {BOTH_FORMATS}"
         )
-    return format, config
+    if declared_layers(raw) > MOST_LAYERS:
+        shapes = _shapes_here(name, path, **options)
+        there = "no weights here" if shapes is None else f"{layers_in(shapes)} layers in its weights"
+        raise CheckpointError(
+            f"the {CONFIG_NAME} of {name} declares {declared_layers(raw)} layers, and it has {there}. "
+            f"At most {MOST_LAYERS} layers are built"
+        )
+    try:
+        return format, convert_config(raw, "huggingface", trained=format != "huggingface")
+    except CheckpointError as error:
+        raise CheckpointError(f"cannot load {name}: in its {CONFIG_NAME}, {error}") from error
+
+
+def _format_of_weights(name: str, path: Path | None, **options: Any) -> str | None:
+    """The format that the names in the files of weights are of; None where no files are on this machine."""
+    shapes = _shapes_here(name, path, **options)
+    if shapes is None:
+        return None
+    return "original" if EMBEDDING["original"] in shapes else "huggingface"
+
+
+def _shapes_here(name: str, path: Path | None, **options: Any) -> Shapes | None:
+    """What is told by the files of weights that are on this machine; None where there are none."""
+    files = weight_files_here(name, path, Wanted(), **options)
+    if files is None:
+        return None
+    return {key: shape for file in files for key, shape in (shapes_in(file) or {}).items()}
 
 
 def read_state_dict(checkpoint: Checkpoint) -> dict[str, Tensor]:
@@ -157,6 +213,8 @@ def read_state_dict(checkpoint: Checkpoint) -> dict[str, Tensor]:
         weights |= load_tensors(file)
     try:
         converted = convert_state_dict(weights, "huggingface")
+        if checkpoint.given:  # and so may leave out the last layers
+            converted = first_layers(converted, checkpoint.config.num_hidden_layers)
         check_state_dict(converted, checkpoint.config)
     except CheckpointError as error:
         raise CheckpointError(f"cannot load the weights of {checkpoint.name}: {error}") from error
@@ -230,13 +288,20 @@ def save_original(
 def _own_tokenizer(checkpoint: Checkpoint, options: dict[str, Any]) -> PreTrainedTokenizerBase | None:
     """The checkpoint's own tokenizer; None where it has none."""
     folder = checkpoint.path
-    if folder is not None and not any((folder / name).is_file() for name in TOKENIZER_FILES):
+    if folder is not None and not any((folder / name).exists() for name in TOKENIZER_FILES):
         return None
+    if folder is not None and (no_file := [n for n in TOKENIZER_FILES if (folder / n).is_dir()]):
+        raise CheckpointError(f"{folder / no_file[0]} is a folder; put the tokenizer's file in its place")
     try:
-        return AutoTokenizer.from_pretrained(str(folder or checkpoint.name), **options)
-    except (OSError, ValueError) as error:
+        # Without trust_remote_code, a tokenizer of code asks at the terminal whether it may be run.
+        return AutoTokenizer.from_pretrained(
+            str(folder or checkpoint.name), **{"trust_remote_code": False, **options}
+        )
+    except (
+        Exception
+    ) as error:  # broken files break tokenizers in any way: KeyError, AttributeError, Exception
         if folder is not None:
-            raise CheckpointError(f"the tokenizer in {folder} cannot be loaded: {error}") from error
+            raise CheckpointError(_no_tokenizer(folder, error)) from error
         if checkpoint.format == "huggingface":
             reason = str(error).partition("\n")[0]
             message = (
@@ -244,6 +309,18 @@ def _own_tokenizer(checkpoint: Checkpoint, options: dict[str, Any]) -> PreTraine
             )
             warnings.warn(message, stacklevel=3)
     return None
+
+
+def _no_tokenizer(folder: Path, error: Exception) -> str:
+    """What is wrong with the tokenizer in a folder: the file that is no JSON, or what transformers says."""
+    for name in (*TOKENIZER_FILES, "special_tokens_map.json", "added_tokens.json"):
+        if name.endswith(".json") and (folder / name).exists():
+            try:
+                read_json(folder / name)
+            except CheckpointError as broken:
+                return f"the tokenizer in {folder} cannot be loaded: {broken}, or give tokenizer="
+    reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    return f"the tokenizer in {folder} cannot be loaded: {reason}. Mend its files, or give tokenizer="
 
 
 def _default_tokenizer(

@@ -62,6 +62,11 @@ class PlainErrors(TyperGroup):
         except MambaTraceError as error:
             typer.echo(f"error: {error}", err=True)
             raise typer.Exit(2) from error
+        except BrokenPipeError:
+            raise  # whoever reads the output has closed it, which typer ends quietly
+        except OSError as error:  # a full disk, a folder that went away
+            typer.echo(f"error: {error}", err=True)
+            raise typer.Exit(2) from error
 
 
 app = typer.Typer(
@@ -129,6 +134,7 @@ def patch(
 
     options = {"window": window, "batch_size": batch_size, "keep": keep, "progress": not quiet}
     named = [name for name in site.replace(",", " ").split() if name]
+    check_text(**{"--prompt": prompt, "--source": source, "--answer": answer, "--wrong": wrong})
     asked = command.Asked(prompt, source, named, attribution, out, options)
     loaded = load_model(model, kernels, quiet, dtype, device)
     warn_of_spaces(loaded, answer, wrong)
@@ -176,6 +182,7 @@ def info(
 
     from .scan import availability
 
+    check_text(**{"--prompt": prompt})
     loaded = load_model(model, kernels, quiet=True)
     with torch.no_grad(), loaded.trace(prompt):
         loaded.lm_head.output.save()
@@ -248,6 +255,7 @@ def load_model(
     import torch
     from transformers.utils.logging import disable_progress_bar
 
+    from .load_options import PLACED_BY_ACCELERATE, check_device
     from .model import MambaTrace
     from .sweep import own_device
 
@@ -256,10 +264,23 @@ def load_model(
     options: dict[str, Any] = {"kernels": kernels}
     if dtype is not None:
         options["dtype"] = getattr(torch, dtype)
+    if device:
+        check_device("--device ", device, PLACED_BY_ACCELERATE)
     device = device or own_device()
     if device is not None:
         options["device_map"] = device
     return MambaTrace.demo(**options) if name == DEMO else MambaTrace(name, **options)
+
+
+def check_text(**options: str) -> None:
+    """Refuse bytes that are no text: the shell passes them on as characters that nothing can encode."""
+    from .errors import PromptError
+
+    for option, text in options.items():
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise PromptError(f"{option} is no text in UTF-8: {text!r:.80}") from error
 
 
 def warn_of_spaces(model: MambaTrace, *answers: str) -> None:

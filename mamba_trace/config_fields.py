@@ -68,7 +68,7 @@ FIELDS = (
     _initializer("rescale_prenorm_residual", True),
     _initializer(N_RESIDUALS, 1),
 )
-POSITIVE_INTS = (
+POSITIVE_INTS: tuple[str, ...] = (
     "hidden_size",
     "num_hidden_layers",
     "vocab_size",
@@ -76,7 +76,16 @@ POSITIVE_INTS = (
     "conv_kernel",
     "expand",
     "time_step_rank",
+    N_RESIDUALS,
 )
+BOOLS = (
+    "use_bias",
+    "use_conv_bias",
+    "residual_in_fp32",
+    "tie_word_embeddings",
+    "rescale_prenorm_residual",
+)
+MOST_LAYERS = 4096  # a configuration lists its layers one by one, and building one takes 30 ms
 FLOATS = (
     "layer_norm_epsilon",
     "initializer_range",

@@ -18,22 +18,28 @@ from collections.abc import Mapping
 from copy import deepcopy
 from typing import Any
 
-from huggingface_hub.errors import StrictDataclassError
+import torch
 from transformers import MambaConfig, PreTrainedConfig
+from transformers.activations import ACT2FN
 
 from .config_fields import (
+    BOOLS,
     DT_INIT,
     EXPECTED,
     FIELDS,
     FLOATS,
     FORMATS,
     HARMLESS_SSM_OPTIONS,
+    MOST_LAYERS,
     POSITIVE_INTS,
     REQUIRED,
     Config,
     KeyPath,
 )
 from .errors import CheckpointError
+from .names import nearest
+
+REASON = 200  # characters of it that are worth repeating
 
 
 def parse(config: Any, source: str | None = None) -> tuple[str, Config]:
@@ -86,10 +92,24 @@ def detect(raw: Mapping[str, Any]) -> str:
 
 def huggingface(raw: Config) -> MambaConfig:
     """The MambaConfig of a plain dict; `CheckpointError` where transformers rejects a value."""
+    layers = declared_layers(raw)
+    if layers > MOST_LAYERS:
+        raise CheckpointError(
+            f"the configuration declares {layers} layers, and at most {MOST_LAYERS} are built"
+        )
     try:
         return MambaConfig.from_dict(raw)
-    except (StrictDataclassError, TypeError, ValueError) as error:
-        raise CheckpointError(f"transformers' MambaConfig rejects this configuration: {error}") from error
+    except Exception as error:  # a dtype of no name is an AttributeError, others KeyError or TypeError
+        reason = " ".join(str(error).split())
+        raise CheckpointError(
+            f"transformers' MambaConfig rejects this configuration: {reason[:REASON]}"
+        ) from error
+
+
+def declared_layers(raw: Mapping[str, Any]) -> int:
+    """How many layers a configuration of any format says that it has; 0 where it says none."""
+    named = (raw.get(name) for name in ("num_hidden_layers", "n_layer", "n_layers"))
+    return max((layers for layers in named if isinstance(layers, int)), default=0)
 
 
 def _plain_huggingface(raw: Config) -> Config:
@@ -163,29 +183,61 @@ def _resolve(format: str, raw: Config, values: Config) -> Config:
     for field in FIELDS:
         if values.get(field.name) is REQUIRED:
             raise CheckpointError(f"the {format} configuration has no {'.'.join(field.path(format) or ())}")
-    for name in POSITIVE_INTS:
-        if values[name] == "auto" and name == "time_step_rank":
-            values[name] = math.ceil(values["hidden_size"] / 16)
-        if isinstance(values[name], bool) or not isinstance(values[name], int) or values[name] < 1:
-            path = next(".".join(f.path(format) or ()) for f in FIELDS if f.name == name)
-            raise CheckpointError(f"{path} must be a whole number of at least 1, found {values[name]!r}")
-    if values["time_step_init_scheme"] not in DT_INIT:
-        found = values["time_step_init_scheme"]
-        raise CheckpointError(f"dt_init must be 'random' or 'constant', found {found!r}")
+    if values["time_step_rank"] == "auto" and isinstance(values["hidden_size"], int):
+        values["time_step_rank"] = math.ceil(values["hidden_size"] / 16)
+    _check_types(format, values)
     for name in FLOATS:
-        if isinstance(values.get(name), int):
+        if name in values:
             values[name] = float(values[name])
     if format != "huggingface":
         multiple = raw.get("pad_vocab_size_multiple", 8)
-        if not isinstance(multiple, int) or multiple < 1:
+        if isinstance(multiple, bool) or not isinstance(multiple, int) or multiple < 1:
             raise CheckpointError(f"pad_vocab_size_multiple must be at least 1, found {multiple!r}")
         values["vocab_size"] = math.ceil(values["vocab_size"] / multiple) * multiple
     return values
 
 
+def _check_types(format: str, values: Config) -> None:
+    """Raise for a value that is not of its field's type, under the name that the format gives the field."""
+    problem = ""
+    for field in FIELDS:
+        name, path = field.name, ".".join(field.path(format) or (field.name,))
+        if name not in values:
+            continue
+        value = values[name]
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        if name in POSITIVE_INTS and not (whole and value >= 1):
+            problem = f"{path} must be a whole number of at least 1"
+        elif name in BOOLS and not isinstance(value, bool):
+            problem = f"{path} must be true or false"
+        elif name in FLOATS and not (whole or (isinstance(value, float) and math.isfinite(value))):
+            problem = f"{path} must be a number"
+        elif name == "layer_norm_epsilon" and value < 0:
+            problem = f"{path} must not be negative"
+        elif name == "time_step_init_scheme" and value not in DT_INIT:
+            problem = "dt_init must be 'random' or 'constant'"
+        if problem:
+            raise CheckpointError(f"{problem}, found {value!r:.60}")
+
+
 def _reject(format: str, raw: Config) -> None:
     """Raise for models that Hugging Face's Mamba cannot express."""
     only = "only Mamba-1 with RMSNorm, as Hugging Face's MambaForCausalLM has it, is supported so far"
+    sections = {"original": ("ssm_cfg", "attn_cfg", "initializer_cfg"), "mamba_lens": ("initializer_cfg",)}
+    for section in sections.get(format, ()):
+        if not isinstance(raw.get(section) or {}, Mapping):
+            raise CheckpointError(f"{section} must be an object of settings, found {raw[section]!r:.60}")
+    act = raw.get("hidden_act", "silu")
+    if format == "huggingface" and (not isinstance(act, str) or act not in ACT2FN):
+        raise CheckpointError(
+            f"hidden_act {act!r:.60} is no activation of transformers{nearest(str(act), sorted(ACT2FN))}. A "
+            "Mamba has 'silu'"
+        )
+    dtype = raw.get("dtype")
+    known = dtype if isinstance(dtype, torch.dtype) else getattr(torch, str(dtype), None)
+    floating = isinstance(known, torch.dtype) and known.is_floating_point
+    if format == "huggingface" and dtype is not None and not floating:
+        raise CheckpointError(f"dtype {dtype!r:.60} is no dtype of weights, as float32 and bfloat16 are")
     ssm = raw.get("ssm_cfg") or {}
     problem = None
     if format == "original":
@@ -203,7 +255,9 @@ def _reject(format: str, raw: Config) -> None:
         elif unknown:
             problem = f"ssm_cfg has options that Mamba-1 has not: {', '.join(sorted(unknown))}"
     elif format == "mamba_lens":
-        inner, expected = raw.get("d_inner", -1), raw.get("expand", 2) * raw["d_model"]
+        inner, expand, width = raw.get("d_inner", -1), raw.get("expand", 2), raw["d_model"]
+        whole = isinstance(expand, int) and isinstance(width, int)  # of which `_check_types` speaks
+        expected = expand * width if whole else inner
         if inner not in (-1, expected):
             problem = f"d_inner is {inner}, but expand * d_model is {expected}"
     if problem:

@@ -18,6 +18,7 @@ from transformers import MambaConfig
 
 from . import config_formats as formats
 from .config_fields import FORMATS, N_RESIDUALS, Config
+from .errors import CheckpointError
 from .weight_formats import check_state_dict, convert_state_dict, detect_state_dict_format
 
 __all__ = [
@@ -160,10 +161,21 @@ def _chain(format: str, raw: Config) -> list[Link]:
     while True:
         holder = (raw.get("attn_cfg") or {}) if format == "original" else raw
         source = holder.get(SOURCE_KEY)
+        if source and not _is_source(source):
+            raise CheckpointError(
+                f"{SOURCE_KEY} is not what convert_config put there: {source!r:.60}. Remove it"
+            )
         links.append(Link(format, raw, bool(source and source["trained"])))
         if not source:
             return links
         format, raw = source["format"], source["config"]
+
+
+def _is_source(source: Any) -> bool:
+    """Whether a value under SOURCE_KEY has the shape that `_with_source` gives it."""
+    if not isinstance(source, dict) or source.keys() != {"format", "trained", "config"}:
+        return False
+    return source["format"] in FORMATS and isinstance(source["config"], dict)
 
 
 def _with_source(to: str, out: Config, format: str, raw: Config, trained: bool) -> Config:

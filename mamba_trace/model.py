@@ -8,8 +8,8 @@ the sites, and their other names.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,6 @@ import torch
 from nnsight import TransformersModel
 from nnsight.intervention.envoy import Envoy
 from nnsight.intervention.eproperty import eproperty
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch._guards import detect_fake_mode
 from transformers import MambaConfig, MambaForCausalLM, PreTrainedTokenizerBase, TextGenerationPipeline
@@ -25,12 +24,14 @@ from transformers import MambaConfig, MambaForCausalLM, PreTrainedTokenizerBase,
 from . import names, placement
 from .architectures import architecture_of, axis_sizes, make_hookable
 from .checkpoints import Checkpoint, find_checkpoint, load_tokenizer, read_state_dict
+from .config_names import check_names
 from .conversion import check_state_dict, convert_config, convert_state_dict, residuals_per_layer
 from .demand import keep_apart, reinstate_controllers
 from .envoys import envoy_classes, refuse_value, unknown
-from .errors import CheckpointError, PositionError, PromptError, UnknownSiteError
+from .errors import CheckpointError, MambaTraceError, PositionError, PromptError, UnknownSiteError
 from .hooks import KEEPING_HOOKS, none_kept
 from .initialization import initialize
+from .load_options import check_loaded, check_place, dtype_of, examine, given_config, take_config, why_not
 from .remote import TASK, Remote, check_task
 from .report import RunReport
 from .run_arguments import check_token_lists, check_tokens
@@ -39,6 +40,7 @@ from .scan import check
 from .sites import SITES, STATE, rows
 from .tokens import Tokens
 from .tracer import SiteTracer
+from .weight_sizes import check_memory
 from .weights import LensViews
 
 #: Names of this package for modules of Hugging Face's.
@@ -62,6 +64,9 @@ class MambaTrace(HookedRuns, LensViews, Tokens, Remote, TransformersModel):
             ``"cuda"`` and ``"triton"``.
         **kwargs: ``revision``, ``dtype``, ``device``, ``device_map``, ``quantization_config`` and whatever
             else ``from_pretrained`` takes; ``dispatch=True`` loads the weights now, not at the first run.
+            ``config``, in any format, or the name of a folder or hub id that has it, takes the place of the
+            checkpoint's: with fewer layers, the first ones are loaded. ``num_hidden_layers=2`` and the like
+            replace one field of it.
 
     Raises:
         CheckpointError: if there is no such checkpoint, or it is no Mamba.
@@ -175,10 +180,16 @@ class MambaTrace(HookedRuns, LensViews, Tokens, Remote, TransformersModel):
             dtype: of the parameters.
             **kwargs: as for `MambaTrace`.
 
+        Raises:
+            CheckpointError: for a field that the configuration's format does not have, a value that does not
+                fit, or a model that this machine has no memory for.
+
         Example::
 
             model = MambaTrace.from_config({"d_model": 64, "n_layer": 2, "vocab_size": 100}, seed=1)
         """
+        check_names(config)
+        dtype = dtype_of({"dtype": dtype}) or torch.float32
         module = _empty(convert_config(config, "huggingface"), dtype)
         initialize(module, seed=seed, n_residuals_per_layer=residuals_per_layer(config))
         return cls(module, tokenizer=tokenizer, **kwargs)
@@ -206,6 +217,7 @@ class MambaTrace(HookedRuns, LensViews, Tokens, Remote, TransformersModel):
 
             same = MambaTrace.from_state_dict(model.config, model._module.state_dict())
         """
+        check_names(config)
         hf_config = convert_config(config, "huggingface", trained=True)
         weights = convert_state_dict(state_dict, "huggingface")
         check_state_dict(weights, hf_config)
@@ -309,11 +321,19 @@ class MambaTrace(HookedRuns, LensViews, Tokens, Remote, TransformersModel):
     def _loaded_preprocessors(self) -> set[str]:
         return {"tokenizer"}
 
-    def _find(self, repo_id: str, kwargs: Mapping[str, Any]) -> Checkpoint:
+    def _find(self, repo_id: str, kwargs: dict[str, Any], *, fetch: bool = False) -> Checkpoint:
+        """The checkpoint, with the configuration that is asked for, which is taken out of ``kwargs``."""
+        dtype_of(kwargs)
         options = {
             name: kwargs[name] for name in ("cache_dir", "token", "local_files_only") if name in kwargs
         }
-        return find_checkpoint(repo_id, revision=self.revision, **options)
+        given = given_config(kwargs.pop("config", None), **options)
+        found = find_checkpoint(repo_id, config=given, revision=self.revision, **options)
+        config = take_config(found.config, kwargs)
+        given_layers = config.num_hidden_layers != found.config.num_hidden_layers
+        checkpoint = replace(found, config=config, given=found.given or given_layers)
+        examine(checkpoint, kwargs, fetch=fetch)
+        return checkpoint
 
     def _find_tokenizer(self, checkpoint: Checkpoint) -> None:
         # Once, and not again when the weights are loaded: a search that fails warns.
@@ -322,23 +342,22 @@ class MambaTrace(HookedRuns, LensViews, Tokens, Remote, TransformersModel):
         self._sought_tokenizer = True
 
     def _load_meta(self, repo_id: str, *args: Any, **kwargs: Any) -> nn.Module:
+        check_place(kwargs)
         checkpoint = self._find(repo_id, kwargs)
-        config = copy.deepcopy(kwargs.get("config") or checkpoint.config)
-        dtype = kwargs.get("dtype") or kwargs.get("torch_dtype")
-        dtype = dtype if isinstance(dtype, torch.dtype) else config.dtype
-        module: Any = MambaForCausalLM(config)
-        module.to(dtype or torch.float32)
+        module: Any = MambaForCausalLM(checkpoint.config)
+        module.to(dtype_of(kwargs) or checkpoint.config.dtype or torch.float32)
         placement.full_device_map(kwargs.get("device_map"), module)  # a name that is wrong is told at once
         self._find_tokenizer(checkpoint)
         return self._wrap(module, device="meta")
 
     def _load(self, repo_id: str, *args: Any, **kwargs: Any) -> nn.Module:
-        checkpoint = self._find(repo_id, kwargs)
+        check_place(kwargs, here=True)
+        checkpoint = self._find(repo_id, kwargs, fetch=True)
         self._find_tokenizer(checkpoint)
         device = kwargs.pop("device", None)
         if "torch_dtype" in kwargs:
             kwargs["dtype"] = kwargs.pop("torch_dtype")
-        config = copy.deepcopy(kwargs.pop("config", None) or checkpoint.config)
+        config = checkpoint.config
         if "device_map" in kwargs:
             kwargs["device_map"] = placement.usable_device_map(kwargs["device_map"], config)
         # transformers 5 rescales *loaded* weights too where this is set; it concerns new ones alone.
@@ -359,12 +378,14 @@ class MambaTrace(HookedRuns, LensViews, Tokens, Remote, TransformersModel):
             loaded: Any = MambaForCausalLM.from_pretrained(
                 name, config=config, output_loading_info=True, **{**kwargs, "ignore_mismatched_sizes": True}
             )
-        except (RuntimeError, OSError, SafetensorError) as error:
-            raise CheckpointError(f"cannot load the weights of {checkpoint.name}: {error}") from error
+        except (MambaTraceError, ImportError):
+            raise
+        except Exception as error:  # files that are broken where `examine` does not look break it in any way
+            raise CheckpointError(why_not(checkpoint.name, error)) from error
         module, found = loaded
         # Quantised weights go by names of their own, which their quantiser checks.
         if getattr(module, "hf_quantizer", None) is None and not kwargs.get("ignore_mismatched_sizes"):
-            check_loaded(checkpoint.name, found)
+            check_loaded(checkpoint, found)
         return module
 
     def _wrap(
@@ -396,33 +417,9 @@ class MambaTrace(HookedRuns, LensViews, Tokens, Remote, TransformersModel):
         return args, kwargs
 
 
-def check_loaded(name: str, found: Mapping[str, Any]) -> None:
-    """Refuse a checkpoint that transformers filled up with random weights, or took only in part.
-
-    Raises:
-        CheckpointError: naming the keys that are missing, not the model's, or of another shape.
-    """
-    keys = {
-        "lack": found.get("missing_keys") or (),
-        "have besides": found.get("unexpected_keys") or (),
-        "have other shapes than it for": [
-            f"{key} ({tuple(there)} and not {tuple(here)})"
-            for key, there, here in found.get("mismatched_keys") or ()
-        ],
-    }
-    problems = [
-        f"{what} {', '.join(sorted(names)[:8])} ({len(names)} in all)"
-        for what, names in keys.items()
-        if names
-    ]
-    if problems:
-        raise CheckpointError(
-            f"the weights of {name} do not fit its config.json: they {' and '.join(problems)}"
-        )
-
-
 def _empty(config: MambaConfig, dtype: torch.dtype) -> MambaForCausalLM:
     """A module with uninitialised parameters, drawing no random numbers."""
+    check_memory(config, dtype)
     with torch.device("meta"):
         module: Any = MambaForCausalLM(config)
     module.to(dtype).to_empty(device="cpu")

@@ -8,6 +8,7 @@ here; it writes out the traces that do the same; and it names what cannot be por
 from __future__ import annotations
 
 import ast
+import os
 import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -114,7 +115,7 @@ def port_name(name: str) -> str:
 
 def is_file(what: str) -> bool:
     """Whether an argument is a script and no hook name: it ends in .py, or there is such a file."""
-    return what.endswith(".py") or "/" in what or Path(what).is_file()
+    return what.endswith(".py") or "/" in what or os.path.isfile(what)  # a Path may raise
 
 
 def port_file(path: str | Path) -> Report:
@@ -130,8 +131,9 @@ def port_file(path: str | Path) -> Report:
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is no text in UTF-8"
+    except (OSError, ValueError) as error:  # the latter for a name with a zero byte, too
+        no_text = isinstance(error, UnicodeDecodeError)
+        reason = "it is no text in UTF-8" if no_text else getattr(error, "strerror", None) or str(error)
         raise FileError(f"{path} cannot be read: {reason}") from error
     return port_script(text, str(path))
 

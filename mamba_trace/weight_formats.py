@@ -14,7 +14,7 @@ the way, and `CheckpointError` lists what is missing, what is unexpected and whi
 
 import re
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,7 +33,7 @@ EMBEDDING = {
 }
 LM_HEAD = "lm_head.weight"  # in every format
 NAMED_AT_MOST = 8
-LAYER = re.compile(r"(?:backbone\.layers|blocks)\.(\d+)\.(.+)")
+LAYER = re.compile(r"(?:backbone\.layers|blocks)\.(\d{1,9})\.(.+)")
 
 # MambaLens's name of every parameter of a layer that it does not split, by Hugging Face's.
 RENAMED = {
@@ -142,6 +142,22 @@ def check_state_dict(state_dict: Mapping[str, Tensor], config: MambaConfig) -> N
     >>> check_state_dict(model.state_dict(), model.config)    # doctest: +SKIP
     """
     _check_tensors(state_dict)
+    _check_layers(state_dict, config.num_hidden_layers)
+    tied = config.tie_word_embeddings
+    _check(state_dict, expected_shapes(config), optional={LM_HEAD} if tied else set())
+    if tied and _differ(state_dict[EMBEDDING["huggingface"]], state_dict.get(LM_HEAD)):
+        raise CheckpointError(
+            "the config ties lm_head.weight to the embedding, but the state dict has another lm_head.weight; "
+            "set tie_word_embeddings=False (tie_embeddings=False in the original format)"
+        )
+
+
+def expected_shapes(config: MambaConfig) -> Shapes:
+    """Every parameter of a Hugging Face Mamba of this config, by its name, lm_head included.
+
+    >>> expected_shapes(MambaConfig(num_hidden_layers=1))["backbone.norm_f.weight"]
+    (768,)
+    """
     sizes = Sizes(
         n_layers=config.num_hidden_layers,
         V=config.vocab_size,
@@ -153,13 +169,18 @@ def check_state_dict(state_dict: Mapping[str, Tensor], config: MambaConfig) -> N
         use_bias=config.use_bias,
         use_conv_bias=config.use_conv_bias,
     )
-    tied = config.tie_word_embeddings
-    _check(state_dict, _shapes(sizes), optional={LM_HEAD} if tied else set())
-    if tied and _differ(state_dict[EMBEDDING["huggingface"]], state_dict.get(LM_HEAD)):
-        raise CheckpointError(
-            "the config ties lm_head.weight to the embedding, but the state dict has another lm_head.weight; "
-            "set tie_word_embeddings=False (tie_embeddings=False in the original format)"
-        )
+    return _shapes(sizes)
+
+
+def first_layers(state_dict: Mapping[str, Any], n_layers: int) -> dict[str, Any]:
+    """A Hugging Face state dict without the layers from the `n_layers`-th on.
+
+    >>> model = MambaForCausalLM(MambaConfig(num_hidden_layers=3))            # doctest: +SKIP
+    >>> sorted(first_layers(model.state_dict(), 2))[-3]                        # doctest: +SKIP
+    'backbone.layers.1.norm.weight'
+    """
+    layers = {name: LAYER.fullmatch(name) for name in state_dict}
+    return {name: state_dict[name] for name, match in layers.items() if not match or int(match[1]) < n_layers}
 
 
 def _differ(embedding: Tensor, head: Tensor | None) -> bool:
@@ -228,6 +249,7 @@ def _sizes_of(state_dict: Mapping[str, Tensor], format: str) -> Sizes:
     layers = [int(match[1]) for match in map(LAYER.fullmatch, state_dict) if match]
     if not layers:
         raise CheckpointError(f"the state dict has no layers: found {_some(list(state_dict))}")
+    _check_layers(state_dict, max(layers) + 1)
     named = Sizes(max(layers) + 1, 0, 0, 0, 0, 0, 0, False, False)
 
     def key(name: str) -> str:
@@ -250,6 +272,16 @@ def _sizes_of(state_dict: Mapping[str, Tensor], format: str) -> Sizes:
         R=size(first + "dt_proj.weight", 1),
         K=size(first + "conv1d.weight", 2),
     )
+
+
+def _check_layers(state_dict: Mapping[str, Tensor], declared: int) -> None:
+    """Raise where more layers are asked for than there are tensors: naming what is missing takes hours."""
+    layers = {int(match[1]) for match in map(LAYER.fullmatch, state_dict) if match}
+    if declared > len(state_dict) + 1:
+        raise CheckpointError(
+            f"the state dict does not fit: {declared} layers are expected, and it has {len(layers)} layers "
+            f"in {len(state_dict)} tensors"
+        )
 
 
 def _check_tensors(state_dict: Mapping[str, Tensor]) -> None:

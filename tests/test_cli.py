@@ -143,6 +143,61 @@ def test_errors_are_one_message_and_exit_code_2(options: tuple[str, ...], said: 
     assert said in refused("patch", "-q", *options)
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--device", "zz"), "error: --device 'zz' is no device. There are "),
+        (("--device", "disk"), "error: --device 'disk' is no device. There are "),
+        (("--device", "-1"), "error: --device '-1' is no device. There are "),
+        (("--device", "cuda:99"), "error: --device 'cuda:99' cannot be used on this machine. There are "),
+        (("--device", "cuda:99", "--model", "no/such"), "error: --device 'cuda:99' cannot be used"),
+        (("--model", ""), "error: the name of the checkpoint is empty"),
+        (("--model", "/no/such"), "error: no such folder: /no/such"),
+        (("--model", __file__), "is a file; give the folder that it is in"),
+        (("--prompt", "Emma \udcff"), "error: --prompt is no text in UTF-8: 'Emma \\udcff'"),
+        (("--answer", "\udcff"), "error: --answer is no text in UTF-8"),
+    ],
+)
+def test_hostile_values_are_refused_in_one_sentence(options: tuple[str, ...], said: str) -> None:
+    words = refused("patch", "-q", *options)
+    assert said in words
+    assert words.count("\n") == 1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_a_gpu_that_is_not_there_is_named() -> None:
+    words = refused("patch", "-q", "--device", "cuda")
+    assert words.startswith(
+        "error: --device 'cuda' cannot be used on this machine. There are cpu, or it is auto"
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("patch", "--metric", "zz"), "'zz' is not one of"),
+        (("patch", "--dtype", "zz"), "'zz' is not one of"),
+        (("patch", "--window", "0"), "--window"),
+        (("patch", "--layers", "3"), "--layers"),
+        (("patch", "surplus"), "surplus"),
+        (("zz",), "zz"),
+    ],
+)
+def test_options_that_there_are_none_of(arguments: tuple[str, ...], said: str) -> None:
+    result = run(*arguments)
+    assert result.exit_code == 2
+    assert isinstance(result.exception, SystemExit)
+    assert said in result.stderr
+
+
+def test_the_system_s_errors_are_one_message_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("mamba_trace.cli.load_model", full)
+    assert refused("patch", "-q") == "error: [Errno 28] No space left on device\n"
+
+
 def test_a_place_that_cannot_be_written_is_refused_before_anything_is_loaded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -284,6 +339,10 @@ def test_port_refuses_in_one_message(tmp_path: Path) -> None:
     assert "gone.py cannot be read: No such file" in refused("port", str(tmp_path / "gone.py"))
     assert "broken.py, line 1 is no Python" in refused("port", str(tmp_path / "broken.py"))
     assert "did you mean blocks.3.hook_delta" in refused("port", "blocks.3.hook_deltaa")
+    assert "cannot be read: embedded null byte" in refused("port", "\0.py")
+    assert "no site is called" in refused("port", "x" * 5000)
+    (tmp_path / "folder.py").mkdir()
+    assert "folder.py cannot be read: Is a directory" in refused("port", str(tmp_path / "folder.py"))
 
 
 def test_port_needs_no_torch(tmp_path: Path) -> None:

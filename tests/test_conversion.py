@@ -325,7 +325,7 @@ def test_trained_concerns_rescaling_only() -> None:
         ),
         ({"ssm_cfg": {"expand": 1.5}}, "ssm_cfg.expand must be a whole number of at least 1, found 1.5"),
         ({"pad_vocab_size_multiple": 0}, "pad_vocab_size_multiple must be at least 1, found 0"),
-        ({"residual_in_fp32": "yes"}, "transformers' MambaConfig rejects this configuration"),
+        ({"residual_in_fp32": "yes"}, "residual_in_fp32 must be true or false, found 'yes'"),
     ],
 )
 def test_inexpressible_originals_are_rejected(change: dict[str, Any], words: str) -> None:
