@@ -55,6 +55,12 @@ class Located(Envoy):
     def _expect(self) -> None:
         expect(f"{self.path}.output")
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the module that is here by now on an input of the caller's: nnsight's ``Envoy.__call__``."""
+        if not self.interleaver.interleaving:
+            getattr(self.root, "_follow", lambda: None)()
+        return super().__call__(*args, **kwargs)
+
     @SiteValue
     def output(self, value: Any) -> Any:
         """The value here: read it, assign to it, or edit it in place, inside a trace."""

@@ -112,6 +112,9 @@ class LensConfig:
     def __init__(self, model: Any) -> None:
         object.__setattr__(self, "_model", model)
 
+    def __reduce__(self) -> tuple:
+        return LensConfig, (self._model,)
+
     @property
     def huggingface(self) -> Any:
         """The Hugging Face configuration behind the view, ``model.config``."""

@@ -25,9 +25,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from accelerate.utils import align_module_device
 from torch import Tensor
 
+from .effective import epsilon_of, input_dtype, norm_weight, without_bias
 from .errors import PromptError
 from .plotting import Heatmap
 from .prompts import prompt_tokens, single_token, token_strings
@@ -227,7 +227,7 @@ def state_lens(
     with torch.no_grad(), model.trace(tokens, use_cache=False) as tracer:
         for one in layers:
             written = norm.weigh(written_by_state(model.layers[one].ssm))  # [1,L,D]
-            cells.add(vocabulary_logits(model, written))
+            cells.add(vocabulary_logits(model, written, whole=False))
         norm.freeze(model.layers[-1].resid_post.output)
         tracer.stop()
     cells.multiply(norm.scale)
@@ -237,9 +237,17 @@ def state_lens(
 # -- inside the trace --------------------------------------------------------------------------------------
 
 
-def vocabulary_logits(model: MambaTrace, normed: Tensor) -> Tensor:
-    """The unembedding [L,V] of a normed stream [1,L,D], in float32 or better."""
-    logits = model.lm_head(normed.to(model.lm_head._module.weight.dtype))[0]
+def vocabulary_logits(model: MambaTrace, normed: Tensor, whole: bool = True) -> Tensor:
+    """The unembedding [L,V] of a normed stream [1,L,D], in float32 or better.
+
+    Args:
+        model: the model, in a trace.
+        normed: the stream, or a term of it.
+        whole: whether it is the stream: a bias of the unembedding is no part of what a term adds.
+    """
+    head = model.lm_head._module
+    normed = normed.to(input_dtype(head))
+    logits = (model.lm_head(normed) if whole else without_bias(head, model.lm_head, normed))[0]
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
@@ -257,9 +265,9 @@ class FrozenNorm:
 
     def __init__(self, model: MambaTrace) -> None:
         model.dispatch()
-        self.module: Any = model.norm_f._module
-        with align_module_device(self.module):  # where it is offloaded
-            self.weight = self.module.weight.detach().clone()  # [D]
+        model._follow()
+        norm: Any = model.norm_f._module
+        self.weight, self.epsilon = norm_weight(norm, model.config.hidden_size), epsilon_of(norm)  # [D]
         self.scale = torch.ones(())
 
     def weigh(self, written: Tensor) -> Tensor:
@@ -269,7 +277,7 @@ class FrozenNorm:
     def freeze(self, stream: Tensor) -> None:
         """Take the scale [L] of the final stream [1,L,D]."""
         wide = stream[0].to(torch.promote_types(stream.dtype, torch.float32))
-        self.scale = (wide.pow(2).mean(-1) + self.module.variance_epsilon).rsqrt().cpu()
+        self.scale = (wide.pow(2).mean(-1) + self.epsilon).rsqrt().cpu()
 
 
 class Cells:

@@ -22,16 +22,25 @@ from torch._guards import detect_fake_mode
 from transformers import MambaConfig, MambaForCausalLM, PreTrainedTokenizerBase, TextGenerationPipeline
 
 from . import names, placement
-from .architectures import architecture_of, axis_sizes, make_hookable
+from .architectures import architecture_of, axis_sizes, kernels_of, make_hookable
 from .checkpoints import Checkpoint, find_checkpoint, load_tokenizer, read_state_dict
 from .config_names import check_names
 from .conversion import check_state_dict, convert_config, convert_state_dict, residuals_per_layer
-from .demand import keep_apart, reinstate_controllers
+from .demand import (
+    SiteInterleaver,
+    follow,
+    is_current,
+    keep_apart,
+    reconnect,
+    reinstate_controllers,
+    remember,
+)
 from .envoys import envoy_classes, refuse_value, unknown
 from .errors import CheckpointError, MambaTraceError, PositionError, PromptError, UnknownSiteError
 from .hooks import KEEPING_HOOKS, none_kept
 from .initialization import initialize
 from .load_options import check_loaded, check_place, dtype_of, examine, given_config, take_config, why_not
+from .offers import SiteModule
 from .remote import TASK, Remote, check_task
 from .report import RunReport
 from .run_arguments import check_token_lists, check_tokens
@@ -88,6 +97,7 @@ class MambaTrace(HookedRuns, LensViews, Tokens, Remote, TransformersModel):
         if isinstance(repo_id, nn.Module):
             architecture_of(repo_id)
         envoys = kwargs.pop("envoys", None) or {}
+        kwargs.setdefault("interleaver", SiteInterleaver())
         super().__init__(
             repo_id,
             *args,
@@ -99,6 +109,7 @@ class MambaTrace(HookedRuns, LensViews, Tokens, Remote, TransformersModel):
         # The tree is printed once, not again under each of its other names.
         for alias in RENAME.values():
             self._aliases.pop(alias, None)
+        remember(self, (SiteModule,))
 
     @property
     def kernels(self) -> str:
@@ -113,11 +124,13 @@ class MambaTrace(HookedRuns, LensViews, Tokens, Remote, TransformersModel):
 
             model.kernels  # "auto"
         """
+        self._follow()
         return self.layers[0].ssm._module.kernels
 
     @kernels.setter
     def kernels(self, kernels: str) -> None:
         self._kernels = check(kernels)
+        self._follow()
         for layer in self.layers:
             layer.ssm._module.kernels = kernels
 
@@ -402,6 +415,34 @@ class MambaTrace(HookedRuns, LensViews, Tokens, Remote, TransformersModel):
             )
         return self._finalize_pipeline()
 
+    def _follow(self) -> None:
+        """Bring the tree of envoys up to date with the module, parts of which may have been replaced since.
+
+        Raises:
+            CheckpointError: if a block or mixer was replaced by something that has no sites.
+        """
+        reinstate_controllers(self.interleaver)
+        if not is_current(self):
+            make_hookable(self._module, kernels_of(self._module) or self._kernels)
+            follow(self)
+
+    def _update(self, module: nn.Module) -> None:
+        super()._update(module)
+        remember(self, (SiteModule,))
+
+    # -- copies ----------------------------------------------------------------------------------------
+
+    def __copy__(self) -> MambaTrace:
+        return self._shallow_copy()  # of the same module, with edits of its own, as `edit` makes them
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        # On a server nnsight puts the server's own module and interleaver here, which need nothing.
+        if self.interleaver.copied:
+            self.dispatched = state["dispatched"]
+            reconnect(self)
+            remember(self, (SiteModule,))
+
     def _batch(self, invokes: list, fn: Any) -> tuple:
         if self.tokenizer is None and any(_holds_text(inputs) for inputs, _ in invokes):
             raise PromptError(
@@ -409,7 +450,7 @@ class MambaTrace(HookedRuns, LensViews, Tokens, Remote, TransformersModel):
                 "or give it one: MambaTrace(..., tokenizer=...)"
             )
         check_token_lists(invokes)
-        reinstate_controllers(self.interleaver)
+        self._follow()
         if self.dispatched and detect_fake_mode() is None:
             placement.check_weights(self._module)
         args, kwargs = super()._batch(invokes, fn)

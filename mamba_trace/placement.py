@@ -24,7 +24,7 @@ from nnsight.intervention.tracer import ScanningTracer
 from torch import nn
 from transformers import MambaConfig, MambaForCausalLM
 
-from .demand import GuardedTracer, reinstate_controllers
+from .demand import GuardedTracer
 from .errors import CheckpointError
 from .names import nearest
 
@@ -219,7 +219,7 @@ class ShapeTracer(GuardedTracer, ScanningTracer):
 
     def execute(self, code: CodeType) -> None:
         """Run the body of the ``with`` beside a run of shapes alone."""
-        reinstate_controllers(self.envoy.interleaver)
+        self.envoy._follow()
         with as_shapes(self.envoy._module):
             super().execute(code)
 

@@ -16,10 +16,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate.utils import align_module_device
 from torch import Tensor
 
+from .effective import epsilon_of, input_dtype, norm_weight
 from .errors import LayerError, PromptError, UnknownSiteError
+from .placement import input_device
 
 #: Which positions: all, one (whose axis goes), a range as (start, stop), a slice, or several.
 PositionSlice = int | slice | Sequence[int] | None
@@ -120,6 +121,7 @@ class ResidualAnalyses:
 
         Raises:
             PromptError: if it is not of the positions and prompts of this cache.
+            CheckpointError: if the norm was replaced by something that is no RMSNorm.
 
         Example::
 
@@ -127,6 +129,7 @@ class ResidualAnalyses:
             cache.apply_ln_to_stack(parts)
         """
         last = self._layer(layer)
+        self.model._follow()
         norms = [block.norm for block in self.model.layers] + [self.model.norm_f]
         norm = norms[last]._module
         stream = positions_of(self._stream(last), pos_slice)
@@ -136,9 +139,8 @@ class ResidualAnalyses:
                 f"{tuple(residual_stack.shape)}: give pos_slice if they are of some positions"
             )
         wide = stream.to(torch.promote_types(stream.dtype, torch.float32))
-        scale = (wide.pow(2).mean(-1, keepdim=True) + norm.variance_epsilon).rsqrt()  # [B,L,1]
-        with align_module_device(norm):  # where it is offloaded
-            weight = norm.weight.to(scale)
+        scale = (wide.pow(2).mean(-1, keepdim=True) + epsilon_of(norm)).rsqrt()  # [B,L,1]
+        weight = norm_weight(norm, stream.shape[-1]).to(scale)
         return residual_stack * (scale * weight).to(residual_stack.device)
 
     def logit_attrs(
@@ -157,7 +159,8 @@ class ResidualAnalyses:
             pos_slice: which positions ``residual_stack`` is of.
 
         Returns:
-            [C,B,L]. Over the terms of `decompose_resid` they add up to the logits.
+            [C,B,L]. Over the terms of `decompose_resid` they add up to the logits, less the bias of an
+            ``lm_head`` that has one.
 
         Raises:
             PromptError: if the tokens do not fit.
@@ -194,10 +197,10 @@ class ResidualAnalyses:
             cache.logit_lens(pos_slice=-1).argmax(-1)  # [C,B]
         """
         streams, labels = self.accumulated_resid(layer, pos_slice=pos_slice, return_labels=True)
-        head = self.model.lm_head._module
-        if not head.weight.is_meta:  # offloaded, and then accelerate moves its inputs
-            streams = streams.to(head.weight.device)
-        logits = head(self.model.norm_f._module(streams).to(head.weight.dtype))
+        self.model._follow()
+        head, norm = self.model.lm_head._module, self.model.norm_f._module
+        normed = norm(streams.to(input_device(norm)))
+        logits = head(normed.to(input_device(head), input_dtype(head)))
         return (logits, labels) if return_labels else logits
 
     # -- parts -----------------------------------------------------------------------------------------

@@ -12,10 +12,10 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from accelerate.utils import align_module_device
 from torch import Tensor
 
 from .activations import ActivationCache
+from .effective import n_outputs, token_directions
 from .errors import PromptError
 from .hooked_run import HookedRun, Wanted
 from .hooks import Extent, NameOrFilter, check_name, checked_hooks
@@ -185,7 +185,8 @@ class HookedRuns:
             tokens: token ids of any shape, one id, or a string that is one token.
 
         Returns:
-            Rows of ``lm_head``'s weight: the shape of ``tokens`` and [D] behind it.
+            Rows of ``lm_head``'s weight, that of an adapter on it included: the shape of ``tokens`` and [D]
+            behind it.
 
         Raises:
             PromptError: if a string is not one token, an id is not in the vocabulary, or these are no ids.
@@ -204,13 +205,13 @@ class HookedRuns:
                 f"strings give the ids, [model.to_single_token(string) for string in strings]"
             ) from None
         self.dispatch()
-        head = self.lm_head._module
-        with align_module_device(head):  # where it is offloaded
-            weight = head.weight  # [V,D]
-        known = ids.numel() == 0 or 0 <= int(ids.min()) <= int(ids.max()) < len(weight)
+        self._follow()
+        head, width = self.lm_head._module, self.config.hidden_size
+        size = n_outputs(head, width)
+        known = ids.numel() == 0 or 0 <= int(ids.min()) <= int(ids.max()) < size
         if ids.is_floating_point() or not known:
-            raise PromptError(f"token ids are integers from 0 to {len(weight) - 1}, not {tokens!r}")
-        return weight[ids.to(weight.device)]
+            raise PromptError(f"token ids are integers from 0 to {size - 1}, not {tokens!r}")
+        return token_directions(head, ids, width)
 
     def reset_hooks(self, *args: Any, **kwargs: Any) -> None:
         """Do nothing, whatever the arguments: the hooks of a run end with it, also where it raises.

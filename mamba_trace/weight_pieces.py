@@ -4,8 +4,8 @@ weight_formats.py converts whole state dicts; here a name is found in a living m
 are, by the same table.
 
 Contract: `Owner.view` shares the parameter's memory, device and dtype, and is detached. `assign` checks
-before it writes. Weights that are not there to be edited (not loaded yet, offloaded, quantised) raise
-`CheckpointError`.
+before it writes. Weights that are not there to be edited (not loaded yet, offloaded, quantised, adapted)
+raise `CheckpointError`.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .architectures import axis_sizes
 from .errors import CheckpointError, SiteValueError
+from .names import public_path
 from .weight_formats import RENAMED, SPLIT
 
 #: The axes of every parameter of a block, by MambaLens's name: K is d_conv.
@@ -81,6 +82,7 @@ class Owner:
     """
 
     def __init__(self, model: Any, layer: int | None = None) -> None:
+        model._follow()
         self.model, self.layer = model, layer
         self.place = "model." if layer is None else f"model.blocks[{layer}]."
         self.pieces = OF_MODEL if layer is None else OF_BLOCK
@@ -110,20 +112,30 @@ class Owner:
         Raises:
             CheckpointError: if the parameter holds no numbers that could be edited.
         """
-        piece = self.pieces[name]
+        piece, rows = self.pieces[name], self.span(name)
         module = self.envoy(name)._module
         whole: Any = getattr(module, piece.name, None)
-        n_rows, *rest = self.shape(name)
-        start = sum(self.sizes[axis] for axis in piece.above)
         below = sum(self.sizes[axis] for axis in piece.below)
-        self._check(name, module, whole, (start + n_rows + below, *rest))
-        return whole, slice(start, start + n_rows)
+        self._check(name, module, whole, (rows.stop + below, *self.shape(name)[1:]))
+        return whole, rows
+
+    def span(self, name: str) -> slice:
+        """Which rows of the parameter go by this name."""
+        piece = self.pieces[name]
+        start = sum(self.sizes[axis] for axis in piece.above)
+        return slice(start, start + self.shape(name)[0])
 
     def _check(self, name: str, module: Any, whole: Any, expected: tuple[int, ...]) -> None:
         where = f"{self.place}{name}"
         if not isinstance(whole, Tensor):
             raise CheckpointError(
                 f"{where}: a {type(module).__name__} stands where it is kept, and has no such parameter"
+            )
+        if module._parameters.get(self.pieces[name].name) is not whole:
+            raise CheckpointError(
+                f"{where} is not one parameter: a {type(module).__name__} stands where it is kept, and makes "
+                f"it of others, such as a weight and an adapter's. Merge them to edit it (PEFT's "
+                f"merge_and_unload()); {public_path(self.envoy(name).path)} runs with all of them"
             )
         if whole.is_meta and not self.model.dispatched:
             raise CheckpointError(

@@ -11,8 +11,8 @@ be kept in step:
 Contract: which parameter and which rows a name stands for comes from the table that converts state dicts
 (weight_pieces.py). A view shares the parameter's memory, device and dtype and is detached: it can be edited
 without ``torch.no_grad()``, and its ``grad`` is those rows of the parameter's. Shapes are checked before
-anything is written. Weights that are not there to be edited (not loaded yet, offloaded, quantised) raise
-`CheckpointError`.
+anything is written. Weights that are not there to be edited (not loaded yet, offloaded, quantised, made of a
+weight and an adapter) raise `CheckpointError`; calling one applies all that the module does.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .demand import is_itself
 from .errors import LayerError, UnknownSiteError
 from .lens_config import LensConfig
 from .names import lacked, nearest, public_path
@@ -52,6 +53,9 @@ class Weights:
         object.__setattr__(self, "_owner", owner)
         object.__setattr__(self, "_name", name)
 
+    def __reduce__(self) -> tuple:
+        return Weights, (self._owner, self._name)
+
     @property
     def weight(self) -> Tensor:
         """The weight, sharing memory with the model."""
@@ -78,6 +82,9 @@ class Weights:
         piece = self._owner.pieces[name]
         if not (piece.above or piece.below):
             return self._owner.envoy(name)(x)
+        envoy = self._owner.envoy(name)
+        if not is_itself(envoy._module, nn.Linear):  # adapted, quantised, hooked or offloaded
+            return envoy(x)[..., self._owner.span(name)]
         whole, rows = self._owner.rows(name)
         name = f"{self._name}.bias"
         bias = self._owner.rows(name)[0][rows] if self._owner.has(name) else None
@@ -155,7 +162,7 @@ class LensBlock:
 
     Raises:
         UnknownSiteError: (an AttributeError) for any other name, naming the nearest.
-        CheckpointError: if the weights are not loaded, offloaded or quantised.
+        CheckpointError: if the weights are not loaded, offloaded, quantised or adapted.
         SiteValueError: if an assigned value has another shape, or is no floating tensor.
 
     Example::
@@ -171,6 +178,9 @@ class LensBlock:
 
     def __init__(self, owner: Owner) -> None:
         object.__setattr__(self, "_owner", owner)
+
+    def __reduce__(self) -> tuple:
+        return LensBlock, (self._owner,)
 
     def __getattr__(self, name: str) -> Any:
         if name in OF_BLOCK:

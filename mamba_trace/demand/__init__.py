@@ -6,7 +6,7 @@ ask what is wanted of it right now. `Visit` answers that for one call of one mod
 a position, and keeps nnsight's visit counts right for the locations that a fused pass never offers.
 `worker` is the other side, code that runs where the user wrote it; `saving` keeps saved values from changing,
 and `apart` the values of places that share memory; `forwards` keeps nnsight's place on modules that
-accelerate wraps too.
+accelerate wraps too; `tree` keeps the envoys in step with the modules, also in a copy.
 
 The facts about nnsight 0.8 this module rests on, each held by a test in tests/test_demand.py (those about
 accelerate in tests/test_devices.py):
@@ -37,6 +37,7 @@ served (`Visit.next_position`).
 from .apart import keep_apart
 from .forwards import is_itself, rebind_forward, reinstate_controllers
 from .saving import GuardedTracer
+from .tree import SiteInterleaver, follow, is_current, reconnect, remember
 from .visit import Visit, listened_to
 from .worker import (
     SiteOrderError,
@@ -50,17 +51,22 @@ from .worker import (
 
 __all__ = [
     "GuardedTracer",
+    "SiteInterleaver",
     "SiteOrderError",
     "Visit",
     "assigned",
     "current_value",
     "expect",
     "expect_position",
+    "follow",
+    "is_current",
     "is_itself",
     "keep_apart",
     "listened_to",
     "need_a_trace",
     "rebind_forward",
+    "reconnect",
     "reinstate_controllers",
+    "remember",
     "skip_module",
 ]
