@@ -16,7 +16,9 @@ import torch
 from accelerate.utils import align_module_device
 from torch import Tensor, nn
 
+from .demand import mask_of_call
 from .errors import PositionError, SiteValueError
+from .past import masked
 from .scan import selective_scan
 from .scan.reference import accumulation_dtype
 from .selection import Channels, Positions, position_numbers
@@ -106,10 +108,11 @@ def edit_layer(ssm: Any, edits: Sequence[Cut | ZeroDelta], channels: Sequence[Te
     zeros = [(edit, mask) for edit, mask in each if isinstance(edit, ZeroDelta)]
     if convs:
         _cut_taps(ssm, convs)
+    # Edits that were made before may have put something in the place of padding, where it counts for nothing.
     if scans:
-        x = ssm.ssm_input.output  # [B,L,E]
+        x = without_padding(ssm.ssm_input.output)  # [B,L,E]
     if zeros or scans:
-        delta = ssm.delta.output  # [B,L,E]
+        delta = without_padding(ssm.delta.output)  # [B,L,E]
     if zeros:
         length = delta.shape[1]
         where = [(frozenset(position_numbers("positions", e.positions, length)), mask) for e, mask in zeros]
@@ -121,7 +124,7 @@ def edit_layer(ssm: Any, edits: Sequence[Cut | ZeroDelta], channels: Sequence[Te
 
 def _cut_scan(ssm: Any, cuts: Sequence[tuple[Cut, Tensor]], x: Tensor, delta: Tensor) -> None:
     # x, delta [B,L,E]. Targets with the same sources share a scan, from the first source to the last target.
-    A, B, C = ssm.A.output, ssm.B.output, ssm.C.output  # [E,N], [B,L,N], [B,L,N]
+    A, B, C = ssm.A.output, *map(without_padding, (ssm.B.output, ssm.C.output))  # [E,N], [B,L,N], [B,L,N]
     each = [(Pairs.of(cut, x.shape[1], ssm._module.conv_kernel_size), channels) for cut, channels in cuts]
     together: dict[tuple[int, ...], list[int]] = {}
     for target in sorted(frozenset[int]().union(*(pairs.targets for pairs, _ in each))):
@@ -144,7 +147,7 @@ def _cut_scan(ssm: Any, cuts: Sequence[tuple[Cut, Tensor]], x: Tensor, delta: Te
 
 
 def _cut_taps(ssm: Any, cuts: Sequence[tuple[Cut, Tensor]]) -> None:
-    x_in = ssm.x_in.output  # [B,L,E]
+    x_in = without_padding(ssm.x_in.output)  # [B,L,E]
     each = [(Pairs.of(cut, x_in.shape[1], ssm._module.conv_kernel_size), channels) for cut, channels in cuts]
     conv = ssm.conv.output  # [B,L,E]
     dtype = accumulation_dtype(conv)
@@ -157,6 +160,12 @@ def _cut_taps(ssm: Any, cuts: Sequence[tuple[Cut, Tensor]]) -> None:
             flow = weight[:, -1 - lag] * x_in[:, [target - lag for target in targets]]  # [B,targets,E]
             rest = _subtract(rest, targets, flow.masked_fill(~_union(targets, where, x_in.device), 0))
     ssm.conv.output = rest.to(conv.dtype)
+
+
+def without_padding(value: Tensor) -> Tensor:
+    """A site's value [B,L,...], inside a trace, with zeros on the padding of the running forward call."""
+    mask = mask_of_call(value.shape[1])
+    return value if mask is None or bool(mask.all()) else masked(value, mask.to(value.device))
 
 
 def _subtract(value: Tensor, positions: Sequence[int], flow: Tensor) -> Tensor:

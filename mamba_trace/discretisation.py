@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .offers import Offers
-from .past import masked
+from .past import masked, offered
 from .scan import Explicit, Recurrence, Selective, Watched
 from .scan.reference import accumulation_dtype
 
@@ -59,9 +59,9 @@ class Discretisation:
         # Made no sooner than here: gradients come back in the opposite order.
         self.A = offer("A", -torch.exp(self.A_log.to(accumulation_dtype(self.A_log))))
         self.A_bar, A_bar_edited = self._optional(offer, "A_bar")
-        self.B = offer("B", self.B)
+        self.B = offered(offer, "B", self.B, self.mask)
         self.B_bar, B_bar_edited = self._optional(offer, "B_bar")
-        self.C = offer("C", self.C)
+        self.C = offered(offer, "C", self.C, self.mask)
         self.write, write_edited = self._optional(offer, "write")
         self.edited = A_bar_edited or B_bar_edited or write_edited
 
@@ -70,6 +70,8 @@ class Discretisation:
         value, edited = offer.optional(name, makers.get(name, lambda: self.delta))
         if value is not None:
             self.seen = self.seen or name
+            if edited:  # padding decays nothing and writes nothing, whatever was put there
+                value = masked(value, self.mask, 1.0 if name == "A_bar" else 0.0)
         return value, edited
 
     @property

@@ -17,6 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from . import names
+from .demand import ask_every_position
 from .demand.edits import waiting_edits
 from .errors import LayerError, PromptError, SiteValueError, UnknownSiteError
 from .hooks import Extent, Hook, HookFunction, NameOrFilter, Order, key_of, resolve
@@ -243,6 +244,7 @@ class HookedRun:
         """
         key = key_of(visit.place)
         envoy = self.model.hook(self.path_of(visit))
+        ask_every_position(not visit.named)
         value = envoy.output
         for fn in visit.fwd:
             returned = fn(value, visit.hook)

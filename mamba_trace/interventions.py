@@ -23,12 +23,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .demand import need_a_trace
+from .demand import mask_of_call, need_a_trace
 from .envoys import PositionEnvoy, SiteEnvoy
 from .errors import PositionError, SiteValueError
 from .names import public_path
 from .prompts import describe
-from .selection import GROUPS, Indices, chosen_indices
+from .selection import GROUPS, Indices, check_padding, chosen_indices
 from .sites import AXES, describe_axes
 
 __all__ = ["ablate", "steer"]
@@ -222,6 +222,7 @@ class Target:
                 raise PositionError(f"{self} has no axis of positions: leave positions= out")
             axis = self.axes.index("L")
             found = chosen_indices(positions, current.shape[axis], self.no_position)
+            check_padding("positions", positions, mask_of_call(current.shape[axis]))
             index[axis] = torch.tensor(found, dtype=torch.long, device=current.device)  # [P]
         if channels is not None:
             letter = next(one for one in CHANNEL_AXES if one in self.axes)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .errors import PromptError
+from .padding import checked_mask, remembered
 
 
 def next_token_loss(
@@ -20,7 +21,8 @@ def next_token_loss(
     Args:
         logits: [B,L,V], any floating dtype; half precision is computed in float32.
         tokens: token ids [B,L] that the logits were made from.
-        mask: attention mask [B,L], not zero on real tokens; ``None`` if all are.
+        mask: attention mask [B,L], 1 on tokens and 0 on padding. Tokens that ``to_tokens`` made know theirs;
+            of others all are text where there is none.
         per_token: return every pair's loss instead of their mean.
 
     Returns:
@@ -39,8 +41,7 @@ def next_token_loss(
             f"a loss takes logits [B,L,V] and their tokens [B,L], not {tuple(logits.shape)} and "
             f"{tuple(tokens.shape)}"
         )
-    if mask is not None and mask.shape != tokens.shape:
-        raise PromptError(f"the mask {tuple(mask.shape)} of tokens {tuple(tokens.shape)} has another shape")
+    mask = remembered(tokens) if mask is None else checked_mask(mask, tuple(tokens.shape))
     targets = tokens[:, 1:].to(logits.device)  # [B,L-1]
     counted = torch.ones_like(targets, dtype=torch.bool)
     if mask is not None:

@@ -46,6 +46,7 @@ from .lens_formats import (
     plain,
 )
 from .model import MambaTrace, _empty
+from .padding import remember, remembered
 from .run_arguments import KERNEL_FLAGS, explain_away, generation_options, prompt_of
 
 __all__ = [
@@ -85,6 +86,7 @@ class HookedMamba(MambaTrace):
     """
 
     default_prepend_bos = True
+    default_padding_side = "right"
 
     def __init__(
         self,
@@ -157,7 +159,8 @@ class HookedMamba(MambaTrace):
             return_type: ``"logits"``, ``"loss"``, ``"both"`` or ``None``.
             loss_per_token: losses [B,L-1], not their mean.
             prepend_bos: for strings; ``model.default_prepend_bos`` if not given.
-            padding_side: has no effect: padding takes no part in a run, on either side.
+            padding_side: of strings, ``"left"`` or ``"right"``; the tokenizer's where it is not given, which
+                pads on the right as MambaLens does. It says where positions are, and changes no result.
             **kwargs: as for `run_with_hooks`: ``start_at_layer``, ``stop_at_layer``, ``fast_ssm``, ...
 
         Returns:
@@ -171,6 +174,9 @@ class HookedMamba(MambaTrace):
             model("Hello World").shape  # [1,L,V]
         """
         _explain(kwargs)
+        texts = isinstance(input, (list, tuple)) and all(isinstance(text, str) for text in input)
+        if padding_side is not None and texts and len(input):
+            input, prepend_bos = self.to_tokens(list(input), prepend_bos, padding_side), None
         return self.run_with_hooks(
             input, return_type=return_type, loss_per_token=loss_per_token, prepend_bos=prepend_bos, **kwargs
         )
@@ -197,7 +203,11 @@ class HookedMamba(MambaTrace):
             model.to_tokens("Hello World", prepend_bos=False)
         """
         tokens = super().to_tokens(input, prepend_bos, padding_side)
-        return tokens.to(self.device) if move_to_device and self.dispatched else tokens
+        if not (move_to_device and self.dispatched):
+            return tokens
+        mask = remembered(tokens)
+        assert mask is not None
+        return remember(tokens.to(self.device), mask)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Continue prompts, as TransformerLens 2 does; with ``with`` before it, nnsight's ``generate``.
@@ -212,7 +222,7 @@ class HookedMamba(MambaTrace):
             use_past_kv_cache: keep the states between steps, as is done if not given.
             prepend_bos: for strings; ``model.default_prepend_bos`` if not given.
             return_type: ``"str"``, ``"tokens"`` (or ``"tensor"``), or ``"input"`` for what the input is.
-            padding_side, verbose: have no effect.
+            padding_side, verbose: have no effect. Prompts are padded on the left, as they go on at the end.
             **kwargs: anything else that Hugging Face's ``generate`` takes.
 
         Returns:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .errors import LayerError, PromptError, SiteValueError, UnknownSiteError
 from .names import nearest
+from .padding import mask_of
 from .run_arguments import prompt_of, refuse_inside_a_trace
 from .selection import layer_numbers
 from .sites import BY_HOOK, BY_NAME, Site, describe_axes
@@ -46,7 +47,8 @@ def mean_activation(
         layers: one or several; ``None`` for all. A site of the whole model (``"embeddings"``) has none.
         over: ``"positions"``: over all tokens of all prompts, each with the same weight. ``"prompts"``: at
             each position apart, for prompts of one length.
-        attention_mask: [B,L], 0 on the padding of token ids; strings bring their own.
+        attention_mask: [B,L], 0 on the padding of token ids; strings bring their own, and so do tokens that
+            ``to_tokens`` made.
         batch_size: how many prompts one forward runs. A site with axes B, L, E and N is held for one layer
             and one batch at a time.
 
@@ -80,6 +82,8 @@ def mean_activation(
     if batch_size < 1:
         raise PromptError(f"batch_size={batch_size}: a forward runs at least one prompt")
     rows = prompt_rows(model, prompts)
+    if isinstance(rows, Tensor):  # of all of them at once: how long one is says what is padding of another
+        attention_mask = row_mask(model, prompts, attention_mask)
     if over == "prompts":
         check_one_length(model, rows, attention_mask)
     for start in range(0, len(rows), batch_size):
@@ -159,6 +163,14 @@ def prompt_rows(model: MambaTrace, prompts: Any) -> list[str] | Tensor:
     if not all(isinstance(one, str) for one in rows):
         raise PromptError(f"prompts are strings or a tensor of token ids [B,L], not a list of {rows[0]!r}")
     return rows
+
+
+def row_mask(model: MambaTrace, prompts: Any, mask: Any) -> Tensor | None:
+    """The attention mask [B,L] of token ids [B,L] or [L], or ``None`` where all are tokens: `PromptError`."""
+    if mask is not None and prompts.dim() == 1:
+        prompts = prompts[None]
+    found = mask_of(prompts, model.tokenizer, mask)
+    return found if found is None or found.dim() == 2 else found[None]
 
 
 def check_one_length(model: MambaTrace, rows: list[str] | Tensor, mask: Tensor | None) -> None:

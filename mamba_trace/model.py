@@ -8,6 +8,7 @@ the sites, and their other names.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from torch._guards import detect_fake_mode
 from transformers import MambaConfig, MambaForCausalLM, PreTrainedTokenizerBase, TextGenerationPipeline
 
-from . import names, placement
+from . import names, padding, placement
 from .architectures import architecture_of, axis_sizes, kernels_of, make_hookable
 from .checkpoints import Checkpoint, find_checkpoint, load_tokenizer, read_state_dict
 from .config_names import check_names
@@ -34,6 +35,7 @@ from .demand import (
     reconnect,
     reinstate_controllers,
     remember,
+    take_note_of_mask,
 )
 from .envoys import envoy_classes, refuse_value, unknown
 from .errors import CheckpointError, MambaTraceError, PositionError, PromptError, UnknownSiteError
@@ -68,9 +70,13 @@ class MambaTrace(HookedRuns, LensViews, Tokens, Remote, TransformersModel):
     Args:
         repo_id: a hub id or a local folder, in Hugging Face's or the original state-spaces format, or a
             loaded ``MambaForCausalLM``, which is made hookable in place.
-        tokenizer: the tokenizer; found with the checkpoint where it is not given.
+        tokenizer: the tokenizer; found with the checkpoint where it is not given. The model uses a copy, in
+            which a missing padding token becomes the end-of-sequence token.
         kernels: which scan runs: ``"auto"``, the fastest for each call, or one of ``"reference"``, ``"cpu"``,
             ``"cuda"`` and ``"triton"``.
+        padding_side: on which side the shorter prompts of a batch are padded: ``"left"`` where it is not
+            given, so that position -1 is the last token of each, or ``"right"``. Results do not depend on it.
+        tokenizer_kwargs: attributes that the model's tokenizer is to have, such as ``padding_side``.
         **kwargs: ``revision``, ``dtype``, ``device``, ``device_map``, ``quantization_config`` and whatever
             else ``from_pretrained`` takes; ``dispatch=True`` loads the weights now, not at the first run.
             ``config``, in any format, or the name of a folder or hub id that has it, takes the place of the
@@ -79,6 +85,7 @@ class MambaTrace(HookedRuns, LensViews, Tokens, Remote, TransformersModel):
 
     Raises:
         CheckpointError: if there is no such checkpoint, or it is no Mamba.
+        PromptError: if ``padding_side`` is neither side.
         BackendError: if ``kernels`` names no backend, or one that cannot run here.
 
     Example::
@@ -89,8 +96,20 @@ class MambaTrace(HookedRuns, LensViews, Tokens, Remote, TransformersModel):
             logits = model.lm_head.output.save()  # [B,L,V]
     """
 
-    def __init__(self, repo_id: Any, *args: Any, kernels: str = "auto", **kwargs: Any) -> None:
+    def __init__(
+        self,
+        repo_id: Any,
+        *args: Any,
+        kernels: str = "auto",
+        padding_side: str | None = None,
+        tokenizer_kwargs: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
         self._kernels = check(kernels)
+        self._tokenizer_settings = self._settings(padding_side, tokenizer_kwargs)
+        self._configured = False
+        # Its padding token and side are set below, and the user's own must stay as it is.
+        kwargs["tokenizer"] = copy.deepcopy(kwargs.get("tokenizer"))
         self._sought_tokenizer = False
         if isinstance(repo_id, Path):
             repo_id = str(repo_id)
@@ -348,6 +367,21 @@ class MambaTrace(HookedRuns, LensViews, Tokens, Remote, TransformersModel):
         examine(checkpoint, kwargs, fetch=fetch)
         return checkpoint
 
+    def _settings(self, side: str | None, settings: Mapping[str, Any] | None) -> dict[str, Any]:
+        # Attributes of the tokenizer.
+        settings = {"padding_side": self.default_padding_side, **(settings or {})}
+        if side is not None:
+            settings["padding_side"] = side
+        padding.checked_side(settings["padding_side"])
+        return settings
+
+    def _configure_tokenizer(self) -> None:
+        super()._configure_tokenizer()
+        if self.tokenizer is not None:
+            for name, value in self._tokenizer_settings.items():
+                setattr(self.tokenizer, name, value)
+        self._configured = self.tokenizer is not None
+
     def _find_tokenizer(self, checkpoint: Checkpoint) -> None:
         # Once, and not again when the weights are loaded: a search that fails warns.
         if self.tokenizer is None and not self._sought_tokenizer:
@@ -406,6 +440,9 @@ class MambaTrace(HookedRuns, LensViews, Tokens, Remote, TransformersModel):
     ) -> nn.Module:
         make_hookable(module, self._kernels)
         module.eval()
+        if self._configured and self.tokenizer is not None:
+            # What the user has set since then; the pipeline pads on the left.
+            self._tokenizer_settings["padding_side"] = self.tokenizer.padding_side
         # A module on its way in stays where its owner put it; one loaded here goes where nnsight's others go.
         with placement.one_device(module):
             if placed and device is None and not getattr(module, "hf_device_map", None):
@@ -453,8 +490,13 @@ class MambaTrace(HookedRuns, LensViews, Tokens, Remote, TransformersModel):
         self._follow()
         if self.dispatched and detect_fake_mode() is None:
             placement.check_weights(self._module)
-        args, kwargs = super()._batch(invokes, fn)
+        extra = getattr(self.interleaver.batcher, "extra_kwargs", {})
+        batch = padding.Batch(self.tokenizer, invokes, extra, fn)
+        with batch.padded():
+            args, kwargs = super()._batch(batch.invokes, fn)
+        kwargs = batch.masked(kwargs)
         check_tokens(self, invokes, kwargs)
+        take_note_of_mask(self.interleaver, kwargs.get("attention_mask"))
         return args, kwargs
 
 

@@ -17,6 +17,7 @@ Differences from Hugging Face 5, all of them on purpose:
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,10 +29,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from .demand import Visit
+from .demand import Visit, take_note_of_mask
 from .discretisation import Discretisation
 from .offers import Offers, same_contents
-from .past import PastStates, attention_mask_of, masked
+from .past import PastStates, kept_at_padding, masked, offered, padding_stays_zero
 from .report import LayerRun, RunReport
 from .scan import Recurrence, causal_conv, convolution, gated_scan
 from .scan.record import note, recording
@@ -59,6 +60,7 @@ class HookableBlock:
         **kwargs: Any,
     ) -> Tensor:
         offer = Offers(self, "block")
+        take_note_of_mask(offer.visit.interleaver, attention_mask)
         resid = offer("resid_pre", hidden_states)  # [B,L,D]
         layer_input = offer("layer_input", resid)  # [B,L,D]
         normalized = self.norm(offer.into("norm", layer_input.to(self.norm.weight.dtype)))  # [B,L,D]
@@ -106,16 +108,16 @@ class HookableMixer:
         attention_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        mask = attention_mask_of(attention_mask, hidden_states.shape[1], cache)  # [B,L] or None
         offer = Offers(self, "mixer")
         past = PastStates(self, cache)
+        mask = past.mask(attention_mask, hidden_states)  # [B,L] or None
         fused = self.in_proj(offer.into("in_proj", hidden_states))  # [B,L,2E]
         x_in, skip = fused.split(self.intermediate_size, dim=-1)  # [B,L,E] each
         skip = offer("skip", skip)
         # After in_proj, which may have a bias of its own or an adapter's.
-        x_in = offer("x_in", masked(x_in, mask))
-        x = self.convolve(offer, x_in, past.convolution(x_in, mask))  # [B,L,E]
-        x = offer("ssm_input", masked(x, mask))  # [B,L,E]
+        x_in = offered(offer, "x_in", masked(x_in, mask), mask)
+        x = self.convolve(offer, *past.convolution(x_in, mask), mask)  # [B,L,E]
+        x = offered(offer, "ssm_input", masked(x, mask), mask)  # [B,L,E]
         gated, h = self.scan(offer, x, skip, mask, past)  # [B,L,E], [B,E,N]
         past.keep(h)
         after_skip = offer("after_skip", gated.to(hidden_states.dtype))  # [B,L,E]
@@ -125,14 +127,16 @@ class HookableMixer:
 
     # -- the convolution -------------------------------------------------------------------------------
 
-    def convolve(self: Any, offer: Offers, x_in: Tensor, before: Tensor | None) -> Tensor:
+    def convolve(
+        self: Any, offer: Offers, x_in: Tensor, before: Tensor | None, mask: Tensor | None
+    ) -> Tensor:
         """SiLU of the causal convolution [B,L,E] of ``x_in`` [B,L,E] after the columns ``before`` [B,E,K]."""
         backend = self.conv_backend(x_in)
         conv1d = None if backend is None else offer.bypass("conv1d", nn.Conv1d)
         if backend is None or conv1d is None:
             if backend is not None:
                 self.last_run.reasons.append("conv1d is wanted, hooked or changed")
-            return self.act(offer("conv", self.call_convolution(offer, x_in, before)))
+            return self.act(offer("conv", self.call_convolution(offer, x_in, before, mask)))
         whole = offer.first_wanted("conv") is None and offer.bypass("act", type(self.act)) is not None
         weight = conv1d.weight[:, 0]  # [E,K]
         conv = causal_conv(x_in, weight, conv1d.bias, before, activate=whole, backend=backend)
@@ -148,7 +152,9 @@ class HookableMixer:
             return None
         return convolution(self.kernels, x_in.device, x_in.dtype, self.conv_kernel_size)
 
-    def call_convolution(self: Any, offer: Offers, x_in: Tensor, before: Tensor | None) -> Tensor:
+    def call_convolution(
+        self: Any, offer: Offers, x_in: Tensor, before: Tensor | None, mask: Tensor | None
+    ) -> Tensor:
         """The convolution [B,L,E] by way of its module."""
         note("causal_conv", "PyTorch", x_in.shape[1])
         columns = x_in.transpose(1, 2)  # [B,E,L]
@@ -156,8 +162,10 @@ class HookableMixer:
         if before is not None:
             context = before.shape[-1]
             columns = torch.cat((before.to(columns.dtype), columns), dim=-1)
-        # The module pads both ends; what lies past the last token is cut off.
-        columns = self.conv1d(offer.into("conv1d", columns))[..., context : context + length]  # [B,E,L]
+        wanted = offer.first_wanted("conv1d") is not None
+        with padding_stays_zero(self.conv1d, mask, context) if wanted else contextlib.nullcontext():
+            # The module pads both ends; what lies past the last token is cut off.
+            columns = self.conv1d(offer.into("conv1d", columns))[..., context : context + length]  # [B,E,L]
         return columns.transpose(1, 2).contiguous()
 
     # -- the scan --------------------------------------------------------------------------------------
@@ -167,7 +175,7 @@ class HookableMixer:
     ) -> tuple[Tensor, Tensor]:
         """The gated output of the SSM [B,L,E] and its last state [B,E,N], in as few kernels as will do."""
         h = self.initial_state(offer, x, past)  # [B,E,N] or None
-        delta_1, B, C = self.selective_parameters(offer, x)
+        delta_1, B, C = self.selective_parameters(offer, x, mask)
         delta_1 = offer("delta_1", delta_1)  # [B,L,R]
         # The only reference to delta_2 [B,L,E], which is given up where delta takes its place.
         parameters = Discretisation(
@@ -199,10 +207,14 @@ class HookableMixer:
             h.requires_grad_()  # so that its gradient can be asked for
         return offer("h_start", h)
 
-    def selective_parameters(self: Any, offer: Offers, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def selective_parameters(
+        self: Any, offer: Offers, x: Tensor, mask: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """x_proj, split: delta_1 [B,L,R], B [B,L,N] and C [B,L,N]."""
         sizes = [self.time_step_rank, self.ssm_state_size, self.ssm_state_size]
-        return self.x_proj(offer.into("x_proj", x)).split(sizes, dim=-1)
+        looked_at = mask is not None and offer.first_wanted("x_proj") is not None
+        projected = self.x_proj(offer.into("x_proj", x))  # [B,L,R+2N]
+        return (masked(projected, mask) if looked_at else projected).split(sizes, dim=-1)
 
     def recur(
         self, offer: Offers, recurrence: Recurrence, h: Tensor | None, mask: Tensor | None
@@ -213,28 +225,43 @@ class HookableMixer:
         start = 0
         with offer.visit.positions(STATE):
             while offer.open and (at := offer.visit.next_position(STATE, start, length, mask)) is not None:
-                done.append(self.run_to(at, offer, recurrence, start, h))
+                done.append(self.run_to(at, offer, recurrence, start, h, mask))
                 start, h = at + 1, done[-1].after
             if offer.wants(STATE) or offer.wants("h_read"):
                 offer.visit.stand_at(STATE, length, length)
-                return [self.serve_states(offer, recurrence, done, start, h)]
+                return [self.serve_states(offer, recurrence, done, start, h, mask)]
             offer.pass_over(STATE, "h_read")
         if start < length or not done:
             done.append(Stretch(start, length, h, *recurrence.run(start, length, h)))
         return done
 
-    def run_to(self, at: int, offer: Offers, recurrence: Recurrence, start: int, h: Tensor | None) -> Stretch:
+    def run_to(
+        self,
+        at: int,
+        offer: Offers,
+        recurrence: Recurrence,
+        start: int,
+        h: Tensor | None,
+        mask: Tensor | None,
+    ) -> Stretch:
         """Run from ``start`` to position ``at``, offer the state there, and read y from what came back."""
-        y, reached = recurrence.run(start, at + 1, h)
+        y, state = recurrence.run(start, at + 1, h)
         # A copy, since the backward pass of y reads the original, which an edit in place must not touch.
-        copy = reached.clone(memory_format=torch.contiguous_format)
+        copy = state.clone(memory_format=torch.contiguous_format)
         after = offer.visit.serve_position(STATE, at, recurrence.x.shape[1], copy)
-        if after.requires_grad or not same_contents(reached, after):
+        if after.requires_grad or not same_contents(state, after):
+            after = kept_at_padding(after, state, mask, at)
             y = torch.cat((y[:, :-1], recurrence.read(after, at)[:, None]), dim=1)
         return Stretch(start, at + 1, h, y, after)
 
     def serve_states(
-        self, offer: Offers, recurrence: Recurrence, done: list[Stretch], start: int, h: Tensor | None
+        self,
+        offer: Offers,
+        recurrence: Recurrence,
+        done: list[Stretch],
+        start: int,
+        h: Tensor | None,
+        mask: Tensor | None,
     ) -> Stretch:
         """Run the rest from ``start``, offer the trajectory, and read y and h_last from what came back."""
         length = recurrence.x.shape[1]

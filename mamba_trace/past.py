@@ -1,17 +1,22 @@
 """What came before this call: a cache's convolution columns and state, and which tokens are padding.
 
 Hugging Face keeps, for each layer, the last K columns that entered the convolution and the state after the
-last token. Padding belongs in neither, on whichever side it is.
+last token. Padding belongs in neither, on whichever side it is, and what an edit puts there goes no further:
+the answer of a prompt never depends on how long the others of its batch are.
 """
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+
+from .errors import PromptError
 
 
 @dataclass(frozen=True)
@@ -57,19 +62,30 @@ class PastStates:
     def __init__(self, mixer: Any, cache: Any) -> None:
         self.mixer, self.cache = mixer, cache
 
-    def convolution(self, x_in: Tensor, mask: Tensor | None) -> Tensor | None:
-        """The columns before this call's [B,E,K], or ``None``; the cache then holds the last K up to now."""
+    def convolution(self, x_in: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """What the convolution takes: this call's columns [B,L,E], and those before them [B,E,K] or ``None``.
+
+        The cache then holds the last K up to now.
+        """
         if self.cache is None:
-            return None
+            return x_in, None
         layer, kernel = self.mixer.layer_idx, self.mixer.conv_kernel_size
         if isinstance(self.cache, StartingStates):
-            return self.cache.convolution(layer)
+            return next_to_the_past(x_in, mask, self.cache.convolution(layer))
         before = self.cache.get_conv_state(layer, state_idx=0)
         # The cache overwrites its tensors in place.
         before = None if before is None else before[..., -kernel:].clone()
         recent = x_in if self.cache.is_recording_past(layer) else last_real(x_in, mask, kernel, before)
         self.cache.update_conv_state(recent.transpose(1, 2), layer, conv_kernel_size=kernel)
-        return before
+        return next_to_the_past(x_in, mask, before)
+
+    def mask(self, mask: Tensor | None, tokens: Tensor) -> Tensor | None:
+        """`attention_mask_of` this call, whose hidden states are ``tokens`` [B,L,D]."""
+        layer = self.mixer.layer_idx
+        started = isinstance(self.cache, StartingStates) or (
+            self.cache is not None and self.cache.get_conv_state(layer, state_idx=0) is not None
+        )
+        return attention_mask_of(mask, tokens.shape[0], tokens.shape[1], started, first=layer == 0)
 
     def state(self) -> Tensor | None:
         """The cached state to start from [B,E,N], or ``None`` for zeros."""
@@ -87,25 +103,201 @@ class PastStates:
             self.cache.update_recurrent_state(h, self.mixer.layer_idx)
 
 
-def attention_mask_of(mask: Tensor | None, length: int, cache: Any = None) -> Tensor | None:
-    """The mask [B,L] of this call's tokens, or ``None`` where none of them is known to be padding.
+def attention_mask_of(
+    mask: Tensor | None, rows: int, length: int, started: bool = False, first: bool = True
+) -> Tensor | None:
+    """Which columns of this call are tokens: booleans [B,L], or ``None`` where none is known to be padding.
 
     Args:
-        mask: of the cached tokens too, where there are any; this call's are the last ones.
-        length: the number L of this call's.
-        cache: what the call starts from.
+        mask: 1 on tokens and 0 on padding, of the tokens in a cache too where there are any; this call's are
+            the last columns.
+        rows, length: B and L of this call.
+        started: whether there are tokens before these, in a cache.
+        first: whether this is the first layer. Its batch is the mask's; in later ones somebody may have added
+            rows, which is right where no token is padding.
+
+    Raises:
+        PromptError: if the mask has another shape, other values than 0 and 1, or padding between tokens.
     """
-    if mask is None or isinstance(cache, StartingStates):
+    if mask is None:
         return None
-    mask = mask[:, -length:]
+    wrong = mask.dim() != 2 or mask.shape[1] < length or (mask.shape[1] > length and not started)
+    if wrong or (first and mask.shape[0] != rows):
+        raise PromptError(
+            f"attention_mask is 1 on each token and 0 on padding, of the shape {[rows, length]} of the "
+            f"tokens (with a cache it may cover the tokens in it too), not {list(mask.shape)}"
+        )
+    mask = mask[:, mask.shape[1] - length :]
     # On a GPU a look at it would wait for the device.
-    looked_at = mask.device.type == "cpu" and not isinstance(mask, FakeTensor)
-    return None if looked_at and bool(mask.all()) else mask
+    if mask.device.type == "cpu" and not isinstance(mask, FakeTensor):
+        if bool((mask == 1).all()):
+            return None
+        check_values(mask)
+        check_gaps(mask)
+    if mask.shape[0] != rows:
+        raise PromptError(f"attention_mask has {mask.shape[0]} rows, and this layer is given {rows}")
+    return mask != 0
 
 
-def masked(value: Tensor, mask: Tensor | None) -> Tensor:
-    """``value`` [B,L,...] with the columns of padding set to zero; mask [B,L]."""
-    return value if mask is None else (value * mask[..., None]).to(value.dtype)
+def check_values(mask: Tensor) -> None:
+    """Raises `PromptError` where a mask holds anything but 0 and 1."""
+    wrong = mask[(mask != 0) & (mask != 1)]
+    if wrong.numel():
+        raise PromptError(
+            f"attention_mask has the value {wrong[0].item()}, and it is 1 on tokens and 0 on padding: tokens "
+            f"cannot be weighed"
+        )
+
+
+def check_gaps(mask: Tensor) -> None:
+    """Raises `PromptError` where a mask [B,L] of zeros and ones has padding between tokens."""
+    before, after = ends(mask == 0)
+    real = (mask != 0).sum(-1)
+    gaps = ((before + real + after != mask.shape[-1]) & (real > 0)).nonzero()[:, 0].tolist()
+    if gaps:
+        raise PromptError(
+            f"attention_mask of row {gaps[0]} is 0 between tokens: {mask[gaps[0]].tolist()}. Padding stands "
+            f"before the tokens or after them. Leave a token out of the prompt, or let the state pass it by "
+            f"with mamba_trace.flow.zero_delta"
+        )
+
+
+def ends(flags: Tensor) -> tuple[Tensor, Tensor]:
+    """How many flags [B,L] are set one after the other from the start on [B], and up to the end [B]."""
+    count = flags.long()
+    return count.cumprod(-1).sum(-1), count.flip(-1).cumprod(-1).sum(-1)
+
+
+def told_of_padding(asked: str, position: int, mask: Tensor) -> str | None:
+    """What to tell a user who asks for a position that is padding, or another token than it seems.
+
+    Args:
+        asked: what the user asked for, for the message.
+        position: a column of the call; negative counts from the end.
+        mask: of the rows that the user asks about [B,L].
+    """
+    if isinstance(mask, FakeTensor) or mask.is_meta:
+        return None
+    length = mask.shape[1]
+    before, after = (side.tolist() for side in ends(mask == 0))
+    rows = [(left, right) for left, right in zip(before, after, strict=True) if left < length]
+    for side, padding, shifted in (("left", 0, position >= 0), ("right", 1, position < 0)):
+        offsets = [row[padding] for row in rows]
+        if not any(offsets):
+            continue
+        told = str(offsets[0]) if len(set(offsets)) == 1 else str(offsets)
+        padded = f"{asked}: this invoke is {side}-padded by {told}"
+        if shifted and side == "left":
+            return (
+                f"{padded}, so column {position} is not its token {position}. Add the padding to the "
+                f"position, or count from the end with a negative one"
+            )
+        if shifted:
+            return (
+                f"{padded}, so column {position} is not its token {position} from the end. Subtract the "
+                f"padding from the position, or count from the start"
+            )
+        if any(not left <= position % length < length - right for left, right in rows):
+            return f"{padded}, and where a prompt is that much shorter this is padding"
+    return None
+
+
+# -- padding stays padding ---------------------------------------------------------------------------------
+
+
+def masked(value: Tensor, mask: Tensor | None, fill: float = 0.0) -> Tensor:
+    """``value`` [B,L,...] with ``fill`` on padding, whatever stood there, NaN too; mask [B,L]."""
+    if mask is None:
+        return value
+    return value.masked_fill(~mask.reshape(*mask.shape, *[1] * (value.dim() - 2)), fill)
+
+
+def offered(offer: Any, name: str, value: Tensor, mask: Tensor | None) -> Tensor:
+    """``value`` [B,L,...] offered at site ``name``; padding is zero again after an edit of it."""
+    looked_at = mask is not None and offer.wants(name)
+    served = offer(name, value)
+    return masked(served, mask) if looked_at else served
+
+
+def kept_at_padding(served: Tensor, state: Tensor, mask: Tensor | None, position: int) -> Tensor:
+    """The state [B,E,N] that goes on from ``position``: on padding ``state``, which no edit changes.
+
+    Args:
+        served: what an edit made of it.
+        state: what the scan reached.
+        mask: [B,L], or ``None``.
+    """
+    return served if mask is None else torch.where(mask[:, position, None, None], served, state)
+
+
+@contextlib.contextmanager
+def padding_stays_zero(conv1d: nn.Module, mask: Tensor | None, kernel: int) -> Iterator[None]:
+    """Let the convolution ``conv1d`` see zeros on padding, after edits of its input.
+
+    Args:
+        conv1d: the module, or an adapter around it.
+        mask: [B,L], or ``None``.
+        kernel: how many columns of a cache come before the call's, 0 for none: [B,E,K+L] goes in.
+    """
+    if mask is None:
+        yield
+        return
+    real = mask if not kernel else moved_next_to_the_past(mask.new_ones(len(mask), kernel), mask, mask)
+    convolutions = [module for module in conv1d.modules() if isinstance(module, nn.Conv1d)]
+
+    def guarded(own: Any) -> Any:
+        def run(columns: Tensor, *rest: Any) -> Tensor:
+            if columns.shape[-1] == real.shape[-1]:
+                columns = columns.masked_fill(~real[:, None], 0)
+            return own(columns, *rest)
+
+        return run
+
+    # nnsight serves the input inside the call of the module, so this is the first place behind an edit of it.
+    for module in convolutions:
+        module.__dict__["_conv_forward"] = guarded(module._conv_forward)
+    try:
+        yield
+    finally:
+        for module in convolutions:
+            del module.__dict__["_conv_forward"]
+
+
+# -- the columns of the convolution ------------------------------------------------------------------------
+
+
+def next_to_the_past(
+    x_in: Tensor, mask: Tensor | None, before: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """x_in [B,L,E] and the columns before it [B,E,K], with those right before the first token of each row.
+
+    Padding that stands between them changes places with them; tokens stay where they are.
+    """
+    if before is None or mask is None or (mask.device.type == "cpu" and _all_begin(mask)):
+        return x_in, before
+    kernel = before.shape[-1]
+    columns = moved_next_to_the_past(before.transpose(1, 2).to(x_in.dtype), x_in, mask)
+    return columns[:, kernel:].contiguous(), columns[:, :kernel].transpose(1, 2).contiguous()
+
+
+def _all_begin(mask: Tensor) -> bool:
+    # Whether no row begins with padding. A fake mask has no numbers, and its shapes are the same either way.
+    return isinstance(mask, FakeTensor) or bool(mask[:, 0].all())
+
+
+def moved_next_to_the_past(before: Tensor, after: Tensor, mask: Tensor) -> Tensor:
+    """``before`` [B,K,...] and ``after`` [B,L,...] as [B,K+L,...], the left padding of each row first."""
+    kernel, length = before.shape[1], after.shape[1]
+    padding = left_padding(mask)[:, None]  # [B,1]
+    at = torch.arange(kernel + length, device=mask.device)
+    index = torch.where(at < padding, at + kernel, torch.where(at < padding + kernel, at - padding, at))
+    return torch.cat((before, after), dim=1)[torch.arange(len(mask), device=mask.device)[:, None], index]
+
+
+def left_padding(mask: Tensor) -> Tensor:
+    """How many columns of padding each row of a mask [B,L] begins with [B]; 0 where it has no token."""
+    padding = (mask.cumsum(-1) == 0).sum(-1)
+    return padding.masked_fill(padding == mask.shape[1], 0)
 
 
 def last_real(x_in: Tensor, mask: Tensor | None, kernel: int, before: Tensor | None) -> Tensor:
@@ -127,8 +319,11 @@ def last_real(x_in: Tensor, mask: Tensor | None, kernel: int, before: Tensor | N
     if mask is None:
         return torch.cat((history, x_in[:, -kernel:]), dim=1)[:, -kernel:]
     steps = torch.arange(1, length + 1, device=x_in.device)
-    end = ((mask != 0) * steps).amax(-1)  # [B]: one past the last real token
-    index = end[:, None] - kernel + torch.arange(kernel, device=x_in.device)  # [B,K]; negative reaches back
+    end = (mask * steps).amax(-1)  # [B]: one past the last real token
+    start = left_padding(mask)[:, None]  # [B,1]: the first one
+    index = end[:, None] - kernel + torch.arange(kernel, device=x_in.device)  # [B,K]
     rows = index[..., None].expand(-1, -1, width)
     recent = x_in.gather(1, rows.clamp(min=0, max=length - 1))
-    return torch.where(rows < 0, history.gather(1, (rows + kernel).clamp(min=0, max=kernel - 1)), recent)
+    # What is before the first token is in the history, with no padding between.
+    past = (index - start + kernel)[..., None].expand(-1, -1, width).clamp(min=0, max=kernel - 1)
+    return torch.where((index < start)[..., None], history.gather(1, past), recent)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .errors import PromptError
+from .padding import mask_of
 
 if TYPE_CHECKING:
     from .model import MambaTrace
@@ -53,6 +54,9 @@ def prompt_tokens(model: MambaTrace, role: str, prompt: str | Tensor) -> Tensor:
             )
     elif isinstance(prompt, Tensor) and prompt.dtype != torch.bool and not prompt.is_floating_point():
         tokens = prompt.cpu()
+        mask = mask_of(prompt, model.tokenizer) if prompt.dim() == 2 and len(prompt) == 1 else None
+        if mask is not None:  # positions are those of the prompt
+            tokens = tokens[:, mask[0] != 0]
     else:
         raise PromptError(f"{role} must be one string or a tensor of token ids [1,L], not {describe(prompt)}")
     if tokens.dim() != 2 or tokens.shape[0] != 1:

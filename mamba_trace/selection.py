@@ -11,7 +11,7 @@ import operator
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from accelerate.utils import align_module_device
@@ -21,6 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from .demand import SiteOrderError, expect
 from .demand.frames import users_frame
 from .errors import LayerError, MambaTraceError, PositionError, SiteValueError
+from .past import ends
 from .scan.reference import accumulation_dtype
 
 if TYPE_CHECKING:
@@ -111,49 +112,88 @@ def call_inputs(*envoys: Any) -> tuple[int, Tensor | None] | None:
 
 
 def check_padding(role: str, positions: Positions, mask: Tensor | None) -> None:
-    """Warn, at the user's line, whoever asks for padding where tokens may be meant; mask [B,L].
+    """Warn, at the user's line, of positions that are padding where tokens may be meant; mask [B,L].
 
-    That is who counts columns of a left-padded prompt from 0, or from the end further than a row has tokens.
+    These are columns of a left-padded prompt counted from 0, of a right-padded one counted from the end, and
+    of either those that are further from where it is counted than a row has tokens.
 
     Raises:
-        PositionError: for a negative position before the first token of every row.
+        PositionError: for a position that is padding in every row.
     """
     if mask is None or isinstance(mask, FakeTensor) or mask.is_meta:
         return
-    offsets, length = (mask.cumsum(-1) == 0).sum(-1).tolist(), mask.shape[-1]
-    tokens = [length - offset for offset in offsets if offset < length]
-    if not any(offsets) or not tokens:
-        return
-    told = str(offsets[0]) if len(set(offsets)) == 1 else str(offsets)
-    padded = f"{role}={positions!r}: this invoke is left-padded by {told}"
-    counts_columns, back = _reach(positions, length)
-    if back > max(tokens):
+    length = mask.shape[-1]
+    rows = [
+        (left, right)
+        for left, right in zip(*(side.tolist() for side in ends(mask == 0)), strict=True)
+        if left < length
+    ]
+    message = None
+    for side, offsets in (("left", [left for left, _ in rows]), ("right", [right for _, right in rows])):
+        if any(offsets):
+            tokens = [length - left - right for left, right in rows]
+            told = str(offsets[0]) if len(set(offsets)) == 1 else str(offsets)
+            padded = f"{role}={positions!r}: this invoke is {side}-padded by {told}"
+            message = message or _told(padded, side, _reach(positions, length), tokens)
+    if message is not None:
+        frame = users_frame(sys._getframe())
+        warnings.warn_explicit(message, UserWarning, frame.f_code.co_filename, frame.f_lineno)
+
+
+def _told(padded: str, side: str, reach: Reach, tokens: list[int]) -> str | None:
+    # What to warn of, for one side of padding.
+    ends_here = reach.back if side == "left" else reach.forth
+    if ends_here > max(tokens):
         raise PositionError(f"{padded}, and its longest prompt has {max(tokens)} tokens")
-    if counts_columns:
-        message = (
+    if side == "left" and reach.from_start:
+        return (
             f"{padded}, so column p is not its token p. Add the padding to the position, or count from the "
             f"end with a negative one"
         )
-    elif back > min(tokens):
-        message = (
-            f"{padded}, and where a prompt has fewer than {back} tokens this is padding. The shortest has "
-            f"{min(tokens)}"
+    if side == "right" and reach.from_end:
+        return (
+            f"{padded}, so column -p is not its token p from the end. Subtract the padding from the "
+            f"position, or count from the start"
         )
-    else:
-        return
-    frame = users_frame(sys._getframe())
-    warnings.warn_explicit(message, UserWarning, frame.f_code.co_filename, frame.f_lineno)
+    if ends_here > min(tokens):
+        return (
+            f"{padded}, and where a prompt has fewer than {ends_here} tokens this is padding. The shortest "
+            f"has {min(tokens)}"
+        )
+    return None
 
 
-def _reach(positions: Positions, length: int) -> tuple[bool, int]:
-    # Whether columns are counted from 0, and how many tokens from the end on a prompt must have.
+class Reach(NamedTuple):
+    """How positions are counted.
+
+    Attributes:
+        from_start, from_end: whether any is counted from 0, or from the end.
+        back, forth: how many tokens a prompt must have to have all of them that are counted from the end, and
+            those that are counted from the start.
+    """
+
+    from_start: bool
+    from_end: bool
+    back: int
+    forth: int
+
+
+def _reach(positions: Positions, length: int) -> Reach:
     if not isinstance(positions, slice):
         listed = _listed(positions)
-        return any(one >= 0 for one in listed), -min(listed)
+        if listed and all(isinstance(one, bool) for one in listed):
+            listed = [at for at, chosen in enumerate(listed) if chosen]
+        return Reach(
+            any(one >= 0 for one in listed), any(one < 0 for one in listed), -min(listed), max(listed) + 1
+        )
     bounds = (positions.start or None, positions.stop)
-    counted = any(bound is not None and bound >= 0 for bound in bounds)
+    from_start = any(bound is not None and bound >= 0 for bound in bounds)
+    from_end = any(bound is not None and bound < 0 for bound in bounds)
     # A slice is clipped, as Python's are: that one token of it is there is enough.
-    return counted, 0 if counted else length - max(range(length)[positions])
+    chosen = range(length)[positions]
+    back = 0 if from_start else length - max(chosen)
+    forth = 0 if from_end else min(chosen) + 1
+    return Reach(from_start, from_end, back, forth)
 
 
 # -- channels ----------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .errors import PromptError
 from .losses import next_token_loss
+from .padding import checked_side, mask_of, remember
 
 
 class Tokens:
@@ -24,6 +25,8 @@ class Tokens:
     tokenizer: Any
     #: Whether `to_tokens` puts the beginning-of-sequence token first where it is not told.
     default_prepend_bos = False
+    #: On which side a new model's tokenizer pads where it is not told.
+    default_padding_side = "left"
 
     @property
     def tokenizer_prepends_bos(self) -> bool:
@@ -36,6 +39,13 @@ class Tokens:
     ) -> Tensor:
         """Token ids of one or several strings.
 
+        Where prompts have different lengths the shorter are padded, and the tensor remembers where: every
+        run, loss and mean that is given it leaves the padding out. So do its views, such as ``tokens[:1]``,
+        ``tokens[:, :-1]`` or a row. A copy (``tokens.clone()``, ``torch.cat``, a move to another device) does
+        not remember. Of such tokens, those by which a row has more padding tokens at an end than the row with
+        the fewest are taken for padding, with a warning where the padding token may be text, since ids alone
+        cannot tell: give them an ``attention_mask=``.
+
         Args:
             text: a string, or a list of strings, padded where lengths differ.
             prepend_bos: put the beginning-of-sequence token first, if the tokenizer does not do so already;
@@ -43,7 +53,7 @@ class Tokens:
             padding_side: ``"left"`` or ``"right"``; the tokenizer's where it is not given.
 
         Returns:
-            [B,L], int64, on the CPU.
+            [B,L], int64, on the CPU: a plain tensor.
 
         Raises:
             PromptError: if there is no tokenizer, no text, or no beginning-of-sequence token to prepend.
@@ -63,8 +73,7 @@ class Tokens:
                 f"to_tokens takes a string or a list of strings, not {_kind(text)}; token ids go to a model "
                 f"as they are"
             )
-        if padding_side not in (None, "left", "right"):
-            raise PromptError(f"padding_side must be 'left' or 'right', not {padding_side!r}")
+        side = {} if padding_side is None else {"padding_side": checked_side(padding_side)}
         prepend_bos = self.default_prepend_bos if prepend_bos is None else prepend_bos
         if prepend_bos and not self.tokenizer_prepends_bos:
             if tokenizer.bos_token is None:
@@ -73,8 +82,10 @@ class Tokens:
                     "pass prepend_bos=False"
                 )
             texts = [tokenizer.bos_token + one for one in texts]
-        side = {} if padding_side is None else {"padding_side": padding_side}
-        return tokenizer(list(texts), return_tensors="pt", padding=len(texts) > 1, **side)["input_ids"].long()
+        encoding = tokenizer(
+            list(texts), return_tensors="pt", padding=len(texts) > 1, return_attention_mask=True, **side
+        )
+        return remember(encoding["input_ids"].long(), encoding["attention_mask"])
 
     def to_string(self, tokens: Any) -> str | list[str]:
         """The text of token ids: a string for one row [L] or one id, a list of strings for [B,L].
@@ -226,7 +237,8 @@ class Tokens:
         Args:
             logits: [B,L,V], of a run on ``tokens``.
             tokens: [B,L]. The logits at the last position predict none of them.
-            attention_mask: [B,L], 0 on padding, which then does not count.
+            attention_mask: [B,L], 0 on padding, which then does not count. Tokens that `to_tokens` made know
+                theirs.
             per_token: the loss of each token instead of their mean.
 
         Returns:
@@ -239,7 +251,8 @@ class Tokens:
             with model.trace(tokens):
                 loss = model.loss_fn(model.lm_head.output, tokens).save()
         """
-        return next_token_loss(logits, tokens.to(logits.device), mask=attention_mask, per_token=per_token)
+        mask = mask_of(tokens, self.tokenizer, attention_mask)
+        return next_token_loss(logits, tokens.to(logits.device), mask=mask, per_token=per_token)
 
     def _decode(self, ids: Any) -> str:
         return self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)

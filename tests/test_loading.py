@@ -215,8 +215,15 @@ def test_the_demo_model_answers():
 
 def test_a_tokenizer_is_found_with_the_checkpoint_or_given(plain, tmp_path):
     assert MambaTrace(DEMO).tokenizer.decode([0]) == MambaTrace.demo().tokenizer.decode([0])
-    given = AutoTokenizer.from_pretrained(DEMO)
-    assert MambaTrace(plain, tokenizer=given).tokenizer is given
+    given = AutoTokenizer.from_pretrained(DEMO, padding_side="right")
+    given.pad_token = None
+    ours = MambaTrace(plain, tokenizer=given).tokenizer
+    assert ours.get_vocab() == given.get_vocab()
+    assert (ours.pad_token, ours.padding_side) == (given.eos_token, "left")
+    assert (given.pad_token, given.padding_side) == (
+        None,
+        "right",
+    )  # a copy: nothing is done to the user's own
 
 
 def test_without_a_tokenizer_tokens_work_and_strings_say_why_not(plain, tokens):

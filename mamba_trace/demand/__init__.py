@@ -38,13 +38,15 @@ from .apart import keep_apart
 from .forwards import is_itself, rebind_forward, reinstate_controllers
 from .saving import GuardedTracer
 from .tree import SiteInterleaver, follow, is_current, reconnect, remember
-from .visit import Visit, listened_to
+from .visit import Visit, listened_to, take_note_of_mask
 from .worker import (
     SiteOrderError,
+    ask_every_position,
     assigned,
     current_value,
     expect,
     expect_position,
+    mask_of_call,
     need_a_trace,
     skip_module,
 )
@@ -54,6 +56,7 @@ __all__ = [
     "SiteInterleaver",
     "SiteOrderError",
     "Visit",
+    "ask_every_position",
     "assigned",
     "current_value",
     "expect",
@@ -63,10 +66,12 @@ __all__ = [
     "is_itself",
     "keep_apart",
     "listened_to",
+    "mask_of_call",
     "need_a_trace",
     "rebind_forward",
     "reconnect",
     "reinstate_controllers",
     "remember",
     "skip_module",
+    "take_note_of_mask",
 ]

@@ -13,17 +13,23 @@ from greenlet import getcurrent
 from nnsight.intervention.interleaver import EarlyStopException, Mediator
 from nnsight.intervention.source import STATE as CONTROLLER_STATE
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules.module import _has_any_global_hook as has_global_hooks
 
 from ..errors import PositionError, SiteValueError
 from ..names import public_path
+from ..past import told_of_padding
 from ..sites import STATE
 from .frames import users_frame
 from .invokes import PerInvoke
 
 #: The three locations nnsight counts for every module call.
 LOCATIONS = ("input", "skip", "output")
+
+#: The attention mask of the forward call that runs, kept on the interleaver.
+CALL_MASK = "_mamba_trace_mask"
+
+#: Set on a worker that goes through every position, so that one of padding is no reason to warn.
+EVERY_POSITION = "_mamba_trace_every_position"
 
 #: Where a pass over positions stands, kept on the site's module: (interleaver, next position, length).
 CURSOR = "_mamba_trace_cursor"
@@ -45,6 +51,12 @@ def has_hooks_of_its_own(module: nn.Module) -> bool:
         or module._backward_hooks
         or module._backward_pre_hooks
     )
+
+
+def take_note_of_mask(interleaver: Any, mask: Any) -> None:
+    """Keep the attention mask of a forward call [B,L], for the workers to ask for (`worker.mask_of_call`)."""
+    if interleaver is not None:
+        interleaver.__dict__[CALL_MASK] = mask
 
 
 class Visit:
@@ -207,8 +219,7 @@ class Visit:
             if not -length <= position < length:
                 self._refuse(mediator, position_error(public_path(location), length))
                 return self.next_position(name, start, length, mask)
-            if position >= 0:
-                _warn_if_padded(mediator, location, position, mask)
+            _warn_if_padded(mediator, location, position, mask)
             wanted.append(position % length)
         for location, observers in self.interleaver.observers.items():
             position = position_of(location, prefix)
@@ -340,23 +351,23 @@ def position_error(path: str, length: int) -> PositionError:
 
 
 def _warn_if_padded(mediator: Mediator, location: str, position: int, mask: Tensor | None) -> None:
-    if mask is None or isinstance(mask, FakeTensor) or mask.is_meta:
+    if mask is None or mediator.__dict__.get(EVERY_POSITION):
         return
-    batcher = mediator.interleaver.batcher
-    rows = mask
-    if batcher is not None and batcher.batching and mediator.batch_group is not None:
-        first, size = mediator.batch_group
-        rows = mask[first : first + size]
-    offsets = (rows.cumsum(-1) == 0).sum(-1).tolist()
-    if not any(offsets):
+    told = told_of_padding(public_path(location), position, rows_of(mediator, mask))
+    if told is None:
         return
-    told = str(offsets[0]) if len(set(offsets)) == 1 else str(offsets)
-    message = (
-        f"{public_path(location)}: this invoke is left-padded by {told}, so column {position} is not its "
-        f"token {position}. Add the padding to the position, or count from the end with a negative one"
-    )
+    message = f"{told}. Where it is padding, the state is the one before it, and an edit has no effect"
     if mediator.worker is None:  # it runs in NDIF's sandbox, another process
         warnings.warn(message, UserWarning, stacklevel=2)
         return
     frame = users_frame(mediator.worker.gr_frame)
     warnings.warn_explicit(message, UserWarning, frame.f_code.co_filename, frame.f_lineno)
+
+
+def rows_of(mediator: Mediator, mask: Tensor) -> Tensor:
+    """The rows of a worker's invoke of a mask [B,L] of the whole batch."""
+    batcher = mediator.interleaver.batcher
+    if batcher is None or not batcher.batching or mediator.batch_group is None or len(mask) != batcher.total:
+        return mask
+    first, size = mediator.batch_group
+    return mask[first : first + size]

@@ -8,11 +8,13 @@ from typing import Any
 
 from nnsight.intervention.interleaver import Mediator, OutOfOrderError
 from nnsight.intervention.util import first_input
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from ..errors import MambaTraceError, SiteValueError
 from ..names import public_path
 from .saving import assigned as note_assignment
-from .visit import CURSOR, LOCATIONS, READING
+from .visit import CALL_MASK, CURSOR, EVERY_POSITION, LOCATIONS, READING, rows_of
 
 
 class SiteOrderError(MambaTraceError, OutOfOrderError):
@@ -73,6 +75,24 @@ def expect_position(site: Any, position: int) -> None:
 def assigned(location: str) -> None:
     """Note that the running worker has assigned a value to a location that it may hold an earlier one of."""
     note_assignment(Mediator.current(location))
+
+
+def mask_of_call(length: int) -> Tensor | None:
+    """The attention mask [B,L] of the running forward call, of the rows of the running worker's invoke.
+
+    Args:
+        length: L of the call; a mask may cover tokens in a cache too, before these.
+    """
+    mediator = Mediator.current("attention_mask")
+    mask = getattr(mediator.interleaver, "__dict__", {}).get(CALL_MASK)
+    if not isinstance(mask, Tensor) or mask.dim() != 2 or isinstance(mask, FakeTensor) or mask.is_meta:
+        return None
+    return rows_of(mediator, mask)[:, -length:] != 0
+
+
+def ask_every_position(asking: bool) -> None:
+    """Say whether the running worker goes through every position of ``h`` and means none in particular."""
+    Mediator.current("h").__dict__[EVERY_POSITION] = asking
 
 
 def current_value(location: str) -> Any:

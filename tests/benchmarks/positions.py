@@ -1,4 +1,4 @@
-"""A loop over thousands of positions that reads and edits a site, beside the same loop in nnsight on Hugging Face.
+"""A loop over positions that reads and edits a site, beside the same loop in nnsight on Hugging Face.
 
 People write ``site.output[:, p]`` in a loop over p. Each turn asks the run for the place again, so what a
 further read costs counts, and it must not grow with the number of reads. *read* keeps each position's vector,
