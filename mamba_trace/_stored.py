@@ -89,8 +89,8 @@ def tensor_from_json(content: Any) -> Tensor:
         raise ValueError(f"{content['dtype']} is no dtype")
     shape = content["shape"]
     if not (dtype.is_floating_point or dtype.is_complex):
-        return torch.tensor(content["values"], dtype=dtype).reshape(shape)
-    numbers = torch.tensor(numbers_for_strings(content["values"]), dtype=torch.float64)
+        return torch.tensor(content["values"], dtype=dtype, device="cpu").reshape(shape)
+    numbers = torch.tensor(numbers_for_strings(content["values"]), dtype=torch.float64, device="cpu")
     if not dtype.is_complex:
         return numbers.to(dtype).reshape(shape)
     parts = numbers.to(dtype.to_real()).reshape([*shape, 2])

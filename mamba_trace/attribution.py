@@ -87,7 +87,7 @@ class Slopes:
     ) -> None:
         self.model, self.question, self.source, self.prompt = model, question, source, prompt
         self.sum = torch.zeros(
-            len(question.metrics), len(question.windows), question.length, dtype=torch.float64
+            (len(question.metrics), len(question.windows), question.length), dtype=torch.float64, device="cpu"
         )
         self.changed = bool(changes(model))
         #: Where a difference of the runs can be: with what a user has added, it may be at any position.

@@ -111,9 +111,11 @@ class Discretisation:
     def recurrence(self, kernels: str) -> Recurrence:
         """What the scan has to run: the matrices, if somebody edited them."""
         selective = Selective(self.x, self.C, self.delta, self.A, self.B, kernels=kernels)
-        handed_out = not (self.A_bar is None and self.B_bar is None and self.write is None)
-        differentiated = handed_out and torch.is_grad_enabled() and self.delta.requires_grad
-        if not self.edited and not differentiated:
+        handed_out = [m for m in (self.A_bar, self.B_bar, self.write) if m is not None]
+        # Whatever takes a gradient, its way leads through what was handed out, detached or not.
+        inputs = (self.x, self.delta, self.A, self.B, *handed_out)
+        differentiated = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
+        if not self.edited and not (handed_out and differentiated):
             return selective
         A_bar = self.make_A_bar() if self.A_bar is None else self.A_bar
         if self.write is not None:  # it is all that reaches the state: B_bar x, whatever the two were

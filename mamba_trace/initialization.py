@@ -117,7 +117,7 @@ def _dt_bias(empty: Tensor, config: MambaConfig, generator: torch.Generator) -> 
 
 def _a_log(empty: Tensor, config: MambaConfig, generator: torch.Generator) -> Tensor:
     N = empty.shape[1]
-    return torch.arange(1, N + 1, dtype=torch.float32).log().expand_as(empty)  # [E,N]
+    return torch.arange(1, N + 1, dtype=torch.float32, device=empty.device).log().expand_as(empty)  # [E,N]
 
 
 def _ones(empty: Tensor, config: MambaConfig, generator: torch.Generator) -> Tensor:

@@ -268,7 +268,7 @@ class FrozenNorm:
         model._follow()
         norm: Any = model.norm_f._module
         self.weight, self.epsilon = norm_weight(norm, model.config.hidden_size), epsilon_of(norm)  # [D]
-        self.scale = torch.ones(())
+        self.scale = torch.ones((), dtype=torch.float32, device="cpu")
 
     def weigh(self, written: Tensor) -> Tensor:
         """A term of the stream [1,L,D] times the weight, in float32 or better."""
@@ -322,7 +322,9 @@ class Cells:
             "top_ids": ids,
             "top_logits": torch.stack(self.top_logits),
             "top_tokens": strings_of(model, ids.flatten()),
-            "token": None if self.chosen is None else strings_of(model, torch.tensor([self.chosen]))[0],
+            "token": None
+            if self.chosen is None
+            else token_strings(model, ids.new_tensor([[self.chosen]]))[0],
             "tokens": token_strings(model, tokens),
             "row_labels": rows,
         }

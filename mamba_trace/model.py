@@ -492,7 +492,7 @@ class MambaTrace(HookedRuns, LensViews, Tokens, Remote, TransformersModel):
             placement.check_weights(self._module)
         extra = getattr(self.interleaver.batcher, "extra_kwargs", {})
         batch = padding.Batch(self.tokenizer, invokes, extra, fn)
-        with batch.padded():
+        with batch.padded(), torch.device("cpu"):  # whatever the default device, the prompts start there
             args, kwargs = super()._batch(batch.invokes, fn)
         kwargs = batch.masked(kwargs)
         check_tokens(self, invokes, kwargs)

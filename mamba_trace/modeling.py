@@ -203,7 +203,7 @@ class HookableMixer:
             return h
         if h is None:
             h = x.new_zeros(x.shape[0], x.shape[2], self.ssm_state_size, dtype=accumulation_dtype(x))
-        if x.requires_grad:
+        if x.requires_grad or (torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())):
             h.requires_grad_()  # so that its gradient can be asked for
         return offer("h_start", h)
 

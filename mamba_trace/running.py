@@ -198,7 +198,7 @@ class HookedRuns:
         if isinstance(tokens, str):
             tokens = self.to_single_token(tokens)
         try:
-            ids = torch.as_tensor(tokens)
+            ids = torch.as_tensor(tokens, device="cpu")
         except (TypeError, ValueError, RuntimeError):
             raise PromptError(
                 f"tokens are ids of any shape, or a string that is one token, not {tokens!r}; of several "

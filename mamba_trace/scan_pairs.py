@@ -92,7 +92,8 @@ class ScanPairs:
     @torch.no_grad()
     def each(self) -> Tensor:
         """alpha[i,j] x_j of every channel: [rows, columns, E], on the CPU."""
-        values = torch.zeros(len(self.rows), len(self.columns), len(self.A), dtype=self.delta.dtype)
+        shape = len(self.rows), len(self.columns), len(self.A)
+        values = torch.zeros(shape, dtype=self.delta.dtype, device="cpu")
         for channels, part in self.by_channels():
             values[(*self.diagonal, channels)] = part.own().cpu()
             for rows, columns, pairs in part.products():
@@ -152,7 +153,8 @@ class ScanPairs:
         """Where these are in the result."""
         rows = [bisect_left(self.rows, position) for position in self.both]
         columns = [bisect_left(self.columns, position) for position in self.both]
-        return torch.tensor(rows, dtype=torch.long), torch.tensor(columns, dtype=torch.long)
+        rows, columns = torch.tensor([rows, columns], dtype=torch.long, device="cpu")
+        return rows, columns
 
     def blocks(self) -> Iterator[Block]:
         """Blocks in which is every pair of a row and an earlier column, once."""

@@ -267,7 +267,7 @@ def check_channels(model: MambaTrace, channels: Channels) -> None:
 def channel_mask(model: MambaTrace, layer: int, channels: Channels) -> Tensor:
     """Channels of a layer, which `check_channels` let pass, as a boolean mask [E]."""
     if not isinstance(channels, str):
-        return torch.tensor(_channel_flags(model, channels))
+        return torch.tensor(_channel_flags(model, channels), device="cpu")
     index = decay_groups(model, layer)[channels]
     mask = torch.zeros(model.config.intermediate_size, dtype=torch.bool, device=index.device)
     return mask.index_fill(0, index, True)

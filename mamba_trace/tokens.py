@@ -82,9 +82,10 @@ class Tokens:
                     "pass prepend_bos=False"
                 )
             texts = [tokenizer.bos_token + one for one in texts]
-        encoding = tokenizer(
-            list(texts), return_tensors="pt", padding=len(texts) > 1, return_attention_mask=True, **side
-        )
+        with torch.device("cpu"):  # whatever the default device
+            encoding = tokenizer(
+                list(texts), return_tensors="pt", padding=len(texts) > 1, return_attention_mask=True, **side
+            )
         return remember(encoding["input_ids"].long(), encoding["attention_mask"])
 
     def to_string(self, tokens: Any) -> str | list[str]:
@@ -266,7 +267,7 @@ class Tokens:
 def _ids(tokens: Any, asked: str) -> Tensor:
     """Token ids in any form as an integer tensor on the CPU. Raises `PromptError`."""
     try:
-        ids = torch.as_tensor(tokens)
+        ids = torch.as_tensor(tokens, device="cpu")
     except (TypeError, ValueError, RuntimeError) as error:
         raise PromptError(f"{asked} takes token ids, not {_kind(tokens)}: {error}") from error
     if ids.is_floating_point() and ids.numel():

@@ -23,7 +23,7 @@ from test_kernels import parameter_gradients, weighted
 from torch import Tensor, nn
 
 from mamba_trace import MambaTrace
-from mamba_trace.errors import LayerError
+from mamba_trace.errors import BackendError, LayerError
 from mamba_trace.report import LayerRun
 from mamba_trace.scan import dispatch
 from mamba_trace.scan.record import Call
@@ -421,3 +421,68 @@ def test_every_site_of_a_mixer_has_a_row() -> None:
     """A new site comes with what it costs."""
     rows = {site.split("[")[0] for sites, _ in ROWS for site in sites}
     assert {site.name for site in SITES if site.scope == "mixer"} <= rows
+
+
+# -- transforms of functions --------------------------------------------------------------------------------
+
+TRANSFORMS: dict[str, Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]] = {
+    "grad": lambda f, e: torch.func.grad(lambda x: f(x).square().sum())(e),
+    "jvp": lambda f, e: torch.func.jvp(f, (e,), (e.cos(),))[1],
+    "vmap": lambda f, e: torch.func.vmap(lambda x: f(x[None])[0])(e),
+    "gradients per sample": lambda f, e: torch.func.vmap(torch.func.grad(lambda x: f(x[None]).sin().sum()))(
+        e
+    ),
+    "hessian": lambda f, e: torch.func.hessian(lambda v: f(e[:1, :3] + v).sin().sum())(e[0, 0]),
+    "forward mode": lambda f, e: forward_mode(f, e),
+}
+
+
+def forward_mode(f: Callable[[Tensor], Tensor], e: Tensor) -> Tensor:
+    with torch.autograd.forward_ad.dual_level():
+        return torch.autograd.forward_ad.unpack_dual(
+            f(torch.autograd.forward_ad.make_dual(e, e.cos()))
+        ).tangent
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+@pytest.mark.parametrize("kernels", ["auto", "reference"])
+def test_transforms_of_functions_are_those_of_hugging_face_s_module(
+    tiny_hf: ModuleFactory, kernels: str, name: str
+) -> None:
+    plain, model = tiny_hf(num_hidden_layers=2), MambaTrace(tiny_hf(num_hidden_layers=2), kernels=kernels)
+    embeddings = torch.randn(2, 5, SIZES["hidden_size"], generator=torch.Generator().manual_seed(0))
+    expected, actual = (
+        TRANSFORMS[name](lambda e, m=module: m(inputs_embeds=e, use_cache=False).logits, embeddings)
+        for module in (plain, model._module)
+    )
+    agree(actual, expected)
+    with torch.no_grad():  # and afterwards the kernels run again
+        model._module(inputs_embeds=embeddings)
+    assert {call.backend for call in model.last_run[0].calls} <= {"reference", "PyTorch", "cpu"}
+    assert ("cpu" in {call.backend for call in model.last_run[0].calls}) == (kernels == "auto")
+
+
+def test_the_parameters_of_a_wrapped_module_can_be_transformed(
+    tiny_hf: ModuleFactory, tokens: Tensor
+) -> None:
+    grads = []
+    for module in (tiny_hf(), MambaTrace(tiny_hf())._module):
+        weights = {name: weight.detach() for name, weight in module.named_parameters()}
+
+        def score(weights: dict[str, Tensor], row: Tensor, module: nn.Module = module) -> Tensor:
+            given = {"input_ids": row[None], "use_cache": False}
+            return torch.func.functional_call(module, weights, (), given).logits.sin().sum()
+
+        grads.append(torch.func.vmap(torch.func.grad(score), (None, 0))(weights, tokens))
+    for name, expected in grads[0].items():
+        agree(grads[1][name], expected)
+
+
+@pytest.mark.parametrize("kernels", ["cpu", "triton", "cuda"])
+def test_a_kernel_that_is_forced_says_why_it_cannot_be_transformed(
+    models: dict[str, MambaTrace], kernels: str
+) -> None:
+    module, embeddings = models[kernels]._module, torch.rand(1, 3, SIZES["hidden_size"])
+    message = f"kernels='{kernels}' cannot run under torch.func .*: use kernels='auto' or kernels='reference'"
+    with pytest.raises(BackendError, match=message):
+        torch.func.grad(lambda e: module(inputs_embeds=e, use_cache=False).logits.sum())(embeddings)

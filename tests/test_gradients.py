@@ -7,12 +7,16 @@ to independent references.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
+import nnsight
 import pytest
 import torch
-from conftest import ModuleFactory
+from conftest import ModuleFactory, make_hf
+from reference import forward
 from torch import Tensor, nn
 
 from mamba_trace import MambaTrace, names
@@ -269,3 +273,243 @@ def test_the_gradient_of_a_matrix_that_was_read_beside_the_whole_trajectory(tiny
             with loss.backward():
                 grads.append(matrix.grad.clone().save())
     torch.testing.assert_close(grads[1], grads[0], rtol=1e-9, atol=1e-9)
+
+
+CONSTANTS = {
+    "A_bar": ("delta",),
+    "B_bar": ("delta", "B"),
+    "write": ("delta", "B"),
+    "h_start": ("ssm_input",),
+}
+
+
+@pytest.mark.parametrize("name", CONSTANTS)
+def test_the_gradient_of_a_place_behind_constants(model: MambaTrace, name: str) -> None:
+    """A_log still reaches A_bar where delta is a constant, and the score depends on what was read anyhow."""
+    tokens = draw_tokens()
+
+    def run(t: float, keep: list[Tensor]) -> Tensor:
+        ssm = model.layers[1].ssm
+        with model.trace(tokens):
+            for number, constant in enumerate(sorted(CONSTANTS[name], reverse=True)):
+                place = ssm.get(constant)
+                place.output = 0.3 * noise(place.output.shape, seed=number).abs()
+            value = ssm.get(name).output
+            if name in ("B_bar", "write") and not value.requires_grad:
+                ssm.get(name).output = value.requires_grad_()
+            keep.append(nnsight.save(value))
+            if t:
+                ssm.get(name).output = value + t * noise(value.shape, seed=11)
+            result = score_of(model.lm_head.output).save()
+        return result
+
+    kept: list[Tensor] = []
+    (gradient,) = torch.autograd.grad(run(0.0, kept), kept)
+    with torch.no_grad():
+        expected = central_difference(lambda t: float(run(t, [])))
+    assert abs(expected) > 1e-6
+    assert_close((gradient * noise(gradient.shape, seed=11)).sum(), expected, 100.0)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_detached_matrices_let_no_gradient_through(tiny_hf: ModuleFactory, frozen: bool) -> None:
+    """Also where nothing else takes one: the matrices are all that lead from the state to A_log."""
+    model = MambaTrace(tiny_hf(dtype=torch.float64))
+    mixer = model._module.backbone.layers[0].mixer
+    for parameter in model._module.parameters():
+        parameter.requires_grad_(not frozen)
+    mixer.A_log.requires_grad_()
+    mixer.dt_proj.bias.requires_grad_()
+    with model.trace(draw_tokens()):
+        for name in ("A_bar", "B_bar"):
+            place = model.layers[0].ssm.get(name)
+            place.output = place.output.detach()
+        y = model.layers[0].ssm.y.output.sum().save()
+    if frozen:
+        assert not y.requires_grad
+    else:
+        found = torch.autograd.grad(y, [mixer.A_log, mixer.dt_proj.bias], allow_unused=True)
+        assert found == (None, None)
+
+
+# -- random programs ---------------------------------------------------------------------------------------
+
+#: What a program does at a place; each also keeps the tensors whose gradients are compared.
+ACTIONS = {
+    "read": 4,
+    "scaled": 2,
+    "in place": 3,
+    "partly in place": 2,
+    "counted, then in place": 1,
+    "constant": 2,
+    "detached": 1,
+    "leaf": 1,
+    "joined with an earlier value": 1,
+}
+#: Gradients of these may be asked for although nothing before them takes one.
+BEGINNINGS = ("hook_h_start",)
+
+
+@dataclass
+class Program:
+    """Actions at places in execution order, which a trace and an interpreter can run.
+
+    Attributes:
+        steps: of each place, what is done there and the seed of the numbers that it takes.
+        shapes: of the value at each place.
+        kept: the tensors of the run whose gradients are compared, by place and kind.
+        terms: what was added to the score, beside the logits.
+    """
+
+    steps: list[tuple[str, str, int]]
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    kept: dict[str, Tensor] = field(default_factory=dict)
+    terms: list[Tensor] = field(default_factory=list)
+
+    def begin(self) -> None:
+        """Forget the last run."""
+        self.kept, self.terms = {}, []
+
+    def act(self, hook: str, action: str, seed: int, envoy: Any) -> None:
+        """Do one step where ``envoy.output`` is the value, which may be edited in place or replaced."""
+        if action == "constant":
+            envoy.output = 0.5 * noise(self.shapes[hook], seed)
+            return
+        value = self.kept[hook] = envoy.output
+        noisy = 0.1 * noise(value.shape, seed)
+        if action == "in place" or action.startswith("counted"):
+            if action.startswith("counted"):
+                self.terms.append((value * noisy).sum())
+            value *= 0.7
+            value += noisy
+        elif action == "partly in place":
+            value[..., 1:, :1] = noisy[..., 1:, :1]
+        elif action == "detached":
+            envoy.output = value.detach()
+        elif action != "read":
+            envoy.output = self.kept[f"{hook}, {action}"] = self.replacement(hook, action, seed, value)
+
+    def replacement(self, hook: str, action: str, seed: int, value: Tensor) -> Tensor:
+        """What is assigned where ``value`` was read, for the actions that keep it."""
+        if action == "scaled":
+            return 0.7 * value + 0.1 * noise(value.shape, seed)
+        if action == "leaf":
+            return noise(value.shape, seed).requires_grad_()
+        others = [other for name, other in self.kept.items() if name != hook]
+        return value + 0.1 * others[seed % len(others)].sin().mean() if others else 1.1 * value
+
+    def score(self, logits: Tensor) -> Tensor:
+        """What is differentiated."""
+        return score_of(logits) + sum(self.terms)
+
+
+class Cell:
+    """A value as the interpreter hands it out: an ``output`` to read, edit in place or replace."""
+
+    def __init__(self, output: Tensor) -> None:
+        self.output = output
+
+
+def interpreted(program: Program, weights: dict[str, Tensor], config: Any, tokens: Tensor) -> Tensor:
+    """Run a program on `reference.forward`: plain float64 operations. Returns the score."""
+    program.begin()
+    steps = {hook: (action, seed) for hook, action, seed in program.steps}
+
+    def edit(hook: str, value: Tensor) -> Tensor:
+        program.shapes[hook] = tuple(value.shape)
+        if hook not in steps:
+            return value
+        cell = Cell(value.clone())  # no place shares memory with another
+        if hook.endswith(BEGINNINGS) and not cell.output.requires_grad:
+            cell.output = cell.output.requires_grad_().clone()
+        program.act(hook, *steps[hook], cell)
+        return cell.output
+
+    return program.score(forward(weights, config, tokens, edit))
+
+
+def traced(program: Program, model: MambaTrace) -> None:
+    """Run a program inside a trace."""
+    program.begin()
+    for hook, action, seed in program.steps:
+        program.act(hook, action, seed, model.hook(hook))
+
+
+def gradients_of(program: Program, score: Tensor, parameters: list[Tensor]) -> dict[str, Tensor | None]:
+    """The gradient of every tensor that was kept and takes one, and of every parameter."""
+    asked = {name: tensor for name, tensor in program.kept.items() if tensor.requires_grad}
+    asked |= {f"parameter {index}": parameter for index, parameter in enumerate(parameters)}
+    found = torch.autograd.grad(score, list(asked.values()), allow_unused=True)
+    return dict(zip(asked, found, strict=True))
+
+
+def differences(ours: dict[str, Tensor | None], right: dict[str, Tensor | None]) -> list[str]:
+    """The gradients that differ by more than rounding."""
+    found = []
+    for name, expected in right.items():
+        if name not in ours:
+            found.append(f"{name}: takes no gradient")
+            continue
+        actual, size = ours[name], 0.0 if expected is None else float(expected.abs().max())
+        if actual is None or expected is None:
+            actual, expected = (torch.zeros(1) if one is None else one for one in (actual, expected))
+        error = float((actual - expected).abs().max())
+        if not error <= 1e-9 * max(size, 1e-2):
+            found.append(f"{name}: off by {error:.1e} of {size:.1e}")
+    return found
+
+
+class Programs:
+    """Programs on a float64 model of two tiny layers."""
+
+    def __init__(self) -> None:
+        sizes = {"hidden_size": 4, "state_size": 2, "vocab_size": 11, "time_step_rank": 3}
+        self.module = make_hf(dtype=torch.float64, num_hidden_layers=2, **sizes)
+        self.model, self.config = MambaTrace(self.module), self.module.config
+        self.weights = dict(self.module.named_parameters())
+        self.tokens = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8]])
+        whole = Program([])
+        interpreted(whole, self.weights, self.config, self.tokens)
+        self.hooks = list(whole.shapes)  # in execution order
+        self.shapes = whole.shapes
+
+    def draw(self, seed: int) -> Program:
+        """A program that mostly stays within one layer, whose sites depend on each other most."""
+        draw = random.Random(seed)
+        layer = f"blocks.{draw.randrange(2)}."
+        near = [hook for hook in self.hooks if hook.startswith(layer)]
+        chosen = {draw.choice(near if draw.random() < 0.8 else self.hooks) for _ in range(draw.randint(1, 7))}
+        actions = draw.choices(list(ACTIONS), list(ACTIONS.values()), k=len(chosen))
+        hooks = sorted(chosen, key=self.hooks.index)
+        steps = [(hook, action, draw.randrange(1000)) for hook, action in zip(hooks, actions, strict=True)]
+        return Program(steps, shapes=self.shapes)
+
+    def run(self, program: Program) -> list[str]:
+        """What differs between a trace of the program and the interpreter."""
+        parameters = list(self.weights.values())
+        with self.model.trace(self.tokens):
+            traced(program, self.model)
+            score = program.score(self.model.lm_head.output).save()
+            nnsight.save(program.kept)
+        if not score.requires_grad:
+            return (
+                []
+                if not interpreted(program, self.weights, self.config, self.tokens).requires_grad
+                else ["no gradient"]
+            )
+        value, ours = float(score.detach()), gradients_of(program, score, parameters)
+        score = interpreted(program, self.weights, self.config, self.tokens)
+        assert abs(value - float(score.detach())) <= 1e-9 * max(abs(value), 1.0), "the forward values differ"
+        return differences(ours, gradients_of(program, score, parameters))
+
+
+@pytest.fixture(scope="module")
+def programs() -> Programs:
+    return Programs()
+
+
+@pytest.mark.parametrize("block", range(4))
+def test_gradients_of_random_programs(programs: Programs, block: int) -> None:
+    for seed in range(50 * block, 50 * (block + 1)):
+        program = programs.draw(seed)
+        assert not (wrong := programs.run(program)), (seed, program.steps, wrong)

@@ -318,9 +318,19 @@ class Visit:
 class ContiguousGradient(torch.autograd.Function):
     """Identity, with a gradient whose memory is contiguous."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, value: Tensor) -> Tensor:
+    def forward(value: Tensor) -> Tensor:
         return value.view_as(value)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor) -> Tensor:
+        return tangent.view_as(tangent)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:

@@ -1,9 +1,10 @@
 """What the compiled loops share: how they are compiled, called and vectorised.
 
 A kernel is a C function of one argument, the address of its parameters: int64 numbers that hold sizes, flags
-and the addresses and strides of float32 arrays. Such a function can be run by any pool of threads, PyTorch's
-own among them (see `team`), and needs no interpreter. Its work is cut into pieces; every thread takes the
-next piece until none is left, so a thread that comes late, or never, is made up for by the others.
+and the addresses and strides of float32 arrays, at the places of its `Layout`. Such a function can be run by
+any pool of threads, PyTorch's own among them (see `team`), and needs no interpreter. Its work is cut into
+pieces; every thread takes the next piece until none is left, so a thread that comes late, or never, is made
+up for by the others.
 
 Numba compiles a kernel when its module is first imported and keeps the result on disk. It turns the inner
 loops into vector instructions, exponentials included: they are polynomials, because a call of libm's in a
@@ -14,12 +15,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from llvmlite import ir
 from numba import carray, cfunc, njit, types
 from numba.extending import intrinsic
+
+from .buffers import Layout
 
 LOG2E = np.float32(math.log2(math.e))
 #: Taylor coefficients of 2**f, lowest first; on [-1/2, 1/2] their error is below float32's.
@@ -29,9 +33,7 @@ ARTANH = tuple(np.float32(2 / (2 * k + 1)) for k in range(8))
 FAST = {"contract", "reassoc", "nsz", "arcp"}
 OPTIONS: dict[str, Any] = {"fastmath": FAST, "error_model": "numpy"}  # a division raises nothing
 
-#: The first parameters of every kernel: the next piece to take, and how many pieces there are.
-NEXT, PIECES, FIRST_OWN = 0, 1, 2
-MOST = 64  # parameters
+MOST = 64  # parameters: no kernel reads past the end of its layout
 FLAT = 1 << 62  # no bound on an index
 
 
@@ -42,6 +44,19 @@ def kernel(function: Callable[[Any], None]) -> Any:
         return cfunc(signature, cache=True, **OPTIONS)(function)
     except RuntimeError:  # numba found no such folder
         return cfunc(signature, **OPTIONS)(function)
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A compiled function of one address, and what stands there."""
+
+    compiled: Any
+    layout: Layout
+
+
+def taking(layout: Layout) -> Callable[[Any], Kernel]:
+    """Make a `Kernel` of a compiled function that reads its parameters at the places of ``layout``."""
+    return lambda compiled: Kernel(compiled, layout)
 
 
 @intrinsic
@@ -91,6 +106,12 @@ def next_piece(data):  # type: ignore[no-untyped-def]
 def flat(p, i):  # type: ignore[no-untyped-def]
     """The memory at the address in parameter ``i``, as float32 numbers."""
     return carray(_pointer(p[i]), FLAT, np.float32)
+
+
+@njit(inline="always", **OPTIONS)
+def strided(p, i):  # type: ignore[no-untyped-def]
+    """The memory at the address in parameter ``i``, and the strides of its first two axes."""
+    return flat(p, i), p[i + 1], p[i + 2]
 
 
 @njit(inline="always", **OPTIONS)

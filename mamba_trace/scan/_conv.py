@@ -8,41 +8,53 @@ from __future__ import annotations
 
 import numpy as np
 
-from ._compiled import FIRST_OWN, PIECES, array, flat, kernel, next_piece, parameters, silu
+from ._compiled import array, flat, kernel, next_piece, parameters, silu, strided, taking
+from .buffers import Buffer, Layout
+
+FORWARD = Layout(
+    "past activate",
+    x_in=Buffer("batch length width", dense=1),
+    before=Buffer("batch past width"),
+    weight=Buffer("taps width"),
+    bias=Buffer("width"),
+    out=Buffer("batch length width"),
+)
+AT = FORWARD.at
 
 
+@taking(FORWARD)
 @kernel
 def forward(data):  # type: ignore[no-untyped-def]
     """Convolve pieces of the rows (batch x positions).
 
-    Parameters: B, L, E, K; whether to apply SiLU; then x_in [B,L,E], of any strides but for its last axis;
-    then, contiguous, what came before it [B,K-1,E], weight [K,E] and bias [E]; then the result [B,L,E].
+    ``taps``: K; ``past``: K - 1, how many columns there are ``before`` x_in; ``activate``: whether to apply
+    SiLU. Result: out.
     """
     p = parameters(data)
-    i = FIRST_OWN
-    batch, length, width, taps, activate = p[i], p[i + 1], p[i + 2], p[i + 3], p[i + 4]
-    x_in, x_b, x_t = flat(p, i + 5), p[i + 6], p[i + 7]
-    before = flat(p, i + 8)
-    weight = array(p, i + 11, (taps, width))
-    bias = array(p, i + 12, (width,))
-    out = flat(p, i + 13)
+    batch, length, width = p[AT.batch], p[AT.length], p[AT.width]
+    taps, past, activate, pieces = p[AT.taps], p[AT.past], p[AT.activate], p[AT.pieces]
+    x_in, x_b, x_t = strided(p, AT.x_in)
+    before = flat(p, AT.before)
+    weight = array(p, AT.weight, (taps, width))
+    bias = array(p, AT.bias, (width,))
+    out = flat(p, AT.out)
     row = np.zeros(width, np.float32)
     while True:
         piece = next_piece(data)
-        if piece >= p[PIECES]:
+        if piece >= pieces:
             break
-        for line in range(batch * length * piece // p[PIECES], batch * length * (piece + 1) // p[PIECES]):
+        for line in range(batch * length * piece // pieces, batch * length * (piece + 1) // pieces):
             b, t = line // length, line % length
             for e in range(width):
                 row[e] = bias[e]
             for k in range(taps):
-                source = t - (taps - 1) + k
+                source = t - past + k
                 if source >= 0:
                     at = b * x_b + source * x_t
                     for e in range(width):
                         row[e] += weight[k, e] * x_in[at + e]
                 else:
-                    at = (b * (taps - 1) + taps - 1 + source) * width
+                    at = (b * past + past + source) * width
                     for e in range(width):
                         row[e] += weight[k, e] * before[at + e]
             at = line * width

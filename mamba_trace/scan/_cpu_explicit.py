@@ -43,8 +43,13 @@ def _run_explicit(
     team.run(
         compiled.forward,
         team.pieces(count_blocks(x, compiled.WIDTH), x.shape[1]),
-        *(*A_bar.shape, keep),
-        *(*matrices, as_dense(x), as_dense(C), h, *results),
+        keep=int(keep),
+        A_bar=matrices[0],
+        B_bar=matrices[1],
+        x=as_dense(x),
+        C=as_dense(C),
+        h_start=as_dense(h),
+        **dict(zip(("y", "h_last", "states"), results, strict=True)),
     )
     return results
 
@@ -70,9 +75,21 @@ def _run_explicit_backward(
     team.run(
         _explicit_backward.backward,
         count,
-        *(*A_bar.shape, gstates.shape[1] > 0),
-        *(A_bar, B_bar, x, C, h, states, gy, gh_last, gstates),
-        *(gA_bar, gB_bar, gx, gh, gC),
+        keep=int(gstates.shape[1] > 0),
+        A_bar=A_bar,
+        B_bar=B_bar,
+        x=x,
+        C=C,
+        h_start=h,
+        states=states,
+        gy=gy,
+        gh_last=gh_last,
+        gstates=gstates,
+        gA_bar=gA_bar,
+        gB_bar=gB_bar,
+        gx=gx,
+        gh_start=gh,
+        gC=gC,
     )
     return [gA_bar, gB_bar, gx, gC.sum(0), gh]
 

@@ -17,11 +17,27 @@ from torch import Tensor
 
 from . import _cuda_installed as installed
 from . import reference
+from .buffers import Buffer, check
 
 #: x and B of a virtual position that writes a state are this times what they stand for, delta is its square's
 #: inverse. Then exp(delta A) is 1 and no gradient of A can be seen for any |A| N below 2^24, and no state
 #: from 1e-30 to 1e30 overflows or underflows on the way. A power of two: the state is written exactly.
 LIFT = 2.0**25
+
+#: What the convolution takes.
+CONVOLVED = {
+    "x": Buffer("batch width length", dtype=None),
+    "weight": Buffer("width taps", dtype=None),
+    "bias": Buffer("width", dtype=None),
+}
+
+
+@functools.cache
+def scanned(dtype: torch.dtype) -> dict[str, Buffer]:
+    """What the scan takes where the dtype of its activations is ``dtype``."""
+    buffers = {name: Buffer("batch width length", dtype=dtype) for name in ("u", "delta", "z")}
+    buffers |= {name: Buffer("batch n_state length", dtype=dtype) for name in ("B", "C")}
+    return buffers | {"A": Buffer("width n_state", dense=0), "D": Buffer("width")}
 
 
 def scan(
@@ -95,10 +111,13 @@ def convolve(
         virtual = weight.shape[1] - 1
         x = torch.cat((before[..., 1:].to(x.dtype), x), dim=-1)  # [B,E,K-1+L]
     if bias is not None:
-        bias = bias.to(weight.dtype)
+        bias = bias.to(weight.dtype).contiguous()
     kernel = installed.conv_kernel()
     assert not isinstance(kernel, str), kernel
-    out = kernel(_packed(x), weight.contiguous(), bias, activation="silu" if activate else None)
+    x, weight = _packed(x), weight.contiguous()
+    sizes = dict(zip(("batch", "width", "length"), x.shape, strict=True))
+    check({"x": x, "weight": weight, "bias": bias}, CONVOLVED, taps=weight.shape[1], **sizes)
+    out = kernel(x, weight, bias, activation="silu" if activate else None)
     assert isinstance(out, Tensor)
     _pack_gradient(out)
     return out[..., virtual:].clone() if virtual else out
@@ -129,8 +148,11 @@ def _call(
     assert not isinstance(kernel, str), kernel
     packed = (tensor if tensor is None else _packed(tensor) for tensor in (u, delta, B, C, z))
     u, delta, B, C, z = packed  # type: ignore[assignment]
-    D = None if D is None else D.float().contiguous()
-    out, h_last = kernel(u, delta, A.float(), B, C, D, z, None, softplus, True)
+    A, D = A.float(), None if D is None else D.float().contiguous()
+    arrays = {"u": u, "delta": delta, "A": A, "B": B, "C": C, "D": D, "z": z}
+    batch, width, length = u.shape
+    check(arrays, scanned(u.dtype), batch=batch, width=width, length=length, n_state=d_state)
+    out, h_last = kernel(u, delta, A, B, C, D, z, None, softplus, True)
     _pack_gradient(out)
     if attached:
         out, h_last = out[..., :-d_state], out[..., -d_state:]

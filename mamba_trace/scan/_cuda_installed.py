@@ -106,7 +106,7 @@ def conv_failure(device: torch.device) -> str | None:
 
 def _waves(*shape: int, device: torch.device) -> Tensor:
     # Some numbers, without disturbing a generator.
-    return torch.arange(1.0, math.prod(shape) + 1, device=device).sin().reshape(shape)
+    return torch.arange(1, math.prod(shape) + 1, dtype=torch.float32, device=device).sin().reshape(shape)
 
 
 @torch.no_grad()

@@ -8,37 +8,50 @@ from __future__ import annotations
 
 import numpy as np
 
-from ._compiled import FIRST_OWN, PIECES, array, flat, kernel, next_piece, parameters
+from ._compiled import array, kernel, next_piece, parameters, strided, taking
+from .buffers import Buffer, Layout
 
 WIDTH = 16  # channels in a block
 
+FORWARD = Layout(
+    "keep",
+    A_bar=Buffer("batch length width n_state", dense=2),
+    B_bar=Buffer("batch length width n_state", dense=2),
+    x=Buffer("batch length width"),
+    C=Buffer("batch length n_state"),
+    h_start=Buffer("batch width n_state"),
+    y=Buffer("batch length width"),
+    h_last=Buffer("batch width n_state"),
+    states=Buffer("batch length width n_state", when="keep"),
+)
+AT = FORWARD.at
 
+
+@taking(FORWARD)
 @kernel
 def forward(data):  # type: ignore[no-untyped-def]
     """Run pieces of the blocks (batch x channel blocks) over all positions.
 
-    Parameters: B, L, E, N; whether to keep the states; then A_bar and B_bar [B,L,E,N], of any strides but for
-    their last two axes; then, contiguous, x [B,L,E], C [B,L,N] and h_start [B,E,N]; then the results
-    y [B,L,E], h_last [B,E,N] and states [B,L,E,N].
+    ``keep``: whether to keep the states. Results: y, h_last and states.
     """
     p = parameters(data)
-    i = FIRST_OWN
-    batch, length, width, n_state, keep = p[i], p[i + 1], p[i + 2], p[i + 3], p[i + 4]
-    A_bar, A_b, A_t = flat(p, i + 5), p[i + 6], p[i + 7]
-    B_bar, B_b, B_t = flat(p, i + 8), p[i + 9], p[i + 10]
-    x = array(p, i + 11, (batch, length, width))
-    C = array(p, i + 14, (batch, length, n_state))
-    h_start = array(p, i + 17, (batch, width, n_state))
-    y = array(p, i + 20, (batch, length, width))
-    h_last = array(p, i + 23, (batch, width, n_state))
-    states = array(p, i + 26, (batch, length, width, n_state))
+    batch, length, width, n_state = p[AT.batch], p[AT.length], p[AT.width], p[AT.n_state]
+    keep, pieces = p[AT.keep], p[AT.pieces]
+    A_bar, A_b, A_t = strided(p, AT.A_bar)
+    B_bar, B_b, B_t = strided(p, AT.B_bar)
+    x = array(p, AT.x, (batch, length, width))
+    C = array(p, AT.C, (batch, length, n_state))
+    h_start = array(p, AT.h_start, (batch, width, n_state))
+    y = array(p, AT.y, (batch, length, width))
+    h_last = array(p, AT.h_last, (batch, width, n_state))
+    states = array(p, AT.states, (batch, length, width, n_state))
     blocks = (width + WIDTH - 1) // WIDTH
     h = np.zeros((WIDTH, n_state), np.float32)
     while True:
         piece = next_piece(data)
-        if piece >= p[PIECES]:
+        if piece >= pieces:
             break
-        for block in range(batch * blocks * piece // p[PIECES], batch * blocks * (piece + 1) // p[PIECES]):
+        for block in range(batch * blocks * piece // pieces, batch * blocks * (piece + 1) // pieces):
             b, e0 = block // blocks, (block % blocks) * WIDTH
             w = min(WIDTH, width - e0)
             for e in range(w):

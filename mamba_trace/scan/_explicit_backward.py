@@ -4,44 +4,63 @@ from __future__ import annotations
 
 import numpy as np
 
-from ._compiled import FIRST_OWN, PIECES, array, kernel, next_piece, parameters
+from ._compiled import array, kernel, next_piece, parameters, taking
 from ._explicit import WIDTH
+from .buffers import Buffer, Layout
+
+BACKWARD = Layout(
+    "keep",
+    A_bar=Buffer("batch length width n_state"),
+    B_bar=Buffer("batch length width n_state"),
+    x=Buffer("batch length width"),
+    C=Buffer("batch length n_state"),
+    h_start=Buffer("batch width n_state"),
+    states=Buffer("batch length width n_state"),
+    gy=Buffer("batch length width"),
+    gh_last=Buffer("batch width n_state"),
+    gstates=Buffer("batch length width n_state", when="keep"),
+    gA_bar=Buffer("batch length width n_state"),
+    gB_bar=Buffer("batch length width n_state"),
+    gx=Buffer("batch length width"),
+    gh_start=Buffer("batch width n_state"),
+    gC=Buffer("pieces batch length n_state"),
+)
+AT = BACKWARD.at
 
 
+@taking(BACKWARD)
 @kernel
 def backward(data):  # type: ignore[no-untyped-def]
     """Gradients of pieces of the blocks of `_explicit.forward`.
 
-    Parameters: B, L, E, N; whether there are gradients of the states; then, contiguous, A_bar, B_bar
-    [B,L,E,N], x [B,L,E], C [B,L,N], h_start [B,E,N] and the states [B,L,E,N] of the run; the gradients of y
-    [B,L,E], h_last [B,E,N] and the states [B,L,E,N]; then the results gA_bar, gB_bar [B,L,E,N], gx [B,L,E],
-    gh_start [B,E,N] and gC [pieces,B,L,N] (zeros, to be summed over the pieces).
+    ``states`` are those of the run; ``keep``: whether there are gradients of the states. Results:
+    gA_bar, gB_bar, gx and gh_start; gC, zeros that are added to, to be summed over the pieces.
     """
     p = parameters(data)
-    i = FIRST_OWN
-    batch, length, width, n_state, keep = p[i], p[i + 1], p[i + 2], p[i + 3], p[i + 4]
+    batch, length, width, n_state = p[AT.batch], p[AT.length], p[AT.width], p[AT.n_state]
+    keep, pieces = p[AT.keep], p[AT.pieces]
     matrices = (batch, length, width, n_state)
-    A_bar = array(p, i + 5, matrices)
-    B_bar = array(p, i + 8, matrices)
-    x = array(p, i + 11, (batch, length, width))
-    C = array(p, i + 14, (batch, length, n_state))
-    h_start = array(p, i + 17, (batch, width, n_state))
-    states = array(p, i + 20, matrices)
-    gy = array(p, i + 23, (batch, length, width))
-    gh_last = array(p, i + 26, (batch, width, n_state))
-    gstates = array(p, i + 29, matrices)
-    gA_bar = array(p, i + 32, matrices)
-    gB_bar = array(p, i + 35, matrices)
-    gx = array(p, i + 38, (batch, length, width))
-    gh = array(p, i + 41, (batch, width, n_state))
-    gC = array(p, i + 44, (p[PIECES], batch, length, n_state))
+    A_bar = array(p, AT.A_bar, matrices)
+    B_bar = array(p, AT.B_bar, matrices)
+    x = array(p, AT.x, (batch, length, width))
+    C = array(p, AT.C, (batch, length, n_state))
+    h_start = array(p, AT.h_start, (batch, width, n_state))
+    states = array(p, AT.states, matrices)
+    gy = array(p, AT.gy, (batch, length, width))
+    gh_last = array(p, AT.gh_last, (batch, width, n_state))
+    gstates = array(p, AT.gstates, matrices)
+    gA_bar = array(p, AT.gA_bar, matrices)
+    gB_bar = array(p, AT.gB_bar, matrices)
+    gx = array(p, AT.gx, (batch, length, width))
+    gh = array(p, AT.gh_start, (batch, width, n_state))
+    gC = array(p, AT.gC, (pieces, batch, length, n_state))
     blocks = (width + WIDTH - 1) // WIDTH
     g = np.zeros((WIDTH, n_state), np.float32)
     while True:
         piece = next_piece(data)
-        if piece >= p[PIECES]:
+        if piece >= pieces:
             break
-        for block in range(batch * blocks * piece // p[PIECES], batch * blocks * (piece + 1) // p[PIECES]):
+        for block in range(batch * blocks * piece // pieces, batch * blocks * (piece + 1) // pieces):
             b, e0 = block // blocks, (block % blocks) * WIDTH
             w = min(WIDTH, width - e0)
             for e in range(w):

@@ -9,30 +9,46 @@ from __future__ import annotations
 
 import numpy as np
 
-from ._compiled import FIRST_OWN, LOG2E, PIECES, exp2, flat, kernel, next_piece, parameters, silu, softplus
+from ._compiled import LOG2E, exp2, flat, kernel, next_piece, parameters, silu, softplus, strided, taking
+from .buffers import Buffer, Layout
 
 WIDTH = 16  # channels in a block
 
+FORWARD = Layout(
+    "before_softplus gated keep",
+    x=Buffer("batch length width", dense=1),
+    delta=Buffer("batch length width", dense=1),
+    B=Buffer("batch length n_state", dense=1),
+    C=Buffer("batch length n_state", dense=1),
+    skip=Buffer("batch length width", dense=1, when="gated"),
+    A=Buffer("width n_state"),
+    D=Buffer("width", when="gated"),
+    h_start=Buffer("batch width n_state"),
+    y=Buffer("batch length width"),
+    h_last=Buffer("batch width n_state"),
+    states=Buffer("batch length width n_state", when="keep"),
+)
+AT = FORWARD.at
 
+
+@taking(FORWARD)
 @kernel
 def forward(data):  # type: ignore[no-untyped-def]
     """Run pieces of the blocks (batch x channel blocks) over all positions.
 
-    Parameters: B, L, E, N; whether to take softplus of delta, to gate y, and to keep the states; then x,
-    delta [B,L,E], B, C [B,L,N] and skip [B,L,E], of any strides but for their last axis; then, contiguous,
-    A [E,N], D [E] and h_start [B,E,N]; then the results y [B,L,E], h_last [B,E,N] and states [B,L,E,N].
+    ``before_softplus``: whether to take softplus of delta; ``gated``: whether to add D x to y and gate it;
+    ``keep``: whether to keep the states. Results: y, h_last and states.
     """
     p = parameters(data)
-    i = FIRST_OWN
-    batch, length, width, n_state = p[i], p[i + 1], p[i + 2], p[i + 3]
-    before_softplus, gated, keep = p[i + 4], p[i + 5], p[i + 6]
-    x, x_b, x_t = flat(p, i + 7), p[i + 8], p[i + 9]
-    delta, delta_b, delta_t = flat(p, i + 10), p[i + 11], p[i + 12]
-    B, B_b, B_t = flat(p, i + 13), p[i + 14], p[i + 15]
-    C, C_b, C_t = flat(p, i + 16), p[i + 17], p[i + 18]
-    skip, skip_b, skip_t = flat(p, i + 19), p[i + 20], p[i + 21]
-    A, D, h_start = flat(p, i + 22), flat(p, i + 23), flat(p, i + 24)
-    y, h_last, states = flat(p, i + 27), flat(p, i + 30), flat(p, i + 33)
+    batch, length, width, n_state = p[AT.batch], p[AT.length], p[AT.width], p[AT.n_state]
+    before_softplus, gated, keep, pieces = p[AT.before_softplus], p[AT.gated], p[AT.keep], p[AT.pieces]
+    x, x_b, x_t = strided(p, AT.x)
+    delta, delta_b, delta_t = strided(p, AT.delta)
+    B, B_b, B_t = strided(p, AT.B)
+    C, C_b, C_t = strided(p, AT.C)
+    skip, skip_b, skip_t = strided(p, AT.skip)
+    A, D, h_start = flat(p, AT.A), flat(p, AT.D), flat(p, AT.h_start)
+    y, h_last, states = flat(p, AT.y), flat(p, AT.h_last), flat(p, AT.states)
     blocks = (width + WIDTH - 1) // WIDTH
     # Where a block is cut short, nobody reads what its last columns hold.
     a = np.empty((n_state, WIDTH), np.float32)
@@ -43,9 +59,9 @@ def forward(data):  # type: ignore[no-untyped-def]
     out = np.empty(WIDTH, np.float32)
     while True:
         piece = next_piece(data)
-        if piece >= p[PIECES]:
+        if piece >= pieces:
             break
-        for block in range(batch * blocks * piece // p[PIECES], batch * blocks * (piece + 1) // p[PIECES]):
+        for block in range(batch * blocks * piece // pieces, batch * blocks * (piece + 1) // pieces):
             b, e0 = block // blocks, (block % blocks) * WIDTH
             w = min(WIDTH, width - e0)
             start = (b * width + e0) * n_state

@@ -9,10 +9,31 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from ._compiled import FIRST_OWN, LOG2E, OPTIONS, PIECES, array, exp2, kernel, next_piece, parameters
+from ._compiled import LOG2E, OPTIONS, array, exp2, kernel, next_piece, parameters, taking
 from ._selective import WIDTH
+from .buffers import Buffer, Layout
 
 CHUNK = 64  # positions between the states that are kept
+
+BACKWARD = Layout(
+    "keep",
+    A=Buffer("width n_state"),
+    x=Buffer("batch length width"),
+    delta=Buffer("batch length width"),
+    B=Buffer("batch length n_state"),
+    C=Buffer("batch length n_state"),
+    h_start=Buffer("batch width n_state"),
+    gy=Buffer("batch length width"),
+    gh_last=Buffer("batch width n_state"),
+    gstates=Buffer("batch length width n_state", when="keep"),
+    gx=Buffer("batch length width"),
+    gdelta=Buffer("batch length width"),
+    gA=Buffer("batch width n_state"),
+    gh_start=Buffer("batch width n_state"),
+    gB=Buffer("pieces batch length n_state"),
+    gC=Buffer("pieces batch length n_state"),
+)
+AT = BACKWARD.at
 
 
 @njit(**OPTIONS)
@@ -37,33 +58,32 @@ def run_chunk(  # type: ignore[no-untyped-def]
                 states[t - begin + 1, n, e] = decay * states[t - begin, n, e] + dx[e] * bn
 
 
+@taking(BACKWARD)
 @kernel
 def backward(data):  # type: ignore[no-untyped-def]
     """Gradients of pieces of the blocks of `_selective.forward`.
 
-    Parameters: B, L, E, N; whether there are gradients of the states; then, contiguous, A [E,N]; x, delta
-    [B,L,E], B, C [B,L,N] and h_start [B,E,N]; the gradients of y [B,L,E], h_last [B,E,N] and the states
-    [B,L,E,N]; then the results gx, gdelta [B,L,E], gA [B,E,N] (to be summed over B), gh_start [B,E,N], and
-    gB, gC [pieces,B,L,N] (zeros, to be summed over the pieces).
+    ``keep``: whether there are gradients of the states. Results: gx, gdelta and gh_start; gA, to be
+    summed over the batch; gB and gC, zeros that are added to, to be summed over the pieces.
     """
     p = parameters(data)
-    i = FIRST_OWN
-    batch, length, width, n_state, keep = p[i], p[i + 1], p[i + 2], p[i + 3], p[i + 4]
-    A = array(p, i + 5, (width, n_state))
-    x = array(p, i + 6, (batch, length, width))
-    delta = array(p, i + 9, (batch, length, width))
-    B = array(p, i + 12, (batch, length, n_state))
-    C = array(p, i + 15, (batch, length, n_state))
-    h_start = array(p, i + 18, (batch, width, n_state))
-    gy = array(p, i + 21, (batch, length, width))
-    gh_last = array(p, i + 24, (batch, width, n_state))
-    gstates = array(p, i + 27, (batch, length, width, n_state))
-    gx = array(p, i + 30, (batch, length, width))
-    gdelta = array(p, i + 33, (batch, length, width))
-    gA = array(p, i + 36, (batch, width, n_state))
-    gh = array(p, i + 39, (batch, width, n_state))
-    gB = array(p, i + 42, (p[PIECES], batch, length, n_state))
-    gC = array(p, i + 45, (p[PIECES], batch, length, n_state))
+    batch, length, width, n_state = p[AT.batch], p[AT.length], p[AT.width], p[AT.n_state]
+    keep, pieces = p[AT.keep], p[AT.pieces]
+    A = array(p, AT.A, (width, n_state))
+    x = array(p, AT.x, (batch, length, width))
+    delta = array(p, AT.delta, (batch, length, width))
+    B = array(p, AT.B, (batch, length, n_state))
+    C = array(p, AT.C, (batch, length, n_state))
+    h_start = array(p, AT.h_start, (batch, width, n_state))
+    gy = array(p, AT.gy, (batch, length, width))
+    gh_last = array(p, AT.gh_last, (batch, width, n_state))
+    gstates = array(p, AT.gstates, (batch, length, width, n_state))
+    gx = array(p, AT.gx, (batch, length, width))
+    gdelta = array(p, AT.gdelta, (batch, length, width))
+    gA = array(p, AT.gA, (batch, width, n_state))
+    gh = array(p, AT.gh_start, (batch, width, n_state))
+    gB = array(p, AT.gB, (pieces, batch, length, n_state))
+    gC = array(p, AT.gC, (pieces, batch, length, n_state))
     blocks = (width + WIDTH - 1) // WIDTH
     chunks = (length + CHUNK - 1) // CHUNK
     raw = np.zeros((n_state, WIDTH), np.float32)
@@ -80,9 +100,9 @@ def backward(data):  # type: ignore[no-untyped-def]
     through_a = np.zeros(WIDTH, np.float32)
     while True:
         piece = next_piece(data)
-        if piece >= p[PIECES]:
+        if piece >= pieces:
             break
-        for block in range(batch * blocks * piece // p[PIECES], batch * blocks * (piece + 1) // p[PIECES]):
+        for block in range(batch * blocks * piece // pieces, batch * blocks * (piece + 1) // pieces):
             b, e0 = block // blocks, (block % blocks) * WIDTH
             w = min(WIDTH, width - e0)
             for e in range(WIDTH):

@@ -5,6 +5,7 @@ Importing this imports Triton. Nothing here is differentiable; gradients are fun
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import _triton_backward, _triton_kernels
+from .buffers import Buffer, check
 
 #: Positions between the states that the backward pass keeps, a multiple of what is unrolled.
 CHUNK = 64
@@ -26,6 +28,22 @@ TILE = 128
 #: Whether Triton's interpreter runs these, on a CPU too: TRITON_INTERPRET=1 when Triton was imported.
 #: ``tl.sum`` is a kernel of Triton's own, which must be interpreted as well.
 INTERPRETED = triton.knobs.runtime.interpret and not isinstance(tl.sum, triton.runtime.JITFunction)
+
+_ANY = dict.fromkeys(("x", "delta", "skip", "gy"), "batch length width")
+_ANY |= dict.fromkeys(("A", "h_start", "gh_last"), "batch width n_state") | {"D": "width"}
+_ANY |= dict.fromkeys(("B", "C"), "batch length n_state")
+_ANY |= dict.fromkeys(("A_bar", "B_bar", "gstates"), "batch length width n_state")
+_ROUNDED = dict.fromkeys(("y", "gx", "gdelta"), "batch length width")
+_ROUNDED |= dict.fromkeys(("gA_bar", "gB_bar"), "batch length width n_state")
+_EXACT = dict.fromkeys(("h_last", "gA", "gh_start"), "batch width n_state")
+_EXACT |= dict.fromkeys(("states", "after", "before"), "batch length width n_state")
+_EXACT |= dict.fromkeys(("gB", "gC"), "batch length n_state")
+_EXACT |= {"checkpoints": "batch chunks width n_state", "scratch": "programs chunk block_e block_n"}
+#: What the kernels take, by the names of their arguments: inputs of any strides and floating-point dtype,
+#: results in a dtype that they round to, and what they accumulate or read again, in float32.
+BUFFERS = {name: Buffer(axes, dense=0, dtype=None) for name, axes in _ANY.items()}
+BUFFERS |= {name: Buffer(axes, dtype=None) for name, axes in _ROUNDED.items()}
+BUFFERS |= {name: Buffer(axes) for name, axes in _EXACT.items()}
 
 
 def run_selective(
@@ -52,9 +70,8 @@ def run_selective(
     launch(
         _triton_kernels.selective_kernel,
         (batch, length, width, A.shape[-1]),
-        *(x, delta, A, B, C, h_start, D, skip),
-        *(y, h_last, states, checkpoints),
-        strides=(x, delta, A, B, C, h_start, D, skip),
+        {"x": x, "delta": delta, "A": A, "B": B, "C": C, "h_start": h_start, "D": D, "skip": skip},
+        {"y": y, "h_last": h_last, "states": states, "checkpoints": checkpoints},
         CHUNK=CHUNK,
     )
     return y, h_last
@@ -80,9 +97,8 @@ def run_explicit(
     launch(
         _triton_kernels.explicit_kernel,
         (batch, length, width, d_state),
-        *(A_bar, B_bar, x, C, h_start),
-        *(y, h_last, after, before),
-        strides=(A_bar, B_bar, x, C, h_start),
+        {"A_bar": A_bar, "B_bar": B_bar, "x": x, "C": C, "h_start": h_start},
+        {"y": y, "h_last": h_last, "after": after, "before": before},
     )
     return y, h_last
 
@@ -110,13 +126,13 @@ def selective_gradients(
     gA, gh_start = x.new_empty(2, batch, width, d_state, dtype=torch.float32)
     gB, gC = x.new_zeros(2, batch, length, d_state, dtype=torch.float32)
     scratch = x.new_empty(batch * programs, CHUNK, block_e, block_n, dtype=torch.float32)
-    rows = A.expand(batch, -1, -1)
+    grads = {"gy": gy, "gh_last": gh_last, "gstates": gstates}
+    results = {"gx": gx, "gdelta": gdelta, "gA": gA, "gB": gB, "gC": gC, "gh_start": gh_start}
     launch(
         _triton_backward.selective_backward_kernel,
         (batch, length, width, d_state),
-        *(x, delta, rows, B, C, gy, gh_last, gstates, checkpoints, scratch),
-        *(gx, gdelta, gA, gB, gC, gh_start),
-        strides=(x, delta, rows, B, C, gy, gh_last, gstates),
+        {"x": x, "delta": delta, "A": A.expand(batch, -1, -1), "B": B, "C": C, **grads},
+        {"checkpoints": checkpoints, "scratch": scratch, **results},
         unroll=UNROLL_BACKWARD,
         CHUNK=CHUNK,
     )
@@ -144,9 +160,8 @@ def explicit_gradients(
     launch(
         _triton_backward.explicit_backward_kernel,
         (batch, length, width, d_state),
-        *(A_bar, B_bar, x, C, gy, gh_last, gstates, before),
-        *(gA_bar, gB_bar, gx, gC, gh_start),
-        strides=(A_bar, B_bar, x, C, gy, gh_last, gstates),
+        {"A_bar": A_bar, "B_bar": B_bar, "x": x, "C": C, "gy": gy, "gh_last": gh_last, "gstates": gstates},
+        {"before": before, "gA_bar": gA_bar, "gB_bar": gB_bar, "gx": gx, "gC": gC, "gh_start": gh_start},
         unroll=UNROLL_BACKWARD,
     )
     return gA_bar, gB_bar, gx, gC, gh_start
@@ -163,20 +178,37 @@ def blocks(width: int, d_state: int) -> tuple[int, int, int]:
 def launch(
     kernel: Any,
     shape: tuple[int, int, int, int],
-    *tensors: Tensor | None,
-    strides: tuple[Tensor | None, ...],
+    strided: Mapping[str, Tensor | None],
+    dense: Mapping[str, Tensor | None],
     unroll: int = UNROLL,
     **constants: int,
 ) -> None:
-    """Run ``kernel`` for each batch row and block of channels of ``shape`` (B, L, E, N)."""
+    """Run ``kernel`` for each batch row and block of channels of ``shape`` (B, L, E, N).
+
+    Args:
+        kernel: its arguments are the arrays in the order in which they are given here, then L, E and N, then
+            the strides of those in ``strided``.
+        shape: (B, L, E, N).
+        strided: what it reads at any strides, by name.
+        dense: what it writes, or left for itself, by name.
+        unroll: positions loaded together, for a block of TILE.
+        **constants: further ones.
+
+    Raises:
+        BackendError: if a tensor is not what `BUFFERS` says of it.
+    """
     batch, length, width, d_state = shape
     programs, block_e, block_n = blocks(width, d_state)
-    some = next(tensor for tensor in tensors if tensor is not None)
+    sizes = {"batch": batch, "length": length, "width": width, "n_state": d_state}
+    sizes |= {"programs": batch * programs, "chunk": CHUNK, "block_e": block_e, "block_n": block_n}
+    tensors = {**strided, **dense}
+    check(tensors, BUFFERS, chunks=-(-length // CHUNK), **sizes)
+    some = next(tensor for tensor in tensors.values() if tensor is not None)
     with torch.cuda.device_of(some):
         kernel[(batch * programs,)](
-            *tensors,
+            *tensors.values(),
             *(length, width, d_state),
-            *(None if tensor is None else tensor.stride() for tensor in strides),
+            *(None if tensor is None else tensor.stride() for tensor in strided.values()),
             **constants,
             UNROLL=unroll * TILE // max(TILE, block_n),  # a single channel may have a state of more than TILE
             BLOCK_E=block_e,

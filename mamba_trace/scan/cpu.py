@@ -51,7 +51,7 @@ def conv_unavailable(
     device: torch.device | None = None, dtype: torch.dtype = torch.float32, width: int = 4
 ) -> str | None:
     """Why `causal_conv` cannot run on ``device`` for inputs of ``dtype``; ``None`` if it can."""
-    return unavailable(device, reference.accumulation_dtype(torch.empty(0, dtype=dtype)))
+    return unavailable(device, torch.promote_types(dtype, torch.float32))
 
 
 @functools.cache
@@ -118,21 +118,31 @@ def _forward(
     h: Tensor,
     y: Tensor,
     h_last: Tensor,
-    states: Tensor,
+    states: Tensor | None = None,
     D: Tensor | None = None,
     skip: Tensor | None = None,
 ) -> None:
     # With D and skip: softplus before, D and the gate after.
     from . import _selective
 
-    gated = D is not None
-    keep = states.shape[1] > 0
+    gated = int(D is not None)
     team.run(
         _selective.forward,
         team.pieces(count_blocks(x, _selective.WIDTH), x.shape[1]),
-        *(*x.shape, A.shape[1], gated, gated, keep),
-        *(x, delta, B, C, skip, A.contiguous(), D if D is not None else 0, h),
-        *(y, h_last, states),
+        before_softplus=gated,
+        gated=gated,
+        keep=int(states is not None and states.shape[1] > 0),
+        x=x,
+        delta=delta,
+        B=B,
+        C=C,
+        skip=skip,
+        A=A.contiguous(),
+        D=D,
+        h_start=h,
+        y=y,
+        h_last=h_last,
+        states=states,
     )
 
 
@@ -168,9 +178,22 @@ def _run_backward(
     team.run(
         _selective_backward.backward,
         count,
-        *(*x.shape, A.shape[1], gstates.shape[1] > 0),
-        *(A, x, delta, B, C, h, gy, gh_last, gstates),
-        *(gx, gdelta, gA, gh, gB, gC),
+        keep=int(gstates.shape[1] > 0),
+        A=A,
+        x=x,
+        delta=delta,
+        B=B,
+        C=C,
+        h_start=h,
+        gy=gy,
+        gh_last=gh_last,
+        gstates=gstates,
+        gx=gx,
+        gdelta=gdelta,
+        gA=gA,
+        gh_start=gh,
+        gB=gB,
+        gC=gC,
     )
     return [gx, gdelta, gA.sum(0), gB.sum(0), gC.sum(0), gh]
 
@@ -211,10 +234,11 @@ def _gated(
     skip: Tensor,
     h_start: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    y, h_last, states = empty_results(x, A, keep=False)
+    y = x.new_empty(x.shape, dtype=torch.float32)
+    h_last = x.new_empty(x.shape[0], x.shape[2], A.shape[-1], dtype=torch.float32)
     h, dtype = starting_state(x, A, h_start), x.dtype
     x, delta_2, A, B, C, D, skip = as_floats(x, delta_2, A, B, C, D, skip)
-    _forward(x, delta_2, A, B, C, h, y, h_last, states, D, skip)
+    _forward(x, delta_2, A, B, C, h, y, h_last, D=D, skip=skip)
     return y.to(dtype), h_last
 
 
@@ -245,11 +269,16 @@ def _convolve(
     history = x_in.new_zeros(batch, taps - 1, width) if before is None else before[..., 1:].transpose(1, 2)
     bias = x_in.new_zeros(width) if bias is None else bias
     (x_in_f,) = as_floats(x_in)
-    out = torch.empty(batch, length, width)
+    out = x_in_f.new_empty(x_in_f.shape, dtype=torch.float32)
     team.run(
         _conv.forward,
         team.pieces(batch * length, -(-width // 4)),  # far less work at a position than in a scan
-        *(batch, length, width, taps, int(activate)),
-        *(x_in_f, as_dense(history), as_dense(weight.t()), as_dense(bias), out),
+        past=taps - 1,
+        activate=int(activate),
+        x_in=x_in_f,
+        before=as_dense(history),
+        weight=as_dense(weight.t()),
+        bias=as_dense(bias),
+        out=out,
     )
     return out.to(x_in.dtype)

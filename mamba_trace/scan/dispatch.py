@@ -2,9 +2,9 @@
 
 A backend is a module with the functions of `reference`, which say what they mean, and `unavailable`, which
 says why it cannot run. One may lack the explicit scan or the convolution; Triton and PyTorch stand in for it.
-What is the same for all of them is here: fake tensors get their shapes and no more,
-a call without any element or of a single position needs no kernel, and rows that have an A of their own are
-run one at a time.
+What is the same for all of them is here: fake tensors get their shapes and no more, a call without any
+element or of a single position needs no kernel, one under a transform of `torch.func` can have none, and rows
+that have an A of their own are run one at a time.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from ..errors import BackendError
 from . import cpu, cuda, outline, reference, triton
 from .record import note
 from .reference import accumulation_dtype
+from .transforms import transformed
 
 #: The backends by name.
 BACKENDS: dict[str, ModuleType] = {"reference": reference, "cpu": cpu, "cuda": cuda, "triton": triton}
@@ -51,6 +52,13 @@ def choose(kernels: str, device: torch.device, dtype: torch.dtype, d_state: int)
     Raises:
         BackendError: if the forced one cannot run on these inputs, with the reason.
     """
+    if transformed():
+        if kernels in ("auto", "reference"):
+            return "reference"
+        raise BackendError(
+            f"kernels={kernels!r} cannot run under torch.func or forward-mode differentiation, which know "
+            "PyTorch's own operations alone: use kernels='auto' or kernels='reference'"
+        )
     if kernels != "auto":
         if (reason := BACKENDS[kernels].unavailable(device, dtype, d_state)) is not None:
             raise BackendError(f"kernels={kernels!r} cannot run this scan: {reason}; use kernels='auto'")
@@ -217,6 +225,8 @@ def convolution(kernels: str, device: torch.device, dtype: torch.dtype, width: i
         device, dtype: of its inputs.
         width: how many positions it looks at.
     """
+    if transformed():
+        return None
     for name in SUITABLE.get(device.type, ()) if kernels == "auto" else (kernels,):
         backend = BACKENDS[name]
         if hasattr(backend, "conv_unavailable") and backend.conv_unavailable(device, dtype, width) is None:

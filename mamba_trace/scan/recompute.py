@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .reference import gradients
+from .transforms import transformed
 
 
 def recompute(fast: Callable[..., Any], slow: Callable[..., Any], *inputs: Tensor | None) -> Any:
@@ -19,6 +20,8 @@ def recompute(fast: Callable[..., Any], slow: Callable[..., Any], *inputs: Tenso
         slow: differentiable, to any order.
         *inputs: tensors, or ``None`` as either function takes it.
     """
+    if transformed():
+        return slow(*inputs)
     if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in inputs):
         return _Recomputed.apply(fast, slow, *inputs)
     return fast(*inputs)

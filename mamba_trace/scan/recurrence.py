@@ -10,6 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from .dispatch import explicit_scan, explicit_states, selective_scan, selective_states
@@ -84,21 +85,22 @@ class Explicit(Recurrence):
 class Watched(Explicit):
     """A selective recurrence whose A_bar and B_bar were handed out, and not edited.
 
-    It runs as ever. Gradients go by way of the matrices, so that theirs can be asked for.
+    It runs as ever. Gradients go by way of the matrices, so that theirs can be asked for, and by no other:
+    where no matrix takes one, neither do delta, A and B.
     """
 
     selective: Selective
 
     def run(self, start: int, stop: int, h: Tensor | None) -> tuple[Tensor, Tensor]:
         return recompute(
-            lambda *matrices: self.selective.run(start, stop, matrices[-1]),
+            torch.no_grad()(lambda *matrices: self.selective.run(start, stop, matrices[-1])),
             lambda *matrices: explicit_scan(*matrices, kernels=self.kernels),
             *(*self._matrices(start, stop), h),
         )
 
     def states(self, start: int, stop: int, h: Tensor | None) -> tuple[Tensor, Tensor]:
         return recompute(
-            lambda *matrices: self.selective.states(start, stop, matrices[-1]),
+            torch.no_grad()(lambda *matrices: self.selective.states(start, stop, matrices[-1])),
             lambda *matrices: explicit_states(*matrices, kernels=self.kernels),
             *(*self._matrices(start, stop), h),
         )

@@ -15,11 +15,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
-
-from ..errors import BackendError
 
 #: A piece of fewer steps (16 channels at one position) is not worth a thread of its own.
 SMALL = 256
@@ -34,34 +31,28 @@ def pieces(blocks: int, length: int, shares: int = SHARES) -> int:
     return max(1, min(wanted, blocks, blocks * length // SMALL))
 
 
-def run(kernel: Any, count: int, *parameters: int | Tensor | None) -> None:
+def run(kernel: Any, count: int, **given: int | Tensor | None) -> None:
     """Run a kernel of `_compiled` to its end.
 
     Args:
-        kernel: the compiled function.
+        kernel: its function and its layout.
         count: how many pieces its work is cut into.
-        *parameters: what it takes: a number as it is; a tensor as its address, followed, where it has three
-            or more axes, by the strides of its first two; ``None`` as a tensor of three axes, never read.
+        **given: the numbers and the tensors of its layout.
+
+    Raises:
+        BackendError: if one is missing, or a tensor is not what the layout says.
     """
-    numbers = [0, count]
-    for parameter in parameters:
-        if isinstance(parameter, Tensor):
-            if not parameter.is_cpu:
-                raise BackendError(f"a tensor on {parameter.device} among the inputs of a scan on the CPU")
-            numbers.append(parameter.data_ptr())
-            numbers += parameter.stride()[:2] if parameter.dim() > 2 else ()
-        else:
-            numbers += [0, 0, 0] if parameter is None else [parameter]
-    packed = np.zeros(64, np.int64)
-    packed[: len(numbers)] = numbers
+    parameters = kernel.layout.pack(count, given)
+    address, _ = parameters.buffer_info()
+    function = kernel.compiled
     threads = min(torch.get_num_threads(), count)
     if threads == 1:
-        kernel.ctypes(packed.ctypes.data)
+        function.ctypes(address)
     elif (parallel := _openmp()) is not None:
-        parallel(kernel.address, packed.ctypes.data, threads, 0)
+        parallel(function.address, address, threads, 0)
     else:
-        waiting = [_pool().submit(kernel.ctypes, packed.ctypes.data) for _ in range(threads - 1)]
-        kernel.ctypes(packed.ctypes.data)
+        waiting = [_pool().submit(function.ctypes, address) for _ in range(threads - 1)]
+        function.ctypes(address)
         for future in waiting:
             future.result()
 

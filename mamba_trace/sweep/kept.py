@@ -127,7 +127,7 @@ def check_same(folder: Path, kept: dict[str, Any], asked: dict[str, Any]) -> Non
     for name, value in asked.items():
         other = kept.get(name, [] if name == "changes" else None)  # which older folders do not say
         if name.endswith("_metrics") and isinstance(other, list) and len(other) == len(value):
-            mine, theirs = torch.tensor(value), torch.tensor(other)
+            mine, theirs = (torch.tensor(one, dtype=torch.float64, device="cpu") for one in (value, other))
             same = torch.allclose(mine, theirs, rtol=SAME, atol=SAME)
         else:
             same = other == value

@@ -48,9 +48,9 @@ def patched_streams(
 ) -> Patched:
     """Run cells through the layers that they patch; at each layer a row for every window that it is in."""
     windows = [question.windows[row] for row in job.rows]
-    positions = torch.tensor(job.positions)  # [k]
+    positions = torch.tensor(job.positions, device="cpu")  # [k]
     offsets = positions - stretch.positions.start
-    steps = torch.arange(question.stop - job.positions.start)
+    steps = torch.arange(question.stop - job.positions.start, device="cpu")
     span = (positions[:, None] + steps).clamp(max=question.stop - 1)  # [k,l]: at its end over and over
 
     def starting(layer: int) -> list[Tensor]:
@@ -116,7 +116,7 @@ def last_logits(
     Returns:
         Their logits at the m positions that metrics look at [rows,k,m,V].
     """
-    n_layers, positions = len(model.layers), torch.tensor(job.positions)
+    n_layers, positions = len(model.layers), torch.tensor(job.positions, device="cpu")
     behind = {row: question.windows[row].stop for row in job.rows}
     first = behind[job.rows.start]
 
@@ -126,7 +126,7 @@ def last_logits(
 
     offsets = positions - stretch.positions.start
     places = [offsets.repeat(sum(stop <= layer for stop in behind.values())) for layer in range(n_layers)]
-    looked_at = torch.tensor(question.looked_at)
+    looked_at = torch.tensor(question.looked_at, device="cpu")
     ends = (looked_at - positions[:, None]).clamp(min=0).repeat(len(job.rows), 1)  # [B,m]
     with model.trace(inputs_embeds=torch.cat(joining(first)), cache=stretch.start(places), use_cache=False):
         for layer in range(n_layers):
@@ -136,7 +136,7 @@ def last_logits(
             elif layer > first and joining(layer):
                 block.input = joined([block.input, *joining(layer)])  # [B,l,D]
         stream = joined([model.norm_f.input, *(joining(n_layers) if first < n_layers else ())])
-        model.norm_f.input = stream[torch.arange(len(stream))[:, None], ends]  # [B,m,D]
+        model.norm_f.input = stream[torch.arange(len(stream), device="cpu")[:, None], ends]  # [B,m,D]
         logits = model.lm_head.output.save()  # [B,m,V]
     logits = logits.unflatten(0, (len(job.rows), len(positions)))
     before = looked_at < positions[:, None]  # [k,m]: not in the row, and so as in the unpatched run
