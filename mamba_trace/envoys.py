@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import operator
 import re
+from collections.abc import Iterator
+from difflib import get_close_matches
 from typing import Any
 
 from nnsight.intervention.envoy import Envoy
@@ -19,9 +21,13 @@ from nnsight.intervention.util import first_input, replace_first_input
 from torch import Tensor, nn
 
 from .demand import assigned, current_value, expect, expect_position, keep_apart, skip_module
+from .demand.envoy_map import Choosing
+from .demand.one_run import only_run
+from .demand.worker import length_of_call
 from .errors import LayerError, PositionError, SiteValueError, UnknownSiteError
 from .names import NATIVE_MODULES, lacked, nearest, public_path
 from .sites import BY_NAME, SITES, STATE, Site, describe_axes, in_scope
+from .tracer import PlaceTracer
 
 #: Names that a user reads values at and never assigns to.
 PLACES = {*BY_NAME, *NATIVE_MODULES, "layers", "ssm"}
@@ -49,8 +55,67 @@ class SiteValue(Value):
         super().__set__(obj, value)
 
 
-class Located(Envoy):
+class Guarded(Choosing):
+    """An envoy that takes no values under names that mean nothing: the model's own, and every one below."""
+
+    #: What a name of a value that is assigned to may have been meant as.
+    ASSIGNED = ("output", "input", "inputs")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        being_made = "_child_map" not in self.__dict__
+        if isinstance(value, (nn.Module, Envoy)) or name.startswith("_") or being_made:
+            super().__setattr__(name, value)
+            return
+        if name in PLACES:
+            raise not_a_value(f"{public_path(self.path)}.{name}".removeprefix("model."))
+        if name not in self.__dict__ and not hasattr(type(self), name) and self._meant(name):
+            raise UnknownSiteError(
+                f"{public_path(self.path)} has no {name!r} to assign "
+                f"to{nearest(name, list(self.ASSIGNED)) or '.'} "
+                f"A value is assigned to {' or '.join('.' + one for one in self.ASSIGNED)}, inside a trace"
+            )
+        super().__setattr__(name, value)
+
+    def get(self, path: str) -> Any:
+        """What is at a dotted path from here, as nnsight's ``get``.
+
+        Raises:
+            UnknownSiteError: if nothing is.
+        """
+        if not isinstance(path, str) or not path:
+            raise UnknownSiteError(f"get takes a dotted path such as 'layers.3.ssm.h.5', not {path!r}")
+        return super().get(path)
+
+    def _meant(self, name: str) -> bool:
+        # On the model, and on an envoy of a class of the user's, other attributes may be their own.
+        return bool(get_close_matches(name, self.ASSIGNED, cutoff=0.7))
+
+
+class Part(Guarded):
+    """An envoy of this package below the model's."""
+
+    def trace(self, *inputs: Any, **kwargs: Any) -> Any:
+        """nnsight's ``trace`` of this module alone.
+
+        Raises:
+            TraceError: inside another trace of the model. One in another thread is waited for.
+        """
+        if kwargs.get("trace", True):
+            kwargs.setdefault("tracer_cls", PlaceTracer)
+            return super().trace(*inputs, **kwargs)
+        with only_run(self, "trace(..., trace=False) was called"):
+            return super().trace(*inputs, **kwargs)
+
+    def _meant(self, name: str) -> bool:
+        return type(self).__module__ == __name__ or super()._meant(name)
+
+
+class Located(Part):
     """An envoy whose output is guarded: blocks and mixers, and every site."""
+
+    @property
+    def _axes(self) -> str:
+        return ""  # the axis letters of the value, where they are known
 
     def _expect(self) -> None:
         expect(f"{self.path}.output")
@@ -61,6 +126,24 @@ class Located(Envoy):
             getattr(self.root, "_follow", lambda: None)()
         return super().__call__(*args, **kwargs)
 
+    def skip(self, replacement: Any) -> None:
+        """nnsight's ``Envoy.skip``: the module is not run, and ``replacement`` is its output.
+
+        Raises:
+            SiteOrderError: if the run has gone past it.
+            SiteValueError: if ``replacement`` is no floating tensor with a row for each of the module's
+                input.
+        """
+        skip(self, replacement, "")
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError as error:
+            if name.startswith("_"):
+                raise
+            raise no_such_value(self, name) from error
+
     @SiteValue
     def output(self, value: Any) -> Any:
         """The value here: read it, assign to it, or edit it in place, inside a trace."""
@@ -68,7 +151,14 @@ class Located(Envoy):
 
     @output.postprocess  # type: ignore[no-redef]
     def output(self, value: Any) -> Any:
-        return moved(public_path(self.path), value, current_value(f"{self.path}.output"))
+        path, current = public_path(self.path), current_value(f"{self.path}.output")
+        if isinstance(current, Tensor):
+            return fit(path, self._axes, value, current)
+        if not isinstance(value, type(current)):
+            raise SiteValueError(
+                f"{path}.output takes a {type(current).__name__}, not a {type(value).__name__}"
+            )
+        return value
 
     @Value
     def input(self, value: Any) -> Any:
@@ -87,10 +177,28 @@ class Located(Envoy):
         args, kwargs = value
         return replace_first_input(args, kwargs, Located.input._preprocess(self, value))
 
+    @inputs.postprocess  # type: ignore[no-redef]
+    def inputs(self, value: Any) -> Any:
+        pair = isinstance(value, (tuple, list)) and len(value) == 2
+        if (
+            not pair
+            or not isinstance(value[0], (tuple, list))
+            or not isinstance(value[1], dict)
+            or not any(value)
+        ):
+            path = public_path(self.path)
+            raise SiteValueError(
+                f"{path}.inputs takes all inputs as (args, kwargs), a tuple and a dictionary, not a "
+                f"{type(value).__name__}; assign the first alone to {path}.input"
+            )
+        args, kwargs = current_value(f"{self.path}.input")
+        first = fit_input(public_path(self.path), first_input(*value), first_input(args, kwargs))
+        return replace_first_input(tuple(value[0]), value[1], first)
+
     @input.postprocess  # type: ignore[no-redef]
     def input(self, value: Any) -> Any:
         args, kwargs = current_value(f"{self.path}.input")
-        value = moved(f"the input of {public_path(self.path)}", value, first_input(args, kwargs))
+        value = fit_input(public_path(self.path), value, first_input(args, kwargs))
         return replace_first_input(args, kwargs, value)
 
 
@@ -105,6 +213,28 @@ class SiteEnvoy(Located):
     @property
     def _axes(self) -> str:
         return self.site.axes
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "shape":  # the module's, which says the sizes of the axes in words
+            raise no_such_value(self, name)
+        return super().__getattr__(name)
+
+    def __len__(self) -> int:
+        path = public_path(self.path)
+        raise SiteValueError(
+            f"{path} is a place, not a value: ask for the length of {path}.output, inside a trace"
+        )
+
+    def __iter__(self) -> Any:
+        path = public_path(self.path)
+        raise SiteValueError(f"{path} is a place, not a value: loop over {path}.output, inside a trace")
+
+    def __getitem__(self, key: Any) -> Any:
+        path = public_path(self.path)
+        raise SiteValueError(f"{path} is a place, not a value: index its value, {path}.output[{key!r}]")
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        raise not_a_value(f"{public_path(self.path)}[{key!r}]", f"{public_path(self.path)}.output[{key!r}]")
 
     @SiteValue
     def output(self, value: Any) -> Any:
@@ -135,16 +265,38 @@ class StateEnvoy(SiteEnvoy):
             with model.trace(prompt):
                 model.layers[3].ssm.h[5].output[:] = 0
         """
+        path = public_path(self.path)
         if isinstance(position, (slice, tuple, list)):
             raise PositionError(
-                f"{public_path(self.path)}[{position!r}]: one position at a time, h[5] or h[-1]; "
+                f"{path}[{position!r}]: one position at a time, h[5] or h[-1]; "
                 f"for several write a loop in ascending order, for all of them use "
-                f"{public_path(self.path)}.output [B,L,E,N]"
+                f"{path}.output [B,L,E,N]"
             )
-        return PositionEnvoy(self, operator.index(position))
+        try:
+            return PositionEnvoy(self, operator.index(_no_bool(position)))
+        except TypeError:
+            raise PositionError(
+                f"{path}[{position!r}]: a position is an integer, {path}[5], or {path}[-1] from the end, "
+                f"not a {type(position).__name__}"
+            ) from None
+
+    def __len__(self) -> int:
+        """The number of positions of this forward call, inside a trace and from where it computes this h on.
+
+        Raises:
+            SiteOrderError: if the run has gone past the first position.
+            SiteValueError: where the run is in another process.
+        """
+        expect_position(self, 0)
+        current_value(f"{self.path}.0.output")
+        return length_of_call(self)
+
+    def __iter__(self) -> Iterator[PositionEnvoy]:
+        """The places of all states of this forward call, in order: ``for h in model.layers[3].ssm.h:``."""
+        return (PositionEnvoy(self, position) for position in range(len(self)))
 
     def __setitem__(self, position: Any, value: Any) -> None:
-        raise not_a_value(f"{public_path(self.path)}[{position}]")
+        raise not_a_value(f"{public_path(self.path)}[{position!r}]")
 
     def __getattr__(self, name: str) -> Any:
         if re.fullmatch(r"-?\d+", name):  # model.get("layers.3.ssm.h.5")
@@ -152,7 +304,7 @@ class StateEnvoy(SiteEnvoy):
         return super().__getattr__(name)
 
 
-class PositionEnvoy(Envoy):
+class PositionEnvoy(Guarded):
     """``h[p]``: the state [B,E,N] carried after token p.
 
     It has a location of its own and no module. Only `output` is served.
@@ -210,8 +362,39 @@ class PositionEnvoy(Envoy):
         """Not offered: assign to ``output``."""
         raise SiteValueError(f"{public_path(self.path)} cannot be skipped; assign to its output")
 
+    @property
+    def source(self) -> Any:
+        """Not offered: there is no module at a position."""
+        raise self._lacks("source")
+
+    def trace(self, *args: Any, **kwargs: Any) -> Any:
+        """Not offered: there is no module at a position."""
+        raise self._lacks("trace")
+
+    def edit(self, *args: Any, **kwargs: Any) -> Any:
+        """Not offered: ``model.edit`` holds edits of every place."""
+        raise self._lacks("edit")
+
     def __getattr__(self, name: str) -> Any:
-        raise UnknownSiteError(f"{public_path(self.path)} has no {name!r}; it has .output")
+        raise self._lacks(name)
+
+    def __iter__(self) -> Any:
+        raise SiteValueError(
+            f"{public_path(self.path)} is a place, not a value: loop over its .output [B,E,N]"
+        )
+
+    def __getitem__(self, key: Any) -> Any:
+        path = public_path(self.path)
+        raise SiteValueError(f"{path} is a place, not a value: index its value, {path}.output[{key!r}]")
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        raise not_a_value(f"{public_path(self.path)}[{key!r}]", f"{public_path(self.path)}.output[{key!r}]")
+
+    def _lacks(self, name: str) -> UnknownSiteError:
+        return UnknownSiteError(f"{public_path(self.path)} has no {name!r}; it has .output")
+
+    def _meant(self, name: str) -> bool:
+        return name not in ("position",)
 
     def __reduce__(self) -> Any:
         return operator.getitem, (self._site, self.position)
@@ -236,9 +419,17 @@ class SkipEnvoy(SiteEnvoy):
 class Suggesting(Located):
     """An envoy with sites below it: it suggests the nearest name for an unknown one, and is not a value."""
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        refuse_value(self, name, value)
-        super().__setattr__(name, value)
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return Envoy.__getattr__(self, name)
+        except AttributeError as error:
+            if name.startswith("_"):
+                raise
+            raise unknown(self, name) from error
+
+
+class LayersEnvoy(Part):
+    """The envoy of the list of blocks."""
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -246,16 +437,24 @@ class Suggesting(Located):
         except AttributeError as error:
             if name.startswith("_"):
                 raise
-            raise unknown(self, name) from error
-
-
-class LayersEnvoy(Envoy):
-    """The envoy of the list of blocks."""
+            raise UnknownSiteError(
+                f"{public_path(self.path)} has no {name!r}: it has the layers [0] to [{len(self) - 1}]"
+            ) from error
 
     def __getitem__(self, key: Any) -> Any:
-        if isinstance(key, int) and not -len(self) <= key < len(self):
-            raise LayerError(f"layers[{key}]: this model has layers 0 to {len(self) - 1}")
-        return super().__getitem__(key)
+        if isinstance(key, slice):
+            return super().__getitem__(key)
+        last = len(self) - 1
+        try:
+            index = operator.index(_no_bool(key))
+        except TypeError:
+            index = None
+        if index is None or not -len(self) <= index <= last:
+            raise LayerError(
+                f"layers[{key!r}]: this model has layers 0 to {last}"
+                + ("" if index is not None else ", named by an integer, -1 for the last, or a slice")
+            )
+        return super().__getitem__(index)
 
     def __setitem__(self, key: Any, value: Any) -> None:
         raise not_a_value(f"layers[{key}]")
@@ -263,6 +462,10 @@ class LayersEnvoy(Envoy):
 
 class BlockEnvoy(Suggesting):
     """The envoy of a block."""
+
+    @property
+    def _axes(self) -> str:
+        return "BLD"
 
     def skip(self, replacement: Any) -> None:
         """Skip the block, with ``replacement`` [B,L,D] as its output: nnsight's ``Envoy.skip``.
@@ -277,16 +480,30 @@ class BlockEnvoy(Suggesting):
 class MixerEnvoy(Suggesting):
     """The envoy of a mixer."""
 
-
-def refuse_value(envoy: Envoy, name: str, value: Any) -> None:
-    """Refuse ``ssm.y = value``, which would hide the site and change nothing in the run."""
-    if name in PLACES and not isinstance(value, (nn.Module, Envoy)):
-        raise not_a_value(f"{public_path(envoy.path)}.{name}".removeprefix("model."))
+    @property
+    def _axes(self) -> str:
+        return "BLD"
 
 
-def not_a_value(path: str) -> SiteValueError:
-    """The error for an assignment to a place instead of to its value."""
-    return SiteValueError(f"{path} is a place, not a value: assign to {path}.output, inside a trace")
+def not_a_value(path: str, value: str | None = None) -> SiteValueError:
+    """The error for an assignment to a place instead of to its ``value``."""
+    return SiteValueError(
+        f"{path} is a place, not a value: assign to {value or path + '.output'}, inside a trace"
+    )
+
+
+def no_such_value(envoy: Envoy, name: str) -> UnknownSiteError:
+    """The error for an attribute that the envoy of a site or of an inner module does not have."""
+    path, known = public_path(envoy.path), ["output", "input", "inputs", "skip", "source"]
+    hint = f"; its value has one: {path}.output.{name}" if hasattr(Tensor, name) else nearest(name, known)
+    return UnknownSiteError(
+        f"{path} has no {name!r}{hint.rstrip('?')}. It has {', '.join('.' + one for one in known)}"
+    )
+
+
+def _no_bool(key: Any) -> Any:
+    # `key`, or what is no index where it is true or false, which Python takes for 1 or 0.
+    return None if isinstance(key, bool) or str(getattr(key, "dtype", "")).endswith("bool") else key
 
 
 def unknown(envoy: Envoy, name: str) -> UnknownSiteError:
@@ -313,19 +530,27 @@ def envoy_classes() -> dict[str, type[Envoy]]:
     return {**classes, **native, "layers.*": BlockEnvoy, "layers.*.mixer": MixerEnvoy}
 
 
-def skip(envoy: Envoy, replacement: Any) -> None:
-    """Skip a block or a mixer, whose output has the shape of its input."""
+def skip(envoy: Envoy, replacement: Any, axes: str = "BLD") -> None:
+    """Skip a module.
+
+    Args:
+        envoy: of the module.
+        replacement: what stands for its output.
+        axes: the axis letters of its input and its output, where these are of one shape; else ``""``.
+    """
 
     def fitted(current: Tensor) -> Tensor:
         found: Any = type(replacement).__name__
         if isinstance(replacement, Tensor):
-            if replacement.shape == current.shape and replacement.is_floating_point():
+            same = replacement.shape == current.shape if axes else replacement.shape[:1] == current.shape[:1]
+            if same and replacement.is_floating_point():
                 return moved(public_path(envoy.path), replacement, current)
             found = f"{tuple(replacement.shape)} of {replacement.dtype}"
         path = public_path(envoy.path)
+        shape = f"shape {tuple(current.shape)} {describe_axes(axes)}" if axes else f"{len(current)} rows"
         raise SiteValueError(
-            f"{path}.skip(...) takes what stands for the output of {path}, a floating tensor of shape "
-            f"{tuple(current.shape)} {describe_axes('BLD')}, not {found}"
+            f"{path}.skip(...) takes what stands for the output of {path}, a floating tensor of {shape}, "
+            f"not {found}"
         )
 
     skip_module(envoy, fitted)
@@ -336,21 +561,22 @@ def fit(path: str, axes: str, value: Any, current: Any) -> Tensor:
 
     Args:
         path: the site, for messages.
-        axes: its axis letters.
+        axes: its axis letters; ``""`` where they have no names.
         value: what the user assigned.
         current: what the run has there.
 
     Raises:
         SiteValueError: if ``value`` is no tensor, has another shape, or is not floating while ``current`` is.
     """
+    shape = f"{tuple(current.shape)}" + (f" {describe_axes(axes)}" if axes else "")
     if not isinstance(value, Tensor):
         raise SiteValueError(
-            f"{path} takes a tensor of shape {tuple(current.shape)} {describe_axes(axes)}, not a "
+            f"{path} takes a tensor of shape {shape}, not a "
             f"{type(value).__name__}. To fill it with a number, write {path}.output[:] = ..."
         )
     if value.shape != current.shape:
         raise SiteValueError(
-            f"{path} takes shape {tuple(current.shape)} {describe_axes(axes)}, not {tuple(value.shape)}. "
+            f"{path} takes shape {shape}, not {tuple(value.shape)}. "
             f"To replace a part of it, assign to a slice: {path}.output[:, ...] = ..."
         )
     if not value.is_floating_point():
@@ -359,6 +585,34 @@ def fit(path: str, axes: str, value: Any, current: Any) -> Tensor:
         )
     # A copy: the run's value may be edited in place later, and this tensor is the user's own.
     return moved(path, value, current).to(dtype=current.dtype, copy=True)
+
+
+def fit_input(path: str, value: Any, current: Any) -> Any:
+    """A value assigned to an input, checked against the one it replaces.
+
+    Its sizes may differ: a final norm that gets the last position alone computes no other.
+
+    Args:
+        path: the module, for messages.
+        value: what the user assigned.
+        current: what the run has there; what is no tensor is replaced as it is.
+
+    Raises:
+        SiteValueError: if ``value`` is no tensor, has another number of axes, or another kind of numbers.
+    """
+    if not isinstance(current, Tensor):
+        return value
+    kind = "floating" if current.is_floating_point() else "integer"
+    fits = isinstance(value, Tensor) and value.dim() == current.dim()
+    if not fits or value.is_floating_point() != current.is_floating_point():
+        found = (
+            f"{tuple(value.shape)} of {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
+        )
+        raise SiteValueError(
+            f"{path}.input takes {'an' if kind == 'integer' else 'a'} {kind} tensor such as that of the run, "
+            f"{tuple(current.shape)} of {current.dtype}, with as many axes, not {found}"
+        )
+    return moved(f"the input of {path}", value, current)
 
 
 def moved(path: str, value: Any, current: Any) -> Any:

@@ -53,3 +53,7 @@ class MissingExtraError(MambaTraceError, ImportError):
 
 class ProcessesError(MambaTraceError, RuntimeError):
     """Several processes that should compute one thing together, and do not."""
+
+
+class TraceError(MambaTraceError, RuntimeError):
+    """A run that cannot start where it was asked for, since its model is in another one."""

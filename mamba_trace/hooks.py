@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,8 +28,9 @@ HookFunction = Callable[..., Any]
 BEFORE = {"in_proj": "skip", "conv1d": "conv", "x_proj": "delta_1", "dt_proj": "delta_2"}
 #: What TransformerLens's models have to keep hooks with.
 KEEPING_HOOKS = frozenset(
-    "hooks hook_dict hook_points add_hook add_perma_hook add_caching_hooks check_and_add_hook "
-    "remove_all_hook_fns".split()
+    "hooks hook_dict hook_points add_hook add_perma_hook add_caching_hooks get_caching_hooks cache_all "
+    "cache_some "
+    "check_and_add_hook remove_all_hook_fns".split()
 )
 #: Where a place stands in a run: which of the layers that it goes through, then site, then position.
 Order = tuple[int, float, int]
@@ -80,6 +81,8 @@ class Extent:
     @classmethod
     def of(cls, n_layers: int, start: int | None, stop: int | None, only: Sequence[int] | None) -> Extent:
         """From a user's arguments, whose negative layers count from the end. Raises `LayerError`."""
+        if not isinstance(only, Iterable | None):
+            raise LayerError(f"only_use_these_layers={only!r}: it takes a list of layers")
         return cls(
             n_layers,
             None if start is None else _layer("start_at_layer", start, n_layers, n_layers - 1),
@@ -127,10 +130,13 @@ class Extent:
 
 
 def _layer(argument: str, layer: Any, n_layers: int, last: int) -> int:
+    number: Any = None if isinstance(layer, bool) else layer
     try:
-        layer = operator.index(layer)
+        layer = operator.index(number)
     except TypeError:
-        raise LayerError(f"{argument}={layer!r}: a layer is an integer, from 0 to {n_layers - 1}") from None
+        raise LayerError(
+            f"{argument}={layer!r}: a layer is an integer, and this model has 0 to {n_layers - 1}"
+        ) from None
     if not -n_layers <= layer <= last:
         raise LayerError(f"{argument}={layer}: this model has layers 0 to {n_layers - 1}; -1 is the last")
     return layer % n_layers if layer < 0 else layer
@@ -209,6 +215,8 @@ def checked_hooks(model: Any, hooks: Any, extent: Extent, argument: str) -> list
         UnknownSiteError, LayerError: as `check_name`.
     """
     checked = []
+    if not isinstance(hooks, Iterable):
+        raise TypeError(f"{argument} takes a list of pairs (name or predicate, fn), not {hooks!r}")
     for pair in hooks:
         if not isinstance(pair, (tuple, list)) or len(pair) != 2:
             raise TypeError(f"{argument} takes pairs (name or predicate, fn), not {pair!r}")

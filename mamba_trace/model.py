@@ -37,20 +37,24 @@ from .demand import (
     remember,
     take_note_of_mask,
 )
-from .envoys import envoy_classes, refuse_value, unknown
-from .errors import CheckpointError, MambaTraceError, PositionError, PromptError, UnknownSiteError
+from .demand.envoy_map import EnvoyMap
+from .demand.invokes import ExpandedRows
+from .demand.one_run import only_run, run_method
+from .envoys import Guarded, envoy_classes, unknown
+from .errors import CheckpointError, MambaTraceError, PromptError, UnknownSiteError
 from .hooks import KEEPING_HOOKS, none_kept
 from .initialization import initialize
 from .load_options import check_loaded, check_place, dtype_of, examine, given_config, take_config, why_not
 from .offers import SiteModule
+from .prompt_forms import check_arguments, check_lengths, check_prompt
 from .remote import TASK, Remote, check_task
 from .report import RunReport
 from .run_arguments import check_token_lists, check_tokens
 from .running import HookedRuns
 from .scan import check
-from .sites import SITES, STATE, rows
+from .sites import rows
 from .tokens import Tokens
-from .tracer import SiteTracer
+from .tracer import ScanTracer, SiteTracer
 from .weight_sizes import check_memory
 from .weights import LensViews
 
@@ -64,7 +68,7 @@ RENAME = {
 DEMO = Path(__file__).parent / "demo_model"
 
 
-class MambaTrace(HookedRuns, LensViews, Tokens, Remote, TransformersModel):
+class MambaTrace(HookedRuns, LensViews, Tokens, Remote, Guarded, TransformersModel):
     """A Mamba whose every intermediate value can be read and edited inside a trace.
 
     Args:
@@ -115,14 +119,13 @@ class MambaTrace(HookedRuns, LensViews, Tokens, Remote, TransformersModel):
             repo_id = str(repo_id)
         if isinstance(repo_id, nn.Module):
             architecture_of(repo_id)
-        envoys = kwargs.pop("envoys", None) or {}
-        kwargs.setdefault("interleaver", SiteInterleaver())
         super().__init__(
             repo_id,
             *args,
             task=check_task(kwargs.pop("task", TASK)),
-            rename={**RENAME, **(kwargs.pop("rename", None) or {})},
-            envoys={**envoy_classes(), **envoys} if isinstance(envoys, dict) else envoys,
+            rename=names_besides(RENAME, kwargs.pop("rename", None), type(self)),
+            envoys=EnvoyMap(envoy_classes(), kwargs.pop("envoys", None)),
+            interleaver=SiteInterleaver(),
             **kwargs,
         )
         # The tree is printed once, not again under each of its other names.
@@ -294,8 +297,6 @@ class MambaTrace(HookedRuns, LensViews, Tokens, Remote, TransformersModel):
 
             model.hook_names(n_positions=5)[0]  # "hook_embed"
         """
-        if n_positions < 1:
-            raise PositionError(f"a prompt has at least one position, not {n_positions}")
         return names.hook_names(len(self.layers), n_positions)
 
     @eproperty
@@ -311,23 +312,26 @@ class MambaTrace(HookedRuns, LensViews, Tokens, Remote, TransformersModel):
             lines.append(f"  {row.path:26} {shape:22} {row.hook or ''}".rstrip())
         return "\n".join([super().__repr__(), "Sites, in the order to ask for them:", *lines])
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        refuse_value(self, name, value)
-        super().__setattr__(name, value)
-
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
         except AttributeError as error:
             if name in KEEPING_HOOKS:
                 raise none_kept(name) from error
-            known = {site.name for site in SITES} | {STATE, "ssm"}
-            if name not in known and not names.nearest(name, sorted(known | {"layers"})):
+            if name.startswith("_"):
                 raise
             raise unknown(self, name) from error
 
+    _batcher_class = ExpandedRows
+    generate = run_method(TransformersModel.generate.__wrapped__)
+    pipe = run_method(TransformersModel.pipe.__wrapped__)
+
     def trace(self, *inputs: Any, **kwargs: Any) -> Any:
         """nnsight's ``trace``, with a `SiteTracer`.
+
+        Raises:
+            PromptError: for what is no prompt, or an argument that the forward does not have.
+            TraceError: inside another trace of this model. One in another thread is waited for.
 
         Example::
 
@@ -336,7 +340,9 @@ class MambaTrace(HookedRuns, LensViews, Tokens, Remote, TransformersModel):
         """
         if kwargs.get("trace", True):
             kwargs.setdefault("tracer_cls", SiteTracer)
-        return super().trace(*inputs, **kwargs)
+            return super().trace(*inputs, **kwargs)
+        with only_run(self, "model.trace(..., trace=False) was called"):
+            return super().trace(*inputs, **kwargs)
 
     def scan(self, *inputs: Any, fn: Any = "__call__", backend: Any = None, **kwargs: Any) -> Any:
         """nnsight's ``scan``: the shapes of a run, without its numbers; also where weights are offloaded.
@@ -346,7 +352,15 @@ class MambaTrace(HookedRuns, LensViews, Tokens, Remote, TransformersModel):
             with model.scan("Emma gave an apple to"):
                 shape = model.layers[1].ssm.h[2].output.shape  # [B,E,N]
         """
-        return placement.ShapeTracer(self, fn, *inputs, backend=backend, **kwargs)
+        return ScanTracer(self, fn, *inputs, backend=backend, **kwargs)
+
+    def _batch_size(self, *inputs: Any, **kwargs: Any) -> int:
+        check_prompt(self.config.hidden_size, inputs, kwargs)
+        return super()._batch_size(*inputs, **kwargs)
+
+    def _check_arguments(self, fn: Any, inputs: tuple, kwargs: Mapping[str, Any]) -> None:
+        if getattr(fn, "__name__", None) == "_call":
+            check_arguments(self, inputs, kwargs)
 
     # -- loading ---------------------------------------------------------------------------------------
 
@@ -487,6 +501,7 @@ class MambaTrace(HookedRuns, LensViews, Tokens, Remote, TransformersModel):
                 "or give it one: MambaTrace(..., tokenizer=...)"
             )
         check_token_lists(invokes)
+        check_lengths(self, invokes)
         self._follow()
         if self.dispatched and detect_fake_mode() is None:
             placement.check_weights(self._module)
@@ -508,6 +523,35 @@ def _empty(config: MambaConfig, dtype: torch.dtype) -> MambaForCausalLM:
     module.to(dtype).to_empty(device="cpu")
     module.tie_weights()
     return module
+
+
+def names_besides(ours: Mapping[str, str], users: Any, served: type) -> dict[Any, list[str]]:
+    """nnsight's ``rename=``: this package's names of modules, and those that a user gives beside them.
+
+    Raises:
+        UnknownSiteError: if a user's name is one that the model has for something else.
+    """
+    if users is not None and not isinstance(users, Mapping):
+        raise UnknownSiteError(
+            f"rename= takes a dictionary of a module's path and its further name, such as "
+            f"{{'backbone.layers': 'stack'}}, not {users!r}"
+        )
+    merged: dict[Any, list[str]] = {path: [alias] for path, alias in ours.items()}
+    for path, aliases in (users or {}).items():
+        for alias in aliases if isinstance(aliases, (list, tuple)) else [aliases]:
+            if not isinstance(alias, str) or not all(part.isidentifier() for part in alias.split(".")):
+                raise UnknownSiteError(
+                    f"rename={{{path!r}: {alias!r}}}: a name is a string that can stand after a dot"
+                )
+            owner = next((path for path, name in ours.items() if name == alias), None)
+            if hasattr(served, alias) or owner not in (None, path):
+                what = f"of {owner}" if owner is not None else f"of {served.__name__}.{alias}"
+                raise UnknownSiteError(
+                    f"rename={{{path!r}: {alias!r}}}: {alias!r} is the name {what} already; choose another "
+                    f"one. Sites keep their own names, and a rename adds one beside it"
+                )
+            merged.setdefault(path, []).append(alias)
+    return {path: list(dict.fromkeys(aliases)) for path, aliases in merged.items()}
 
 
 def _holds_text(inputs: Any) -> bool:

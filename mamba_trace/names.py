@@ -18,7 +18,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from .errors import UnknownSiteError
+from .errors import PositionError, UnknownSiteError
 from .sites import BY_HOOK, BY_NAME, MODULE_PREFIX, STATE, Site, walk
 
 #: TransformerLens 4 bridge names that mean the same place. Of the model:
@@ -121,7 +121,15 @@ def hook_names(n_layers: int, n_positions: int) -> list[str]:
 
     >>> hook_names(1, 2)[:2]
     ['hook_embed', 'blocks.0.hook_resid_pre']
+
+    Raises:
+        PositionError: if there are no positions, or what is given is no number of them.
     """
+    if isinstance(n_positions, bool) or not isinstance(n_positions, int) or n_positions < 1:
+        raise PositionError(
+            f"hook names are those of a prompt of so many tokens, an integer of at least one position, not "
+            f"{n_positions!r}"
+        )
     names: list[str] = []
     for site, layer in walk(n_layers):
         if not site.in_mamba_lens:
@@ -200,6 +208,11 @@ def to_bridge_name(path: str) -> str:
 
 def parse(name: str) -> Place:
     """The place that a hook name or a path names. Raises `UnknownSiteError`."""
+    if not isinstance(name, str):
+        raise UnknownSiteError(
+            f"a place is named by a string, 'blocks.3.hook_h.5' or 'layers[3].ssm.h[5]', not by the "
+            f"{type(name).__name__} {name!r}"
+        )
     stripped = name.removeprefix("model.").removesuffix(".output")
     place = _parse_hook(stripped) or _parse_path(stripped)
     if place is None:

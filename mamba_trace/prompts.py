@@ -8,6 +8,7 @@ the tokenisations that show why. Prompts are strings or token ids [1,L].
 from __future__ import annotations
 
 import difflib
+import operator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,9 +26,15 @@ def single_token(model: MambaTrace, token: str | int) -> int:
     if isinstance(token, str):
         return model.to_single_token(token)
     size = model.config.vocab_size
-    if not 0 <= token < size:
-        raise PromptError(f"token {token} is not in the vocabulary, whose ids are 0 to {size - 1}")
-    return int(token)
+    try:
+        index = operator.index(token)
+    except TypeError:
+        raise PromptError(
+            f"a token is a string that is one token, or its id, 0 to {size - 1}, not {describe(token)}"
+        ) from None
+    if not 0 <= index < size:
+        raise PromptError(f"token {index} is not in the vocabulary, whose ids are 0 to {size - 1}")
+    return index
 
 
 def matching_tokens(model: MambaTrace, prompt: str | Tensor, source: str | Tensor) -> tuple[Tensor, Tensor]:

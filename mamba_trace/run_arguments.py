@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from .errors import PromptError
+from .demand.one_run import in_a_run
+from .errors import PromptError, TraceError
 
 #: Arguments of MambaLens that choose kernels.
 KERNEL_FLAGS = ("fast_conv", "fast_ssm", "warn_disabled_hooks")
@@ -142,9 +143,9 @@ def generation_options(
 
 
 def refuse_inside_a_trace(model: Any, what: str) -> None:
-    """Raises `RuntimeError` where a model is in a trace and ``what``, a function's name, starts its own."""
-    if model.interleaver.interleaving or model.interleaver.mediators:
-        raise RuntimeError(
+    """Raises `TraceError` where a model is in a trace and ``what``, a function's name, starts its own."""
+    if in_a_run(model):
+        raise TraceError(
             f"{what} is a trace of its own, and this model is in one: call it before or after it, or ask for "
             f"the sites in it"
         )

@@ -8,7 +8,7 @@ stays behind, also where one raises.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -160,6 +160,10 @@ class HookedRuns:
             wanted.cached = None
         else:
             single = isinstance(names_filter, str) or callable(names_filter)
+            if not single and not isinstance(names_filter, Iterable):
+                raise TypeError(
+                    f"names_filter is a name, a predicate over hook names or a list, not {names_filter!r}"
+                )
             wanted.cached = [names_filter] if single else list(names_filter)  # type: ignore[arg-type,list-item]
             for name in wanted.cached:
                 check_name(self, name, extent)

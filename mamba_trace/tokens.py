@@ -103,7 +103,7 @@ class Tokens:
             model.to_string(model.to_tokens("Emma gave an apple to"))  # ['Emma gave an apple to']
         """
         self._need_tokenizer()
-        ids = _ids(tokens, "to_string")
+        ids = self._known(_ids(tokens, "to_string"))
         if ids.dim() > 2:
             raise PromptError(f"to_string takes ids of shape [L] or [B,L], not {list(ids.shape)}")
         return [self._decode(row) for row in ids] if ids.dim() == 2 else self._decode(ids)
@@ -132,12 +132,22 @@ class Tokens:
             text = self.to_tokens(text, prepend_bos, padding_side)
         elif isinstance(text, (list, tuple)) and any(isinstance(one, (str, list, Tensor)) for one in text):
             return [self.to_str_tokens(one, prepend_bos, padding_side) for one in text]
-        ids = _ids(text, "to_str_tokens")
+        ids = self._known(_ids(text, "to_str_tokens"))
         if ids.dim() > 2:
             raise PromptError(f"to_str_tokens takes ids of shape [L] or [B,L], not {list(ids.shape)}")
         if ids.dim() == 2 and len(ids) != 1:
             return [self.to_str_tokens(row) for row in ids]
         return [self._decode(token) for token in ids.reshape(-1)]
+
+    def _known(self: Any, ids: Tensor) -> Tensor:
+        """``ids``. Raises `PromptError` if one is in neither the model's vocabulary nor the tokenizer's."""
+        size = max(len(self.tokenizer), self.config.vocab_size)
+        for extreme in ids.aminmax() if ids.numel() else ():
+            if not 0 <= int(extreme) < size:
+                raise PromptError(
+                    f"token {int(extreme)} is not in the vocabulary, whose ids are 0 to {size - 1}"
+                )
+        return ids
 
     def to_single_token(self, text: str) -> int:
         """The id of a string that is one token.

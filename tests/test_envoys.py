@@ -1,5 +1,8 @@
 """What ``model.layers[3].ssm.h[5]`` is: envoy classes, representation, copies, pickles, assignment."""
 
+# A traced block is not a statement under test: what pytest.raises expects comes out of its end.
+# ruff: noqa: PT012
+
 from __future__ import annotations
 
 import copy
@@ -10,9 +13,12 @@ import pickle
 import pytest
 import torch
 from nnsight.intervention.envoy import Envoy
+from nnsight.intervention.eproperty import eproperty
 from test_sites import by_hand, same
+from transformers.models.mamba.modeling_mamba import MambaMixer
 
 from mamba_trace import MambaTrace
+from mamba_trace.demand import SiteOrderError
 from mamba_trace.envoys import (
     BlockEnvoy,
     MixerEnvoy,
@@ -23,7 +29,7 @@ from mamba_trace.envoys import (
     envoy_classes,
     fit,
 )
-from mamba_trace.errors import SiteValueError
+from mamba_trace.errors import SiteValueError, UnknownSiteError
 from mamba_trace.sites import SITES, describe_axes, walk
 
 
@@ -184,6 +190,214 @@ def test_the_output_of_a_block_or_mixer_may_be_edited(tiny, tiny_hf, tokens, lev
     expected = by_hand(tiny_hf().double(), tokens)
     same(before, expected[path])
     same(logits, by_hand(tiny_hf().double(), tokens, {path: lambda v: v * 0.5})["lm_head"])
+
+
+# -- classes of the user's ---------------------------------------------------------------------------------
+
+
+class Shouting(Envoy):
+    """An envoy of a user's, with an attribute, a method and a view of its own."""
+
+    volume = 11
+
+    def twice(self):
+        return 2 * self.output
+
+    @eproperty(key="output")
+    def loud(self, value):
+        return value * self.volume
+
+
+@pytest.mark.parametrize(
+    ("key", "path"),
+    [
+        ("mixer.conv", "layers[1].ssm.conv"),
+        ("conv", "layers[1].ssm.conv"),
+        ("ssm.conv", "layers[1].ssm.conv"),
+        ("h", "layers[1].ssm.h"),
+        ("skip", "layers[1].ssm.skip"),
+        ("lm_head", "lm_head"),
+        ("mixer", "layers[1].ssm"),
+        ("ssm", "layers[1].ssm"),
+        ("layers.*", "layers[1]"),
+        ("backbone.layers", "layers"),
+        ("x_proj", "layers[1].ssm.x_proj"),
+        (MambaMixer, "layers[1].ssm"),
+        (torch.nn.Linear, "lm_head"),
+        (torch.nn.Linear, "layers[1].ssm.in_proj"),
+        ("act", "layers[1].ssm.act"),
+        (None, "layers[1].ssm.h"),
+        (None, "layers[1]"),
+        (None, "layers[1].ssm.act"),
+    ],
+    ids=str,
+)
+def test_a_users_envoy_and_a_sites_are_one(tiny_hf, tokens, key, path):
+    plain = MambaTrace(tiny_hf())
+    model = MambaTrace(tiny_hf(), envoys=Shouting if key is None else {key: Shouting})
+    names = path.replace("[1]", ".1")
+    envoy, ordinary = model.get(names), plain.get(names)
+    assert isinstance(envoy, Shouting)
+    assert isinstance(envoy, type(ordinary))
+    assert envoy.volume == 11
+    if path == "layers":
+        assert len(envoy) == 3
+        return
+    with torch.no_grad(), plain.trace(tokens):
+        value = ordinary.output.clone().save()
+        logits = plain.lm_head.output.save()
+    with torch.no_grad(), model.trace(tokens):
+        twice = envoy.twice().save()
+        loud = envoy.loud.save()
+        again = model.lm_head.output.save()
+    same(twice, 2 * value)
+    same(loud, 11 * value)
+    same(again, logits)
+
+
+def test_a_users_envoy_of_every_module_leaves_the_sites_as_they_are(tiny_hf, tokens):
+    model = MambaTrace(tiny_hf(), envoys=Shouting)
+    for site, layer in walk(3):
+        assert isinstance(model.hook(site.path(layer)), SiteEnvoy)
+    with torch.no_grad(), model.trace(tokens):
+        state = model.layers[1].ssm.h[2].output.save()
+        with pytest.raises(SiteOrderError):
+            _ = model.layers[1].ssm.delta.output
+    same(state, by_hand(tiny_hf().double(), tokens)["layers[1].ssm.h[2]"])
+    model.layers[1].ssm.note = "an attribute of the user's own"
+    with pytest.raises(UnknownSiteError, match="did you mean output"):
+        model.layers[1].ssm.outptu = 0
+
+
+def test_a_users_envoy_may_be_a_sites_own_class(tiny_hf):
+    class Own(StateEnvoy):
+        pass
+
+    class Another(SiteEnvoy):
+        pass
+
+    model = MambaTrace(tiny_hf(), envoys={"h": Own, "y": Another})
+    assert type(model.layers[0].ssm.h) is Own
+    assert type(model.layers[0].ssm.y) is Another
+
+
+@pytest.mark.parametrize("wrong", [5, {"mixer": 5}, {"mixer": torch.nn.Linear}, "mixer", [Envoy]], ids=str)
+def test_what_is_no_envoy(tiny_hf, wrong):
+    with pytest.raises(SiteValueError, match=r"envoys= takes a subclass of nnsight's Envoy, or a dictionary"):
+        MambaTrace(tiny_hf(), envoys=wrong)
+
+
+# -- names beside ours -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("rename", "names"),
+    [
+        ({"layers": "stack"}, ["stack"]),
+        ({"backbone.layers": "stack"}, ["stack"]),
+        ({"backbone.layers": ["stack", "h"]}, ["stack", "h"]),
+        ({"mixer": "mamba"}, []),
+        ({"backbone.embeddings": "wte", "lm_head": "unembed"}, []),
+        ({"backbone.layers": "layers"}, []),
+        ({MambaMixer: "state_space"}, []),
+    ],
+    ids=str,
+)
+def test_a_further_name_leaves_ours(tiny_hf, tokens, rename, names):
+    model = MambaTrace(tiny_hf(), rename=rename)
+    plain = MambaTrace(tiny_hf())
+    for name in names:
+        assert getattr(model, name) is model.layers
+    if "mixer" in rename:
+        assert model.layers[1].mamba is model.layers[1].ssm
+    if MambaMixer in rename:
+        assert model.layers[1].state_space is model.layers[1].ssm
+    with torch.no_grad():
+        logits, cache = model.run_with_cache(tokens)
+        right, expected = plain.run_with_cache(tokens)
+    assert torch.equal(logits, right)
+    assert list(cache.keys()) == list(expected.keys())
+
+
+@pytest.mark.parametrize(
+    ("rename", "said"),
+    [
+        ({"layers": "blocks"}, r"'blocks' is the name of MambaTrace.blocks already; choose another"),
+        ({"lm_head": "layers"}, r"'layers' is the name of backbone.layers already"),
+        ({"lm_head": "trace"}, r"'trace' is the name of MambaTrace.trace already"),
+        ({"mixer": "output"}, r"'output' is the name of MambaTrace.output already"),
+        ({"lm_head": "un embed"}, r"a name is a string that can stand after a dot"),
+        ({"lm_head": 5}, r"a name is a string"),
+        (5, r"rename= takes a dictionary"),
+    ],
+    ids=str,
+)
+def test_a_name_that_is_taken(tiny_hf, rename, said):
+    with pytest.raises(UnknownSiteError, match=said):
+        MambaTrace(tiny_hf(), rename=rename)
+
+
+# -- loops over positions ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layer", [0, 2])
+def test_a_loop_over_the_states(tiny, tokens, layer):
+    h = tiny.layers[layer].ssm.h
+    with torch.no_grad(), tiny.trace(tokens):
+        for p in range(9):
+            h[p].output[:] *= 0.5
+        expected = tiny.lm_head.output.save()
+    with torch.no_grad(), tiny.trace(tokens):
+        for state in h:
+            state.output[:] *= 0.5
+        logits = tiny.lm_head.output.save()
+    assert torch.equal(logits, expected)
+
+
+def test_a_loop_over_the_states_that_edits_one(tiny, tokens):
+    h = tiny.layers[1].ssm.h
+    with torch.no_grad(), tiny.trace(tokens):
+        h[3].output = torch.zeros(3, 24, 5)
+        expected = tiny.lm_head.output.save()
+    with torch.no_grad(), tiny.trace(tokens):
+        n = len(h)
+        for p, state in enumerate(h):
+            if p == 3:
+                state.output = torch.zeros(3, 24, 5)
+        logits = tiny.lm_head.output.save()
+        n = [n].save()
+    assert n == [9]
+    torch.testing.assert_close(logits, expected)
+
+
+def test_a_loop_over_the_states_of_every_step_and_invoke(tiny, tokens):
+    counted = []
+    with tiny.generate(max_new_tokens=3, do_sample=False) as tracer:
+        with tracer.invoke(tokens[:1]):
+            for _ in tracer.iter[:3]:
+                counted.append(len([state.output for state in tiny.layers[1].ssm.h]))
+        with tracer.invoke(tokens[1:]):
+            for _ in tracer.iter[:3]:
+                counted.append(len(tiny.layers[2].ssm.h))
+        with tracer.invoke():
+            counted.save()
+    assert sorted(counted) == [1, 1, 1, 1, 9, 9]
+
+
+def test_a_loop_over_the_states_once_they_are_gone(tiny, tokens):
+    with (
+        pytest.raises(SiteOrderError, match=r"layers\[1\].ssm.h\[0\] was already computed"),
+        tiny.trace(tokens),
+    ):
+        _ = tiny.layers[1].ssm.y.output
+        for state in tiny.layers[1].ssm.h:
+            state.output[:] = 0
+
+
+def test_a_loop_over_shapes(tiny, tokens):
+    with tiny.scan(tokens):
+        shapes = [tuple(state.output.shape) for state in tiny.layers[1].ssm.h].save()
+    assert shapes == [(3, 24, 5)] * 9
 
 
 # -- fit: what may be assigned -----------------------------------------------------------------------------

@@ -6,7 +6,8 @@ ask what is wanted of it right now. `Visit` answers that for one call of one mod
 a position, and keeps nnsight's visit counts right for the locations that a fused pass never offers.
 `worker` is the other side, code that runs where the user wrote it; `saving` keeps saved values from changing,
 and `apart` the values of places that share memory; `forwards` keeps nnsight's place on modules that
-accelerate wraps too; `tree` keeps the envoys in step with the modules, also in a copy.
+accelerate wraps too; `tree` keeps the envoys in step with the modules, also in a copy; `one_run` lets one run
+at a time have a model; `envoy_map` says which class an envoy has.
 
 The facts about nnsight 0.8 this module rests on, each held by a test in tests/test_demand.py (those about
 accelerate in tests/test_devices.py):

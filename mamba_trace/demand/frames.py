@@ -1,4 +1,4 @@
-"""A warning about what a user wrote belongs at the user's line.
+"""A warning or an error about what a user wrote belongs at the user's line.
 
 A trace runs in two stacks: the worker's, which is the body of the ``with``, and the model's, which is below
 the end of that ``with``. A body that a user wrote has the line in the first. Where this package wrote it, as
@@ -11,10 +11,14 @@ import itertools
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import FrameType
+from types import FrameType, TracebackType
+
+from nnsight.schema.config import CONFIG
 
 #: Packages, besides this one, whose frames are no user's.
 INTERNAL = ("nnsight", "greenlet")
+#: Packages whose frames may lie below the user's line when this one refuses what it says.
+BELOW = (*INTERNAL, "torch", "transformers", "accelerate", "contextlib")
 PACKAGE = Path(__file__).parents[1]
 
 
@@ -50,3 +54,32 @@ def is_ours(frame: FrameType) -> bool:
 def is_internal(frame: FrameType) -> bool:
     """Whether a frame is of this package or of what runs its traces."""
     return frame.f_globals.get("__name__", "").split(".")[0] in INTERNAL or is_ours(frame)
+
+
+def up_to_the_user(traceback: TracebackType | None, caller: FrameType) -> TracebackType | None:
+    """A traceback without what lies below the last line that a user wrote; ``caller``'s where it has none.
+
+    In nnsight's debug mode it is left as it is.
+
+    Args:
+        traceback: of an error of this package.
+        caller: the frame that a trace ends in.
+    """
+    if CONFIG.APP.DEBUG:
+        return traceback
+    entries = []
+    while traceback is not None:
+        entries.append((traceback.tb_frame, traceback.tb_lasti, traceback.tb_lineno))
+        traceback = traceback.tb_next
+    while entries and _is_below(entries[-1][0]):
+        entries.pop()
+    if not entries and not is_internal(caller):
+        entries = [(caller, caller.f_lasti, caller.f_lineno)]
+    shortened = None
+    for frame, instruction, line in reversed(entries):
+        shortened = TracebackType(shortened, frame, instruction, line)
+    return shortened
+
+
+def _is_below(frame: FrameType) -> bool:
+    return is_internal(frame) or frame.f_globals.get("__name__", "").split(".")[0] in BELOW

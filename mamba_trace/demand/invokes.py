@@ -1,16 +1,119 @@
-"""A value without a batch axis in a batch of several invokes.
+"""Which rows of a value belong to which invoke of a batch.
 
-nnsight hands each invoke its rows of a value. A, of shape [E,N], has none, so an edit by one invoke would
-reach all of them. Here every invoke gets a copy of its own, and what goes on has a batch axis if they differ.
+nnsight counts the rows that each invoke brings. Two kinds of value have others. Beam search and
+``num_return_sequences`` make several rows of each prompt (`ExpandedRows`). And A, of shape [E,N], has no
+rows at all, so that an edit by one invoke would reach all of them: every invoke gets a copy of its own, and
+what goes on has a batch axis if they differ (`PerInvoke`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
+from nnsight.intervention.batching import Batcher
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from transformers.utils import ModelOutput
+
+
+class ExpandedRows(Batcher):
+    """nnsight's batcher, which knows how many rows generation makes of each prompt.
+
+    The model runs on ``expansion`` rows of each, one behind the other, and ``returned`` of them come back.
+    Both are read off the arguments of the call before the model runs, and each invoke's group of rows grows
+    with them.
+    """
+
+    def __init__(self, envoy: Any, kwargs: dict | None = None) -> None:
+        super().__init__(envoy, kwargs)
+        self.groups: list[list[int]] = []
+        self.expansion = self.returned = 1
+
+    def add(self, *inputs: Any, **kwargs: Any) -> list[int] | None:
+        """Take up the inputs of an invoke; the group returned is changed when the rows are expanded."""
+        group = super().add(*inputs, **kwargs)
+        if group is not None:
+            self.groups.append(group)
+        return group
+
+    def assemble(self, fn: Any) -> tuple:
+        """The arguments of the call; from here on rows are those that the model runs on.
+
+        Raises:
+            PromptError: for an argument that the call does not have.
+        """
+        for inputs, kwargs in (*self.invokes, ((), self.extra_kwargs)):
+            self.envoy._check_arguments(fn, inputs, kwargs)
+        args, kwargs = super().assemble(fn)
+        self.expansion, self.returned = rows_of_a_prompt(self.envoy, fn, kwargs)
+        self.total *= self.expansion
+        for group in self.groups:
+            group[:] = [count * self.expansion for count in group]
+        return args, kwargs
+
+    # nnsight copies an output of transformers before it fills it in, which one with a field that it needs
+    # refuses.
+
+    def narrow(self, value: Any, group: list[int] | None) -> Any:
+        """The rows of an invoke of every tensor in ``value``."""
+        if not isinstance(value, ModelOutput) or not self.batching or group is None:
+            return super().narrow(value, group)
+        return type(value)(**{name: self.narrow(part, group) for name, part in value.items()})
+
+    def widen(self, full: Any, group: list[int] | None, edited: Any) -> Any:
+        """``full`` with the rows of an invoke as it edited them."""
+        if not isinstance(full, ModelOutput) or not self.batching or group is None:
+            return super().widen(full, group, edited)
+        return type(full)(**{name: self.widen(part, group, edited[name]) for name, part in full.items()})
+
+    def _narrow_tensor(self, tensor: Tensor, group: list[int]) -> Tensor:
+        if not tensor.dim():
+            return tensor
+        if not self._of_what_is_returned(tensor):
+            return super()._narrow_tensor(tensor, group)
+        first, size = self._returned_rows(group)
+        return tensor.narrow(0, first, size)
+
+    def _widen_tensor(self, full: Tensor, group: list[int], edited: Tensor) -> Tensor:
+        if not full.dim():
+            return edited
+        if not self._of_what_is_returned(full):
+            return super()._widen_tensor(full, group, edited)
+        first, size = self._returned_rows(group)
+        return torch.cat([full[:first], edited, full[first + size :]])
+
+    def _of_what_is_returned(self, tensor: Tensor) -> bool:
+        return self.returned != self.expansion and len(tensor) == self.total // self.expansion * self.returned
+
+    def _returned_rows(self, group: list[int]) -> list[int]:
+        return [count // self.expansion * self.returned for count in group]
+
+
+def rows_of_a_prompt(model: Any, fn: Any, kwargs: Mapping[str, Any]) -> tuple[int, int]:
+    """How many rows a call makes of each prompt, and how many of them it returns.
+
+    Args:
+        model: the envoy of the model.
+        fn: what is called.
+        kwargs: its arguments.
+    """
+    name = getattr(fn, "__name__", None)
+    if name not in ("generate", "pipe"):
+        return 1, 1
+    settings = [kwargs.get("generation_config")]
+    if name == "pipe":
+        settings.append(getattr(model.pipeline, "generation_config", None))
+    settings.append(getattr(model._module, "generation_config", None))
+
+    def setting(argument: str) -> int:
+        # As transformers looks for it: an argument, else the first configuration that has one.
+        found = [kwargs.get(argument), *(getattr(config, argument, None) for config in settings)]
+        return next((int(value) for value in found if value is not None), 1)
+
+    returned = setting("num_return_sequences")
+    return max(setting("num_beams"), returned), returned
 
 
 class PerInvoke:

@@ -24,17 +24,17 @@ from itertools import chain
 from typing import Any
 
 from nnsight.intervention.envoy import Envoy
-from nnsight.intervention.interleaver import Interleaver
 from nnsight.modeling.tp import TPFragments
 from torch import nn
 
+from .one_run import OneThreadInterleaver
 from .visit import CURSOR
 
 #: The submodules of each module, as they are whenever one looks, and all of them as they were.
 Known = tuple[list[Iterable[Any]], list[Any]]
 
 
-class SiteInterleaver(Interleaver):
+class SiteInterleaver(OneThreadInterleaver):
     """nnsight's interleaver, of which a copy begins as a new one does: no workers, no visits, no envoys.
 
     Attributes:

@@ -21,13 +21,24 @@ class SiteOrderError(MambaTraceError, OutOfOrderError):
     """A site was asked for after the run had gone past it."""
 
 
+def worker_at(location: str) -> Mediator:
+    """The worker that asks for a location. Raises `SiteValueError` where none runs."""
+    path = public_path(location)
+    try:
+        return Mediator.current(path)
+    except ValueError as error:
+        raise SiteValueError(
+            f"{error}: it has a value only while the model runs, in the body of `with model.trace(...)`"
+        ) from None
+
+
 def expect(location: str) -> None:
     """Refuse at once, at the user's line, a location that this run has already gone past.
 
     Raises:
         SiteOrderError: if it can no longer be served.
     """
-    mediator = Mediator.current(public_path(location))
+    mediator = worker_at(location)
     path, last = public_path(location), getattr(mediator, "_mamba_trace_last", None)
     if _passed(mediator, location):
         after = f" before {last}, which this block has already asked for" if last else ""
@@ -60,7 +71,7 @@ def expect_position(site: Any, position: int) -> None:
         SiteOrderError: if the state has already moved past this position.
     """
     whole, location = f"{site.path}.output", f"{site.path}.{position}.output"
-    mediator = Mediator.current(public_path(location))
+    mediator = worker_at(location)
     counts = site.interleaver.counts
     cursor = site._module.__dict__.get(CURSOR)
     passed = False
@@ -95,6 +106,24 @@ def ask_every_position(asking: bool) -> None:
     Mediator.current("h").__dict__[EVERY_POSITION] = asking
 
 
+def length_of_call(site: Any) -> int:
+    """The number of positions of the forward call that the running worker is served in.
+
+    Args:
+        site: the envoy of the site with positions, one of which the worker was just served at.
+
+    Raises:
+        SiteValueError: where that forward call is in another process.
+    """
+    cursor = site._module.__dict__.get(CURSOR)
+    if cursor is None or cursor[0] is not site.interleaver:
+        raise SiteValueError(
+            f"{public_path(site.path)}: how many positions this call has is not known here; write "
+            f"`for p in range(n): ...{public_path(site.path)}[p]`"
+        )
+    return cursor[2]
+
+
 def current_value(location: str) -> Any:
     """The value at a location, as the running worker sees it."""
     return Mediator.value(location)
@@ -122,13 +151,14 @@ def skip_module(envoy: Any, replacement: Callable[[Any], Any]) -> None:
         SiteOrderError: if the run has gone past it.
     """
     path = public_path(envoy.path)
-    if _passed(Mediator.current(path), f"{envoy.path}.input"):
+    if _passed(worker_at(path), f"{envoy.path}.input"):
         raise SiteOrderError(
             f"{path} was already computed in this run, so it can no longer be skipped: skip it before "
             f"asking for anything that comes after its input"
         )
     args, kwargs = Mediator.value(f"{envoy.path}.input")
     Mediator.skip(f"{envoy.path}.skip", replacement(first_input(args, kwargs)))
+    getattr(envoy.interleaver, "skipped", set()).add(envoy.path)
     _count_below(envoy)
 
 
