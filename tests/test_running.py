@@ -236,7 +236,8 @@ def test_the_warning_of_a_padded_row_is_at_the_users_line(demo: MambaTrace) -> N
         warnings.simplefilter("always")
         demo.run_with_hooks(texts, [("blocks.0.hook_h.2", lambda h, hook: None)])
         demo.run_with_cache(texts, "blocks.1.hook_h.2")
-        HookedMamba.demo()(texts, fwd_hooks=[("blocks.2.hook_h.2", lambda h, hook: None)])
+        hook = ("blocks.2.hook_h.2", lambda h, hook: None)
+        HookedMamba.demo()(texts, padding_side="left", fwd_hooks=[hook])
         with demo.trace(texts):
             demo.hook("blocks.3.hook_h.2").output.save()
     padded = [one for one in caught if "left-padded" in str(one.message)]
