@@ -8,6 +8,7 @@ and which places there are; whatever cannot be served is refused there.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import re
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from typing import Any
 from torch import Tensor
 
 from . import names
-from .demand import ask_every_position
+from .demand import ask_every_position, reading
 from .demand.edits import waiting_edits
 from .errors import LayerError, PromptError, SiteValueError, UnknownSiteError
 from .hooks import Extent, Hook, HookFunction, NameOrFilter, Order, key_of, resolve
@@ -245,7 +246,8 @@ class HookedRun:
         key = key_of(visit.place)
         envoy = self.model.hook(self.path_of(visit))
         ask_every_position(not visit.named)
-        value = envoy.output
+        with contextlib.nullcontext() if visit.fwd else reading():
+            value = envoy.output
         for fn in visit.fwd:
             returned = fn(value, visit.hook)
             if returned is None or returned is value:
@@ -274,7 +276,8 @@ class HookedRun:
         """Cache the states of a layer after every position, edits of them included."""
         if not last:
             return
-        states = kept(self.model.layers[layer].ssm.h.output, self.wanted.device)  # [B,L,E,N]
+        with reading():
+            states = kept(self.model.layers[layer].ssm.h.output, self.wanted.device)  # [B,L,E,N]
         for position in range(self.length):
             self.values[key_of(Place(BY_NAME[STATE], layer, position))] = states[:, position]
 

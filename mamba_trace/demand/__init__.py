@@ -49,6 +49,7 @@ from .worker import (
     expect_position,
     mask_of_call,
     need_a_trace,
+    reading,
     skip_module,
 )
 
@@ -69,6 +70,7 @@ __all__ = [
     "listened_to",
     "mask_of_call",
     "need_a_trace",
+    "reading",
     "rebind_forward",
     "reconnect",
     "reinstate_controllers",

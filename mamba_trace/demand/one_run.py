@@ -13,8 +13,7 @@ Contract:
 * A run that is started inside another of the same model, from its body or from a hook, is refused before it
   has touched anything: the outer one goes on.
 * A run is seen by its own thread alone (`OneThreadInterleaver`). A module that another thread calls
-meanwhile,
-  as in ``model._module(tokens)``, computes what it does outside of traces.
+  meanwhile, as in ``model._module(tokens)``, computes what it does outside of traces.
 
 Sessions and edits are no runs: the traces in a session take turns like any others.
 """
@@ -38,7 +37,7 @@ from nnsight.tracing.tracer import WithBlockNotFoundError
 from ..errors import TraceError
 from ..names import public_path
 from .frames import users_frame
-from .worker import SiteOrderError
+from .worker import SiteOrderError, within_skipped
 
 #: Seconds after which a thread that still waits for its turn says so.
 PATIENCE = 60.0
@@ -220,8 +219,8 @@ class OneThreadInterleaver(Interleaver):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        #: The paths of the blocks and mixers that were skipped in this run.
-        self.skipped: set[str] = set()
+        #: The paths of the modules that were skipped in this run, and at which of their visits last.
+        self.skipped: dict[str, int] = {}
 
     @property
     def interleaving(self) -> bool:
@@ -272,10 +271,7 @@ def never_reached(location: str, skipped: Iterable[str]) -> SiteOrderError:
     asked = path if value in ("output", "skip") else f"{path}.{value}" if place else location
     inside = next((above for above in skipped if location.startswith(f"{above}.")), None)
     if inside is not None:
-        return SiteOrderError(
-            f"{asked} was never computed in this run, in which {public_path(inside)} was skipped: ask for "
-            f"{public_path(inside)}.output, or do not skip it"
-        )
+        return SiteOrderError(within_skipped(asked, inside))
     return SiteOrderError(
         f"{asked} was asked for when the run had gone past it, or is not part of this run. Places are "
         f"served in execution order (`mamba-trace sites` prints it): ask for it earlier, or in an invoke "

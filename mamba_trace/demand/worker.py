@@ -41,12 +41,31 @@ def expect(location: str) -> None:
     mediator = worker_at(location)
     path, last = public_path(location), getattr(mediator, "_mamba_trace_last", None)
     if _passed(mediator, location):
+        if (skipped := _skipped_around(mediator, location)) is not None:
+            raise SiteOrderError(within_skipped(path, skipped))
         after = f" before {last}, which this block has already asked for" if last else ""
         raise SiteOrderError(
             f"{path} was already computed in this run. Sites are served in execution order: ask for "
             f"{path}{after} (`mamba-trace sites` prints the order), or in an invoke of its own"
         )
     mediator._mamba_trace_last = path
+
+
+def _skipped_around(mediator: Mediator, location: str) -> str | None:
+    # The module above a location whose last visit was skipped.
+    for above, visit in getattr(mediator.interleaver, "skipped", {}).items():
+        inside = location.startswith(f"{above}.") and location != f"{above}.output"
+        if inside and mediator.occurrence(f"{above}.input") == visit:
+            return str(above)
+    return None
+
+
+def within_skipped(asked: str, skipped: str) -> str:
+    """What to say of a place, by its public path, inside of a module that was skipped, by its location."""
+    return (
+        f"{asked} was never computed in this run, in which {public_path(skipped)} was skipped: ask for "
+        f"{public_path(skipped)}.output, or do not skip it"
+    )
 
 
 def _passed(mediator: Mediator, location: str) -> bool:
@@ -158,7 +177,9 @@ def skip_module(envoy: Any, replacement: Callable[[Any], Any]) -> None:
         )
     args, kwargs = Mediator.value(f"{envoy.path}.input")
     Mediator.skip(f"{envoy.path}.skip", replacement(first_input(args, kwargs)))
-    getattr(envoy.interleaver, "skipped", set()).add(envoy.path)
+    getattr(envoy.interleaver, "skipped", {})[envoy.path] = Mediator.current(path).occurrence(
+        f"{envoy.path}.input"
+    )
     _count_below(envoy)
 
 
