@@ -18,6 +18,7 @@ from nnsight.modeling.processing import ROW_FIELDS, as_encoding, split
 from torch import Tensor
 from transformers import GenerationConfig
 
+from .architectures import architecture_of
 from .errors import PromptError
 from .names import nearest
 
@@ -140,8 +141,8 @@ def check_arguments(model: Any, inputs: tuple, kwargs: Mapping[str, Any]) -> Non
     Raises:
         PromptError: naming the argument and those there are.
     """
-    # The class's own, as accelerate and nnsight put another on the module.
-    parameters = inspect.signature(type(model._module).forward).parameters
+    # The architecture's, which an adapter around the model hands them on to.
+    parameters = inspect.signature(architecture_of(model._module).model_class.forward).parameters
     known = {name for name in parameters if name not in ("self", "kwargs", "args")} | set(ROW_FIELDS)
     known |= {"padding_side"} | {"past_key_values", "cache_params", "cache_position"} & set(kwargs)
     if inputs and not isinstance(inputs[0], Tensor):

@@ -12,14 +12,13 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from greenlet import greenlet
 from nnsight.intervention.interleaver import Mediator
 from nnsight.util import apply
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from .saving import Place, among, span, tensors_of, watch
+from .saving import Place, among, has_memory, span, tensors_of, watch
 
 #: One visit of one place: its location, and how often the worker's run had come to it before.
 Visit = tuple[str, int]
@@ -34,7 +33,7 @@ class HandedOut:
 
     def record(self, value: Tensor, visit: Visit) -> bool:
         """Remember the memory of ``value``; say whether any of it was handed out at another visit."""
-        if value.layout != torch.strided or not value.numel():
+        if not has_memory(value) or not value.numel():
             return False
         first, last = span(value)
         storage = StorageWeakRef(value.untyped_storage())

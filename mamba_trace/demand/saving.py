@@ -402,9 +402,14 @@ def span(tensor: Tensor) -> tuple[int, int]:
     return first, first + sum(int((size - 1) * stride) for size, stride in steps)
 
 
+def has_memory(tensor: Tensor) -> bool:
+    """Whether a tensor has a storage that can be looked at: one in a transform of torch.func has not."""
+    return tensor.layout == torch.strided and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+
+
 def same_memory(tensor: Tensor, other: Tensor) -> bool:
     """Whether two tensors are parts of one storage."""
-    if tensor.layout != torch.strided or other.layout != torch.strided:
+    if not (has_memory(tensor) and has_memory(other)):
         return tensor is other
     with torch._C.DisableTorchFunction():  # a guard on duty would take the look for an escape
         return tensor.untyped_storage()._cdata == other.untyped_storage()._cdata
