@@ -32,7 +32,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from .demand import Visit, take_note_of_mask
 from .discretisation import Discretisation
 from .offers import Offers, same_contents
-from .past import PastStates, kept_at_padding, masked, offered, padding_stays_zero
+from .past import PastStates, kept_at_padding, masked, offered, seen_by
 from .report import LayerRun, RunReport
 from .scan import Recurrence, causal_conv, convolution, gated_scan
 from .scan.record import note, recording
@@ -116,7 +116,7 @@ class HookableMixer:
         skip = offer("skip", skip)
         # After in_proj, which may have a bias of its own or an adapter's.
         x_in = offered(offer, "x_in", masked(x_in, mask), mask)
-        x = self.convolve(offer, *past.convolution(x_in, mask), mask)  # [B,L,E]
+        x = self.convolve(offer, x_in, past, mask)  # [B,L,E]
         x = offered(offer, "ssm_input", masked(x, mask), mask)  # [B,L,E]
         gated, h = self.scan(offer, x, skip, mask, past)  # [B,L,E], [B,E,N]
         past.keep(h)
@@ -127,16 +127,18 @@ class HookableMixer:
 
     # -- the convolution -------------------------------------------------------------------------------
 
-    def convolve(
-        self: Any, offer: Offers, x_in: Tensor, before: Tensor | None, mask: Tensor | None
-    ) -> Tensor:
-        """SiLU of the causal convolution [B,L,E] of ``x_in`` [B,L,E] after the columns ``before`` [B,E,K]."""
+    def convolve(self: Any, offer: Offers, x_in: Tensor, past: PastStates, mask: Tensor | None) -> Tensor:
+        """SiLU of the causal convolution [B,L,E] of ``x_in`` [B,L,E] after the columns of ``past``."""
+        x_in, before = past.convolution(x_in, mask)  # [B,L,E], [B,E,K] or None
         backend = self.conv_backend(x_in)
         conv1d = None if backend is None else offer.bypass("conv1d", nn.Conv1d)
         if backend is None or conv1d is None:
             if backend is not None:
                 self.last_run.reasons.append("conv1d is wanted, hooked or changed")
-            return self.act(offer("conv", self.call_convolution(offer, x_in, before, mask)))
+            conv, seen = self.call_convolution(offer, x_in, before, mask)
+            if seen is not None:
+                past.keep_columns(seen, mask)
+            return self.act(offer("conv", conv))
         whole = offer.first_wanted("conv") is None and offer.bypass("act", type(self.act)) is not None
         weight = conv1d.weight[:, 0]  # [E,K]
         conv = causal_conv(x_in, weight, conv1d.bias, before, activate=whole, backend=backend)
@@ -154,8 +156,8 @@ class HookableMixer:
 
     def call_convolution(
         self: Any, offer: Offers, x_in: Tensor, before: Tensor | None, mask: Tensor | None
-    ) -> Tensor:
-        """The convolution [B,L,E] by way of its module."""
+    ) -> tuple[Tensor, Tensor | None]:
+        """The convolution [B,L,E] by way of its module, and the columns that it saw where somebody looks."""
         note("causal_conv", "PyTorch", x_in.shape[1])
         columns = x_in.transpose(1, 2)  # [B,E,L]
         length, context = columns.shape[-1], 0
@@ -163,10 +165,11 @@ class HookableMixer:
             context = before.shape[-1]
             columns = torch.cat((before.to(columns.dtype), columns), dim=-1)
         wanted = offer.first_wanted("conv1d") is not None
-        with padding_stays_zero(self.conv1d, mask, context) if wanted else contextlib.nullcontext():
+        looked_at: Any = seen_by(self.conv1d, mask, context) if wanted else contextlib.nullcontext([])
+        with looked_at as seen:
             # The module pads both ends; what lies past the last token is cut off.
             columns = self.conv1d(offer.into("conv1d", columns))[..., context : context + length]  # [B,E,L]
-        return columns.transpose(1, 2).contiguous()
+        return columns.transpose(1, 2).contiguous(), seen[0] if seen else None
 
     # -- the scan --------------------------------------------------------------------------------------
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
@@ -78,6 +79,24 @@ class PastStates:
         recent = x_in if self.cache.is_recording_past(layer) else last_real(x_in, mask, kernel, before)
         self.cache.update_conv_state(recent.transpose(1, 2), layer, conv_kernel_size=kernel)
         return next_to_the_past(x_in, mask, before)
+
+    def keep_columns(self, columns: Tensor, mask: Tensor | None) -> None:
+        """Store the last K of the columns [B,E,L] or [B,E,K+L] that the convolution saw, edits included."""
+        layer, kernel = self.mixer.layer_idx, self.mixer.conv_kernel_size
+        if (
+            self.cache is None
+            or isinstance(self.cache, StartingStates)
+            or self.cache.is_recording_past(layer)
+        ):
+            return
+        recent = F.pad(columns, (kernel, 0))[..., -kernel:]
+        if mask is not None:
+            steps = torch.arange(1, mask.shape[1] + 1, device=columns.device)
+            after = mask.shape[1] - (mask * steps).amax(-1)  # [B]: the padding behind the last token
+            ends = columns.shape[-1] - after[:, None] + torch.arange(kernel, device=columns.device)  # [B,K]
+            index = ends[:, None].expand(-1, columns.shape[1], -1)
+            recent = F.pad(columns, (kernel, 0)).gather(-1, index)
+        self.cache.update_conv_state(recent, layer, conv_kernel_size=kernel)
 
     def mask(self, mask: Tensor | None, tokens: Tensor) -> Tensor | None:
         """`attention_mask_of` this call, whose hidden states are ``tokens`` [B,L,D]."""
@@ -231,24 +250,28 @@ def kept_at_padding(served: Tensor, state: Tensor, mask: Tensor | None, position
 
 
 @contextlib.contextmanager
-def padding_stays_zero(conv1d: nn.Module, mask: Tensor | None, kernel: int) -> Iterator[None]:
-    """Let the convolution ``conv1d`` see zeros on padding, after edits of its input.
+def seen_by(conv1d: nn.Module, mask: Tensor | None, kernel: int) -> Iterator[list[Tensor]]:
+    """What the convolution ``conv1d`` sees, after edits of its input: zeros on padding, whatever they say.
 
     Args:
         conv1d: the module, or an adapter around it.
         mask: [B,L], or ``None``.
         kernel: how many columns of a cache come before the call's, 0 for none: [B,E,K+L] goes in.
+
+    Yields:
+        A list that holds the columns [B,E,K+L] once the module was called.
     """
-    if mask is None:
-        yield
-        return
-    real = mask if not kernel else moved_next_to_the_past(mask.new_ones(len(mask), kernel), mask, mask)
+    real = mask
+    if mask is not None and kernel:
+        real = moved_next_to_the_past(mask.new_ones(len(mask), kernel), mask, mask)
     convolutions = [module for module in conv1d.modules() if isinstance(module, nn.Conv1d)]
+    seen: list[Tensor] = []
 
     def guarded(own: Any) -> Any:
         def run(columns: Tensor, *rest: Any) -> Tensor:
-            if columns.shape[-1] == real.shape[-1]:
+            if real is not None and columns.shape[-1] == real.shape[-1]:
                 columns = columns.masked_fill(~real[:, None], 0)
+            seen[:] = seen or [columns]  # what comes first is the input, and not what an adapter makes of it
             return own(columns, *rest)
 
         return run
@@ -257,7 +280,7 @@ def padding_stays_zero(conv1d: nn.Module, mask: Tensor | None, kernel: int) -> I
     for module in convolutions:
         module.__dict__["_conv_forward"] = guarded(module._conv_forward)
     try:
-        yield
+        yield seen
     finally:
         for module in convolutions:
             del module.__dict__["_conv_forward"]

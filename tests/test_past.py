@@ -316,3 +316,40 @@ def test_a_mask_of_zeros_and_ones_is_one_in_every_dtype(
         agree(model.run_with_hooks(ids, attention_mask=mask.to(dtype)), right, 1e-12)
         agree(model.run_with_hooks(ids, attention_mask=mask.tolist()), right, 1e-12)
         agree(model._module(ids, attention_mask=mask.to(dtype)).logits, right.float())
+
+
+#: Where an edit at one token goes on to later ones, and where it does not.
+CARRIED = ("ssm.x_in", "ssm.conv1d.input", "ssm.delta", "ssm.write", "ssm.A_bar", "ssm.h[-1]")
+OF_ITS_TOKEN = ("ssm.h", "ssm.h_read", "ssm.conv", "ssm.y", "ssm.C")
+
+
+@pytest.mark.parametrize("side", ["none", "left", "right"])
+@pytest.mark.parametrize("path", [*CARRIED, *OF_ITS_TOKEN])
+def test_an_edit_means_the_same_wherever_the_prompt_is_cut(
+    model: MambaTrace, tokens: Tensor, path: str, side: str
+) -> None:
+    """The last token before a cache is cut off is edited, and so is that token in one call of the whole."""
+    place, ids = f"layers[1].{path}", tokens[:1, :LONG]
+
+    def edit(model: MambaTrace, at: int) -> None:
+        if path == "ssm.h[-1]":
+            state = model.layers[1].ssm.h[at].output
+            state *= 0.5
+        elif path.endswith(".input"):
+            model.layers[1].ssm.conv1d.input[..., at] += 0.5
+        else:
+            model.hook(place).output[:, at] += 0.5
+
+    with torch.no_grad(), model.trace(ids):
+        edit(model, SHORT - 1)
+        right = model.lm_head.output[:, SHORT:].save()
+    first, mask, at = ids[:, :SHORT], torch.ones(1, SHORT, dtype=torch.long), SHORT - 1
+    if side != "none":
+        pads = torch.full((1, 2), 7)
+        first = torch.cat((pads, first) if side == "left" else (first, pads), dim=1)
+        mask = torch.cat((pads * 0, mask) if side == "left" else (mask, pads * 0), dim=1)
+        at += 2 * (side == "left")
+    cache = DynamicCache(config=model.config)
+    run(model, first, lambda model: edit(model, at), cache, attention_mask=mask)
+    logits, _ = run(model, ids[:, SHORT:], lambda model: None, cache)
+    agree(logits, right, 1e-10)
