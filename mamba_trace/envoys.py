@@ -12,25 +12,22 @@ from __future__ import annotations
 import operator
 import re
 from collections.abc import Iterator
-from difflib import get_close_matches
 from typing import Any
 
 from nnsight.intervention.envoy import Envoy
 from nnsight.intervention.eproperty import eproperty
 from nnsight.intervention.util import first_input, replace_first_input
-from torch import Tensor, nn
+from torch import Tensor
 
-from .demand import assigned, current_value, expect, expect_position, keep_apart, skip_module
-from .demand.envoy_map import Choosing
+from .attributes import Guarded, no_such_value, not_a_value, unknown
+from .demand import assigned, current_value, expect, expect_position, keep_apart
 from .demand.one_run import only_run
 from .demand.worker import length_of_call
 from .errors import LayerError, PositionError, SiteValueError, UnknownSiteError
-from .names import NATIVE_MODULES, lacked, nearest, public_path
-from .sites import BY_NAME, SITES, STATE, Site, describe_axes, in_scope
+from .fitting import fit, fit_input, skip
+from .names import NATIVE_MODULES, public_path
+from .sites import BY_NAME, STATE, Site, in_scope
 from .tracer import PlaceTracer
-
-#: Names that a user reads values at and never assigns to.
-PLACES = {*BY_NAME, *NATIVE_MODULES, "layers", "ssm"}
 
 
 class Value(eproperty):
@@ -53,42 +50,6 @@ class SiteValue(Value):
     def __set__(self, obj: Any, value: Any) -> None:
         obj._expect()
         super().__set__(obj, value)
-
-
-class Guarded(Choosing):
-    """An envoy that takes no values under names that mean nothing: the model's own, and every one below."""
-
-    #: What a name of a value that is assigned to may have been meant as.
-    ASSIGNED = ("output", "input", "inputs")
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        being_made = "_child_map" not in self.__dict__
-        if isinstance(value, (nn.Module, Envoy)) or name.startswith("_") or being_made:
-            super().__setattr__(name, value)
-            return
-        if name in PLACES:
-            raise not_a_value(f"{public_path(self.path)}.{name}".removeprefix("model."))
-        if name not in self.__dict__ and not hasattr(type(self), name) and self._meant(name):
-            raise UnknownSiteError(
-                f"{public_path(self.path)} has no {name!r} to assign "
-                f"to{nearest(name, list(self.ASSIGNED)) or '.'} "
-                f"A value is assigned to {' or '.join('.' + one for one in self.ASSIGNED)}, inside a trace"
-            )
-        super().__setattr__(name, value)
-
-    def get(self, path: str) -> Any:
-        """What is at a dotted path from here, as nnsight's ``get``.
-
-        Raises:
-            UnknownSiteError: if nothing is.
-        """
-        if not isinstance(path, str) or not path:
-            raise UnknownSiteError(f"get takes a dotted path such as 'layers.3.ssm.h.5', not {path!r}")
-        return super().get(path)
-
-    def _meant(self, name: str) -> bool:
-        # On the model, and on an envoy of a class of the user's, other attributes may be their own.
-        return bool(get_close_matches(name, self.ASSIGNED, cutoff=0.7))
 
 
 class Part(Guarded):
@@ -485,35 +446,9 @@ class MixerEnvoy(Suggesting):
         return "BLD"
 
 
-def not_a_value(path: str, value: str | None = None) -> SiteValueError:
-    """The error for an assignment to a place instead of to its ``value``."""
-    return SiteValueError(
-        f"{path} is a place, not a value: assign to {value or path + '.output'}, inside a trace"
-    )
-
-
-def no_such_value(envoy: Envoy, name: str) -> UnknownSiteError:
-    """The error for an attribute that the envoy of a site or of an inner module does not have."""
-    path, known = public_path(envoy.path), ["output", "input", "inputs", "skip", "source"]
-    hint = f"; its value has one: {path}.output.{name}" if hasattr(Tensor, name) else nearest(name, known)
-    return UnknownSiteError(
-        f"{path} has no {name!r}{hint.rstrip('?')}. It has {', '.join('.' + one for one in known)}"
-    )
-
-
 def _no_bool(key: Any) -> Any:
     # `key`, or what is no index where it is true or false, which Python takes for 1 or 0.
     return None if isinstance(key, bool) or str(getattr(key, "dtype", "")).endswith("bool") else key
-
-
-def unknown(envoy: Envoy, name: str) -> UnknownSiteError:
-    """The error for an attribute that an envoy does not have, naming what it does have."""
-    known = [site.name for site in SITES] + list(NATIVE_MODULES) + ["layers", "ssm"]
-    here = [child for child in known if child in envoy.__dict__ or child in envoy._child_map]
-    return UnknownSiteError(
-        f"{public_path(envoy.path)} has no {name!r}{lacked(f'{name}.') or nearest(name, here or known)}. "
-        f"It has: {', '.join(here)}"
-    )
 
 
 def envoy_classes() -> dict[str, type[Envoy]]:
@@ -528,112 +463,6 @@ def envoy_classes() -> dict[str, type[Envoy]]:
     native: dict[str, type[Envoy]] = {f"mixer.{name}": Located for name in NATIVE_MODULES}
     native |= {"backbone": Located, "backbone.layers": LayersEnvoy}
     return {**classes, **native, "layers.*": BlockEnvoy, "layers.*.mixer": MixerEnvoy}
-
-
-def skip(envoy: Envoy, replacement: Any, axes: str = "BLD") -> None:
-    """Skip a module.
-
-    Args:
-        envoy: of the module.
-        replacement: what stands for its output.
-        axes: the axis letters of its input and its output, where these are of one shape; else ``""``.
-    """
-
-    def fitted(current: Tensor) -> Tensor:
-        found: Any = type(replacement).__name__
-        if isinstance(replacement, Tensor):
-            same = replacement.shape == current.shape if axes else replacement.shape[:1] == current.shape[:1]
-            if same and replacement.is_floating_point():
-                return moved(public_path(envoy.path), replacement, current)
-            found = f"{tuple(replacement.shape)} of {replacement.dtype}"
-        path = public_path(envoy.path)
-        shape = f"shape {tuple(current.shape)} {describe_axes(axes)}" if axes else f"{len(current)} rows"
-        raise SiteValueError(
-            f"{path}.skip(...) takes what stands for the output of {path}, a floating tensor of {shape}, "
-            f"not {found}"
-        )
-
-    skip_module(envoy, fitted)
-
-
-def fit(path: str, axes: str, value: Any, current: Any) -> Tensor:
-    """An assigned value, checked against the one it replaces and cast to its dtype and device.
-
-    Args:
-        path: the site, for messages.
-        axes: its axis letters; ``""`` where they have no names.
-        value: what the user assigned.
-        current: what the run has there.
-
-    Raises:
-        SiteValueError: if ``value`` is no tensor, has another shape, or is not floating while ``current`` is.
-    """
-    shape = f"{tuple(current.shape)}" + (f" {describe_axes(axes)}" if axes else "")
-    if not isinstance(value, Tensor):
-        raise SiteValueError(
-            f"{path} takes a tensor of shape {shape}, not a "
-            f"{type(value).__name__}. To fill it with a number, write {path}.output[:] = ..."
-        )
-    if value.shape != current.shape:
-        raise SiteValueError(
-            f"{path} takes shape {shape}, not {tuple(value.shape)}. "
-            f"To replace a part of it, assign to a slice: {path}.output[:, ...] = ..."
-        )
-    if not value.is_floating_point():
-        raise SiteValueError(
-            f"{path} takes a floating tensor such as {current.dtype}, not {value.dtype}: use .float()"
-        )
-    # A copy: the run's value may be edited in place later, and this tensor is the user's own.
-    return moved(path, value, current).to(dtype=current.dtype, copy=True)
-
-
-def fit_input(path: str, value: Any, current: Any) -> Any:
-    """A value assigned to an input, checked against the one it replaces.
-
-    Its sizes may differ: a final norm that gets the last position alone computes no other.
-
-    Args:
-        path: the module, for messages.
-        value: what the user assigned.
-        current: what the run has there; what is no tensor is replaced as it is.
-
-    Raises:
-        SiteValueError: if ``value`` is no tensor, has another number of axes, or another kind of numbers.
-    """
-    if not isinstance(current, Tensor):
-        return value
-    kind = "floating" if current.is_floating_point() else "integer"
-    fits = isinstance(value, Tensor) and value.dim() == current.dim()
-    if not fits or value.is_floating_point() != current.is_floating_point():
-        found = (
-            f"{tuple(value.shape)} of {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
-        )
-        raise SiteValueError(
-            f"{path}.input takes {'an' if kind == 'integer' else 'a'} {kind} tensor such as that of the run, "
-            f"{tuple(current.shape)} of {current.dtype}, with as many axes, not {found}"
-        )
-    return moved(f"the input of {path}", value, current)
-
-
-def moved(path: str, value: Any, current: Any) -> Any:
-    """An assigned value on the device of the one it replaces.
-
-    Args:
-        path: the place, for messages.
-        value: what the user assigned; what is no tensor is left to the model.
-        current: what the run has there.
-
-    Raises:
-        SiteValueError: for a tensor that holds no numbers.
-    """
-    if not (isinstance(value, Tensor) and isinstance(current, Tensor)) or value.device == current.device:
-        return value
-    if value.is_meta:
-        raise SiteValueError(
-            f"{path} was given a tensor on the meta device, which holds no numbers; in this run it is on "
-            f"{current.device}"
-        )
-    return value.to(current.device)
 
 
 __all__ = [

@@ -24,6 +24,7 @@ from transformers import MambaConfig, MambaForCausalLM, PreTrainedTokenizerBase,
 
 from . import names, padding, placement
 from .architectures import architecture_of, axis_sizes, kernels_of, make_hookable
+from .attributes import Guarded, unknown
 from .checkpoints import Checkpoint, find_checkpoint, load_tokenizer, read_state_dict
 from .config_names import check_names
 from .conversion import check_state_dict, convert_config, convert_state_dict, residuals_per_layer
@@ -40,7 +41,7 @@ from .demand import (
 from .demand.envoy_map import EnvoyMap
 from .demand.invokes import ExpandedRows
 from .demand.one_run import only_run, run_method
-from .envoys import Guarded, envoy_classes, unknown
+from .envoys import envoy_classes
 from .errors import CheckpointError, MambaTraceError, PromptError, UnknownSiteError
 from .hooks import KEEPING_HOOKS, none_kept
 from .initialization import initialize

@@ -3,8 +3,9 @@
 People write ``site.output[:, p]`` in a loop over p. Each turn asks the run for the place again, so what a
 further read costs counts, and it must not grow with the number of reads. *read* keeps each position's vector,
 *edit* zeroes it, *both* does both, *saved* saves each before it is zeroed, and *state* edits h[p] at each
-position, which plain nnsight cannot. The peer is nnsight's own wrapper on the same module, on the output of a
-block.
+position, which plain nnsight cannot. The peer is nnsight's own wrapper on Hugging Face's module, on the
+output of a block. What counts is the time of a loop beyond that of an empty trace, for each position: it
+stays the same where time is linear.
 
     python tests/benchmarks/positions.py --json out.json
 """
@@ -13,13 +14,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 from pathlib import Path
 from typing import Any
 
 import nnsight
 import torch
 from nnsight import TransformersModel
-from timing import Contender, measure, summary, table
+from timing import Contender, measure
 from transformers import MambaConfig, MambaForCausalLM
 
 from mamba_trace import MambaTrace
@@ -29,6 +31,10 @@ LENGTHS = (500, 1000, 2000)
 
 def loops(place: Any, run: Any, length: int) -> dict[str, Contender]:
     """The loops over ``place``, whose output is [1,L,D], in traces that ``run`` opens."""
+
+    def empty() -> None:
+        with run():
+            pass
 
     def read() -> None:
         with run():
@@ -54,11 +60,11 @@ def loops(place: Any, run: Any, length: int) -> dict[str, Contender]:
                 place.output[:, position].save()
                 place.output[:, position] = 0
 
-    return {"read": read, "edit": edit, "both": both, "saved": saved}
+    return {"empty": empty, "read": read, "edit": edit, "both": both, "saved": saved}
 
 
-def contenders(length: int) -> tuple[dict[str, Contender], dict[str, str]]:
-    """What is run at one length, and beside what."""
+def contenders(length: int) -> dict[str, Contender]:
+    """What is run at one length."""
     config = MambaConfig(hidden_size=256, num_hidden_layers=2, vocab_size=100)
     model = MambaTrace.from_config(config)
     plain = MambaForCausalLM(model.config).eval()
@@ -73,9 +79,17 @@ def contenders(length: int) -> tuple[dict[str, Contender], dict[str, str]]:
             for position in range(length):
                 model.layers[0].ssm.h[position].output[:] *= 0.5
 
-    runs = {f"{name}, nnsight": run for name, run in theirs.items()} | ours | {"state": state}
-    beside = {name: f"{name.removesuffix(', nnsight')}, nnsight" for name in runs} | {"state": "edit"}
-    return runs, beside
+    return ours | {"state": state} | {f"{name}, nnsight": run for name, run in theirs.items()}
+
+
+def per_position(times: dict[str, list[float]], length: int) -> dict[str, float]:
+    """Microseconds for each position beyond an empty trace: the medians of the differences in each repeat."""
+    found = {}
+    for name, values in times.items():
+        empty = times["empty, nnsight" if name.endswith("nnsight") else "empty"]
+        differences = [value - beside for value, beside in zip(values, empty, strict=True)]
+        found[name] = round(1000 * statistics.median(differences) / length, 1)
+    return found
 
 
 def main() -> None:
@@ -89,9 +103,11 @@ def main() -> None:
     found = {}
     with torch.no_grad():
         for length in options.lengths:
-            runs, beside = contenders(length)
-            found[length] = summary(measure(runs, options.repeats, warm_up=1), beside)
-            print(table(f"{length} positions", found[length]))
+            times = measure(contenders(length), options.repeats, warm_up=1)
+            found[length] = per_position(times, length)
+    print("us for each position" + "".join(f"{length:>9}" for length in found))
+    for name in found[options.lengths[0]]:
+        print(f"  {name:18}" + "".join(f"{row[name]:9.1f}" for row in found.values()))
     if options.json:
         options.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
