@@ -141,6 +141,8 @@ def check_arguments(model: Any, inputs: tuple, kwargs: Mapping[str, Any]) -> Non
     Raises:
         PromptError: naming the argument and those there are.
     """
+    if not kwargs:
+        return
     # The architecture's, which an adapter around the model hands them on to.
     parameters = inspect.signature(architecture_of(model._module).model_class.forward).parameters
     known = {name for name in parameters if name not in ("self", "kwargs", "args")} | set(ROW_FIELDS)
