@@ -67,7 +67,7 @@ class Offers:
     def into(self, name: str, value: Tensor) -> Tensor:
         """``value`` as the input of inner module ``name``: a copy where that is wanted, since an edit of it
         in place must not reach the site that the value is as well."""
-        return value.clone() if self.wants(name) else value
+        return value.clone(memory_format=torch.contiguous_format) if self.wants(name) else value
 
     def result(self, value: Tensor) -> Tensor:
         """What the module returns: ``value``, or a copy where somebody wants it under that name too."""

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from mamba_trace import MambaTrace
 from mamba_trace.demand import saving
+from mamba_trace.errors import SiteValueError
 from mamba_trace.sites import SITES
 
 PATHS = [site.path(1) for site in SITES] + ["layers[1].ssm.h[2]", "layers[1].ssm.h[-1]"]
@@ -247,12 +249,207 @@ def test_a_place_read_twice_before_a_barrier(tiny, tokens):
 def test_nothing_is_copied_where_nothing_is_written(tiny, tokens):
     place = tiny.layers[1].resid_post
     with torch.no_grad(), tiny.trace(tokens):
-        value = place.output
-        same = nnsight.save([value.save() is value])
-        same.extend(place.output is value for _ in range(3))
-        value.sum(), value * 2, value.clone(), value[:, 0]
-        same.append(place.output is value)
+        saved = place.output.save()
+        same = nnsight.save([place.output is saved for _ in range(3)])
+        saved.sum(), saved * 2, saved.clone(), saved[:, 0]
+        same.append(place.output is saved)
     assert all(same)
+
+
+def test_a_name_that_is_edited_after_a_save_has_the_edited_value(tiny, tokens):
+    place = tiny.layers[1].ssm.y
+    clean, expected = zeroed(tiny, tokens, "layers[1].ssm.y")
+    with tiny.trace(tokens):
+        value = place.output
+        before = value.save()
+        value[:] = 0
+        after = value.save()
+        total = value.abs().sum().save()
+        logits = tiny.lm_head.output.save()
+    assert torch.equal(before, clean)
+    assert not after.any()
+    assert total == 0
+    agree(logits.detach(), expected)
+
+
+def test_a_value_that_was_saved_by_its_name_survives_edits_at_any_later_time(tiny, tokens):
+    place = tiny.layers[1].ssm.y
+    clean, _ = zeroed(tiny, tokens, "layers[1].ssm.y")
+    with torch.no_grad(), tiny.trace(tokens):
+        value = place.output
+        first = value.save()
+        place.output = value * 2
+        second = place.output
+        kept = second.save()
+        _ = tiny.layers[1].resid_post.output
+        value[:], second[:] = 0, 0
+    assert torch.equal(first, clean)
+    assert torch.equal(kept, clean * 2)
+
+
+def test_the_gradient_of_a_copy_is_that_of_its_value(tiny, tokens):
+    with tiny.trace(tokens):
+        value = tiny.layers[1].ssm.y.output
+        saved = value.save()
+        loss = tiny.lm_head.output[0, -1, 3]
+        with loss.backward(retain_graph=True):
+            by_copy = saved.grad.save()
+        with loss.backward():
+            by_value = value.grad.save()
+    assert torch.equal(by_copy, by_value)
+    assert by_copy.any()
+    torch.save(saved.detach(), io.BytesIO())
+    assert "register_hook" not in saved.__dict__
+
+
+@pytest.mark.parametrize("save", [lambda v: [v].save(), lambda v: {"v": v}.save(), lambda v: (v,).save()])
+def test_a_container_that_is_saved_with_its_values_in_it(tiny, tokens, save):
+    clean, expected = zeroed(tiny, tokens, "layers[1].ssm.y")
+    with torch.no_grad(), tiny.trace(tokens):
+        value = tiny.layers[1].ssm.y.output
+        kept = save(value)
+        value[:] = 0
+        logits = tiny.lm_head.output.save()
+    assert torch.equal(kept["v"] if isinstance(kept, dict) else kept[0], clean)
+    agree(logits, expected)
+
+
+def test_nested_and_overwritten_entries_of_containers(tiny, tokens):
+    place = tiny.layers[1].ssm.y
+    clean, _ = zeroed(tiny, tokens, "layers[1].ssm.y")
+    with torch.no_grad(), tiny.trace(tokens):
+        pairs, named, late = nnsight.save([]), nnsight.save({"a": 1, "x": []}), nnsight.save([])
+        for position in range(3):
+            pairs.append((position, place.output[:, position]))
+        place.output[:, :3] = 0
+        value = place.output
+        named["a"] = value
+        named["x"].append(value[:, 3])
+        value[:, 3:] = 0
+        last = place.output
+        place.output = last + 1
+        late.append(last)
+        last[:] = 5
+    for position, part in pairs:
+        assert torch.equal(part, clean[:, position])
+    assert torch.equal(named["a"][:, 3:], clean[:, 3:])
+    assert torch.equal(named["x"][0], clean[:, 3])
+    assert not late[0].any()
+
+
+PARTS: dict[str, Callable[[Tensor], Any]] = {
+    "narrow": lambda part: part.narrow(1, 0, 2).zero_(),
+    "detach": lambda part: part.detach()[:, :2].zero_(),
+    "numpy": lambda part: part.detach().numpy()[:, :2].fill(0),
+    "out=": lambda part: torch.zeros(part[:, :2].shape, out=part.detach()[:, :2]),
+    "foreach": lambda part: torch._foreach_mul_([part[:, :2]], 0.0),
+}
+
+
+@pytest.mark.parametrize("way", PARTS)
+@pytest.mark.parametrize("named", [False, True])
+def test_an_edit_through_a_view_of_what_was_saved_reaches_the_run(tiny, tokens, way, named):
+    place = tiny.layers[1].resid_post
+    with torch.no_grad(), tiny.trace(tokens):
+        clean = place.output.clone().save()
+        place.output[:, 1, :2] = 0
+        expected = tiny.lm_head.output.save()
+    with torch.no_grad(), tiny.trace(tokens):
+        if named:
+            part = place.output[:, 1]
+            saved = part.save()
+            PARTS[way](part)
+        else:
+            saved = place.output[:, 1].save()
+            PARTS[way](saved)
+        logits = tiny.lm_head.output.save()
+    assert torch.equal(saved, clean[:, 1])
+    agree(logits, expected)
+
+
+def test_a_method_in_place_leaves_one_tensor_for_all_reads(tiny, tokens):
+    with torch.no_grad(), tiny.trace(tokens):
+        place = tiny.layers[1].ssm.y
+        place.output[:] = 1
+        saved = place.output.save()
+        place.output.mul_(2)
+        second = place.output
+        place.output[:] = 5
+        same = nnsight.save([second is place.output, bool((second == 5).all())])
+    assert (saved == 1).all()
+    assert same == [True, True]
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("named", [False, True])
+def test_an_edit_of_another_invoke_is_not_lost_by_a_save(tiny, tokens, named, grad):
+    place = tiny.layers[1].ssm.y
+    with torch.no_grad(), tiny.trace(tokens[:2]):
+        clean = place.output.clone().save()
+        place.output[0], place.output[1] = 0, 1
+        expected = tiny.lm_head.output.save()
+    with torch.set_grad_enabled(grad), tiny.trace() as tracer:
+        barrier = tracer.barrier(2)
+        with tracer.invoke(tokens[:1]):
+            first = place.output
+            barrier()
+            first[:] = 0
+            head = tiny.lm_head.output.save()
+        with tracer.invoke(tokens[1:2]):
+            if named:
+                second = place.output
+                saved = second.save()
+                second[:] = 1
+            else:
+                saved = place.output.save()
+                place.output[:] = 1
+            barrier()
+            tail = tiny.lm_head.output.save()
+    assert torch.equal(saved, clean[1:])
+    agree(torch.cat((head, tail)).detach(), expected)
+
+
+def test_the_input_of_the_convolution_in_a_batch_of_invokes(tiny, tokens):
+    """Its value is a transpose; nnsight cuts an invoke's rows by strides."""
+    conv1d = tiny.layers[1].ssm.conv1d
+
+    def gradient(batched: bool) -> Tensor:
+        with tiny.trace() as tracer:
+            with tracer.invoke(tokens[:1]):
+                value = conv1d.input
+                loss = tiny.lm_head.output.sum()
+                with loss.backward(retain_graph=True):
+                    found = value.grad.clone().save()
+            if batched:
+                with tracer.invoke(tokens[1:2]):
+                    saved = conv1d.input.save()
+                    conv1d.input.transpose(0, -1)[...] = saved.transpose(0, -1).clone()
+        return found
+
+    agree(gradient(True), gradient(False), 1e-5)
+
+
+def test_a_block_s_input_can_be_edited_in_part_where_an_earlier_site_was_read(tiny, tokens):
+    with tiny.trace() as tracer:
+        with tracer.invoke(tokens[:1]):
+            _ = tiny.layers[0].ssm.h_read.output
+            tiny.layers[1].input[:, 0] = 0
+            logits = tiny.lm_head.output.save()
+        with tracer.invoke(tokens[1:2]):
+            pass
+    with torch.no_grad(), tiny.trace(tokens[:1]):
+        tiny.layers[1].input[:, 0] = 0
+        expected = tiny.lm_head.output.save()
+    agree(logits.detach(), expected)
+    logits.sum().backward()
+
+
+def test_a_place_is_not_saved_for_its_value(tiny, tokens):
+    with (
+        pytest.raises(SiteValueError, match=r"layers\[1\].ssm.h.3. is a place.*output.save"),
+        tiny.trace(tokens),
+    ):
+        _ = tiny.layers[1].ssm.h[3].save()
 
 
 def test_a_loop_of_reads_and_edits_has_one_tensor(tiny, tokens):
@@ -326,3 +523,26 @@ def test_a_saved_value_stays_in_every_step_of_generate(tiny, tokens):
 
     for one, other in zip(run(True), run(False), strict=True):
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (0, 2, 1), (2, 0, 1)])
+def test_the_same_part_of_another_layout(order):
+    back = torch.argsort(torch.tensor(order)).tolist()
+    old = torch.arange(60.0).reshape(3, 4, 5).permute(*order).contiguous().permute(*back)
+    new = torch.zeros(3, 4, 10)[..., ::2].copy_(old)
+    parts: list[Callable[[Tensor], Tensor]] = [
+        lambda t: t[1],
+        lambda t: t[:, 2],
+        lambda t: t[..., 3],
+        lambda t: t[1:, ::2, 1:4],
+        lambda t: t[2, 1, 4],
+        lambda t: t.transpose(0, 2)[1],
+        lambda t: t[:, 1:2],
+        lambda t: t[:, :, None],
+        lambda t: t[0:0],
+    ]
+    for part in parts:
+        found = saving.same_part(part(old), old, new)
+        assert torch.equal(found, part(new))
+        assert found.untyped_storage().data_ptr() == new.untyped_storage().data_ptr()
+    assert saving.same_part(old[:1].expand(2, 4, 5), old, new) is None

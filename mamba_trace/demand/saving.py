@@ -6,14 +6,15 @@ nnsight hands out the run's own tensor, and every read of a place hands out the 
     clean = y.save()
     y[:] = 0
 
-all three are one tensor, and plain nnsight would zero what was saved. Here a saved value is copied when
-somebody writes to it: from ``save()`` until the worker asks for something else, a `Guard` looks at each
-function of PyTorch's that the worker calls. One that writes to saved memory writes to a copy instead, and the
-run goes on with the copy. Where nothing is written, which is the usual case, nothing is copied, and a saved
-value, a second read and the run's own value are one tensor with one gradient.
+all three are one tensor, and plain nnsight would zero what was saved. Here ``y.save()`` of a value that has a
+name is a copy: ``y`` goes on being the run's value, and what was saved is out of its way. A value saved where
+it is read, ``place.output.save()``, is the run's own tensor: nothing is copied, and its gradient is the
+place's. It is copied if somebody writes to it: until the worker asks for something else, a `Guard` looks at
+each function of PyTorch's that the worker calls, and one that would write to what was saved writes to a copy,
+with which the run goes on.
 
-What is saved of a part of a value, such as ``y[:, -1].save()``, is a copy from the start; an edit of that in
-place reaches the run, too. A saved list or dictionary keeps what was put into it.
+So an edit in place always reaches the run, also one of a saved value, and never what was saved. A saved list
+or dictionary keeps what was put into it.
 
 The facts about nnsight 0.8 this module rests on, each held by a test in tests/test_demand.py: ``save``
 returns what ``nnsight.tracing.tracer.mark`` returns; a worker calls ``mediator.flush()`` before each request
@@ -22,16 +23,19 @@ and at the end of its block, and nowhere else.
 
 from __future__ import annotations
 
+import dis
 import itertools
+import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterable
-from types import CodeType
+from types import CodeType, FrameType
 from typing import Any
 
 import torch
 from greenlet import getcurrent
 from nnsight.intervention.barrier import Barrier
+from nnsight.intervention.envoy import Envoy
 from nnsight.intervention.interleaver import Mediator
 from nnsight.intervention.tracer import InterleavingTracer
 from nnsight.tracing import tracer as nnsight_tracer
@@ -45,10 +49,15 @@ from ..names import public_path
 #: On a worker's mediator: the place that it was last served, and the guard that is on duty.
 PLACE, GUARD = "_mamba_trace_place", "_mamba_trace_guard"
 
+#: Saved containers with no more entries than this are looked at as a whole.
+SHORT = 64
+
 #: Functions that let memory be written past PyTorch, and so count as writing.
 ESCAPES = frozenset(
     "numpy __array__ __dlpack__ data_ptr untyped_storage storage _typed_storage set_ resize_".split()
 )
+#: The first operator of a BINARY_OP that assigns: ``+=``.
+FIRST_INPLACE = 13
 #: Functions named like writing ones that leave memory alone.
 HARMLESS = frozenset("requires_grad_ detach_ share_memory_ rename_ retain_grad".split())
 
@@ -88,15 +97,24 @@ class Place:
         held = [*self.tensors, *(old for old, _ in self.retired)]
         return any(same_memory(tensor, other) for other in held)
 
-    def save(self, value: Tensor) -> Tensor:
-        """What is saved where a worker saves ``value``: itself, or a copy of a part of the value here."""
-        for tensor in self.tensors:  # in a batch each read makes another view of an invoke's rows
-            if same_view(value, tensor):
-                self.protect(tensor)
-                return value
+    def save(self, value: Tensor, named: bool = False) -> Tensor:
+        """What is saved where a worker saves ``value``: itself, or a copy.
+
+        Args:
+            value: a value that was read here, a part of it, or anything else.
+            named: whether the worker has a name for it already.
+        """
+        whole = next((tensor for tensor in self.tensors if same_view(value, tensor)), None)
+        if whole is not None and not named:
+            self.protect(whole)
+            return value
         if not self.holds(value) or any(same_view(value, old) for old, _ in self.retired):
             return value
-        copy = value.clone()
+        copy = value.clone(memory_format=torch.contiguous_format)
+        if value.requires_grad:
+            # nnsight asks the saved tensor for its gradient, which is that of what it is a copy of.
+            copy.register_hook = value.register_hook  # type: ignore[method-assign]
+            _local.borrowers.append(weakref.ref(copy))
         self.copies.append((copy, value))
         return copy
 
@@ -107,7 +125,9 @@ class Place:
 
     def writable(self, target: Tensor) -> Tensor:
         """Where a write to ``target`` goes: to memory of which nothing was saved."""
-        target = next((part for copy, part in self.copies if copy is target), target)
+        for copy, part in self.copies:
+            if same_memory(target, copy):
+                target = self.moved(target, copy, part)
         for old, new in self.retired:
             if same_memory(target, old):
                 target = self.moved(target, old, new)
@@ -120,13 +140,14 @@ class Place:
         """``target``, a view of ``old``, as the same view of ``new``."""
         if same_view(target, old):
             return new
-        if new.stride() != old.stride():
+        found = same_part(target, old, new)
+        if found is None:
+            path = public_path(self.visit[0])
             raise SiteValueError(
-                f"a part of {public_path(self.visit[0])} is edited in place that was saved before: edit "
-                f"{public_path(self.visit[0])} itself, or save a copy with .clone().save()"
+                f"{path} is edited in place through a view that is no slice of it, and was saved before: "
+                f"edit {path} itself, or save a copy with .clone().save()"
             )
-        offset = target.storage_offset() - old.storage_offset() + new.storage_offset()
-        return new.as_strided(target.shape, target.stride(), offset)
+        return found
 
     def renew(self, tensor: Tensor) -> Tensor:
         """Make the run go on with a copy of ``tensor``, which is only what was saved from now on."""
@@ -140,12 +161,35 @@ class Place:
             self.value = self.extract(Mediator.value(location))  # in a batch, this worker's rows
             self.tensors = tensors_of(self.value)
             new = self.tensors[index]
+            retire_for_others(location, tensor, new)
         else:
             self.tensors = [new if other is tensor else other for other in self.tensors]
         self.saved = [other for other in self.saved if other is not tensor]
         self.retired.append((tensor, new))
         self.record(new)
         return new
+
+
+def retire_for_others(location: str, old: Tensor, new: Tensor) -> None:
+    """Tell the workers of other invokes that hold rows of a batch that the run has gone on with another one.
+
+    Args:
+        location: where they were served.
+        old, new: this worker's rows of either batch.
+    """
+    mediator = Mediator.current(location)
+    batcher = mediator.interleaver.batcher
+    if batcher is None or not batcher.batching or new._base is None:
+        return
+    for other in mediator.interleaver.mediators:
+        place = None if other is mediator else other.__dict__.get(PLACE)
+        if place is None or place.visit[0] != location or other.batch_group is None:
+            continue
+        rows = batcher.narrow(new._base, other.batch_group)
+        for number, tensor in enumerate(place.tensors):
+            if same_memory(tensor, old) and tensor.shape == rows.shape:
+                place.retired.append((tensor, rows))
+                place.tensors[number] = rows
 
 
 class Guard(TorchFunctionMode):
@@ -181,11 +225,21 @@ class Guard(TorchFunctionMode):
         if "out" in kwargs:
             kwargs = {**kwargs, "out": apply(kwargs["out"], move, Tensor)}
         else:
-            args = (move(args[0]), *args[1:])
+            args = (
+                apply(args[0], move, Tensor) if isinstance(args[0], (list, tuple)) else move(args[0]),
+                *args[1:],
+            )
         result = func(*args, **kwargs)
-        # ``saved *= 2``, which arrives here as ``mul_``, binds its result to the name of what was saved.
-        renamed = moves and isinstance(result, Tensor) and func.__name__ != "__setitem__"
-        return nnsight_tracer.mark(result) if renamed and is_saved(targets[0]) else result
+        # ``saved *= 2`` arrives here as ``mul_``, and binds its result to the name of what was saved.
+        renamed = moves and is_saved(targets[0]) and is_augmented_assignment(sys._getframe(1))
+        return nnsight_tracer.mark(result) if renamed else result
+
+
+def is_augmented_assignment(frame: FrameType) -> bool:
+    """Whether a frame is at an instruction such as that of ``a *= b``."""
+    code, at = frame.f_code.co_code, frame.f_lasti
+    name = dis.opname[code[at]]
+    return name.startswith("INPLACE_") or (name == "BINARY_OP" and code[at + 1] >= FIRST_INPLACE)
 
 
 def written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
@@ -197,7 +251,7 @@ def written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Te
     by_data = name in ("__get__", "__set__") and getattr(func, "__self__", None) is Tensor.data
     if not (in_place or by_data or name == "__setitem__" or name in ESCAPES or kwargs.get("inplace")):
         return []
-    return [arg for arg in args[:1] if isinstance(arg, Tensor)]
+    return tensors_of(list(args[0]) if name.startswith("_foreach_") else args[:1])
 
 
 # -- windows: from a save to the worker's next request -------------------------------------------------------
@@ -209,6 +263,8 @@ class _Local(threading.local):
         self.guards: list[Guard] = []
         #: Saved lists and dictionaries, and how many of their entries were looked at.
         self.containers: list[tuple[Any, int]] = []
+        #: Copies that borrow the gradient of what they are copies of, as long as the trace runs.
+        self.borrowers: list[weakref.ref[Tensor]] = []
 
 
 _local = _Local()
@@ -227,8 +283,13 @@ def watch(mediator: Mediator, place: Place) -> None:
         for saved, tensor in itertools.product(theirs.saved if theirs else (), place.tensors):
             if overlap(saved, tensor):
                 place.protect(tensor)
-    if place.saved or place.retired or place.copies or saved_containers():
+    if needs_guard(place):
         open_guard(mediator)
+
+
+def needs_guard(place: Place) -> bool:
+    """Whether a write to what was read at a place may have to go elsewhere."""
+    return bool(place.saved or place.retired or place.copies or saved_containers())
 
 
 def open_guard(mediator: Mediator) -> None:
@@ -272,7 +333,7 @@ def assigned(mediator: Mediator) -> None:
     place = mediator.__dict__.get(PLACE)
     if place is not None:
         place.assigned = True
-        if place.saved or place.copies:
+        if needs_guard(place):
             open_guard(mediator)
 
 
@@ -286,6 +347,10 @@ class GuardedTracer(InterleavingTracer):
             super().execute(code)
         finally:
             dismiss(before)
+            for reference in _local.borrowers:
+                if (borrower := reference()) is not None:
+                    del borrower.__dict__["register_hook"]
+            _local.borrowers.clear()
 
     def barrier(self, n: int) -> Barrier:
         """A meeting point for ``n`` of this trace's blocks, as nnsight's."""
@@ -297,10 +362,10 @@ class GuardedBarrier(Barrier):
 
     def __call__(self) -> None:
         mediator = Mediator.current("tracer.barrier()")
-        guarded = mediator.__dict__.get(GUARD) is not None
         close_guard(mediator)
         super().__call__()
-        if guarded:
+        place = mediator.__dict__.get(PLACE)
+        if place is not None and needs_guard(place):
             open_guard(mediator)
 
 
@@ -312,18 +377,21 @@ _mark = nnsight_tracer.mark
 def mark(value: Any) -> Any:
     """nnsight's ``mark``, by which every value is saved: what it returns is what ``save()`` returns."""
     mediator = running_mediator()
+    if mediator is None and not isinstance(value, (list, dict)):
+        return _mark(value)
+    if isinstance(value, Envoy):
+        raise SiteValueError(f"{public_path(value.path)} is a place: save its value, with .output.save()")
     place = None if mediator is None else mediator.__dict__.get(PLACE)
-    if isinstance(value, Tensor):
-        if place is None or mediator is None:
-            return _mark(value)
-        value = place.save(value)
-        if place.saved or place.copies:
-            open_guard(mediator)
-    elif isinstance(value, (list, tuple, dict)):
+    if isinstance(value, (list, tuple, dict)):
+        _mark(value)
         _local.containers = [*saved_containers(), (value, 0)]
-        if place is not None and mediator is not None:
+        if place is not None:
             settle(place)
-            open_guard(mediator)
+    elif isinstance(value, Tensor) and place is not None:
+        _mark(value)  # by a name that it has already it is returned, too
+        value = place.save(value, has_name(value, sys._getframe(1)))
+    if mediator is not None and place is not None and needs_guard(place):
+        open_guard(mediator)
     return _mark(value)
 
 
@@ -342,22 +410,47 @@ def saved_containers() -> list[tuple[Any, int]]:
     return _local.containers
 
 
+def has_name(value: Any, frame: FrameType | None) -> bool:
+    """Whether the code that a worker runs has a name for a value: in a frame, or in one that called it."""
+    while frame is not None:
+        if frame.f_globals.get("__name__") != nnsight_tracer.__name__ and any(
+            other is value for other in frame.f_locals.values()
+        ):
+            return True
+        frame = frame.f_back
+    return False
+
+
 def settle(place: Place) -> None:
-    """Keep what was put into saved lists and dictionaries since the last look at them."""
+    """Keep what was put into saved lists and dictionaries since the last look at them.
+
+    Short ones are looked at as a whole, as an entry may have been overwritten.
+    """
     settled = []
     for container, seen in saved_containers():
+        start = 0 if len(container) <= SHORT else seen
         keys = container if isinstance(container, dict) else range(len(container))
-        for key in list(itertools.islice(keys, seen, None)):
-            entry = container[key]
-            if not isinstance(entry, Tensor):
-                for tensor in tensors_of(entry):
-                    place.save(tensor)
-                continue
-            kept = place.save(entry)
-            if kept is not entry and not isinstance(container, tuple):
+        for key in list(itertools.islice(keys, start, None)):
+            kept = keep_in(container[key], place)
+            if kept is not container[key] and not isinstance(container, tuple):
                 container[key] = kept
         settled.append((container, len(container)))
     _local.containers = settled
+
+
+def keep_in(entry: Any, place: Place) -> Any:
+    """An entry of a saved container, in which parts of what was read at a place are copies."""
+    if isinstance(entry, Tensor):
+        return entry if among(entry, [copy for copy, _ in place.copies]) else place.save(entry)
+    if type(entry) in (list, tuple):
+        kept = [keep_in(part, place) for part in entry]
+        same = all(one is other for one, other in zip(kept, entry, strict=True))
+        if not same and isinstance(entry, list):
+            entry[:] = kept
+        return entry if same or isinstance(entry, list) else tuple(kept)
+    if type(entry) is dict:
+        entry.update({key: keep_in(part, place) for key, part in entry.items()})
+    return entry
 
 
 def running_mediator() -> Mediator | None:
@@ -387,6 +480,33 @@ def same_view(tensor: Tensor, other: Tensor) -> bool:
         return True
     shape = tensor.shape == other.shape and tensor.stride() == other.stride()
     return shape and tensor.storage_offset() == other.storage_offset() and same_memory(tensor, other)
+
+
+def same_part(target: Tensor, old: Tensor, new: Tensor) -> Tensor | None:
+    """The part of ``new`` that ``target`` is of ``old``, a tensor of the same shape in another layout.
+
+    Returns:
+        A view of ``new``, or ``None`` where ``target`` is no slice of ``old``, its axes in whatever order.
+    """
+    axes = sorted((axis for axis in range(old.dim()) if old.shape[axis] > 1), key=old.stride, reverse=True)
+    rest = int(target.storage_offset()) - int(old.storage_offset())
+    offset = int(new.storage_offset())
+    for axis in axes:
+        index, rest = divmod(rest, old.stride(axis))
+        offset += index * new.stride(axis)
+    strides = []
+    for size, stride in zip(target.shape, target.stride(), strict=True):
+        fitting = (
+            axis
+            for axis in axes
+            if stride and not stride % old.stride(axis)
+            if (size - 1) * (stride // old.stride(axis)) < old.shape[axis]
+        )
+        found = next(fitting, None)
+        if found is None and size != 1:
+            return None
+        strides.append(1 if found is None else stride // old.stride(found) * new.stride(found))
+    return None if rest else new.as_strided(target.shape, strides, offset)
 
 
 def overlap(tensor: Tensor, other: Tensor) -> bool:

@@ -8,7 +8,6 @@ import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-import torch
 from greenlet import getcurrent
 from nnsight.intervention.interleaver import EarlyStopException, Mediator
 from nnsight.intervention.source import STATE as CONTROLLER_STATE
@@ -154,7 +153,11 @@ class Visit:
         nnsight cuts an invoke's rows out of a gradient by the strides of the value, whatever the gradient's
         own are.
         """
-        return ContiguousGradient.apply(value) if self.batching and value.requires_grad else value
+        if not (self.batching and value.requires_grad):
+            return value
+        passed = value.view_as(value)
+        passed.register_hook(Tensor.contiguous)
+        return passed
 
     def pass_over(self, names: Iterable[str]) -> None:
         """Count one visit of each site in ``names`` without offering a value."""
@@ -313,28 +316,6 @@ class Visit:
             raised.__intervention_tb__ = raised.__traceback__  # type: ignore[attr-defined]
             raise
         self.interleaver._reindex_parked()
-
-
-class ContiguousGradient(torch.autograd.Function):
-    """Identity, with a gradient whose memory is contiguous."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(value: Tensor) -> Tensor:
-        return value.view_as(value)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        pass
-
-    @staticmethod
-    def jvp(ctx: Any, tangent: Tensor) -> Tensor:
-        return tangent.view_as(tangent)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return grad.contiguous()
 
 
 def position_of(location: str, prefix: str) -> int | None:
