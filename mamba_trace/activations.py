@@ -163,7 +163,8 @@ class ActivationCache(ResidualAnalyses, Mapping[str, Tensor]):
                 f"names_filter=[lambda name: True, {kept_as!r}] all the others as well"
             )
         return UnknownSiteError(
-            f"{name!r} is not in this cache: names_filter left it out, or the run did not reach it"
+            f"{name!r} is not in this cache: names_filter left it out, or the run did not come to it "
+            f"(stop_at_layer, start_at_layer, only_use_these_layers)"
             + (names.nearest(name, list(self.cache_dict)) or f". It has {len(self)} values")
         )
 

@@ -57,6 +57,19 @@ class Guarded(Choosing):
         return bool(get_close_matches(name, self.ASSIGNED, cutoff=0.7))
 
 
+def refuse_arithmetic(cls: type) -> type:
+    """Have places of a class refuse arithmetic, as in ``layer.resid_post * 2``: a class decorator."""
+    names = "add sub mul truediv matmul pow".split()
+
+    def refuse(self: Any, *others: Any) -> Any:
+        path = public_path(self.path)
+        raise SiteValueError(f"{path} is a place, not a value: reckon with {path}.output, inside a trace")
+
+    for name in (*names, *(f"i{name}" for name in names), *(f"r{name}" for name in names), "neg"):
+        setattr(cls, f"__{name}__", refuse)
+    return cls
+
+
 def not_a_value(path: str, value: str | None = None) -> SiteValueError:
     """The error for an assignment to a place instead of to its ``value``."""
     return SiteValueError(

@@ -19,7 +19,7 @@ from nnsight.intervention.eproperty import eproperty
 from nnsight.intervention.util import first_input, replace_first_input
 from torch import Tensor
 
-from .attributes import Guarded, no_such_value, not_a_value, unknown
+from .attributes import Guarded, no_such_value, not_a_value, refuse_arithmetic, unknown
 from .demand import assigned, current_value, expect, expect_position, keep_apart
 from .demand.one_run import only_run
 from .demand.worker import length_of_call
@@ -163,6 +163,7 @@ class Located(Part):
         return replace_first_input(args, kwargs, value)
 
 
+@refuse_arithmetic
 class SiteEnvoy(Located):
     """The envoy of one site."""
 
@@ -242,14 +243,14 @@ class StateEnvoy(SiteEnvoy):
             ) from None
 
     def __len__(self) -> int:
-        """The number of positions of this forward call, inside a trace and from where it computes this h on.
+        """The number of positions of this forward call, inside a trace.
+
+        In a later step of ``tracer.iter`` the block waits for the first state of that step to know.
 
         Raises:
-            SiteOrderError: if the run has gone past the first position.
+            SiteOrderError: if the run has gone past that.
             SiteValueError: where the run is in another process.
         """
-        expect_position(self, 0)
-        current_value(f"{self.path}.0.output")
         return length_of_call(self)
 
     def __iter__(self) -> Iterator[PositionEnvoy]:
@@ -265,6 +266,7 @@ class StateEnvoy(SiteEnvoy):
         return super().__getattr__(name)
 
 
+@refuse_arithmetic
 class PositionEnvoy(Guarded):
     """``h[p]``: the state [B,E,N] carried after token p.
 

@@ -54,8 +54,8 @@ def fit(path: str, axes: str, value: Any, current: Any) -> Tensor:
     shape = f"{tuple(current.shape)}" + (f" {describe_axes(axes)}" if axes else "")
     if not isinstance(value, Tensor):
         raise SiteValueError(
-            f"{path} takes a tensor of shape {shape}, not a "
-            f"{type(value).__name__}. To fill it with a number, write {path}.output[:] = ..."
+            f"{path} takes a tensor of shape {shape}, not a {type(value).__name__}. To fill it with a "
+            f"number, write {path}.output[:] = ...; of an array or a list make a tensor, torch.as_tensor(...)"
         )
     if value.shape != current.shape:
         raise SiteValueError(

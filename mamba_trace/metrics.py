@@ -175,8 +175,10 @@ def measured(metric: Metric, logits: Tensor) -> Tensor:
     values = metric(logits)
     if not isinstance(values, Tensor) or values.shape != logits.shape[:1] or values.is_complex():
         axes = "[B,V]" if logits.dim() == 2 else "[B,m,V]"
+        each = isinstance(values, Tensor) and logits.dim() == 3 and values.shape == logits.shape[:2]
+        hint = ". To average over the m positions: lambda logits: metric(logits).mean(-1)" if each else ""
         raise MetricError(
             f"a metric takes the logits it looks at {axes} and returns one number for each row [B]; "
-            f"for {describe(logits)} this one returned {describe(values)}"
+            f"for {describe(logits)} this one returned {describe(values)}{hint}"
         )
     return values if values.dtype.itemsize >= 4 and values.is_floating_point() else values.float()

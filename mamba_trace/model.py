@@ -36,6 +36,7 @@ from .demand import (
     reconnect,
     reinstate_controllers,
     remember,
+    take_note_of_length,
     take_note_of_mask,
 )
 from .demand.envoy_map import EnvoyMap
@@ -327,6 +328,21 @@ class MambaTrace(HookedRuns, LensViews, Tokens, Remote, Guarded, TransformersMod
     generate = run_method(TransformersModel.generate.__wrapped__)
     pipe = run_method(TransformersModel.pipe.__wrapped__)
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call Hugging Face's module, which takes token ids [B,L] and returns its own output.
+
+        Raises:
+            PromptError: for text, which `run_with_hooks` takes and returns the logits of.
+        """
+        if args and (
+            isinstance(args[0], str) or (args[0] and isinstance(args[0], list) and _holds_text(args[0]))
+        ):
+            raise PromptError(
+                "model(...) calls Hugging Face's module, which takes token ids: for the logits of text write "
+                "model.run_with_hooks(prompt), with return_type='loss' for its loss"
+            )
+        return super().__call__(*args, **kwargs)
+
     def trace(self, *inputs: Any, **kwargs: Any) -> Any:
         """nnsight's ``trace``, with a `SiteTracer`.
 
@@ -513,6 +529,9 @@ class MambaTrace(HookedRuns, LensViews, Tokens, Remote, Guarded, TransformersMod
         kwargs = batch.masked(kwargs)
         check_tokens(self, invokes, kwargs)
         take_note_of_mask(self.interleaver, kwargs.get("attention_mask"))
+        prompt = kwargs.get("input_ids", kwargs.get("inputs_embeds"))
+        known = isinstance(prompt, Tensor) and prompt.dim() > 1
+        take_note_of_length(self.interleaver, prompt.shape[1] if known else None)  # type: ignore[union-attr]
         return args, kwargs
 
 

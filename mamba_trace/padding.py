@@ -107,7 +107,8 @@ def likely_mask(tokens: Any, tokenizer: Any) -> Tensor | None:
         return None
     with unset_fake_temporarily():
         try:
-            ids = torch.as_tensor(tokens).detach().cpu()
+            ids = tokens if isinstance(tokens, Tensor) else torch.as_tensor(tokens, device="cpu")
+            ids = ids.detach().cpu()
         except (TypeError, ValueError, RuntimeError):  # lists of several lengths, which are not padded
             return None
         if ids.dim() not in (1, 2):
@@ -172,7 +173,8 @@ def checked_mask(mask: Any, shape: tuple[int, ...], cached: bool = False) -> Ten
     """
     wanted = f"1 on each token and 0 on padding, of the shape {list(shape)} of the tokens"
     try:
-        mask = torch.as_tensor(mask)
+        # A default device would move a tensor, too.
+        mask = mask if isinstance(mask, Tensor) else torch.as_tensor(mask, device="cpu")
     except (TypeError, ValueError, RuntimeError) as error:
         raise PromptError(f"attention_mask is {wanted}, not a {type(mask).__name__}: {error}") from error
     if mask.dim() == 1 and len(shape) == 2 and shape[0] == 1:

@@ -71,7 +71,7 @@ def _check_ids(what: str, prompt: Any) -> None:
     if isinstance(prompt, str):
         return
     if hasattr(prompt, "dtype") and hasattr(prompt, "shape"):
-        ids = torch.as_tensor(prompt)
+        ids = prompt if isinstance(prompt, Tensor) else torch.as_tensor(prompt, device="cpu")
         if not _are_ids(ids) or ids.dim() not in (1, 2):
             raise PromptError(
                 f"{what} is a tensor of {ids.dtype} with shape {tuple(ids.shape)}; token ids are integers, "
@@ -125,7 +125,8 @@ def _are_ids(value: Any) -> bool:
         return all(_kind(one) == "id" for one in value)
     if not hasattr(value, "dtype"):
         return False
-    return torch.as_tensor(value).dtype in (torch.int64, torch.int32)  # what an embedding takes
+    ids = value if isinstance(value, Tensor) else torch.as_tensor(value, device="cpu")
+    return ids.dtype in (torch.int64, torch.int32)  # what an embedding takes
 
 
 def _described(value: Any) -> str:

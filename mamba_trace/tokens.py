@@ -262,6 +262,10 @@ class Tokens:
             with model.trace(tokens):
                 loss = model.loss_fn(model.lm_head.output, tokens).save()
         """
+        if not isinstance(tokens, Tensor):
+            raise PromptError(
+                f"loss_fn takes the tokens [B,L] of the logits, not {_kind(tokens)}: to_tokens(...)"
+            )
         mask = mask_of(tokens, self.tokenizer, attention_mask)
         return next_token_loss(logits, tokens.to(logits.device), mask=mask, per_token=per_token)
 

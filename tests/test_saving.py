@@ -17,6 +17,7 @@ from torch import Tensor
 
 from mamba_trace import MambaTrace
 from mamba_trace.demand import saving
+from mamba_trace.demand.views import same_part
 from mamba_trace.errors import SiteValueError
 from mamba_trace.sites import SITES
 
@@ -542,7 +543,7 @@ def test_the_same_part_of_another_layout(order):
         lambda t: t[0:0],
     ]
     for part in parts:
-        found = saving.same_part(part(old), old, new)
+        found = same_part(part(old), old, new)
         assert torch.equal(found, part(new))
         assert found.untyped_storage().data_ptr() == new.untyped_storage().data_ptr()
-    assert saving.same_part(old[:1].expand(2, 4, 5), old, new) is None
+    assert same_part(old[:1].expand(2, 4, 5), old, new) is None

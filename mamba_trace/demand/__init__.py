@@ -39,7 +39,7 @@ from .apart import keep_apart
 from .forwards import is_itself, rebind_forward, reinstate_controllers
 from .saving import GuardedTracer
 from .tree import SiteInterleaver, follow, is_current, reconnect, remember
-from .visit import Visit, listened_to, take_note_of_mask
+from .visit import Visit, listened_to, take_note_of_length, take_note_of_mask
 from .worker import (
     SiteOrderError,
     ask_every_position,
@@ -76,5 +76,6 @@ __all__ = [
     "reinstate_controllers",
     "remember",
     "skip_module",
+    "take_note_of_length",
     "take_note_of_mask",
 ]

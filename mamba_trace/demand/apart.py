@@ -18,7 +18,8 @@ from nnsight.util import apply
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from .saving import Place, among, has_memory, span, tensors_of, watch
+from .saving import Place, watch
+from .views import among, has_memory, span, tensors_of
 
 #: One visit of one place: its location, and how often the worker's run had come to it before.
 Visit = tuple[str, int]

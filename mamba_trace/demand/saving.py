@@ -45,6 +45,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..errors import SiteValueError
 from ..names import public_path
+from .views import among, overlap, same_memory, same_part, same_view, tensors_of
 
 #: On a worker's mediator: the place that it was last served, and the guard that is on duty.
 PLACE, GUARD = "_mamba_trace_place", "_mamba_trace_guard"
@@ -457,79 +458,3 @@ def running_mediator() -> Mediator | None:
     """The mediator of the running worker, or ``None`` outside of one."""
     reference = getattr(getcurrent(), "mediator", None)
     return None if reference is None else reference()
-
-
-# -- tensors -------------------------------------------------------------------------------------------------
-
-
-def tensors_of(value: Any) -> list[Tensor]:
-    """The tensors of a value that nnsight serves: a tensor, or a container of them."""
-    found: list[Tensor] = []
-    apply(value, lambda tensor: found.append(tensor) or tensor, Tensor)  # type: ignore[func-returns-value]
-    return found
-
-
-def among(tensor: Tensor, others: Iterable[Tensor]) -> bool:
-    """Whether a tensor is one of others, the same object."""
-    return any(tensor is other for other in others)
-
-
-def same_view(tensor: Tensor, other: Tensor) -> bool:
-    """Whether two tensors show the same part of one storage in the same way."""
-    if tensor is other:
-        return True
-    shape = tensor.shape == other.shape and tensor.stride() == other.stride()
-    return shape and tensor.storage_offset() == other.storage_offset() and same_memory(tensor, other)
-
-
-def same_part(target: Tensor, old: Tensor, new: Tensor) -> Tensor | None:
-    """The part of ``new`` that ``target`` is of ``old``, a tensor of the same shape in another layout.
-
-    Returns:
-        A view of ``new``, or ``None`` where ``target`` is no slice of ``old``, its axes in whatever order.
-    """
-    axes = sorted((axis for axis in range(old.dim()) if old.shape[axis] > 1), key=old.stride, reverse=True)
-    rest = int(target.storage_offset()) - int(old.storage_offset())
-    offset = int(new.storage_offset())
-    for axis in axes:
-        index, rest = divmod(rest, old.stride(axis))
-        offset += index * new.stride(axis)
-    strides = []
-    for size, stride in zip(target.shape, target.stride(), strict=True):
-        fitting = (
-            axis
-            for axis in axes
-            if stride and not stride % old.stride(axis)
-            if (size - 1) * (stride // old.stride(axis)) < old.shape[axis]
-        )
-        found = next(fitting, None)
-        if found is None and size != 1:
-            return None
-        strides.append(1 if found is None else stride // old.stride(found) * new.stride(found))
-    return None if rest else new.as_strided(target.shape, strides, offset)
-
-
-def overlap(tensor: Tensor, other: Tensor) -> bool:
-    """Whether two tensors have memory in common."""
-    (first, last), (start, end) = span(tensor), span(other)
-    return first <= end and start <= last and same_memory(tensor, other)
-
-
-def span(tensor: Tensor) -> tuple[int, int]:
-    """The first and the last element of its storage that a tensor shows."""
-    first = int(tensor.storage_offset())
-    steps = zip(tensor.shape, tensor.stride(), strict=True)
-    return first, first + sum(int((size - 1) * stride) for size, stride in steps)
-
-
-def has_memory(tensor: Tensor) -> bool:
-    """Whether a tensor has a storage that can be looked at: one in a transform of torch.func has not."""
-    return tensor.layout == torch.strided and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
-
-
-def same_memory(tensor: Tensor, other: Tensor) -> bool:
-    """Whether two tensors are parts of one storage."""
-    if not (has_memory(tensor) and has_memory(other)):
-        return tensor is other
-    with torch._C.DisableTorchFunction():  # a guard on duty would take the look for an escape
-        return tensor.untyped_storage()._cdata == other.untyped_storage()._cdata

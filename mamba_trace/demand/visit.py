@@ -33,6 +33,12 @@ EVERY_POSITION = "_mamba_trace_every_position"
 #: Where a pass over positions stands, kept on the site's module: (interleaver, next position, length).
 CURSOR = "_mamba_trace_cursor"
 
+#: The number of positions of the first forward call of a run, kept on the interleaver.
+FIRST_LENGTH = "_mamba_trace_first_length"
+
+#: The lines that a worker was warned at.
+TOLD = "_mamba_trace_told"
+
 #: Set on a worker while what it asks for is not going to be edited.
 READING = "_mamba_trace_reading"
 
@@ -56,6 +62,11 @@ def take_note_of_mask(interleaver: Any, mask: Any) -> None:
     """Keep the attention mask of a forward call [B,L], for the workers to ask for (`worker.mask_of_call`)."""
     if interleaver is not None:
         interleaver.__dict__[CALL_MASK] = mask
+
+
+def take_note_of_length(interleaver: Any, length: int | None) -> None:
+    """Keep the number of positions of a run's first forward call, if known (`worker.length_of_call`)."""
+    interleaver.__dict__[FIRST_LENGTH] = length
 
 
 class Visit:
@@ -352,6 +363,11 @@ def _warn_if_padded(mediator: Mediator, location: str, position: int, mask: Tens
         warnings.warn(message, UserWarning, stacklevel=2)
         return
     frame = users_frame(mediator.worker.gr_frame)
+    # Once for each line, which may be in a loop over all positions.
+    told_at = mediator.__dict__.setdefault(TOLD, set())
+    if (frame.f_code.co_filename, frame.f_lineno) in told_at:
+        return
+    told_at.add((frame.f_code.co_filename, frame.f_lineno))
     warnings.warn_explicit(message, UserWarning, frame.f_code.co_filename, frame.f_lineno)
 
 

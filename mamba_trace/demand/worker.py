@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from ..errors import MambaTraceError, SiteValueError
 from ..names import public_path
 from .saving import assigned as note_assignment
-from .visit import CALL_MASK, CURSOR, EVERY_POSITION, LOCATIONS, READING, rows_of
+from .visit import CALL_MASK, CURSOR, EVERY_POSITION, FIRST_LENGTH, LOCATIONS, READING, rows_of
 
 
 class SiteOrderError(MambaTraceError, OutOfOrderError):
@@ -126,21 +126,30 @@ def ask_every_position(asking: bool) -> None:
 
 
 def length_of_call(site: Any) -> int:
-    """The number of positions of the forward call that the running worker is served in.
+    """The number of positions of the forward call that the running worker is in.
+
+    In a later step of ``tracer.iter`` it waits for the first state of that step to know.
 
     Args:
-        site: the envoy of the site with positions, one of which the worker was just served at.
+        site: the envoy of the site with positions.
 
     Raises:
-        SiteValueError: where that forward call is in another process.
+        SiteOrderError: if the run has gone past the first position of that step.
+        SiteValueError: where the forward call is in another process.
     """
+    mediator = Mediator.current(public_path(site.path))
+    first = site.interleaver.__dict__.get(FIRST_LENGTH)
+    if mediator.iteration == 0 and first is not None:
+        return int(first)
+    expect_position(site, 0)
+    current_value(f"{site.path}.0.output")
     cursor = site._module.__dict__.get(CURSOR)
     if cursor is None or cursor[0] is not site.interleaver:
         raise SiteValueError(
             f"{public_path(site.path)}: how many positions this call has is not known here; write "
             f"`for p in range(n): ...{public_path(site.path)}[p]`"
         )
-    return cursor[2]
+    return int(cursor[2])
 
 
 def current_value(location: str) -> Any:

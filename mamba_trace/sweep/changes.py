@@ -13,21 +13,19 @@ move weights and inputs.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from types import CodeType, FunctionType
 from typing import TYPE_CHECKING, Any
 
-import torch
 from accelerate.hooks import AlignDevicesHook, CpuOffload, SequentialHook
-from torch import Tensor, nn
+from torch import nn
 from transformers.activations import ACT2FN
 
 from ..architectures import architecture_of
 from ..demand.forwards import runs_its_own_forward
 from ..demand.visit import has_global_hooks, has_hooks_of_its_own
 from ..offers import SiteModule
+from .marks import mark_of_code, qualified
 
 if TYPE_CHECKING:
     from ..model import MambaTrace
@@ -65,7 +63,9 @@ def changes(model: MambaTrace) -> list[Change]:
     Edits of a part of the tree (``model.layers[3].edit()``) are not among them: nnsight runs an edit in the
     traces of that envoy alone.
     """
-    found = [Change("a lasting edit (model.edit)", mark_of(edit)) for edit in model._edits]
+    found = [
+        Change("a lasting edit (model.edit)", mark_of_code(edit.code, edit.lcls)) for edit in model._edits
+    ]
     if has_global_hooks():
         found.append(Change("a PyTorch hook on all modules"))
     plain, conv_kernel = plain_types(model), model.config.conv_kernel
@@ -132,54 +132,3 @@ def hooks_on(module: nn.Module) -> list[Any]:
         module._backward_hooks,
     )
     return [hook for kind in kinds for hook in kind.values()]
-
-
-# -- telling one edit from another ---------------------------------------------------------------------
-
-
-def mark_of(edit: Any) -> str:
-    """A digest of an edit: of its code, and of the numbers, strings and tensors that it refers to."""
-    digest = hashlib.sha256()
-    for part in parts_of(edit.code, edit.lcls):
-        digest.update(part + b"\0")
-    return digest.hexdigest()
-
-
-def parts_of(code: CodeType, scope: Any) -> Iterator[bytes]:
-    """What a piece of code does, as bytes: its instructions, its constants, and what its names stand for."""
-    yield code.co_code
-    yield " ".join(code.co_names).encode()
-    for constant in code.co_consts:
-        yield from content_of(constant, scope)
-    for name in (*code.co_names, *code.co_freevars):
-        try:
-            value = scope[name]
-        except KeyError:  # an attribute, or a name that the edit binds
-            continue
-        yield from content_of(value, scope)
-
-
-def content_of(value: Any, scope: Any) -> Iterator[bytes]:
-    """A value as bytes; of what holds no numbers or strings, its class."""
-    if isinstance(value, CodeType):
-        yield from parts_of(value, scope)
-    elif isinstance(value, FunctionType):
-        yield value.__code__.co_code
-        yield repr(value.__defaults__).encode()
-    elif isinstance(value, Tensor) and not value.is_meta:
-        yield value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
-    elif isinstance(value, (list, tuple)):
-        for part in value:
-            yield from content_of(part, scope)
-    elif isinstance(value, (set, frozenset)):
-        yield repr(sorted(map(repr, value))).encode()
-    elif value is None or isinstance(value, (bool, int, float, complex, str, bytes)):
-        yield repr(value).encode()
-    else:
-        yield qualified(type(value)).encode()
-
-
-def qualified(function: Any) -> str:
-    """The module and name of a function or class."""
-    named = function if hasattr(function, "__qualname__") else type(function)
-    return f"{named.__module__}.{named.__qualname__}"

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from .changes import changes
 from .kept import FolderPath, Kept
+from .marks import mark_of_weights
 from .parts import InParts
 from .plan import Job, Limits
 from .processes import Processes
@@ -64,6 +65,8 @@ def answers(
     processes = Processes.here(model.device) if distribute else Processes()
     changed = changes(model)
     asked = question.described() | {"changes": [[change.what, change.mark] for change in changed]}
+    if keep is not None:
+        asked["weights"] = mark_of_weights(model._module)
     processes.check_same(asked)
     with torch.no_grad():
         way = Whole(model, question, changed) if changed else InParts(model, question, limits)

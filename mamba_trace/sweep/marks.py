@@ -1,0 +1,153 @@
+"""Digests that tell one edit, one metric and one set of weights from another, the same in every process.
+
+A folder of finished cells must never be taken for that of another question. Two metrics may have one name and
+agree on both unpatched runs, as every normalised one does, and so may two models. So what a function does is
+part of the question: its instructions, its constants, and the numbers, strings and tensors that it refers to.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import sysconfig
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from types import CodeType, FunctionType, MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+PACKAGE = Path(__file__).parents[1]
+#: Of each weight so many numbers are looked at, evenly spread.
+SAMPLES = 4096
+
+
+def mark_of_code(code: CodeType, scope: Mapping[str, Any]) -> str:
+    """A digest of a piece of code, and of what its names stand for in ``scope``."""
+    return _digest(_Content().of_code(code, scope))
+
+
+def mark_of_function(function: Any) -> str:
+    """A digest of a function, or of any other object that can be called, such as a metric."""
+    return _digest(_Content().of(function))
+
+
+def mark_of_weights(model: nn.Module) -> str:
+    """A digest of a model's weights, from samples of each; of those on the meta device from their shapes."""
+    return _digest(_samples(model))
+
+
+def qualified(function: Any) -> str:
+    """The module and name of a function or class."""
+    named = function if hasattr(function, "__qualname__") else type(function)
+    return f"{named.__module__}.{named.__qualname__}"
+
+
+def _digest(parts: Iterable[bytes]) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(len(part).to_bytes(8, "little") + part)
+    return digest.hexdigest()
+
+
+def _samples(model: nn.Module) -> Iterator[bytes]:
+    for name, weight in model.named_parameters():
+        yield f"{name} {tuple(weight.shape)} {weight.dtype}".encode()
+        if not weight.is_meta and weight.numel():
+            flat = weight.detach().flatten()
+            yield _bytes(flat[:: max(1, len(flat) // SAMPLES)][:SAMPLES])
+
+
+def _bytes(value: Tensor) -> bytes:
+    whole: bytes = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+    return whole
+
+
+class _Content:
+    """What values hold, as bytes; each function and object once, since they may refer to themselves."""
+
+    def __init__(self) -> None:
+        self.seen: set[int] = set()
+
+    def of_code(self, code: CodeType, scope: Mapping[str, Any]) -> Iterator[bytes]:
+        """Its instructions, its constants, and what its names stand for."""
+        yield code.co_code
+        yield " ".join(code.co_names).encode()
+        for constant in code.co_consts:
+            if isinstance(constant, CodeType):
+                yield from self.of_code(constant, scope)
+            else:
+                yield from self.of(constant)
+        for name in (*code.co_names, *code.co_freevars):
+            try:
+                value = scope[name]
+            except KeyError:  # an attribute, or a name that the code binds
+                continue
+            yield from self.of(value)
+
+    def of(self, value: Any) -> Iterator[bytes]:
+        """A value; of what holds no numbers or strings, its class."""
+        if value is None or isinstance(value, (bool, int, float, complex, str, bytes)):
+            yield repr(value).encode()
+        elif isinstance(value, Tensor):
+            yield repr(tuple(value.shape)).encode() if value.is_meta else _bytes(value)
+        elif isinstance(value, (list, tuple)):
+            for part in value:
+                yield from self.of(part)
+        elif isinstance(value, (set, frozenset)):
+            yield repr(sorted(map(repr, value))).encode()
+        elif isinstance(value, dict):
+            for key, part in value.items():
+                yield repr(key).encode()
+                yield from self.of(part)
+        else:
+            yield from self._of_object(value)
+
+    def _of_object(self, value: Any) -> Iterator[bytes]:
+        yield qualified(value).encode() if not isinstance(value, FunctionType) else b"function"
+        if id(value) in self.seen:
+            return
+        self.seen.add(id(value))
+        if isinstance(value, FunctionType):
+            cells = {name: _contents(cell) for name, cell in _closure(value)}
+            yield from self.of_code(value.__code__, {**_referred(value), **cells})
+            yield from self.of([value.__defaults__, value.__kwdefaults__])
+        elif isinstance(value, MethodType):
+            yield from self.of([value.__func__, value.__self__])
+        elif isinstance(value, functools.partial):
+            yield from self.of([value.func, value.args, value.keywords])
+        elif callable(value) and not isinstance(value, (type, nn.Module)):
+            yield from self.of(dict(getattr(value, "__dict__", {})))
+            yield from self.of(vars(type(value)).get("__call__"))
+
+
+def _closure(function: FunctionType) -> list[tuple[str, Any]]:
+    return list(zip(function.__code__.co_freevars, function.__closure__ or (), strict=False))
+
+
+def _contents(cell: Any) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # a name that is not bound yet
+        return None
+
+
+def _referred(function: FunctionType) -> dict[str, Any]:
+    # What a function of the user's refers to by name; what one of a library does is its own affair.
+    if Path(function.__code__.co_filename).is_relative_to(PACKAGE) or _of_a_library(function):
+        return {}
+    names = {name for code in _codes(function.__code__) for name in code.co_names}
+    return {name: function.__globals__[name] for name in sorted(names) if name in function.__globals__}
+
+
+def _of_a_library(function: FunctionType) -> bool:
+    paths = sysconfig.get_paths()
+    return function.__code__.co_filename.startswith((paths["stdlib"], paths["purelib"], paths["platlib"]))
+
+
+def _codes(code: CodeType) -> Iterator[CodeType]:
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _codes(constant)
