@@ -47,6 +47,10 @@ class Guarded(Choosing):
 
         Raises:
             UnknownSiteError: if nothing is.
+
+        Example::
+
+            model.get("layers.3.ssm.h.5")
         """
         if not isinstance(path, str) or not path:
             raise UnknownSiteError(f"get takes a dotted path such as 'layers.3.ssm.h.5', not {path!r}")

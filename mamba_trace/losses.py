@@ -41,6 +41,8 @@ def next_token_loss(
             f"a loss takes logits [B,L,V] and their tokens [B,L], not {tuple(logits.shape)} and "
             f"{tuple(tokens.shape)}"
         )
+    if mask is not None and mask.shape != tokens.shape:
+        raise PromptError(f"the mask {tuple(mask.shape)} of tokens {tuple(tokens.shape)} has another shape")
     mask = remembered(tokens) if mask is None else checked_mask(mask, tuple(tokens.shape))
     targets = tokens[:, 1:].to(logits.device)  # [B,L-1]
     counted = torch.ones_like(targets, dtype=torch.bool)

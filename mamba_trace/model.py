@@ -325,8 +325,42 @@ class MambaTrace(HookedRuns, LensViews, Tokens, Remote, Guarded, TransformersMod
             raise unknown(self, name) from error
 
     _batcher_class = ExpandedRows
-    generate = run_method(TransformersModel.generate.__wrapped__)
-    pipe = run_method(TransformersModel.pipe.__wrapped__)
+    generate = run_method(
+        TransformersModel.generate.__wrapped__,
+        """Generate with Hugging Face's ``generate``; in a ``with``, traced step by step (``tracer.iter``).
+
+        Args:
+            *args, **kwargs: a prompt as a trace takes it, and the arguments of Hugging Face's ``generate``.
+
+        Returns:
+            What Hugging Face's does, token ids [B,L] by default; ``tracer.result`` in a ``with``.
+
+        Raises:
+            TraceError: inside a trace of this model.
+
+        Example::
+
+            with model.generate(prompt, max_new_tokens=2, do_sample=False) as tracer:
+                for step in tracer.iter[:2]:
+                    model.layers[1].ssm.h[-1].output[:] *= 0.5
+                ids = tracer.result.save()  # [B,L]
+        """,
+    )
+    pipe = run_method(
+        TransformersModel.pipe.__wrapped__,
+        """Run Hugging Face's text-generation pipeline on a prompt; in a ``with``, traced.
+
+        Args:
+            *args, **kwargs: as the pipeline takes them.
+
+        Raises:
+            TraceError: inside a trace of this model.
+
+        Example::
+
+            model.pipe(prompt, max_new_tokens=2, do_sample=False)
+        """,
+    )
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call Hugging Face's module, which takes token ids [B,L] and returns its own output.

@@ -252,7 +252,8 @@ class HookableMixer:
         # A copy, since the backward pass of y reads the original, which an edit in place must not touch.
         copy = state.clone(memory_format=torch.contiguous_format)
         after = offer.visit.serve_position(STATE, at, recurrence.x.shape[1], copy)
-        if after.requires_grad or not same_contents(state, after):
+        # What was assigned counts where its contents are the same, too: it may be detached.
+        if after is not copy or after.requires_grad or not same_contents(state, after):
             after = kept_at_padding(after, state, mask, at)
             y = torch.cat((y[:, :-1], recurrence.read(after, at)[:, None]), dim=1)
         return Stretch(start, at + 1, h, y, after)

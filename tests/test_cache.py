@@ -88,20 +88,29 @@ def test_prefill_then_single_steps(tiny_hf: ModuleFactory, tokens: Tensor) -> No
         held = h.clone()
 
 
-@pytest.mark.parametrize("place", ["h[-1]", "h"])
-def test_an_edit_reaches_the_next_piece_through_the_cache(
-    tiny_hf: ModuleFactory, tokens: Tensor, place: str
-) -> None:
+def test_an_edit_reaches_the_next_piece_through_the_cache(tiny_hf: ModuleFactory, tokens: Tensor) -> None:
     _, model = pair(tiny_hf)
     with model.trace(tokens):
         model.layers[1].ssm.h[4].output[:] *= -1
         expected = model.lm_head.output.save()
     cache = empty_cache(model)
     with model.trace(tokens[:, :5], cache=cache):
-        if place == "h":
-            model.layers[1].ssm.h.output[:, -1] *= -1
-        else:
-            model.layers[1].ssm.h[-1].output[:] *= -1
+        model.layers[1].ssm.h[-1].output[:] *= -1
+        first = model.lm_head.output.save()
+    with model.trace(tokens[:, 5:], cache=cache):
+        second = model.lm_head.output.save()
+    agree(torch.cat((first, second), dim=1), expected)
+
+
+def test_an_edit_of_the_whole_h_does_not(tiny_hf: ModuleFactory, tokens: Tensor) -> None:
+    """It changes y at its position alone, wherever the prompt is cut."""
+    _, model = pair(tiny_hf)
+    with model.trace(tokens):
+        model.layers[1].ssm.h.output[:, 4] *= -1
+        expected = model.lm_head.output.save()
+    cache = empty_cache(model)
+    with model.trace(tokens[:, :5], cache=cache):
+        model.layers[1].ssm.h.output[:, -1] *= -1
         first = model.lm_head.output.save()
     with model.trace(tokens[:, 5:], cache=cache):
         second = model.lm_head.output.save()

@@ -273,6 +273,27 @@ def test_a_name_that_is_edited_after_a_save_has_the_edited_value(tiny, tokens):
     agree(logits.detach(), expected)
 
 
+@pytest.mark.parametrize("grad", [False, True])
+def test_a_name_that_was_saved_is_there_after_the_trace(tiny, tokens, grad):
+    clean, expected = zeroed(tiny, tokens, "layers[1].ssm.y")
+
+    def function(place: Any) -> tuple[Tensor, Tensor]:
+        inner = place.output
+        return inner.save(), inner.zero_()
+
+    with torch.set_grad_enabled(grad), tiny.trace(tokens):
+        value = tiny.layers[0].ssm.y.output
+        value.save()
+        value *= 1
+        kept, zero = function(tiny.layers[1].ssm.y)
+        zero = zero.clone().save()
+        logits = tiny.lm_head.output.save()
+    assert value.any()
+    agree(kept.detach(), clean)
+    assert not zero.any()
+    agree(logits.detach(), expected)
+
+
 def test_a_value_that_was_saved_by_its_name_survives_edits_at_any_later_time(tiny, tokens):
     place = tiny.layers[1].ssm.y
     clean, _ = zeroed(tiny, tokens, "layers[1].ssm.y")

@@ -175,7 +175,7 @@ def in_the_body(interleaver: Any) -> bool:
     return False
 
 
-def run_method(method: Callable[..., Any]) -> Callable[..., Any]:
+def run_method(method: Callable[..., Any], doc: str) -> Callable[..., Any]:
     """A method that runs the model, which is called, or traced in a ``with``: nnsight's ``traceable``.
 
     nnsight calls the method at once where the model is in a trace; here only the run itself does, and not
@@ -200,6 +200,7 @@ def run_method(method: Callable[..., Any]) -> Callable[..., Any]:
                 return self.interleave(run, *args, **kwargs)
         return tracer
 
+    wrapper.__doc__ = doc
     return wrapper
 
 

@@ -6,12 +6,14 @@ nnsight hands out the run's own tensor, and every read of a place hands out the 
     clean = y.save()
     y[:] = 0
 
-all three are one tensor, and plain nnsight would zero what was saved. Here ``y.save()`` of a value that has a
-name is a copy: ``y`` goes on being the run's value, and what was saved is out of its way. A value saved where
-it is read, ``place.output.save()``, is the run's own tensor: nothing is copied, and its gradient is the
-place's. It is copied if somebody writes to it: until the worker asks for something else, a `Guard` looks at
-each function of PyTorch's that the worker calls, and one that would write to what was saved writes to a copy,
-with which the run goes on.
+all three are one tensor, and plain nnsight would zero what was saved. Here a saved value is copied when
+somebody writes to it: until the worker asks for something else, a `Guard` looks at each function of PyTorch's
+that the worker calls. One that would write to what was saved writes to a copy, with which the run goes on,
+and ``y``, which had its name before, becomes the name of that copy. Where nothing is written nothing is
+copied, and a saved value has the gradient of its place.
+
+Where no gradient is recorded, a value that has a name already is copied when it is saved, so that nothing
+that is done to the name later can reach what was saved.
 
 So an edit in place always reaches the run, also one of a saved value, and never what was saved. A saved list
 or dictionary keeps what was put into it.
@@ -28,7 +30,7 @@ import itertools
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from types import CodeType, FrameType
 from typing import Any
 
@@ -39,6 +41,7 @@ from nnsight.intervention.envoy import Envoy
 from nnsight.intervention.interleaver import Mediator
 from nnsight.intervention.tracer import InterleavingTracer
 from nnsight.tracing import tracer as nnsight_tracer
+from nnsight.tracing.util import push
 from nnsight.util import apply
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
@@ -90,6 +93,8 @@ class Place:
         self.retired: list[tuple[Tensor, Tensor]] = []
         #: (copy, the part of a tensor that it is a copy of).
         self.copies: list[tuple[Tensor, Tensor]] = []
+        #: (tensor, a name that it had before it was saved).
+        self.names: list[tuple[Tensor, str]] = []
         #: Whether the worker has assigned something else to the place since.
         self.assigned = False
 
@@ -98,16 +103,17 @@ class Place:
         held = [*self.tensors, *(old for old, _ in self.retired)]
         return any(same_memory(tensor, other) for other in held)
 
-    def save(self, value: Tensor, named: bool = False) -> Tensor:
+    def save(self, value: Tensor, names: Sequence[str] = ()) -> Tensor:
         """What is saved where a worker saves ``value``: itself, or a copy.
 
         Args:
             value: a value that was read here, a part of it, or anything else.
-            named: whether the worker has a name for it already.
+            names: those that the worker has for it already.
         """
         whole = next((tensor for tensor in self.tensors if same_view(value, tensor)), None)
-        if whole is not None and not named:
+        if whole is not None and (value.requires_grad or not names):
             self.protect(whole)
+            self.names += [(value, name) for name in names]
             return value
         if not self.holds(value) or any(same_view(value, old) for old, _ in self.retired):
             return value
@@ -168,6 +174,7 @@ class Place:
         self.saved = [other for other in self.saved if other is not tensor]
         self.retired.append((tensor, new))
         self.record(new)
+        rename([(old, name) for old, name in self.names if same_view(old, tensor)], new, sys._getframe(1))
         return new
 
 
@@ -390,7 +397,7 @@ def mark(value: Any) -> Any:
             settle(place)
     elif isinstance(value, Tensor) and place is not None:
         _mark(value)  # by a name that it has already it is returned, too
-        value = place.save(value, has_name(value, sys._getframe(1)))
+        value = place.save(value, names_of(value, sys._getframe(1)))
     if mediator is not None and place is not None and needs_guard(place):
         open_guard(mediator)
     return _mark(value)
@@ -411,15 +418,25 @@ def saved_containers() -> list[tuple[Any, int]]:
     return _local.containers
 
 
-def has_name(value: Any, frame: FrameType | None) -> bool:
-    """Whether the code that a worker runs has a name for a value: in a frame, or in one that called it."""
+def names_of(value: Any, frame: FrameType | None) -> list[str]:
+    """The names that a value has in the code that a worker runs: in a frame, and in those that called it."""
+    found = []
     while frame is not None:
-        if frame.f_globals.get("__name__") != nnsight_tracer.__name__ and any(
-            other is value for other in frame.f_locals.values()
-        ):
-            return True
+        if frame.f_globals.get("__name__") != nnsight_tracer.__name__:
+            found += [name for name, other in frame.f_locals.items() if other is value]
         frame = frame.f_back
-    return False
+    return found
+
+
+def rename(names: list[tuple[Tensor, str]], new: Tensor, frame: FrameType | None) -> None:
+    """Make the names that tensors have in a frame, and in those that called it, the names of another."""
+    while frame is not None and names:
+        if frame.f_globals.get("__name__") not in (__name__, nnsight_tracer.__name__):
+            here = {name: new for old, name in names if frame.f_locals.get(name) is old}
+            if here:
+                _mark(new)  # as the name may be all that the user has of what was saved
+                push(frame, here)
+        frame = frame.f_back
 
 
 def settle(place: Place) -> None:
