@@ -19,8 +19,9 @@ So an edit in place always reaches the run, also one of a saved value, and never
 or dictionary keeps what was put into it.
 
 The facts about nnsight 0.8 this module rests on, each held by a test in tests/test_demand.py: ``save``
-returns what ``nnsight.tracing.tracer.mark`` returns; a worker calls ``mediator.flush()`` before each request
-and at the end of its block, and nowhere else.
+returns what ``nnsight.tracing.tracer.mark`` returns, around which this module puts a function of its own
+(which changes nothing for other models than this package's); a worker calls ``mediator.flush()`` before each
+request and at the end of its block, and nowhere else.
 """
 
 from __future__ import annotations
@@ -387,7 +388,7 @@ def mark(value: Any) -> Any:
     mediator = running_mediator()
     if mediator is None and not isinstance(value, (list, dict)):
         return _mark(value)
-    if isinstance(value, Envoy):
+    if isinstance(value, Envoy) and hasattr(type(value), "_expect"):  # a place of this package's
         raise SiteValueError(f"{public_path(value.path)} is a place: save its value, with .output.save()")
     place = None if mediator is None else mediator.__dict__.get(PLACE)
     if isinstance(value, (list, tuple, dict)):
