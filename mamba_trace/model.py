@@ -368,9 +368,7 @@ class MambaTrace(HookedRuns, LensViews, Tokens, Remote, Guarded, TransformersMod
         Raises:
             PromptError: for text, which `run_with_hooks` takes and returns the logits of.
         """
-        if args and (
-            isinstance(args[0], str) or (args[0] and isinstance(args[0], list) and _holds_text(args[0]))
-        ):
+        if args and _holds_text(args[0]):
             raise PromptError(
                 "model(...) calls Hugging Face's module, which takes token ids: for the logits of text write "
                 "model.run_with_hooks(prompt), with return_type='loss' for its loss"

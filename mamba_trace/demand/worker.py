@@ -137,7 +137,7 @@ def length_of_call(site: Any) -> int:
         SiteOrderError: if the run has gone past the first position of that step.
         SiteValueError: where the forward call is in another process.
     """
-    mediator = Mediator.current(public_path(site.path))
+    mediator = worker_at(f"{site.path}.output")
     first = site.interleaver.__dict__.get(FIRST_LENGTH)
     if mediator.iteration == 0 and first is not None:
         return int(first)

@@ -7,6 +7,7 @@ part of the question: its instructions, its constants, and the numbers, strings 
 
 from __future__ import annotations
 
+import dis
 import functools
 import hashlib
 import sysconfig
@@ -40,7 +41,9 @@ def mark_of_weights(model: nn.Module) -> str:
 
 def qualified(function: Any) -> str:
     """The module and name of a function or class."""
-    named = function if hasattr(function, "__qualname__") else type(function)
+    named = (
+        function if hasattr(function, "__qualname__") and hasattr(function, "__module__") else type(function)
+    )
     return f"{named.__module__}.{named.__qualname__}"
 
 
@@ -79,10 +82,10 @@ class _Content:
                 yield from self.of_code(constant, scope)
             else:
                 yield from self.of(constant)
-        for name in (*code.co_names, *code.co_freevars):
+        for name in (*_looked_up(code), *code.co_freevars):
             try:
                 value = scope[name]
-            except KeyError:  # an attribute, or a name that the code binds
+            except KeyError:  # a name that the code binds
                 continue
             yield from self.of(value)
 
@@ -118,7 +121,9 @@ class _Content:
         elif isinstance(value, functools.partial):
             yield from self.of([value.func, value.args, value.keywords])
         elif callable(value) and not isinstance(value, (type, nn.Module)):
-            yield from self.of(dict(getattr(value, "__dict__", {})))
+            # Numbers that an object has may count its calls; what it was made of is in its functions.
+            own = {name: part for name, part in getattr(value, "__dict__", {}).items() if callable(part)}
+            yield from self.of(own)
             yield from self.of(vars(type(value)).get("__call__"))
 
 
@@ -137,8 +142,17 @@ def _referred(function: FunctionType) -> dict[str, Any]:
     # What a function of the user's refers to by name; what one of a library does is its own affair.
     if Path(function.__code__.co_filename).is_relative_to(PACKAGE) or _of_a_library(function):
         return {}
-    names = {name for code in _codes(function.__code__) for name in code.co_names}
+    names = {name for code in _codes(function.__code__) for name in _looked_up(code)}
     return {name: function.__globals__[name] for name in sorted(names) if name in function.__globals__}
+
+
+def _looked_up(code: CodeType) -> list[str]:
+    # The names, in order, that code takes from around it. What it assigns there itself is its own account,
+    # such as how often it was called.
+    steps = [(step.opname, step.argval) for step in dis.get_instructions(code)]
+    own = {name for operation, name in steps if operation == "STORE_GLOBAL"}
+    looked_up = [name for operation, name in steps if operation in ("LOAD_GLOBAL", "LOAD_NAME")]
+    return [name for name in dict.fromkeys(looked_up) if name not in own]
 
 
 def _of_a_library(function: FunctionType) -> bool:

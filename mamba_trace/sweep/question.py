@@ -12,7 +12,6 @@ from torch import Tensor
 
 from ..metrics import Metric, measured
 from ..sites import BY_NAME, Site
-from .marks import mark_of_function
 from .plan import windows
 
 
@@ -81,7 +80,6 @@ class Question:
             "length": self.length,
             "window": self.window,
             "metrics": list(self.metrics),
-            "metric_functions": [mark_of_function(metric) for metric in self.metrics.values()],
             "metric_positions": self.looked_at,
             "prompts": hashlib.sha256(self.tokens.contiguous().numpy().tobytes()).hexdigest(),
         }

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from .changes import changes
 from .kept import FolderPath, Kept
-from .marks import mark_of_weights
+from .marks import mark_of_function, mark_of_weights
 from .parts import InParts
 from .plan import Job, Limits
 from .processes import Processes
@@ -65,9 +65,12 @@ def answers(
     processes = Processes.here(model.device) if distribute else Processes()
     changed = changes(model)
     asked = question.described() | {"changes": [[change.what, change.mark] for change in changed]}
-    if keep is not None:
-        asked["weights"] = mark_of_weights(model._module)
     processes.check_same(asked)
+    if keep is not None:
+        # The first process's, as a metric may refer to the rank that it runs on.
+        marks = [mark_of_function(metric) for metric in question.metrics.values()]
+        asked["metric_functions"] = processes.gather([marks])[0]
+        asked["weights"] = mark_of_weights(model._module)
     with torch.no_grad():
         way = Whole(model, question, changed) if changed else InParts(model, question, limits)
         both = question.measure(way.logits.clone())  # [M,2]
