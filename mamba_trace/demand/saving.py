@@ -49,7 +49,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..errors import SiteValueError
 from ..names import public_path
-from .views import among, overlap, same_memory, same_part, same_view, tensors_of
+from .views import among, memory_of, overlap, same_memory, same_part, same_view, tensors_of
 
 #: On a worker's mediator: the place that it was last served, and the guard that is on duty.
 PLACE, GUARD = "_mamba_trace_place", "_mamba_trace_guard"
@@ -92,8 +92,8 @@ class Place:
         self.saved: list[Tensor] = []
         #: (tensor, the one that has taken its place), in the order in which that happened.
         self.retired: list[tuple[Tensor, Tensor]] = []
-        #: (copy, the part of a tensor that it is a copy of).
-        self.copies: list[tuple[Tensor, Tensor]] = []
+        #: (copy, the part of a tensor that it is a copy of), by the memory of the copy: of thousands, perhaps.
+        self.copies: dict[int, tuple[Tensor, Tensor]] = {}
         #: (tensor, a name that it had before it was saved).
         self.names: list[tuple[Tensor, str]] = []
         #: Whether the worker has assigned something else to the place since.
@@ -123,7 +123,7 @@ class Place:
             # nnsight asks the saved tensor for its gradient, which is that of what it is a copy of.
             copy.register_hook = value.register_hook  # type: ignore[method-assign]
             _local.borrowers.append(weakref.ref(copy))
-        self.copies.append((copy, value))
+        self.copies[memory_of(copy)] = (copy, value)
         return copy
 
     def protect(self, tensor: Tensor) -> None:
@@ -133,9 +133,8 @@ class Place:
 
     def writable(self, target: Tensor) -> Tensor:
         """Where a write to ``target`` goes: to memory of which nothing was saved."""
-        for copy, part in self.copies:
-            if same_memory(target, copy):
-                target = self.moved(target, copy, part)
+        if (found := self.copies.get(memory_of(target))) is not None:
+            target = self.moved(target, *found)
         for old, new in self.retired:
             if same_memory(target, old):
                 target = self.moved(target, old, new)
@@ -460,7 +459,7 @@ def settle(place: Place) -> None:
 def keep_in(entry: Any, place: Place) -> Any:
     """An entry of a saved container, in which parts of what was read at a place are copies."""
     if isinstance(entry, Tensor):
-        return entry if among(entry, [copy for copy, _ in place.copies]) else place.save(entry)
+        return entry if memory_of(entry) in place.copies else place.save(entry)
     if type(entry) in (list, tuple):
         kept = [keep_in(part, place) for part in entry]
         same = all(one is other for one, other in zip(kept, entry, strict=True))

@@ -77,7 +77,12 @@ def has_memory(tensor: Tensor) -> bool:
 
 def same_memory(tensor: Tensor, other: Tensor) -> bool:
     """Whether two tensors are parts of one storage."""
-    if not (has_memory(tensor) and has_memory(other)):
-        return tensor is other
+    return tensor is other or (memory_of(tensor) == memory_of(other) != 0)
+
+
+def memory_of(tensor: Tensor) -> int:
+    """What tells the storage of a tensor from others as long as it is there; 0 where it has none."""
+    if not has_memory(tensor):
+        return 0
     with torch._C.DisableTorchFunction():  # a guard on duty would take the look for an escape
-        return tensor.untyped_storage()._cdata == other.untyped_storage()._cdata
+        return int(tensor.untyped_storage()._cdata)
