@@ -92,7 +92,7 @@ class Place:
         self.saved: list[Tensor] = []
         #: (tensor, the one that has taken its place), in the order in which that happened.
         self.retired: list[tuple[Tensor, Tensor]] = []
-        #: (copy, the part of a tensor that it is a copy of), by the memory of the copy: of thousands, perhaps.
+        #: (copy, the part of a tensor that it is a copy of), by the memory of the copy: they may be many.
         self.copies: dict[int, tuple[Tensor, Tensor]] = {}
         #: (tensor, a name that it had before it was saved).
         self.names: list[tuple[Tensor, str]] = []
