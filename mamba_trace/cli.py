@@ -130,7 +130,7 @@ def patch(
     Prints a metric of both runs, the logit difference ANSWER - WRONG unless another is named, and for each
     cell how far patching it alone moves that from the prompt's (0) to the source's (1).
     """
-    from . import patch_command as command
+    from .patching import command as command
 
     options = {"window": window, "batch_size": batch_size, "keep": keep, "progress": not quiet}
     named = [name for name in site.replace(",", " ").split() if name]
@@ -255,9 +255,9 @@ def load_model(
     import torch
     from transformers.utils.logging import disable_progress_bar
 
-    from .load_options import PLACED_BY_ACCELERATE, check_device
+    from .conversion.load_options import PLACED_BY_ACCELERATE, check_device
     from .model import MambaTrace
-    from .sweep import own_device
+    from .patching.processes import own_device
 
     if quiet:
         disable_progress_bar()

@@ -16,12 +16,12 @@ import torch
 from accelerate.utils import align_module_device
 from torch import Tensor, nn
 
-from .demand import mask_of_call
+from .arguments.selection import Channels, Positions, position_numbers
 from .errors import PositionError, SiteValueError
-from .past import masked
+from .modeling.past import masked
 from .scan import selective_scan
 from .scan.reference import accumulation_dtype
-from .selection import Channels, Positions, position_numbers
+from .tracing import mask_of_call
 
 #: Positions and channels [E]: every one of the former with every one of the latter.
 Product = tuple[frozenset[int], Tensor]

@@ -23,9 +23,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from .cuts import Cut, Pairs, ZeroDelta, edit_layer
-from .demand import SiteOrderError, need_a_trace
-from .selection import (
+from .arguments.selection import (
     Channels,
     Layers,
     Positions,
@@ -38,6 +36,8 @@ from .selection import (
     layer_numbers,
     position_numbers,
 )
+from .cuts import Cut, Pairs, ZeroDelta, edit_layer
+from .tracing import SiteOrderError, need_a_trace
 
 if TYPE_CHECKING:
     from .model import MambaTrace

@@ -25,13 +25,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .arguments.prompts import describe, prompt_tokens, token_strings
+from .arguments.run_arguments import refuse_inside_a_trace
+from .arguments.selection import (
+    Channels,
+    Positions,
+    channel_mask,
+    check_channels,
+    layer_number,
+    position_numbers,
+)
 from .errors import SiteValueError
-from .plotting import Heatmap
-from .prompts import describe, prompt_tokens, token_strings
-from .results import Result
-from .run_arguments import refuse_inside_a_trace
-from .scan_pairs import ScanPairs
-from .selection import Channels, Positions, channel_mask, check_channels, layer_number, position_numbers
+from .results.heatmap import Heatmap
+from .results.results import Result
+from .scan.pairs import ScanPairs
 
 if TYPE_CHECKING:
     from .model import MambaTrace

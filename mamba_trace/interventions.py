@@ -23,13 +23,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .demand import mask_of_call, need_a_trace
-from .envoys import PositionEnvoy, SiteEnvoy
+from .arguments.prompts import describe
+from .arguments.selection import GROUPS, Indices, check_padding, chosen_indices
 from .errors import PositionError, SiteValueError
 from .names import public_path
-from .prompts import describe
-from .selection import GROUPS, Indices, check_padding, chosen_indices
 from .sites import AXES, describe_axes
+from .tracing import mask_of_call, need_a_trace
+from .tracing.envoys import PositionEnvoy, SiteEnvoy
 
 __all__ = ["ablate", "steer"]
 

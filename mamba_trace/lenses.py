@@ -27,13 +27,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .effective import epsilon_of, input_dtype, norm_weight, without_bias
+from .arguments.prompts import prompt_tokens, single_token, token_strings
+from .arguments.run_arguments import refuse_inside_a_trace
+from .arguments.selection import layer_numbers
 from .errors import PromptError
-from .plotting import Heatmap
-from .prompts import prompt_tokens, single_token, token_strings
-from .results import Result
-from .run_arguments import refuse_inside_a_trace
-from .selection import layer_numbers
+from .modeling.effective import epsilon_of, input_dtype, norm_weight, without_bias
+from .results.heatmap import Heatmap
+from .results.results import Result
 
 if TYPE_CHECKING:
     from .model import MambaTrace

@@ -33,10 +33,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from ._porting.runs import GENERATE
-from .conversion import check_state_dict, convert_config, convert_state_dict, residuals_per_layer
+from .arguments.padding import remember, remembered
+from .arguments.run_arguments import KERNEL_FLAGS, explain_away, generation_options, prompt_of
+from .conversion.formats import check_state_dict, convert_config, convert_state_dict, residuals_per_layer
+from .conversion.initialization import initialize
 from .errors import PromptError
-from .initialization import initialize
-from .lens_formats import (
+from .hooked.mamba_cfg import (
     MambaCfg,
     MambaInitCfg,
     convert_hooked_mamba_config_to_original_config,
@@ -46,8 +48,6 @@ from .lens_formats import (
     plain,
 )
 from .model import MambaTrace, _empty
-from .padding import remember, remembered
-from .run_arguments import KERNEL_FLAGS, explain_away, generation_options, prompt_of
 
 __all__ = [
     "HookedMamba",

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .arguments.padding import mask_of
+from .arguments.run_arguments import prompt_of, refuse_inside_a_trace
+from .arguments.selection import layer_numbers
 from .errors import LayerError, PromptError, SiteValueError, UnknownSiteError
 from .names import nearest
-from .padding import mask_of
-from .run_arguments import prompt_of, refuse_inside_a_trace
-from .selection import layer_numbers
 from .sites import BY_HOOK, BY_NAME, Site, describe_axes
 
 if TYPE_CHECKING:

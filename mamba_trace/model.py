@@ -22,43 +22,53 @@ from torch import Tensor, nn
 from torch._guards import detect_fake_mode
 from transformers import MambaConfig, MambaForCausalLM, PreTrainedTokenizerBase, TextGenerationPipeline
 
-from . import names, padding, placement
-from .architectures import architecture_of, axis_sizes, kernels_of, make_hookable
-from .attributes import Guarded, unknown
-from .checkpoints import Checkpoint, find_checkpoint, load_tokenizer, read_state_dict
-from .config_names import check_names
-from .conversion import check_state_dict, convert_config, convert_state_dict, residuals_per_layer
-from .demand import (
+from . import names
+from .arguments import padding
+from .arguments.prompt_forms import check_arguments, check_lengths, check_prompt
+from .arguments.run_arguments import check_token_lists, check_tokens
+from .conversion.checkpoints import Checkpoint, find_checkpoint, load_tokenizer, read_state_dict
+from .conversion.config_names import check_names
+from .conversion.formats import check_state_dict, convert_config, convert_state_dict, residuals_per_layer
+from .conversion.initialization import initialize
+from .conversion.load_options import (
+    check_loaded,
+    check_place,
+    dtype_of,
+    examine,
+    given_config,
+    take_config,
+    why_not,
+)
+from .conversion.weight_sizes import check_memory
+from .errors import CheckpointError, MambaTraceError, PromptError, UnknownSiteError
+from .hooked.hooks import KEEPING_HOOKS, none_kept
+from .hooked.run_with import HookedRuns
+from .hooked.tokens import Tokens
+from .hooked.weights import LensViews
+from .modeling.architectures import architecture_of, axis_sizes, kernels_of, make_hookable
+from .modeling.offers import SiteModule
+from .modeling.run_report import RunReport
+from .scan import check
+from .sites import rows
+from .tracing import (
     SiteInterleaver,
     follow,
     is_current,
     keep_apart,
+    placement,
     reconnect,
     reinstate_controllers,
     remember,
     take_note_of_length,
     take_note_of_mask,
 )
-from .demand.envoy_map import EnvoyMap
-from .demand.invokes import ExpandedRows
-from .demand.one_run import only_run, run_method
-from .envoys import envoy_classes
-from .errors import CheckpointError, MambaTraceError, PromptError, UnknownSiteError
-from .hooks import KEEPING_HOOKS, none_kept
-from .initialization import initialize
-from .load_options import check_loaded, check_place, dtype_of, examine, given_config, take_config, why_not
-from .offers import SiteModule
-from .prompt_forms import check_arguments, check_lengths, check_prompt
-from .remote import TASK, Remote, check_task
-from .report import RunReport
-from .run_arguments import check_token_lists, check_tokens
-from .running import HookedRuns
-from .scan import check
-from .sites import rows
-from .tokens import Tokens
-from .tracer import ScanTracer, SiteTracer
-from .weight_sizes import check_memory
-from .weights import LensViews
+from .tracing.attributes import Guarded, unknown
+from .tracing.envoy_map import EnvoyMap
+from .tracing.envoys import envoy_classes
+from .tracing.invokes import ExpandedRows
+from .tracing.one_run import only_run, run_method
+from .tracing.remote import TASK, Remote, check_task
+from .tracing.tracer import ScanTracer, SiteTracer
 
 #: Names of this package for modules of Hugging Face's.
 RENAME = {

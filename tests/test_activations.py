@@ -19,8 +19,8 @@ from reference import forward
 from torch import Tensor
 
 from mamba_trace import MambaTrace, names
-from mamba_trace.activations import ActivationCache
 from mamba_trace.errors import LayerError, PromptError, UnknownSiteError
+from mamba_trace.hooked.cache import ActivationCache
 from mamba_trace.sites import SITES, STATE
 
 PROMPT = "Lately, Emma and Shelby had fun at school. Shelby gave an apple to"

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from transformers import MambaForCausalLM
 
 from mamba_trace import MambaTrace
-from mamba_trace.demand import is_current
 from mamba_trace.errors import CheckpointError
 from mamba_trace.lenses import logit_lens, state_lens
 from mamba_trace.patching import patch_grid
+from mamba_trace.tracing import is_current
 
 peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings("ignore")

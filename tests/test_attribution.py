@@ -15,7 +15,8 @@ from torch import Tensor
 
 from mamba_trace import MambaTrace
 from mamba_trace.errors import MetricError, PromptError
-from mamba_trace.patching import POSITIONAL, attribution_grid, log_prob, logit_diff, patch_grid
+from mamba_trace.patching import attribution_grid, log_prob, logit_diff, patch_grid
+from mamba_trace.patching.grid import POSITIONAL
 from mamba_trace.sites import BY_NAME
 
 

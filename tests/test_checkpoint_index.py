@@ -10,7 +10,7 @@ import torch
 from transformers import MambaForCausalLM
 
 from mamba_trace import MambaTrace
-from mamba_trace.checkpoints import save_original
+from mamba_trace.conversion.checkpoints import save_original
 from mamba_trace.errors import CheckpointError
 
 pytestmark = pytest.mark.filterwarnings("ignore:no tokenizer")
@@ -135,7 +135,7 @@ def test_a_snapshot_in_the_hub_cache_consists_of_links(tiny_hf, tokens, tmp_path
 def test_the_index_of_a_hub_id_fetches_no_files_of_other_names(tiny_hf, tmp_path, monkeypatch) -> None:
     from huggingface_hub.errors import EntryNotFoundError
 
-    from mamba_trace import checkpoint_files
+    from mamba_trace.conversion import checkpoint_files
 
     module = tiny_hf()
     write(module, tmp_path, "huggingface").unlink()

@@ -17,11 +17,16 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import MambaConfig, MambaForCausalLM, PreTrainedTokenizerFast
 
-from mamba_trace import MambaTrace, checkpoint_files, checkpoints
-from mamba_trace.checkpoints import find_checkpoint, load_tokenizer, read_state_dict, save_original
-from mamba_trace.conversion import convert_config, convert_state_dict
+from mamba_trace import MambaTrace
+from mamba_trace.conversion import checkpoint_files, checkpoints, convert_config, convert_state_dict
+from mamba_trace.conversion.checkpoints import (
+    find_checkpoint,
+    load_tokenizer,
+    read_state_dict,
+    save_original,
+)
+from mamba_trace.conversion.initialization import initialize
 from mamba_trace.errors import CheckpointError
-from mamba_trace.initialization import initialize
 
 ORIGINAL = {  # a vocabulary of 21 is padded to 24
     "d_model": 12,

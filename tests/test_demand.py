@@ -1,4 +1,4 @@
-"""The facts about nnsight's internals that `mamba_trace.demand` rests on, each held on nnsight alone.
+"""The facts about nnsight's internals that `mamba_trace.tracing` rests on, each held on nnsight alone.
 
 They use a module of two linear layers and no code of this package, so a failure here says that nnsight has
 changed, and where. The tests of `Visit` and its neighbours on top of them follow.
@@ -23,7 +23,7 @@ from nnsight.intervention.interleaver import Event, Interleaver, Mediator, OutOf
 from nnsight.intervention.source import STATE, Controller
 from torch import nn
 
-from mamba_trace.demand import SiteOrderError, Visit, is_itself, listened_to, rebind_forward
+from mamba_trace.tracing import SiteOrderError, Visit, is_itself, listened_to, rebind_forward
 
 
 class Probe(nn.Module):

@@ -19,13 +19,13 @@ from nnsight.intervention.source import Controller
 from torch import Tensor, nn
 
 from mamba_trace import MambaTrace
-from mamba_trace.checkpoints import save_original
+from mamba_trace.conversion.checkpoints import save_original
 from mamba_trace.errors import CheckpointError
 from mamba_trace.flow import knockout
 from mamba_trace.lenses import logit_lens, state_lens
 from mamba_trace.patching import attribution_grid, patch_grid
-from mamba_trace.placement import check_weights, full_device_map, input_device
 from mamba_trace.sites import SITES
+from mamba_trace.tracing.placement import check_weights, full_device_map, input_device
 
 pytestmark = pytest.mark.filterwarnings("ignore:no tokenizer", "ignore:The following device_map keys")
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from mamba_trace import MambaTrace
 from mamba_trace.errors import BackendError, LayerError
-from mamba_trace.report import LayerRun
+from mamba_trace.modeling.run_report import LayerRun
 from mamba_trace.scan import dispatch
 from mamba_trace.scan.record import Call
 from mamba_trace.sites import SITES, STATE, walk

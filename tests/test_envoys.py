@@ -18,8 +18,10 @@ from test_sites import by_hand, same
 from transformers.models.mamba.modeling_mamba import MambaMixer
 
 from mamba_trace import MambaTrace
-from mamba_trace.demand import SiteOrderError
-from mamba_trace.envoys import (
+from mamba_trace.errors import SiteValueError, UnknownSiteError
+from mamba_trace.sites import SITES, describe_axes, walk
+from mamba_trace.tracing import SiteOrderError
+from mamba_trace.tracing.envoys import (
     BlockEnvoy,
     MixerEnvoy,
     PositionEnvoy,
@@ -29,8 +31,6 @@ from mamba_trace.envoys import (
     envoy_classes,
     fit,
 )
-from mamba_trace.errors import SiteValueError, UnknownSiteError
-from mamba_trace.sites import SITES, describe_axes, walk
 
 
 def test_every_site_has_an_envoy_that_knows_its_row(tiny):

@@ -17,7 +17,6 @@ from test_sites import by_hand, same
 from torch import Tensor
 
 from mamba_trace import MambaTrace
-from mamba_trace.demand import SiteOrderError
 from mamba_trace.errors import (
     BackendError,
     CheckpointError,
@@ -30,6 +29,7 @@ from mamba_trace.errors import (
 )
 from mamba_trace.patching import logit_diff
 from mamba_trace.sites import SITES
+from mamba_trace.tracing import SiteOrderError
 
 PATHS = [site.path(1) for site in SITES] + ["layers[1].ssm.h[3]", "layers[1].ssm.h[-2]"]
 

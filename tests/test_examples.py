@@ -22,29 +22,26 @@ from mamba_trace import (
     hidden_attention,
     interventions,
     lenses,
-    losses,
     means,
-    metrics,
     names,
     patching,
-    plotting,
     porting,
-    report_page,
     results,
     scan,
 )
-from mamba_trace.activations import ActivationCache
-from mamba_trace.grids import PatchGrid
 from mamba_trace.hidden_attention import Contributions, HiddenAttention
+from mamba_trace.hooked import losses
+from mamba_trace.hooked.cache import ActivationCache
 from mamba_trace.lenses import LogitLens, StateLens
-from mamba_trace.plotting import Heatmap
-from mamba_trace.report_page import Report
-from mamba_trace.results import Result
+from mamba_trace.patching import metrics
+from mamba_trace.patching.result import PatchGrid
+from mamba_trace.results import Report, Result, heatmap, interactive, page, png, terminal
+from mamba_trace.results.heatmap import Heatmap
 
 #: What users call: of modules all public functions, of classes all public methods and properties.
 MODULES: tuple[ModuleType, ...] = (
     *(conversion, names, patching, losses, porting, scan, interventions, means, lenses, flow),
-    *(hidden_attention, plotting, results, report_page, metrics),
+    *(hidden_attention, results, heatmap, interactive, png, terminal, page, metrics),
 )
 CLASSES: tuple[type, ...] = (
     *(MambaTrace, ActivationCache, Result, Report, PatchGrid),

@@ -15,7 +15,6 @@ from conftest import LENGTH, N_LAYERS, SIZES, ModuleFactory, agree
 from torch import Tensor, nn
 
 from mamba_trace import MambaTrace
-from mamba_trace.demand import SiteOrderError
 from mamba_trace.errors import LayerError, PositionError, SiteValueError
 from mamba_trace.flow import (
     Cut,
@@ -27,6 +26,7 @@ from mamba_trace.flow import (
     knockout_conv,
     zero_delta,
 )
+from mamba_trace.tracing import SiteOrderError
 
 E = SIZES["expand"] * SIZES["hidden_size"]
 SOME = [0, 3, 4, 11, 23]

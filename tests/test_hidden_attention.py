@@ -15,14 +15,15 @@ from allocations import PeakMemory
 from conftest import LENGTH, N_LAYERS, SIZES, ModuleFactory, agree, layers_that_ran
 from torch import Tensor, nn
 
-from mamba_trace import MambaTrace, scan_pairs
+from mamba_trace import MambaTrace
 from mamba_trace.cli import PROMPT
 from mamba_trace.errors import LayerError, PositionError, PromptError, SiteValueError
 from mamba_trace.flow import decay_groups
 from mamba_trace.hidden_attention import Contributions, HiddenAttention, contributions, hidden_attention
 from mamba_trace.results import Result
+from mamba_trace.scan import pairs as scan_pairs
 from mamba_trace.scan import selective_scan
-from mamba_trace.scan_pairs import ScanPairs
+from mamba_trace.scan.pairs import ScanPairs
 
 D, E = SIZES["hidden_size"], SIZES["expand"] * SIZES["hidden_size"]
 

@@ -19,8 +19,8 @@ from torch import Tensor
 from mamba_trace import MambaTrace
 from mamba_trace.errors import LayerError
 from mamba_trace.hidden_attention import hidden_attention
+from mamba_trace.hooked.losses import next_token_loss
 from mamba_trace.lenses import state_lens
-from mamba_trace.losses import next_token_loss
 from mamba_trace.mamba_lens import HookedMamba
 
 ORDERS = [[2, 1], [1, 1], [2, 0, 2, 1], [-1, 0], [0, 1, 2, 2], [1], []]

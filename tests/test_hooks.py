@@ -19,8 +19,8 @@ from torch import Tensor
 
 from mamba_trace import MambaTrace
 from mamba_trace.errors import LayerError, PositionError, SiteValueError, UnknownSiteError
-from mamba_trace.hooks import KEEPING_HOOKS
-from mamba_trace.losses import next_token_loss
+from mamba_trace.hooked.hooks import KEEPING_HOOKS
+from mamba_trace.hooked.losses import next_token_loss
 from mamba_trace.patching import logit_diff, patch_grid
 
 PROMPT = "Lately, Emma and Shelby had fun at school. Shelby gave an apple to"

@@ -16,7 +16,7 @@ from transformers import MambaForCausalLM
 from transformers.models.mamba.modeling_mamba import MambaBlock, MambaMixer
 
 from mamba_trace import MambaTrace
-from mamba_trace.architectures.mamba import HOOKABLE
+from mamba_trace.modeling.architectures.mamba import HOOKABLE
 
 # -- plain forwards ----------------------------------------------------------------------------------------
 

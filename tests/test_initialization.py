@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import MambaConfig, MambaForCausalLM
 
+from mamba_trace.conversion.initialization import initialize
 from mamba_trace.errors import InitializationError
-from mamba_trace.initialization import initialize
 
 E, D, N, R, K = 2048, 1024, 8, 64, 4  # many channels: these are tests of distributions
 

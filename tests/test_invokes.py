@@ -11,7 +11,7 @@ from transformers import GenerationConfig
 from transformers.utils import ModelOutput
 
 from mamba_trace import MambaTrace
-from mamba_trace.demand.invokes import rows_of_a_prompt
+from mamba_trace.tracing.invokes import rows_of_a_prompt
 
 KINDS: dict[str, dict[str, Any]] = {
     "beams": {"num_beams": 3},

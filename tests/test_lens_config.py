@@ -11,9 +11,9 @@ from conftest import make_hf
 from safetensors import safe_open
 
 from mamba_trace import MambaTrace
-from mamba_trace.config_fields import FIELDS
 from mamba_trace.conversion import convert_config
-from mamba_trace.lens_config import LensConfig
+from mamba_trace.conversion.config_fields import FIELDS
+from mamba_trace.hooked.cfg import LensConfig
 from mamba_trace.model import DEMO
 
 RECORDED = Path(__file__).parent / "data" / "mamba_lens.safetensors"

@@ -22,10 +22,11 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import MambaForCausalLM
 
-import mamba_trace.run_arguments
-from mamba_trace import MambaTrace, lens_formats, mamba_lens
+import mamba_trace.arguments.run_arguments
+from mamba_trace import MambaTrace, mamba_lens
 from mamba_trace.conversion import SOURCE_KEY, convert_config, convert_state_dict
 from mamba_trace.errors import CheckpointError, PromptError, UnknownSiteError
+from mamba_trace.hooked import mamba_cfg as lens_formats
 from mamba_trace.mamba_lens import HookedMamba, MambaCfg, MambaInitCfg
 from mamba_trace.model import DEMO
 from mamba_trace.patching import PatchGrid, logit_diff, patch_grid
@@ -76,7 +77,7 @@ def fresh() -> HookedMamba:
 
 @pytest.fixture(autouse=True)
 def _not_warned(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mamba_trace.run_arguments, "_warned", False)
+    monkeypatch.setattr(mamba_trace.arguments.run_arguments, "_warned", False)
 
 
 # -- the two experiments -----------------------------------------------------------------------------------
@@ -608,9 +609,9 @@ def documented() -> list[tuple[str, str]]:
     """Every public thing of the modules, with its docstring."""
     found: dict[str, str] = {}
     for module in (
-        mamba_trace.tokens,
-        mamba_trace.weights,
-        mamba_trace.lens_config,
+        mamba_trace.hooked.tokens,
+        mamba_trace.hooked.weights,
+        mamba_trace.hooked.cfg,
         lens_formats,
         mamba_lens,
     ):

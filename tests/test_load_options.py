@@ -17,8 +17,8 @@ from torch import Tensor
 from transformers import MambaConfig
 
 from mamba_trace import MambaTrace
-from mamba_trace.checkpoints import save_original
 from mamba_trace.conversion import convert_config
+from mamba_trace.conversion.checkpoints import save_original
 from mamba_trace.errors import CheckpointError
 from mamba_trace.model import DEMO
 

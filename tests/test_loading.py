@@ -8,8 +8,8 @@ from torch import nn
 from transformers import AutoTokenizer, FalconMambaConfig, GPT2Config, GPT2LMHeadModel, MambaForCausalLM
 
 from mamba_trace import MambaTrace
-from mamba_trace.checkpoints import save_original
 from mamba_trace.conversion import FORMATS, convert_config, convert_state_dict
+from mamba_trace.conversion.checkpoints import save_original
 from mamba_trace.errors import CheckpointError, PromptError
 from mamba_trace.model import DEMO
 

@@ -7,7 +7,7 @@ import torch
 from conftest import agree
 
 from mamba_trace.errors import PromptError
-from mamba_trace.losses import next_token_loss
+from mamba_trace.hooked.losses import next_token_loss
 
 
 def test_a_loss_needs_two_tokens_of_one_length() -> None:

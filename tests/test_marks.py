@@ -14,7 +14,7 @@ from torch import Tensor
 from mamba_trace import MambaTrace
 from mamba_trace.errors import FileError
 from mamba_trace.patching import logit_diff, patch_grid
-from mamba_trace.sweep.marks import mark_of_function, mark_of_weights
+from mamba_trace.patching.marks import mark_of_function, mark_of_weights
 
 THRESHOLD = 1.0
 calls = 0

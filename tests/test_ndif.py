@@ -19,8 +19,9 @@ from nnsight.intervention.backends.remote import RemoteBackend, RemoteError
 from nnsight.schema.config import CONFIG
 from nnsight.schema.request import RequestModel
 
-from mamba_trace import MambaTrace, remote
+from mamba_trace import MambaTrace
 from mamba_trace.patching import logit_diff, patch_grid
+from mamba_trace.tracing import remote
 
 sys.path.append(str(Path(__file__).with_name("ndif")))
 import serve

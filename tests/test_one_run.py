@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from mamba_trace import MambaTrace
-from mamba_trace.demand import one_run
 from mamba_trace.errors import TraceError
 from mamba_trace.mamba_lens import HookedMamba
+from mamba_trace.tracing import one_run
 
 
 def edited_logits(model: MambaTrace, tokens: Tensor, factor: float) -> Tensor:

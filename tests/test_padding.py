@@ -14,11 +14,11 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from mamba_trace import MambaTrace
+from mamba_trace.arguments.padding import likely_mask, remembered
 from mamba_trace.errors import PromptError
 from mamba_trace.hidden_attention import hidden_attention
 from mamba_trace.mamba_lens import HookedMamba
 from mamba_trace.means import mean_activation
-from mamba_trace.padding import likely_mask, remembered
 from mamba_trace.patching import logit_diff, patch_grid
 
 SHORT = "Shelby gave an apple to"

@@ -11,17 +11,14 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, MambaForCausalLM
 
-from mamba_trace import MambaTrace, patching
+from mamba_trace import MambaTrace
+from mamba_trace.arguments.prompts import aligned
 from mamba_trace.cli import PROMPT, SOURCE
-from mamba_trace.errors import (
-    MetricError,
-    PositionError,
-    PromptError,
-    UnknownSiteError,
-)
+from mamba_trace.errors import MetricError, PositionError, PromptError, UnknownSiteError
 from mamba_trace.model import DEMO
-from mamba_trace.patching import POSITIONAL, PatchGrid, logit_diff, patch_grid
-from mamba_trace.prompts import aligned
+from mamba_trace.patching import PatchGrid, logit_diff, patch_grid
+from mamba_trace.patching import grid as patching
+from mamba_trace.patching.grid import POSITIONAL
 from mamba_trace.sites import BY_NAME, SITES
 
 NAME = 10  # where the seed's prompts differ: the name of who gives

@@ -18,10 +18,12 @@ from rich.cells import cell_len
 from rich.console import Console
 
 from mamba_trace.errors import FileError, MissingExtraError
-from mamba_trace.plotting import Heatmap, check_writable, plotly_figure, terminal_table, write_png
-from mamba_trace.plotting.heatmap import spelt
-from mamba_trace.plotting.layout import LINE, SLANTED, measured, stacked
-from mamba_trace.plotting.png import static_figure
+from mamba_trace.results.files import check_writable
+from mamba_trace.results.heatmap import Heatmap, spelt
+from mamba_trace.results.interactive import plotly_figure
+from mamba_trace.results.layout import LINE, SLANTED, measured, stacked
+from mamba_trace.results.png import static_figure, write_png
+from mamba_trace.results.terminal import terminal_table
 
 WORDS = ["Lately", ",", " Emma", " and", " Shelby", " had", " fun", " at", " school", ".", " <|endoftext|>"]
 NAN, INF = math.nan, math.inf

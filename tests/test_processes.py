@@ -15,7 +15,7 @@ import torch
 from mamba_trace import MambaTrace
 from mamba_trace.cli import PROMPT, SOURCE
 from mamba_trace.patching import PatchGrid, logit_diff, patch_grid
-from mamba_trace.sweep.processes import Processes
+from mamba_trace.patching.processes import Processes
 
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
 ACCELERATE = (

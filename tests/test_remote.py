@@ -20,11 +20,12 @@ from nnsight.schema.config import CONFIG
 from reference import Edit, editing, forward
 from torch import Tensor
 
-from mamba_trace import MambaTrace, remote
+from mamba_trace import MambaTrace
 from mamba_trace.cli import PROMPT, SOURCE
 from mamba_trace.errors import FileError
 from mamba_trace.model import DEMO
 from mamba_trace.patching import attribution_grid, logit_diff, patch_grid
+from mamba_trace.tracing import remote
 
 EDITED = ("layer_input", "skip", "conv", "delta", "A", "A_bar", "B_bar", "h.3", "h", "y", "resid_post")
 

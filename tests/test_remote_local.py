@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mamba_trace import MambaTrace
 from mamba_trace.errors import CheckpointError
-from mamba_trace.remote import VersionError
+from mamba_trace.tracing.remote import VersionError
 
 
 @pytest.fixture(scope="module")

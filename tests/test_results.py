@@ -16,12 +16,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from mamba_trace import files
 from mamba_trace.errors import FileError, MetricError
-from mamba_trace.grids import PatchGrid
-from mamba_trace.plotting import Heatmap
-from mamba_trace.report_page import Report
-from mamba_trace.results import Result
+from mamba_trace.patching.result import PatchGrid
+from mamba_trace.results import Report, Result, files
+from mamba_trace.results.heatmap import Heatmap
 
 NAN, INF = math.nan, math.inf
 FORMATS = (".json", ".safetensors")
@@ -140,7 +138,7 @@ def test_json_is_strict_and_says_what_is_in_it(tmp_path: Path) -> None:
 
     path = patch_grid([[1.0, NAN, INF]]).save(tmp_path / "a.json")
     content = json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
-    assert content["class"] == "mamba_trace.grids.PatchGrid"
+    assert content["class"] == "mamba_trace.patching.result.PatchGrid"
     assert content["site"] == "h"
     expected = {"dtype": "float32", "shape": [1, 3], "values": [[1.0, "nan", "inf"]]}
     assert content["values"] == {"tensor": expected}
@@ -217,12 +215,12 @@ def test_a_class_of_this_package_is_found_without_importing_it(
         monkeypatch.setitem(Result._classes, "PatchGrid", PatchGrid)
 
     monkeypatch.delitem(Result._classes, "PatchGrid")
-    monkeypatch.setattr("mamba_trace.results.importlib.import_module", find)
+    monkeypatch.setattr("mamba_trace.results.results.importlib.import_module", find)
     assert isinstance(Result.load(path), PatchGrid)
-    assert imported == ["mamba_trace.grids"]
+    assert imported == ["mamba_trace.patching.result"]
     path.write_text('{"class": "os.path.PatchGrids"}', encoding="utf-8")
     refusal(FileError, lambda: Result.load(path))
-    assert imported == ["mamba_trace.grids"], "no file makes anything else be imported"
+    assert imported == ["mamba_trace.patching.result"], "no file makes anything else be imported"
 
 
 # -- writing -----------------------------------------------------------------------------------------------

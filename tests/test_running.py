@@ -18,7 +18,8 @@ from conftest import LENGTH, N_LAYERS, ModuleFactory, agree, layers_that_ran
 from test_hooks import plain, referred
 from torch import Tensor
 
-from mamba_trace import MambaTrace, run_arguments
+from mamba_trace import MambaTrace
+from mamba_trace.arguments import run_arguments
 from mamba_trace.errors import BackendError, LayerError, PromptError
 from mamba_trace.mamba_lens import HookedMamba
 

@@ -12,14 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mamba_trace import MambaTrace
-from mamba_trace.scan import (
-    Explicit,
-    Recurrence,
-    Selective,
-    Watched,
-    explicit_scan,
-    selective_scan,
-)
+from mamba_trace.scan import Explicit, Recurrence, Selective, Watched, explicit_scan, selective_scan
 
 HALF = (torch.float16, torch.bfloat16)
 SELECTIVE, EXPLICIT = ("x", "delta", "A", "B", "C", "h_start"), ("A_bar", "B_bar", "x", "C", "h_start")

@@ -23,22 +23,34 @@ from mamba_trace.hidden_attention import hidden_attention
 from mamba_trace.lenses import state_lens
 from mamba_trace.patching import PatchGrid, attribution_grid, logit_diff, patch_grid
 from mamba_trace.scan import (
-    _conv,
-    _explicit,
-    _explicit_backward,
-    _selective,
-    _selective_backward,
     cpu,
     cuda,
     reference,
+)
+from mamba_trace.scan.buffers import Buffer, Layout
+from mamba_trace.scan.cpu import (
+    conv as _conv,
+)
+from mamba_trace.scan.cpu import (
+    explicit as _explicit,
+)
+from mamba_trace.scan.cpu import (
+    explicit_backward as _explicit_backward,
+)
+from mamba_trace.scan.cpu import (
+    selective as _selective,
+)
+from mamba_trace.scan.cpu import (
+    selective_backward as _selective_backward,
+)
+from mamba_trace.scan.cpu import (
     team,
 )
-from mamba_trace.scan import _cuda_installed as installed
-from mamba_trace.scan.buffers import Buffer, Layout
+from mamba_trace.scan.cuda import installed as installed
 
 triton = pytest.importorskip("mamba_trace.scan.triton")
 pytest.importorskip("triton")
-from mamba_trace.scan import _triton_launch  # noqa: E402
+from mamba_trace.scan.triton import launch  # noqa: E402
 
 BACKENDS = {"reference": reference, "cpu": cpu, "cuda": cuda, "triton": triton}
 SHAPES = {
@@ -252,11 +264,11 @@ def test_the_places_of_a_layout_do_not_overlap() -> None:
         assert len(kernel.layout.pack(1, fitting(kernel.layout))) <= 64  # _compiled.MOST
 
 
-def test_the_triton_kernels_refuse_what_does_not_fit() -> None:
+def test_thekernels_refuse_what_does_not_fit() -> None:
     inputs = arguments("x delta A B C h_start")
     B, L, E, N, _ = SIZES.values()
     states, checkpoints = torch.zeros(B, L, E, N), torch.zeros(B, 1, E, N)
-    _triton_launch.run_selective(*inputs, states=states, checkpoints=checkpoints)
+    launch.run_selective(*inputs, states=states, checkpoints=checkpoints)
     for name, wrong in (
         ("states", states.double()),
         ("states", states[:, 1:]),
@@ -266,18 +278,18 @@ def test_the_triton_kernels_refuse_what_does_not_fit() -> None:
         ("checkpoints", checkpoints.bfloat16()),
     ):
         with pytest.raises(BackendError, match=rf"\b{name}\b"):
-            _triton_launch.run_selective(*inputs, **{"states": states, name: wrong})
+            launch.run_selective(*inputs, **{"states": states, name: wrong})
     for index, name in enumerate(("x", "delta", "A", "B", "C", "h_start")):
         if name in "xA":  # what the sizes are taken from
             continue
         for wrong in (inputs[index][..., 1:], inputs[index].int(), inputs[index].to("meta")):
             with pytest.raises(BackendError, match=rf"\b{name}\b"):
-                _triton_launch.run_selective(*[wrong if i == index else t for i, t in enumerate(inputs)])
+                launch.run_selective(*[wrong if i == index else t for i, t in enumerate(inputs)])
     matrices = arguments("A_bar B_bar x C h_start")
     with pytest.raises(BackendError, match="before"):
-        _triton_launch.run_explicit(*matrices, before=states.half())
+        launch.run_explicit(*matrices, before=states.half())
     with pytest.raises(BackendError, match="gy"):
-        _triton_launch.explicit_gradients(*matrices, torch.zeros(B, L, E + 1))
+        launch.explicit_gradients(*matrices, torch.zeros(B, L, E + 1))
 
 
 def test_the_cuda_kernels_are_handed_what_fits(monkeypatch: pytest.MonkeyPatch) -> None:

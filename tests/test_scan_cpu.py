@@ -15,7 +15,9 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mamba_trace.errors import BackendError
-from mamba_trace.scan import _compiled, cpu, reference, team
+from mamba_trace.scan import cpu, reference
+from mamba_trace.scan.cpu import compiled as _compiled
+from mamba_trace.scan.cpu import team
 
 TOLERANCE = 1e-5  # of a tensor's largest value
 NAMES = ("x", "delta", "A", "B", "C", "h_start")

@@ -19,9 +19,9 @@ from cuda_stand_ins import StandIns
 from torch import Tensor
 
 from mamba_trace.errors import BackendError
-from mamba_trace.scan import _cuda_installed as installed
 from mamba_trace.scan import check, cuda, reference
-from mamba_trace.scan._cuda_installed import conv_failure, scan_failure
+from mamba_trace.scan.cuda import installed as installed
+from mamba_trace.scan.cuda.installed import conv_failure, scan_failure
 
 TOLERANCE = 1e-5  # of a tensor's largest value
 FUNCTIONS = ("selective_scan", "selective_states", "gated_scan")

@@ -22,9 +22,10 @@ if not torch.cuda.is_available():  # before anything imports Triton
     os.environ.setdefault("TRITON_INTERPRET", "1")
 pytest.importorskip("triton")
 
-from mamba_trace.scan import _triton_launch, reference, triton
+from mamba_trace.scan import reference, triton
+from mamba_trace.scan.triton import launch
 
-assert torch.cuda.is_available() or _triton_launch.INTERPRETED, (
+assert torch.cuda.is_available() or launch.INTERPRETED, (
     "TRITON_INTERPRET=1 must be set before anything imports Triton: in conftest.py, or for the whole run"
 )
 
@@ -183,13 +184,13 @@ def test_gated_scan_without_gradients_is_one_kernel(shape: tuple[int, ...]) -> N
 
 def test_gated_scan_is_one_kernel_only_where_no_gradient_is_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
     fused: list[bool] = []
-    run = _triton_launch.run_selective
+    run = launch.run_selective
 
     def recorded(*inputs: Tensor, **others: Tensor) -> tuple[Tensor, Tensor]:
         fused.append(others.get("skip") is not None)
         return run(*inputs, **others)
 
-    monkeypatch.setattr(_triton_launch, "run_selective", recorded)
+    monkeypatch.setattr(launch, "run_selective", recorded)
     leaves = [tensor.requires_grad_() for tensor in gated(1, 3, 2, 2)]
     out, _ = triton.gated_scan(*leaves)
     with torch.no_grad():
@@ -478,7 +479,7 @@ COMPILE = """
 import torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from mamba_trace.scan import _triton_backward, _triton_kernels
+from mamba_trace.scan.triton import backward, kernels
 from mamba_trace.scan.triton import gated_scan, selective_states, explicit_states
 
 TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16"}
@@ -512,8 +513,8 @@ class Compiled:
         print(self.kernel.__name__, made.asm["cubin"][:4] == b"\\x7fELF")
 
 for module, name in (
-    (_triton_kernels, "selective_kernel"), (_triton_backward, "selective_backward_kernel"),
-    (_triton_kernels, "explicit_kernel"), (_triton_backward, "explicit_backward_kernel"),
+    (kernels, "selective_kernel"), (backward, "selective_backward_kernel"),
+    (kernels, "explicit_kernel"), (backward, "explicit_backward_kernel"),
 ):
     setattr(module, name, Compiled(getattr(module, name)))
 

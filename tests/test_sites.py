@@ -18,8 +18,9 @@ import torch.nn.functional as F
 from conftest import agree
 from torch import Tensor
 
-from mamba_trace import MambaTrace, discretisation
+from mamba_trace import MambaTrace
 from mamba_trace.errors import SiteValueError
+from mamba_trace.modeling import discretisation
 from mamba_trace.sites import BY_NAME, SITES, rows, walk
 
 Edit = Callable[[Tensor], Tensor]
@@ -773,7 +774,7 @@ def test_an_edit_of_A_in_one_invoke_leaves_the_others_alone(tiny, hf, tokens):
 
 @pytest.mark.parametrize("name", ["A_bar", "B_bar"])
 def test_reading_a_discretised_matrix_twice_keeps_the_selective_scan(tiny, tokens, name, monkeypatch):
-    monkeypatch.setattr("mamba_trace.discretisation.Explicit", None)  # calling it would raise
+    monkeypatch.setattr("mamba_trace.modeling.discretisation.Explicit", None)  # calling it would raise
     with torch.no_grad(), tiny.trace(tokens):
         tiny.layers[0].ssm.get(name).output.sum()
         again = tiny.layers[0].ssm.get(name).output.save()

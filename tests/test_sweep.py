@@ -23,11 +23,19 @@ from mamba_trace.errors import (
     PromptError,
     UnknownSiteError,
 )
-from mamba_trace.past import PastStates
-from mamba_trace.patching import PatchGrid, attribution_grid, log_prob, logit, logit_diff, patch_grid, prob
+from mamba_trace.modeling.past import PastStates
+from mamba_trace.patching import (
+    PatchGrid,
+    attribution_grid,
+    log_prob,
+    logit,
+    logit_diff,
+    patch_grid,
+    prob,
+    run,
+)
+from mamba_trace.patching.plan import Footprint, Job, jobs_of, windows
 from mamba_trace.sites import BY_NAME
-from mamba_trace.sweep import run
-from mamba_trace.sweep.plan import Footprint, Job, jobs_of, windows
 
 #: Prompts that differ from the first token on.
 LONG = torch.randint(1, 31, (2, 13), generator=torch.Generator().manual_seed(3))

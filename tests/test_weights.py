@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from mamba_trace import MambaTrace
 from mamba_trace.conversion import convert_state_dict
 from mamba_trace.errors import CheckpointError, LayerError, SiteValueError, UnknownSiteError
+from mamba_trace.hooked.weights import LensBlock
 from mamba_trace.model import DEMO
-from mamba_trace.weights import LensBlock
 
 D, E, N, R, V, K = 12, 24, 5, 4, 31, 3
 SHAPES = {

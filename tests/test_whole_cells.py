@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from mamba_trace import MambaTrace
 from mamba_trace.errors import FileError
 from mamba_trace.patching import PatchGrid, attribution_grid, logit_diff, patch_grid
+from mamba_trace.patching.changes import changes
+from mamba_trace.patching.plan import windows
 from mamba_trace.sites import BY_NAME, STATE
-from mamba_trace.sweep import changes
-from mamba_trace.sweep.plan import windows
 
 #: Of these, one comes before the first position at which the prompts differ, and none is the last.
 LOOKED_AT = [1, 4]

@@ -1,0 +1,1 @@
+"""What a user gives, checked before anything runs: prompts, positions, channels, layers and sites."""

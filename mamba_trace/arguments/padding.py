@@ -1,0 +1,341 @@
+"""Which tokens are padding: decided here for every way in which tokens get to a model.
+
+A tensor of token ids does not say which of them are padding. Where the padding token ends texts as well, as
+it does for every Mamba that uses the tokenizer of gpt-neox-20b, looking at the ids cannot tell. If padding is
+read as text, every number of that row is wrong and nothing fails. So, in this order:
+
+1. An attention mask that is given decides. It is checked first: one row for each prompt, one column for each
+   token, 1 on tokens and 0 on padding before or after them.
+2. Tokens made by ``to_tokens`` remember their mask, and so do their views: rows, slices of columns, reshapes.
+3. Other tokens are looked at. A padding token that is never text (no BOS, EOS or unknown token) is padding at
+   either end of a row. Of one that may be text, a row's padding is what it has more of at an end than the row
+   of the batch that has the fewest, and since that is a guess, it warns and says how to tell for sure.
+
+Strings, encodings and masks of strings come with their own mask and need none of this.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from nnsight.modeling.processing import as_encoding, input_key, split
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
+
+from ..errors import PromptError
+from ..modeling.past import StartingStates, check_gaps, check_values, ends
+from ..tracing.frames import users_frame
+
+#: Attribute of a tensor of tokens: (mask [B,L], the ids that padding had when it was made).
+REMEMBERED = "_mamba_trace_mask"
+SIDES = ("left", "right")
+
+
+# -- remembering -------------------------------------------------------------------------------------------
+
+
+def remember(tokens: Tensor, mask: Tensor) -> Tensor:
+    """``tokens`` [B,L,...], which from now on know their attention mask [B,L]; a copy if they are a view."""
+    if tokens._base is not None or not tokens.is_contiguous():
+        tokens = tokens.clone(memory_format=torch.contiguous_format)
+    real = mask.detach().to("cpu", torch.bool).contiguous()
+    setattr(tokens, REMEMBERED, (real, tokens.detach().cpu()[~real]))
+    return tokens
+
+
+def remembered(tokens: Any) -> Tensor | None:
+    """The attention mask that tokens, or the tensor that they are a view of, remember: booleans on the CPU.
+
+    Forgotten where somebody has overwritten padding in place, since it may be text now.
+    """
+    if not isinstance(tokens, Tensor) or isinstance(tokens, FakeTensor):
+        return None
+    base = tokens if hasattr(tokens, REMEMBERED) else tokens._base
+    if base is None or not hasattr(base, REMEMBERED) or base.dtype != tokens.dtype:
+        return None
+    mask, padding = getattr(base, REMEMBERED)
+    with unset_fake_temporarily():
+        if base.shape[:2] != mask.shape or not torch.equal(base.detach().cpu()[~mask], padding):
+            return None
+        if tokens is base:
+            return mask
+        if base.dim() > 2:
+            return None
+        return mask.as_strided(tokens.shape, tokens.stride(), tokens.storage_offset())
+
+
+# -- deciding ----------------------------------------------------------------------------------------------
+
+
+def mask_of(tokens: Any, tokenizer: Any, attention_mask: Any = None) -> Tensor | None:
+    """The attention mask of token ids: what is given, what they remember, or what they look like.
+
+    Args:
+        tokens: ids [B,L] or [L].
+        tokenizer: of the model, or ``None``.
+        attention_mask: what the user gave, checked here; ``None`` for nothing.
+
+    Returns:
+        Of the shape of ``tokens``, or ``None`` where no token is known to be padding.
+
+    Raises:
+        PromptError: if the mask that was given is none, or a row of remembered tokens is nothing but padding.
+    """
+    if attention_mask is not None:
+        return checked_mask(attention_mask, tuple(tokens.shape))
+    mask = remembered(tokens)
+    if mask is None:
+        return likely_mask(tokens, tokenizer)
+    empty = (~mask.reshape(-1, mask.shape[-1]).any(-1)).nonzero()[:, 0].tolist() if mask.numel() else []
+    if empty:
+        raise PromptError(
+            f"prompt {empty[0]} of {len(mask) if mask.dim() > 1 else 1} is padding alone: it has no tokens, "
+            f"and every prompt of a run needs one at least"
+        )
+    return None if bool(mask.all()) else mask.long()
+
+
+def likely_mask(tokens: Any, tokenizer: Any) -> Tensor | None:
+    """The mask of token ids [B,L] that come without one, or ``None``; warns of what is a guess."""
+    pad = getattr(tokenizer, "pad_token_id", None)
+    if pad is None or isinstance(tokens, FakeTensor) or (isinstance(tokens, Tensor) and tokens.is_meta):
+        return None
+    with unset_fake_temporarily():
+        try:
+            ids = tokens if isinstance(tokens, Tensor) else torch.as_tensor(tokens, device="cpu")
+            ids = ids.detach().cpu()
+        except (TypeError, ValueError, RuntimeError):  # lists of several lengths, which are not padded
+            return None
+        if ids.dim() not in (1, 2):
+            return None
+        is_pad = (ids if ids.dim() == 2 else ids[None]) == pad
+        if not bool(is_pad[:, :1].any()) and not bool(is_pad[:, -1:].any()):
+            return None
+        before, after = ends(is_pad)
+        length = is_pad.shape[1]
+        whole = before == length
+        if not length or bool(whole.all()):
+            return None
+        text = {getattr(tokenizer, f"{name}_token_id", None) for name in ("bos", "eos", "unk")}
+        shared = [int(side[~whole].min()) if pad in text else 0 for side in (before, after)]
+        before, after = (
+            (side - least).masked_fill(whole, 0) for side, least in zip((before, after), shared, strict=True)
+        )
+        if not bool(before.any() or after.any()):
+            if max(shared) > 1:
+                _warn(
+                    f"every row {'begins' if shared[0] > 1 else 'ends'} with {max(shared)} tokens {pad} "
+                    f"({tokenizer.decode([pad])!r}), which pad as well; they are taken for text"
+                )
+            return None
+        if pad in text:
+            told = [
+                f"{verb} with {side.tolist()}"
+                for verb, side in (("begin", before), ("end", after))
+                if side.any()
+            ]
+            _warn(
+                f"the rows {' and '.join(told)} more tokens {pad} ({tokenizer.decode([pad])!r}) than the row "
+                f"with the fewest; these are taken for padding"
+            )
+        columns = torch.arange(length)
+        mask = ((columns >= before[:, None]) & (columns < length - after[:, None])).long()
+        return mask if ids.dim() == 2 else mask[0]
+
+
+def _warn(what: str) -> None:
+    frame = users_frame(sys._getframe())
+    message = (
+        f"these tokens come without an attention mask, and {what}. Say which are padding with "
+        f"attention_mask=[B,L], torch.ones_like(tokens) if none is; what to_tokens returns knows it by itself"
+    )
+    warnings.warn_explicit(message, UserWarning, frame.f_code.co_filename, frame.f_lineno)
+
+
+# -- checking ----------------------------------------------------------------------------------------------
+
+
+def checked_mask(mask: Any, shape: tuple[int, ...], cached: bool = False) -> Tensor:
+    """An attention mask of tokens of ``shape`` [B,L] or [L], as integers of that shape.
+
+    Args:
+        mask: booleans or numbers 0 and 1, in a tensor, an array or lists.
+        shape: of the tokens.
+        cached: whether there are tokens before these in a cache, which the mask may cover too.
+
+    Raises:
+        PromptError: for another shape or other values, or padding between tokens.
+    """
+    wanted = f"1 on each token and 0 on padding, of the shape {list(shape)} of the tokens"
+    try:
+        # A default device would move a tensor, too.
+        mask = mask if isinstance(mask, Tensor) else torch.as_tensor(mask, device="cpu")
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise PromptError(f"attention_mask is {wanted}, not a {type(mask).__name__}: {error}") from error
+    if mask.dim() == 1 and len(shape) == 2 and shape[0] == 1:
+        mask = mask[None]
+    longer = cached and mask.dim() == len(shape) and mask.shape[-1] > shape[-1]
+    if tuple(mask.shape[:-1]) != shape[:-1] or (mask.shape[-1:] != shape[-1:] and not longer):
+        before = "; with a cache it may cover the tokens in it too" if cached else ""
+        long = len(mask.shape) == len(shape) and mask.shape[-1] > shape[-1] and not cached
+        hint = ". Columns for tokens before these need the cache that has them" if long else before
+        raise PromptError(f"attention_mask is {wanted}, not {list(mask.shape)}{hint}")
+    if isinstance(mask, FakeTensor) or mask.is_meta or mask.device.type != "cpu":
+        return mask[..., mask.shape[-1] - shape[-1] :]
+    with unset_fake_temporarily():
+        if not bool((mask == 1).all()):
+            check_values(mask)
+            check_gaps((mask if mask.dim() == 2 else mask[None])[:, mask.shape[-1] - shape[-1] :])
+        mask = mask[..., mask.shape[-1] - shape[-1] :].long()
+    return mask
+
+
+def checked_side(side: Any) -> str:
+    """A padding side. Raises `PromptError`."""
+    if side not in SIDES:
+        raise PromptError(f"padding_side must be 'left' or 'right', not {side!r}")
+    return side
+
+
+# -- the call of a trace -----------------------------------------------------------------------------------
+
+
+class Batch:
+    """What the invokes of one trace become together, as far as padding is concerned.
+
+    Args:
+        tokenizer: the model's own, or ``None``.
+        invokes: (args, kwargs) of each invoke.
+        extra: the arguments of the trace itself, which go to the call beside those of the invokes and win.
+        fn: what the trace calls.
+
+    Attributes:
+        invokes: the same, with the attention mask of token ids where one is known.
+
+    Raises:
+        PromptError: for a mask that does not fit its tokens, or a side that is none.
+    """
+
+    def __init__(
+        self, tokenizer: Any, invokes: Sequence[tuple[Any, Any]], extra: dict[str, Any], fn: Any
+    ) -> None:
+        self.tokenizer, self.extra = tokenizer, extra
+        # Generation goes on behind the last column, where each prompt must end.
+        self.generates = getattr(fn, "__name__", None) in ("generate", "pipe")
+        invokes = [(inputs, dict(kwargs)) for inputs, kwargs in invokes]
+        self.side = side_asked_for([*(kwargs for _, kwargs in invokes), extra])
+        caches = [kwargs.get("cache") for kwargs in [*(kwargs for _, kwargs in invokes), extra]]
+        self.cached = any(is_cached(cache) for cache in caches)
+        self.invokes = [
+            _with_mask(tokenizer, inputs, kwargs, self.cached, len(invokes)) for inputs, kwargs in invokes
+        ]
+
+    @contextlib.contextmanager
+    def padded(self) -> Iterator[None]:
+        """Let the tokenizer, which is the model's own copy, pad on the side that this trace asks for."""
+        side = "left" if self.generates else self.side
+        if self.tokenizer is None or side is None:
+            yield
+            return
+        before, self.tokenizer.padding_side = self.tokenizer.padding_side, side
+        try:
+            yield
+        finally:
+            self.tokenizer.padding_side = before
+
+    def masked(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """The model's inputs with the mask that counts, checked. Raises `PromptError`."""
+        tokens = inputs.get("input_ids", inputs.get("inputs_embeds"))
+        if not isinstance(tokens, Tensor) or tokens.dim() < 2:
+            return inputs
+        shape = (tokens.shape[0], tokens.shape[1])
+        holder = self.extra if self.extra.get("attention_mask") is not None else inputs
+        if holder.get("attention_mask") is None:
+            return inputs
+        mask = checked_mask(holder["attention_mask"], shape, self.cached)
+        self.extra.pop("attention_mask", None)
+        if self.generates:
+            return aligned_right({**inputs, "attention_mask": mask})
+        if (
+            self.cached
+            and not isinstance(mask, FakeTensor)
+            and mask.device.type == "cpu"
+            and bool(mask.all())
+        ):
+            # A layer on a GPU could not look, and would have to reckon with padding.
+            return {**inputs, "attention_mask": None}
+        return {**inputs, "attention_mask": mask}
+
+
+def is_cached(cache: Any) -> bool:
+    """Whether a cache has tokens in it."""
+    if cache is None or isinstance(cache, StartingStates):
+        return cache is not None
+    return any(getattr(layer, "has_previous_state", {0: False}).get(0) for layer in cache.layers)
+
+
+def _with_mask(tokenizer: Any, inputs: Any, kwargs: Any, cached: bool, n_invokes: int) -> tuple[Any, Any]:
+    encoding = as_encoding(inputs[0] if inputs else None, kwargs)
+    key = None if encoding is None else input_key(encoding)
+    if encoding is None or key is None:
+        if kwargs.get("attention_mask") is not None and n_invokes > 1:
+            raise PromptError(
+                "attention_mask= beside strings in one of several invokes: strings bring their own mask, "
+                "and token ids can be given one"
+            )
+        return inputs, kwargs
+    tokens, given = encoding[key], encoding.get("attention_mask")
+    if given is None:
+        mask = mask_of(tokens, tokenizer) if key == "input_ids" else remembered(tokens)
+        return inputs, kwargs if mask is None else {**kwargs, "attention_mask": mask}
+    rows, batched = split(key, tokens)  # [1,L] each, as nnsight has them
+    try:
+        masks, _ = split("attention_mask", given, batched, rows[0].shape[1])
+    except (TypeError, ValueError, RuntimeError, IndexError):
+        masks = [given]
+    ragged = isinstance(tokens, (list, tuple)) and len({row.shape[1] for row in rows}) > 1
+    if not ragged or len(masks) != len(rows):
+        shape = (len(rows), rows[0].shape[1])
+        if isinstance(given, Tensor) and given.dim() == 1 and not batched:
+            given = given[None]
+        return inputs, {**kwargs, "attention_mask": checked_mask(given, shape, cached)}
+    checked = [
+        checked_mask(mask, tuple(row.shape[:2]), cached) for mask, row in zip(masks, rows, strict=True)
+    ]
+    return inputs, {**kwargs, "attention_mask": [mask[0] for mask in checked]}
+
+
+def side_asked_for(arguments: Sequence[dict[str, Any]]) -> str | None:
+    """The ``padding_side`` of a trace and its invokes, which is taken out of their arguments.
+
+    Raises:
+        PromptError: if it is no side, or invokes of one batch name both.
+    """
+    asked = [kwargs.pop("padding_side", None) for kwargs in arguments]
+    sides = {checked_side(side) for side in asked if side is not None}
+    if len(sides) > 1:
+        raise PromptError("padding_side='left' and 'right' in one batch, which is padded on one side")
+    return next(iter(sides), None)
+
+
+def aligned_right(inputs: dict[str, Any]) -> dict[str, Any]:
+    """Model inputs whose padding stands before the tokens, so that generation goes on from the last token."""
+    mask = inputs.get("attention_mask")
+    if not isinstance(mask, Tensor) or isinstance(mask, FakeTensor) or mask.dim() != 2 or not mask.shape[1]:
+        return inputs
+    _, after = ends(mask == 0)
+    after = after.masked_fill(after == mask.shape[1], 0)
+    if not bool(after.any()):
+        return inputs
+    index = (torch.arange(mask.shape[1], device=mask.device) - after[:, None]) % mask.shape[1]  # [B,L]
+    moved = {"attention_mask": mask.gather(1, index)}
+    for name in ("input_ids", "inputs_embeds"):
+        value = inputs.get(name)
+        if isinstance(value, Tensor) and value.shape[:2] == mask.shape:
+            moved[name] = value[torch.arange(len(value))[:, None], index]
+    return {**{name: value for name, value in inputs.items() if name != "position_ids"}, **moved}

@@ -1,0 +1,253 @@
+"""Hooks as TransformerLens has them: which function runs at which place, and how it is called.
+
+A hook is a pair of a name and a function, where the name is a hook name, a path, or a predicate over hook
+names. Before anything is computed, `resolve` turns names into places of the model and `Extent` says whether
+the run gets there, so a hook that could never fire is an error and not a silence.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import operator
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from .. import names
+from ..errors import LayerError, UnknownSiteError
+from ..names import Place
+from ..sites import SITES, STATE
+from ..tracing.visit import position_error
+
+#: A name, or a predicate over hook names.
+NameOrFilter = str | Callable[[str], bool]
+#: ``fn(value, hook)``.
+HookFunction = Callable[..., Any]
+#: Inner modules of the mixer whose output is no site, and the site that follows it.
+BEFORE = {"in_proj": "skip", "conv1d": "conv", "x_proj": "delta_1", "dt_proj": "delta_2"}
+#: What TransformerLens's models have to keep hooks with.
+KEEPING_HOOKS = frozenset(
+    "hooks hook_dict hook_points add_hook add_perma_hook add_caching_hooks get_caching_hooks cache_all "
+    "cache_some "
+    "check_and_add_hook remove_all_hook_fns".split()
+)
+#: Where a place stands in a run: which of the layers that it goes through, then site, then position.
+Order = tuple[int, float, int]
+
+_INDEX = {site.name: index for index, site in enumerate(SITES)}
+_FIRST_INNER = next(index for index, site in enumerate(SITES) if site.scope != "model")
+
+
+@dataclass
+class Hook:
+    """What a hook function is told about its place: the second argument of ``fn(value, hook)``.
+
+    Attributes:
+        name: the hook name, e.g. ``"blocks.3.hook_h.5"``; the path of a place that has no hook name.
+        path: the same place under the model, e.g. ``"layers[3].ssm.h[5]"``.
+        ctx: a dict for the functions of this name to share, forward and backward ones; new in every run.
+    """
+
+    name: str
+    path: str
+    ctx: dict[Any, Any] = field(default_factory=dict)
+
+    def layer(self) -> int:
+        """The index of the layer. Raises `LayerError` for a place outside of the layers."""
+        layer = names.parse(self.path).layer
+        if layer is None:
+            raise LayerError(f"{self.name} is a place of the whole model and belongs to no layer")
+        return layer
+
+
+@dataclass(frozen=True)
+class Extent:
+    """Which part of the model a run goes through.
+
+    Attributes:
+        n_layers: how many layers the model has.
+        start: the layer that the input, a residual stream, goes into; ``None`` for tokens.
+        stop: the layer before which the run ends; ``None`` to run to the logits.
+        only: the layers that are computed, in the order in which they are, some perhaps more than once;
+            ``None`` for all, in the model's own order.
+    """
+
+    n_layers: int
+    start: int | None = None
+    stop: int | None = None
+    only: tuple[int, ...] | None = None
+
+    @classmethod
+    def of(cls, n_layers: int, start: int | None, stop: int | None, only: Sequence[int] | None) -> Extent:
+        """From a user's arguments, whose negative layers count from the end. Raises `LayerError`."""
+        if not isinstance(only, Iterable | None):
+            raise LayerError(f"only_use_these_layers={only!r}: it takes a list of layers")
+        return cls(
+            n_layers,
+            None if start is None else _layer("start_at_layer", start, n_layers, n_layers - 1),
+            None if stop is None else _layer("stop_at_layer", stop, n_layers, n_layers),
+            None
+            if only is None
+            else tuple(_layer("only_use_these_layers", one, n_layers, n_layers - 1) for one in only),
+        ).checked()
+
+    def checked(self) -> Extent:
+        """Itself. Raises `LayerError` if it ends before it starts."""
+        if self.start is not None and self.stop is not None and self.stop < self.start:
+            raise LayerError(f"start_at_layer={self.start} comes after stop_at_layer={self.stop}")
+        return self
+
+    @property
+    def layers(self) -> list[int]:
+        """The layers that the run goes through, in order: those of ``only`` that are in its range."""
+        inside = range(self.start or 0, self.n_layers if self.stop is None else self.stop)
+        return [layer for layer in (inside if self.only is None else self.only) if layer in inside]
+
+    def reaches(self, place: Place) -> bool:
+        """Whether the run computes the value at a place."""
+        if place.layer is not None:
+            return place.layer in self.layers
+        assert place.site is not None
+        return self.start is None if _INDEX[place.site.name] < _FIRST_INNER else self.stop is None
+
+    def orders_of(self, place: Place) -> list[Order]:
+        """Where a place stands in the run, each time that the run comes to it.
+
+        The whole trajectory comes after its positions.
+        """
+        index = _INDEX[BEFORE[str(place.native)]] - 0.5 if place.site is None else _INDEX[place.site.name]
+        if place.layer is None:
+            numbers = [-1 if index < _FIRST_INNER else len(self.layers)]
+        else:
+            numbers = [number for number, layer in enumerate(self.layers) if layer == place.layer]
+        return [(number, index, WHOLE if place.position is None else place.position) for number in numbers]
+
+    def __str__(self) -> str:
+        said = {"start_at_layer": self.start, "stop_at_layer": self.stop}
+        said["only_use_these_layers"] = None if self.only is None else list(self.only)  # type: ignore[assignment]
+        return ", ".join(f"{name}={value}" for name, value in said.items() if value is not None)
+
+
+def _layer(argument: str, layer: Any, n_layers: int, last: int) -> int:
+    number: Any = None if isinstance(layer, bool) else layer
+    try:
+        layer = operator.index(number)
+    except TypeError:
+        raise LayerError(
+            f"{argument}={layer!r}: a layer is an integer, and this model has 0 to {n_layers - 1}"
+        ) from None
+    if not -n_layers <= layer <= last:
+        raise LayerError(f"{argument}={layer}: this model has layers 0 to {n_layers - 1}; -1 is the last")
+    return layer % n_layers if layer < 0 else layer
+
+
+def none_kept(name: str) -> UnknownSiteError:
+    """The error for one of `KEEPING_HOOKS`."""
+    return UnknownSiteError(
+        f"model has no {name!r}: hooks are not kept on a model, they are given to a run and end with it. "
+        f"Write model.run_with_hooks(input, fwd_hooks=[(name, fn)]); `mamba-trace port script.py` says what "
+        f"each hook of a script becomes, model.hook_names(n_positions) lists the names, and "
+        f"`with model.edit(inplace=True):` is for changes that stay"
+    )
+
+
+# -- names to places ---------------------------------------------------------------------------------------
+
+
+def key_of(place: Place) -> str:
+    """What a place is called in a cache and to a hook: its hook name, or its path if it has none."""
+    if place.site is None or (place.site.name == STATE and place.position is None):
+        return place.path
+    return place.hook_name
+
+
+#: The position of what comes after all positions.
+WHOLE = 1 << 62
+
+
+def check_name(model: Any, name: NameOrFilter, extent: Extent) -> None:
+    """Refuse a name that no place of this run has, as far as it can be told without the prompt's length.
+
+    Raises:
+        UnknownSiteError: if the model has no such place.
+        LayerError: if the run does not reach it.
+        TypeError: if it is neither a string nor a predicate.
+    """
+    if callable(name):
+        return
+    if not isinstance(name, str):
+        raise TypeError(f"a hook is named by a string or by a predicate over hook names, not by {name!r}")
+    model.hook(name)
+    if not extent.reaches(names.parse(name)):
+        raise LayerError(f"{name!r} is never reached with {extent}")
+
+
+def resolve(name: NameOrFilter, known: Callable[[], dict[str, Place]], length: int) -> list[Place]:
+    """The places of a name, or those whose hook names a predicate holds for.
+
+    Args:
+        name: checked by `check_name`.
+        known: the places that the run reaches, by hook name, in execution order.
+        length: the number of positions, to check and to count negative ones.
+
+    Raises:
+        PositionError: if the prompt is too short for it.
+    """
+    if callable(name):
+        return [place for hook_name, place in known().items() if name(hook_name)]
+    place = names.parse(name)
+    if place.position is None:
+        return [place]
+    if not -length <= place.position < length:
+        raise position_error(name, length)
+    return [dataclasses.replace(place, position=place.position % length)]
+
+
+# -- functions ---------------------------------------------------------------------------------------------
+
+
+def checked_hooks(model: Any, hooks: Any, extent: Extent, argument: str) -> list[tuple[Any, HookFunction]]:
+    """A user's list of hooks, with functions that are called as ``fn(value, hook)``.
+
+    Raises:
+        TypeError: if it is no list of pairs, or a function cannot be called like that.
+        UnknownSiteError, LayerError: as `check_name`.
+    """
+    checked = []
+    if not isinstance(hooks, Iterable):
+        raise TypeError(f"{argument} takes a list of pairs (name or predicate, fn), not {hooks!r}")
+    for pair in hooks:
+        if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+            raise TypeError(f"{argument} takes pairs (name or predicate, fn), not {pair!r}")
+        name, fn = pair
+        check_name(model, name, extent)
+        if isinstance(name, str) and "hook" in name and names.parse(name).path.endswith(f".ssm.{STATE}"):
+            raise UnknownSiteError(
+                f"{name!r} is no hook: there is one for each position, {name}.p. For all of them give a "
+                f"predicate, lambda name: name.startswith({name + '.'!r}); the whole trajectory, whose edits "
+                f"are not carried on, is {names.parse(name).path!r}"
+            )
+        checked.append((name, callable_by_position(fn, argument)))
+    return checked
+
+
+def callable_by_position(fn: Any, argument: str) -> HookFunction:
+    """``fn`` as a function of (value, hook). TransformerLens passes the second by name, so both ways work.
+
+    Raises:
+        TypeError: if it takes neither.
+    """
+    if not callable(fn):
+        raise TypeError(f"{argument} takes functions fn(value, hook), not {fn!r}")
+    try:
+        signature = inspect.signature(fn)
+    except (TypeError, ValueError):  # a builtin
+        return fn
+    for named in (True, False):
+        try:
+            signature.bind(*((None,) if named else (None, None)), **({"hook": None} if named else {}))
+        except TypeError:
+            continue
+        return (lambda value, hook: fn(value, hook=hook)) if named else fn
+    raise TypeError(f"{argument}: {fn!r} cannot be called as fn(value, hook); its signature is {signature}")

@@ -1,0 +1,101 @@
+"""What each layer ran in the last forward call: which kernels, over which stretches, and why.
+
+A trace that looks at nothing runs the fastest kernels there are, and every site it looks at costs what that
+site needs in that layer alone. This is where one can see that it was so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import groupby
+
+from ..errors import LayerError
+from ..scan.record import Call
+
+#: What a report calls the functions of a backend.
+LABELS = {
+    "gated_scan": "scan with softplus, D and gate",
+    "selective_scan": "scan",
+    "selective_states": "scan with trajectory",
+    "explicit_scan": "explicit scan",
+    "explicit_states": "explicit scan with trajectory",
+    "conv_silu": "conv with SiLU",
+    "causal_conv": "conv",
+}
+
+
+@dataclass
+class LayerRun:
+    """What one layer's mixer ran in its last forward call.
+
+    Attributes:
+        layer: its index.
+        positions: the length L of the call.
+        calls: every kernel call, in order; stretches of positions are separate calls.
+        reasons: why it was not the two fused kernels alone, one entry for each thing that was given up.
+    """
+
+    layer: int
+    positions: int
+    calls: list[Call] = field(default_factory=list)
+    reasons: list[str] = field(default_factory=list)
+
+    def kernels(self) -> str:
+        """The calls in words, e.g. ``"cpu conv with SiLU; cpu scan 6 + 3 positions"``."""
+        parts = []
+        for (function, backend), calls in groupby(self.calls, lambda call: (call.function, call.backend)):
+            stretches = [str(call.positions) for call in calls]
+            cut = f" {' + '.join(stretches)} positions" if stretches != [str(self.positions)] else ""
+            parts.append(f"{backend} {LABELS.get(function, function)}{cut}")
+        return "; ".join(parts)
+
+    def __str__(self) -> str:
+        return self.kernels() + (f" ({'; '.join(self.reasons)})" if self.reasons else "")
+
+
+@dataclass
+class RunReport:
+    """What every layer ran in the last forward call; in ``generate``, in the last step.
+
+    Attributes:
+        layers: one `LayerRun` for each layer that ran in it.
+        trace: which trace it was in, ``None`` for none.
+    """
+
+    layers: list[LayerRun] = field(default_factory=list)
+    trace: int | None = field(default=None, repr=False)
+
+    def begin(self, layer: int, positions: int, trace: int | None) -> LayerRun:
+        """Take note that a layer runs. One that comes no later than the last is of another forward call."""
+        if trace != self.trace or (self.layers and layer <= self.layers[-1].layer):
+            self.layers = []
+        self.trace = trace
+        self.layers.append(LayerRun(layer, positions))
+        return self.layers[-1]
+
+    def __getitem__(self, layer: int) -> LayerRun:
+        """The run of a layer. Raises `LayerError` if it did not run."""
+        for run in self.layers:
+            if run.layer == layer:
+                return run
+        raise LayerError(
+            f"layer {layer} did not run in the last forward call; "
+            f"these did: {', '.join(str(run.layer) for run in self.layers) or 'none'}"
+        )
+
+    def __iter__(self) -> Iterator[LayerRun]:
+        return iter(self.layers)
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def __str__(self) -> str:
+        if not self.layers:
+            return "nothing has run yet"
+        lines = [f"{self.layers[0].positions} positions"]
+        for text, layers in groupby(self.layers, str):
+            numbers = [run.layer for run in layers]
+            span = f"layer {numbers[0]}" if len(numbers) == 1 else f"layers {numbers[0]}-{numbers[-1]}"
+            lines.append(f"{span}: {text}")
+        return "\n".join(lines)

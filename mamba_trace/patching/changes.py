@@ -1,0 +1,134 @@
+"""What a user has done to a model that may look at a whole run: then cells cannot run from their position on.
+
+A cell usually starts at its layer and its position, in a batch with others. Nothing in a plain model can
+tell: no position depends on a later one, and no row on another. What a user adds can. A lasting edit of
+position 3 means the prompt's token 3, a hook may take the mean over positions or rows, and a norm of the
+user's may mix them. What these do cannot be told from outside, so where there is any, cells run whole
+(see `whole`).
+
+Known to work position by position, and so left to the usual way: this package's modules, Hugging Face's own,
+LoRA adapters of linear, convolution and embedding layers, 4-bit linear layers, and accelerate's hooks that
+move weights and inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from accelerate.hooks import AlignDevicesHook, CpuOffload, SequentialHook
+from torch import nn
+from transformers.activations import ACT2FN
+
+from ..modeling.architectures import architecture_of
+from ..modeling.offers import SiteModule
+from ..tracing.forwards import runs_its_own_forward
+from ..tracing.visit import has_global_hooks, has_hooks_of_its_own
+from .marks import mark_of_code, qualified
+
+if TYPE_CHECKING:
+    from ..model import MambaTrace
+
+#: Containers and layers of PyTorch's that treat every position alike.
+PLAIN = (nn.ModuleList, nn.ModuleDict, nn.ParameterDict, nn.Identity, nn.Linear, nn.Embedding, SiteModule)
+#: Layers of other packages that do, by module and class.
+KNOWN = {
+    ("peft.tuners.lora.layer", "Linear"),
+    ("peft.tuners.lora.layer", "Embedding"),
+    ("peft.tuners.lora.layer", "Conv1d"),
+    ("peft.tuners.lora.bnb", "Linear4bit"),
+    ("peft.tuners.lora.model", "LoraModel"),
+    ("peft.peft_model", "PeftModelForCausalLM"),
+    ("bitsandbytes.nn.modules", "Linear4bit"),
+}
+
+
+@dataclass(frozen=True)
+class Change:
+    """One thing that a user has done to a model.
+
+    Attributes:
+        what: in words, e.g. ``"a PyTorch hook on backbone.layers.3"``.
+        mark: what tells it from another of the same words, the same in every process that makes it alike.
+    """
+
+    what: str
+    mark: str = ""
+
+
+def changes(model: MambaTrace) -> list[Change]:
+    """What has been done to a loaded model that may look at more of a run than one position of one row.
+
+    Edits of a part of the tree (``model.layers[3].edit()``) are not among them: nnsight runs an edit in the
+    traces of that envoy alone.
+    """
+    found = [
+        Change("a lasting edit (model.edit)", mark_of_code(edit.code, edit.lcls)) for edit in model._edits
+    ]
+    if has_global_hooks():
+        found.append(Change("a PyTorch hook on all modules"))
+    plain, conv_kernel = plain_types(model), model.config.conv_kernel
+    for name, module in model._module.named_modules():
+        found += changes_of(module, name or "the model", plain, conv_kernel)
+    layers = [block._module for block in model.layers]
+    if any(getattr(block, "layer_idx", number) != number for number, block in enumerate(layers)):
+        found.append(Change("another order of the layers"))
+    return found
+
+
+def plain_types(model: MambaTrace) -> Callable[[type[nn.Module]], bool]:
+    """Whether a class is one of those that a plain model consists of."""
+    architecture = architecture_of(model._module)
+    ours = {*PLAIN, *(hookable for hookable, _ in architecture.hookable.values())}
+    ours.add(type(ACT2FN[model.config.hidden_act]))
+    theirs = architecture.model_class.__module__
+    return lambda cls: cls in ours or cls.__module__ == theirs
+
+
+def changes_of(
+    module: Any, name: str, plain: Callable[[type[nn.Module]], bool], conv_kernel: int
+) -> Iterator[Change]:
+    """What has been done to one module of the model."""
+    cls = type(module)
+    if has_hooks_of_its_own(module):
+        yield Change(f"a PyTorch hook on {name}", " ".join(map(qualified, hooks_on(module))))
+    known = (cls.__module__, cls.__qualname__) in KNOWN and not getattr(module, "lora_variant", None)
+    alike = plain(cls) or known or treats_positions_alike(module, conv_kernel)
+    if not alike:
+        yield Change(f"a {cls.__name__} as {name}", qualified(cls))
+    elif not runs_its_own_forward(module):
+        yield Change(f"another forward of {name}", qualified(module.__dict__.get("forward")))
+    if not moves_alone(module.__dict__.get("_hf_hook")):
+        yield Change(f"a hook of accelerate's on {name}", qualified(type(module._hf_hook)))
+    if not known:
+        for weight in module._parameters.values():
+            if weight is not None and type(weight) is not nn.Parameter:
+                yield Change(f"a {type(weight).__name__} as a weight of {name}")
+
+
+def treats_positions_alike(module: Any, conv_kernel: int) -> bool:
+    """Whether a convolution looks at the positions that the model's does, or a dropout lets all pass."""
+    if type(module) is nn.Conv1d:
+        window = (module.kernel_size, module.padding, module.dilation, module.stride)
+        plain = ((conv_kernel,), (conv_kernel - 1,), (1,), (1,))
+        return window in (plain, ((1,), (0,), (1,), (1,)))
+    return type(module) is nn.Dropout and (not module.training or module.p == 0)
+
+
+def moves_alone(hook: Any) -> bool:
+    """Whether a hook of accelerate's, if there is one, only moves weights and inputs between devices."""
+    if type(hook) is SequentialHook:
+        return all(map(moves_alone, hook.hooks))
+    return hook is None or type(hook) in (AlignDevicesHook, CpuOffload)
+
+
+def hooks_on(module: nn.Module) -> list[Any]:
+    """The functions of the PyTorch hooks on a module."""
+    kinds = (
+        module._forward_pre_hooks,
+        module._forward_hooks,
+        module._backward_pre_hooks,
+        module._backward_hooks,
+    )
+    return [hook for kind in kinds for hook in kind.values()]

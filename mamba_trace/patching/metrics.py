@@ -1,0 +1,184 @@
+"""What an experiment measures: one number for each row, from the logits.
+
+A metric is a function of the logits at one position [B,V] (or at several, [B,m,V]) that returns [B]. Any
+function will do; those here are the usual ones, with names that say in a picture what was measured. All are
+differentiable.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from ..arguments.prompts import describe, single_token
+from ..errors import MetricError, PromptError
+
+if TYPE_CHECKING:
+    from ..model import MambaTrace
+
+#: Logits at the last position [B,V] -> one number for each row [B].
+Metric = Callable[[Tensor], Tensor]
+
+
+def logit_diff(model: MambaTrace, answer: str | int, wrong: str | int) -> Metric:
+    """The metric of the seed experiments: the logit of one token minus that of another.
+
+    Args:
+        model: whose tokenizer turns strings into tokens.
+        answer: a string that is one token (mind its leading space), or a token id.
+        wrong: likewise.
+
+    Returns:
+        A function from logits [...,V] to differences [...].
+
+    Raises:
+        PromptError: if either is not one token of the vocabulary, or both are the same.
+
+    Example::
+
+        metric = logit_diff(model, " Emma", " Shelby")
+    """
+    plus, minus = single_token(model, answer), single_token(model, wrong)
+    if plus == minus:
+        raise PromptError(
+            f"answer and wrong are both {answer!r} (token {plus}), so their logits never differ"
+        )
+    return LogitDiff(f"logit of {answer!r} minus logit of {wrong!r}", plus, minus)
+
+
+def logit(model: MambaTrace, answer: str | int) -> Metric:
+    """The logit of one token.
+
+    Args:
+        model: whose tokenizer turns strings into tokens.
+        answer: a string that is one token, or a token id.
+
+    Returns:
+        A function from logits [...,V] to logits [...].
+
+    Raises:
+        PromptError: if it is not one token of the vocabulary.
+
+    Example::
+
+        metric = logit(model, " Emma")
+    """
+    return Logit(f"logit of {answer!r}", single_token(model, answer))
+
+
+def log_prob(model: MambaTrace, answer: str | int) -> Metric:
+    """The log probability of one token, in nats.
+
+    Args:
+        model: whose tokenizer turns strings into tokens.
+        answer: a string that is one token, or a token id.
+
+    Returns:
+        A function from logits [...,V] to log probabilities [...].
+
+    Raises:
+        PromptError: if it is not one token of the vocabulary.
+
+    Example::
+
+        metric = log_prob(model, " Emma")
+    """
+    return LogProb(f"log probability of {answer!r}", single_token(model, answer))
+
+
+def prob(model: MambaTrace, answer: str | int) -> Metric:
+    """The probability of one token.
+
+    Args:
+        model: whose tokenizer turns strings into tokens.
+        answer: a string that is one token, or a token id.
+
+    Returns:
+        A function from logits [...,V] to probabilities [...].
+
+    Raises:
+        PromptError: if it is not one token of the vocabulary.
+
+    Example::
+
+        metric = prob(model, " Emma")
+    """
+    return Prob(f"probability of {answer!r}", single_token(model, answer))
+
+
+@dataclass(frozen=True)
+class Logit:
+    """The logit of a token: of logits [...,V] to [...]. A class, and not a closure, so that it can be sent.
+
+    Attributes:
+        name: for people.
+        token: its id.
+    """
+
+    name: str
+    token: int
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        return logits[..., self.token]
+
+
+class LogProb(Logit):
+    """The log probability of a token."""
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        return logits.log_softmax(-1)[..., self.token]
+
+
+class Prob(Logit):
+    """The probability of a token."""
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        return logits.softmax(-1)[..., self.token]
+
+
+@dataclass(frozen=True)
+class LogitDiff(Logit):
+    """The logit of a token minus that of another.
+
+    Attributes:
+        minus: the other's id.
+    """
+
+    minus: int
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        return logits[..., self.token] - logits[..., self.minus]
+
+
+def name_of(metric: Metric) -> str:
+    """What a metric is called in pictures."""
+    return getattr(metric, "name", None) or getattr(metric, "__name__", None) or type(metric).__name__
+
+
+def named_metrics(metric: Metric | Mapping[str, Metric] | None, caller: str) -> dict[str, Metric]:
+    """One or several metrics, by name. Raises `MetricError` for what cannot be called."""
+    if callable(metric):
+        return {name_of(metric): metric}
+    if not isinstance(metric, Mapping) or not metric or not all(map(callable, metric.values())):
+        raise MetricError(
+            f"{caller} needs a metric, a function from logits [B,V] to [B], or a dict of several, not "
+            f"{metric!r}: metric=logit_diff(model, answer, wrong) is one"
+        )
+    return dict(metric)
+
+
+def measured(metric: Metric, logits: Tensor) -> Tensor:
+    """The metric of logits [B,V] or [B,m,V], in float32 or better: [B]. Raises `MetricError`."""
+    values = metric(logits)
+    if not isinstance(values, Tensor) or values.shape != logits.shape[:1] or values.is_complex():
+        axes = "[B,V]" if logits.dim() == 2 else "[B,m,V]"
+        each = isinstance(values, Tensor) and logits.dim() == 3 and values.shape == logits.shape[:2]
+        hint = ". To average over the m positions: lambda logits: metric(logits).mean(-1)" if each else ""
+        raise MetricError(
+            f"a metric takes the logits it looks at {axes} and returns one number for each row [B]; "
+            f"for {describe(logits)} this one returned {describe(values)}{hint}"
+        )
+    return values if values.dtype.itemsize >= 4 and values.is_floating_point() else values.float()

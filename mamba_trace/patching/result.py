@@ -1,0 +1,181 @@
+"""The result of a patching sweep: numbers for every layer and position, with what is needed to read them.
+
+A grid is data alone: it holds no model, draws itself and survives a trip through a file (see results.py). A
+sweep that was stopped leaves a grid in which the cells that it did not reach are nan.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ..errors import MetricError
+from ..results.heatmap import Heatmap
+from ..results.results import Result
+from ..sites import BY_NAME
+
+#: On the scale from 0 (as prompt) to 1 (as source), what is smaller is rounding.
+RESOLUTION = 0.005
+#: How a grid may be made.
+METHODS = ("patching", "attribution", "integrated gradients")
+
+
+@dataclass(frozen=True, eq=False)
+class PatchGrid(Result):
+    """The result of `mamba_trace.patching.patch_grid`.
+
+    Attributes:
+        values: [rows, L], float32 or float64: the metric of the run on ``prompt`` with the site's value at
+            (row, position) taken from the run on ``source``, or an estimate of it. Rows are layers, or one
+            for a site of the whole model. nan where a cell was never computed.
+        prompt_metric: the metric of the run on ``prompt``, nothing patched.
+        source_metric: the metric of the run on ``source``.
+        site: the site's name.
+        metric: the metric's name.
+        row_labels: the layers, or the site's name where it belongs to no layer.
+        prompt_tokens, source_tokens: the string of the token at each position.
+        window: how many layers are patched together.
+        method: ``"patching"``, or how the values were estimated: ``"attribution"`` or
+            ``"integrated gradients"``.
+        plan: how cells ran, and why so, in words: from their position on in batches, or each in a forward of
+            its own, as something that was done to the model (a lasting edit, a PyTorch hook) may look at all
+            of a run. Empty where it is not known.
+    """
+
+    values: Tensor
+    prompt_metric: float
+    source_metric: float
+    site: str
+    metric: str
+    row_labels: list[str]
+    prompt_tokens: list[str]
+    source_tokens: list[str]
+    window: int = 1
+    method: str = "patching"
+    plan: str = ""
+
+    @property
+    def labels(self) -> list[str]:
+        """A label for each position: ``" school_8"``, or ``" Shelby-> Emma_10"`` where the prompts differ."""
+        pairs = zip(self.prompt_tokens, self.source_tokens, strict=True)
+        return [f"{p if p == s else f'{p}->{s}'}_{position}" for position, (p, s) in enumerate(pairs)]
+
+    @property
+    def complete(self) -> bool:
+        """Whether every cell was computed.
+
+        Example::
+
+            assert grid.complete
+        """
+        return not bool(self.values.isnan().any())
+
+    def normalized(self) -> Tensor:
+        """The values on the scale where 0 is the metric of the run on prompt, 1 that of the run on source.
+
+        Returns:
+            [rows, L] in the dtype of the values; nan where a cell was never computed.
+
+        Raises:
+            MetricError: if the two runs have the same metric.
+
+        Example::
+
+            grid.normalized().max()
+        """
+        if math.isclose(self.prompt_metric, self.source_metric, rel_tol=1e-6):
+            raise MetricError(
+                f"prompt and source have the same metric ({self.metric}: {self.prompt_metric:+.6g}), so "
+                f"there is no scale between them. Use prompts that the model answers differently, or look at "
+                f".values"
+            )
+        return (self.values - self.prompt_metric) / (self.source_metric - self.prompt_metric)
+
+    def correlation(self, other: PatchGrid) -> float:
+        """Pearson's correlation of two grids over the cells that are finite in both.
+
+        Args:
+            other: a grid of as many rows and positions, e.g. an estimate of this one.
+
+        Returns:
+            r, from -1 to 1, computed in float64.
+
+        Raises:
+            MetricError: if the grids are of different sites or windows, or have different shapes, fewer than
+                two cells in common, or the same value in all of them.
+
+        Example::
+
+            assert grid.correlation(grid) == 1
+        """
+        for name in ("site", "window"):
+            ours, theirs = getattr(self, name), getattr(other, name)
+            if ours != theirs:
+                raise MetricError(
+                    f"these grids answer different questions: {name} is {ours!r} in one and {theirs!r} in "
+                    f"the other. Make both of the same"
+                )
+        if self.values.shape != other.values.shape:
+            raise MetricError(
+                f"a correlation compares grids cell by cell: {self.site} has {list(self.values.shape)} rows "
+                f"and positions, {other.site} {list(other.values.shape)}. Make both with the same prompts' "
+                f"lengths and layers"
+            )
+        both = self.values.isfinite() & other.values.isfinite()
+        cells = [grid.values[both].double() for grid in (self, other)]
+        if len(cells[0]) < 2:
+            raise MetricError(
+                f"the grids of {self.site} and {other.site} have {len(cells[0])} cells in common that are "
+                f"computed and finite; a correlation needs two. Compute more of them"
+            )
+        for grid, values in zip((self, other), cells, strict=True):
+            if values.max() == values.min():
+                raise MetricError(
+                    f"the grid of {grid.site} ({grid.method}) is {values[0]:+.6g} in all {len(values)} "
+                    f"cells, so nothing can correlate with it. Patch a site that changes the metric"
+                )
+        first, second = (values - values.mean() for values in cells)
+        together = float(first @ second) / math.sqrt(float(first @ first) * float(second @ second))
+        return max(-1.0, min(1.0, together))
+
+    def caption(self) -> str:
+        """Both runs' metrics, and how much is missing; the line under the grid in a report.
+
+        Example::
+
+            print(grid.caption())
+        """
+        both = f"{self.prompt_metric:+.4f} on prompt, {self.source_metric:+.4f} on source"
+        missing = int(self.values.isnan().sum())
+        rest = f"; {missing} of {self.values.numel()} cells not computed" if missing else ""
+        return f"{self.metric}: {both}{rest}"
+
+    def heatmaps(self) -> list[Heatmap]:
+        """The normalised grid. Raises `MetricError` as `normalized` does.
+
+        Example::
+
+            print(grid.heatmaps()[0].title)
+        """
+        return [self.heatmap()]
+
+    def heatmap(self) -> Heatmap:
+        """What the figure, the PNG and the table of the command line are drawn from."""
+        site = BY_NAME.get(self.site)
+        name = f"{self.site} ({site.hook})" if site and site.hook else self.site
+        together = f", {self.window} layers together" if self.window > 1 else ""
+        estimate = f", estimated by {self.method}" if self.method != METHODS[0] else ""
+        both = f"{self.prompt_metric:+.3f} on prompt (0), {self.source_metric:+.3f} on source (1)"
+        return Heatmap(
+            values=self.normalized(),
+            title=f"Normalised metric after patching {name}{together}{estimate}\n{self.metric}: {both}",
+            row_title="site" if site and site.scope == "model" else "layer",
+            row_labels=self.row_labels,
+            column_labels=self.labels,
+            prompt_tokens=self.prompt_tokens,
+            source_tokens=self.source_tokens,
+            value_title="normalised metric",
+            resolution=RESOLUTION,
+        )

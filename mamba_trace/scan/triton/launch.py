@@ -1,0 +1,218 @@
+"""The Triton kernels called on tensors: what they write into, their grid and their blocks.
+
+Importing this imports Triton. Nothing here is differentiable; gradients are functions of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..buffers import Buffer, check
+from . import backward, kernels
+
+#: Positions between the states that the backward pass keeps, a multiple of what is unrolled.
+CHUNK = 64
+#: Positions loaded together, for a block of TILE: more wait less often, and must fit in registers.
+UNROLL = 8
+#: The same going backwards, where a position needs more of them.
+UNROLL_BACKWARD = 4
+#: Elements of a block of the state: 4 for each thread of a warp. With more there would be too few programs to
+#: fill a GPU from one batch row (E=1536, N=16: 192 programs), with fewer a step is all waiting for the last.
+TILE = 128
+#: Whether Triton's interpreter runs these, on a CPU too: TRITON_INTERPRET=1 when Triton was imported.
+#: ``tl.sum`` is a kernel of Triton's own, which must be interpreted as well.
+INTERPRETED = triton.knobs.runtime.interpret and not isinstance(tl.sum, triton.runtime.JITFunction)
+
+_ANY = dict.fromkeys(("x", "delta", "skip", "gy"), "batch length width")
+_ANY |= dict.fromkeys(("A", "h_start", "gh_last"), "batch width n_state") | {"D": "width"}
+_ANY |= dict.fromkeys(("B", "C"), "batch length n_state")
+_ANY |= dict.fromkeys(("A_bar", "B_bar", "gstates"), "batch length width n_state")
+_ROUNDED = dict.fromkeys(("y", "gx", "gdelta"), "batch length width")
+_ROUNDED |= dict.fromkeys(("gA_bar", "gB_bar"), "batch length width n_state")
+_EXACT = dict.fromkeys(("h_last", "gA", "gh_start"), "batch width n_state")
+_EXACT |= dict.fromkeys(("states", "after", "before"), "batch length width n_state")
+_EXACT |= dict.fromkeys(("gB", "gC"), "batch length n_state")
+_EXACT |= {"checkpoints": "batch chunks width n_state", "scratch": "programs chunk block_e block_n"}
+#: What the kernels take, by the names of their arguments: inputs of any strides and floating-point dtype,
+#: results in a dtype that they round to, and what they accumulate or read again, in float32.
+BUFFERS = {name: Buffer(axes, dense=0, dtype=None) for name, axes in _ANY.items()}
+BUFFERS |= {name: Buffer(axes, dtype=None) for name, axes in _ROUNDED.items()}
+BUFFERS |= {name: Buffer(axes) for name, axes in _EXACT.items()}
+
+
+def run_selective(
+    x: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    h_start: Tensor | None,
+    *,
+    D: Tensor | None = None,
+    skip: Tensor | None = None,
+    states: Tensor | None = None,
+    checkpoints: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """``(y, h_last)`` of `reference.selective_scan`, or of `reference.gated_scan` given ``D`` and ``skip``.
+
+    ``states`` [B,L,E,N] and ``checkpoints`` [B,ceil(L/CHUNK),E,N] are written where they are given.
+    """
+    batch, length, width = x.shape
+    y = x.new_empty(x.shape, dtype=torch.float32 if skip is None else x.dtype)
+    h_last = x.new_empty(batch, width, A.shape[-1], dtype=torch.float32)
+    A = A.expand(batch, -1, -1)
+    launch(
+        kernels.selective_kernel,
+        (batch, length, width, A.shape[-1]),
+        {"x": x, "delta": delta, "A": A, "B": B, "C": C, "h_start": h_start, "D": D, "skip": skip},
+        {"y": y, "h_last": h_last, "states": states, "checkpoints": checkpoints},
+        CHUNK=CHUNK,
+    )
+    return y, h_last
+
+
+def run_explicit(
+    A_bar: Tensor,
+    B_bar: Tensor,
+    x: Tensor,
+    C: Tensor,
+    h_start: Tensor | None,
+    *,
+    after: Tensor | None = None,
+    before: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """``(y, h_last)`` of `reference.explicit_scan`.
+
+    The states ``after`` and ``before`` each position [B,L,E,N] are written where they are given.
+    """
+    batch, length, width, d_state = A_bar.shape
+    y = x.new_empty(x.shape, dtype=torch.float32)
+    h_last = x.new_empty(batch, width, d_state, dtype=torch.float32)
+    launch(
+        kernels.explicit_kernel,
+        (batch, length, width, d_state),
+        {"A_bar": A_bar, "B_bar": B_bar, "x": x, "C": C, "h_start": h_start},
+        {"y": y, "h_last": h_last, "after": after, "before": before},
+    )
+    return y, h_last
+
+
+def selective_gradients(
+    x: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    checkpoints: Tensor,
+    gy: Tensor | None,
+    gh_last: Tensor | None = None,
+    gstates: Tensor | None = None,
+) -> tuple[Tensor, ...]:
+    """The gradients of x, delta, A, B, C and h_start from those of y, h_last and states.
+
+    ``checkpoints`` [B,ceil(L/CHUNK),E,N] are the states before each CHUNK of positions.
+    """
+    batch, length, width = x.shape
+    d_state = A.shape[-1]
+    programs, block_e, block_n = blocks(width, d_state)
+    gx = x.new_empty(x.shape)
+    gdelta = delta.new_empty(x.shape)
+    gA, gh_start = x.new_empty(2, batch, width, d_state, dtype=torch.float32)
+    gB, gC = x.new_zeros(2, batch, length, d_state, dtype=torch.float32)
+    scratch = x.new_empty(batch * programs, CHUNK, block_e, block_n, dtype=torch.float32)
+    grads = {"gy": gy, "gh_last": gh_last, "gstates": gstates}
+    results = {"gx": gx, "gdelta": gdelta, "gA": gA, "gB": gB, "gC": gC, "gh_start": gh_start}
+    launch(
+        backward.selective_backward_kernel,
+        (batch, length, width, d_state),
+        {"x": x, "delta": delta, "A": A.expand(batch, -1, -1), "B": B, "C": C, **grads},
+        {"checkpoints": checkpoints, "scratch": scratch, **results},
+        unroll=UNROLL_BACKWARD,
+        CHUNK=CHUNK,
+    )
+    return gx, gdelta, gA if A.dim() == 3 else gA.sum(0), gB, gC, gh_start
+
+
+def explicit_gradients(
+    A_bar: Tensor,
+    B_bar: Tensor,
+    x: Tensor,
+    C: Tensor,
+    h_start: Tensor | None,
+    gy: Tensor | None,
+    gh_last: Tensor | None = None,
+    gstates: Tensor | None = None,
+) -> tuple[Tensor, ...]:
+    """The gradients of A_bar, B_bar, x, C and h_start from those of y, h_last and states."""
+    batch, length, width, d_state = A_bar.shape
+    before = x.new_empty(A_bar.shape, dtype=torch.float32)
+    run_explicit(A_bar, B_bar, x, C, h_start, before=before)
+    gA_bar, gB_bar = A_bar.new_empty(A_bar.shape), B_bar.new_empty(A_bar.shape)
+    gx = x.new_empty(x.shape)
+    gC = x.new_zeros(batch, length, d_state, dtype=torch.float32)
+    gh_start = x.new_empty(batch, width, d_state, dtype=torch.float32)
+    launch(
+        backward.explicit_backward_kernel,
+        (batch, length, width, d_state),
+        {"A_bar": A_bar, "B_bar": B_bar, "x": x, "C": C, "gy": gy, "gh_last": gh_last, "gstates": gstates},
+        {"before": before, "gA_bar": gA_bar, "gB_bar": gB_bar, "gx": gx, "gC": gC, "gh_start": gh_start},
+        unroll=UNROLL_BACKWARD,
+    )
+    return gA_bar, gB_bar, gx, gC, gh_start
+
+
+def blocks(width: int, d_state: int) -> tuple[int, int, int]:
+    """``(programs for each batch row, BLOCK_E, BLOCK_N)``."""
+    block_n = triton.next_power_of_2(d_state)
+    # The interpreter's time is that of the programs, whatever their blocks.
+    block_e = 16 if INTERPRETED else min(32, max(1, TILE // block_n))
+    return triton.cdiv(width, block_e), block_e, block_n
+
+
+def launch(
+    kernel: Any,
+    shape: tuple[int, int, int, int],
+    strided: Mapping[str, Tensor | None],
+    dense: Mapping[str, Tensor | None],
+    unroll: int = UNROLL,
+    **constants: int,
+) -> None:
+    """Run ``kernel`` for each batch row and block of channels of ``shape`` (B, L, E, N).
+
+    Args:
+        kernel: its arguments are the arrays in the order in which they are given here, then L, E and N, then
+            the strides of those in ``strided``.
+        shape: (B, L, E, N).
+        strided: what it reads at any strides, by name.
+        dense: what it writes, or left for itself, by name.
+        unroll: positions loaded together, for a block of TILE.
+        **constants: further ones.
+
+    Raises:
+        BackendError: if a tensor is not what `BUFFERS` says of it.
+    """
+    batch, length, width, d_state = shape
+    programs, block_e, block_n = blocks(width, d_state)
+    sizes = {"batch": batch, "length": length, "width": width, "n_state": d_state}
+    sizes |= {"programs": batch * programs, "chunk": CHUNK, "block_e": block_e, "block_n": block_n}
+    tensors = {**strided, **dense}
+    check(tensors, BUFFERS, chunks=-(-length // CHUNK), **sizes)
+    some = next(tensor for tensor in tensors.values() if tensor is not None)
+    with torch.cuda.device_of(some):
+        kernel[(batch * programs,)](
+            *tensors.values(),
+            *(length, width, d_state),
+            *(None if tensor is None else tensor.stride() for tensor in strided.values()),
+            **constants,
+            UNROLL=unroll * TILE // max(TILE, block_n),  # a single channel may have a state of more than TILE
+            BLOCK_E=block_e,
+            BLOCK_N=block_n,
+            num_warps=1,
+            enable_fp_fusion=True,
+        )

@@ -1,0 +1,254 @@
+"""Where a model runs whose weights accelerate has spread over devices, main memory and disk.
+
+The device of a parameter does not tell: weights that are offloaded stand on the meta device, without numbers,
+until a hook of accelerate's brings them to the device that their module runs on, for as long as it runs. What
+asks a parameter for its device, as nnsight does for where inputs go and transformers for its pipelines, then
+sends everything to the meta device.
+
+Contract: `full_device_map` and `usable_device_map` refuse a device map before anything is loaded;
+`input_device` is where the inputs of a run go; `check_weights` refuses weights that nothing brings;
+`one_device` and `ShapeTracer` set the hooks aside where they cannot run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterator, Mapping
+from types import CodeType
+from typing import Any
+
+import torch
+from accelerate.hooks import AlignDevicesHook, SequentialHook
+from nnsight.intervention.tracer import ScanningTracer
+from torch import nn
+from transformers import MambaConfig, MambaForCausalLM
+
+from ..errors import CheckpointError
+from ..names import nearest
+from . import GuardedTracer
+
+#: This package's names in a device map, and Hugging Face's, as patterns.
+OURS = {r"^(?=(embeddings|layers|norm_f)(\.|$))": "backbone.", r"\.ssm(?=\.|$)": ".mixer"}
+DISK = "disk"
+
+
+def full_device_map(device_map: Any, model: Any) -> Any:
+    """A device map under Hugging Face's names, which gives every weight of ``model`` a place.
+
+    Args:
+        device_map: as ``from_pretrained`` takes it; what is no mapping is returned as it is.
+        model: of the same configuration, on any device.
+
+    Raises:
+        CheckpointError: for a name that is no module of the model, a weight that is left out, or weights that
+            are tied and only one of which is on disk.
+    """
+    if not isinstance(device_map, Mapping):
+        return device_map
+    names = {name for name, _ in model.named_modules()} | {name for name, _ in model.named_parameters()}
+    places = {}
+    for given, place in device_map.items():
+        name = given
+        for pattern, theirs in OURS.items():
+            name = re.sub(pattern, theirs, name)
+        if name not in names:
+            raise CheckpointError(
+                f"device_map places {given!r}, which is no part of the model. It has backbone.embeddings, "
+                f"backbone.layers.0 and so on, backbone.norm_f and lm_head{nearest(name, sorted(names))}"
+            )
+        places[name] = place
+    if model.config.tie_word_embeddings:
+        _tie(places)
+    full = dict(_apart(model, "", places))
+    left_out = [name for name, place in full.items() if place is None]
+    if left_out:
+        raise CheckpointError(
+            f"device_map has no place for {', '.join(left_out[:4])}{', ...' * (len(left_out) > 4)}. A "
+            f'place for all that is not named: device_map={{"": "cpu", ...}}'
+        )
+    return full
+
+
+def _tie(places: dict[str, Any]) -> None:
+    # Give a tied lm_head that has no place that of the embedding.
+    embedding = place_of("backbone.embeddings.weight", places)
+    head = place_of("lm_head.weight", places)
+    if head is None and embedding is not None:
+        places["lm_head"] = embedding
+    elif DISK in (head, embedding) and head != embedding:
+        raise CheckpointError(
+            f"device_map places backbone.embeddings on {embedding} and lm_head on {head}, which are one "
+            f"weight in this model: place both on disk, or neither"
+        )
+
+
+def _apart(module: nn.Module, name: str, places: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    # Entries that do not overlap, which is how accelerate needs them; None for what has no place.
+    prefix = f"{name}." if name else ""
+    if not any(place.startswith(prefix) for place in places if place not in ("", name)):
+        yield name, place_of(name, places)
+        return
+    for parameter in module._parameters:
+        yield f"{prefix}{parameter}", place_of(f"{prefix}{parameter}", places)
+    for child_name, child in module.named_children():
+        if any(True for _ in child.parameters()):
+            yield from _apart(child, f"{prefix}{child_name}", places)
+
+
+def place_of(name: str, device_map: Mapping[str, Any]) -> Any:
+    """Where a device map puts the weight ``name``: the entry of the nearest module above it, or ``None``."""
+    while name not in device_map and name:
+        name = name.rpartition(".")[0]
+    return device_map.get(name)
+
+
+def usable_device_map(device_map: Any, config: MambaConfig) -> Any:
+    """`full_device_map` for a model that is about to be loaded here.
+
+    Raises:
+        CheckpointError: as there, and for a device that this machine does not have, naming those it has.
+    """
+    if not isinstance(device_map, Mapping):
+        return device_map
+    with torch.device("meta"):
+        full = full_device_map(device_map, MambaForCausalLM(config))
+    for name, place in full.items():
+        try:
+            if place != DISK:
+                torch.empty(0, device=place)
+        except (RuntimeError, AssertionError) as error:  # the latter without CUDA in PyTorch
+            here = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+            raise CheckpointError(
+                f"device_map places {name or 'the model'} on {place}, which cannot be used here. There are "
+                f"{', '.join([*here, 'cpu'])} and disk"
+            ) from error
+    return full
+
+
+def input_device(model: nn.Module) -> torch.device:
+    """The device that a run of ``model`` starts on: that of its first parameter, once it is there.
+
+    Returns:
+        The meta device where no weights are loaded.
+    """
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            if parameter is None:
+                continue
+            hooks = [*hooks_of(module), *hooks_of(model)] if parameter.is_meta else []
+            devices = [hook.execution_device for hook in hooks if hook.execution_device is not None]
+            return torch.device(devices[0]) if devices else parameter.device
+    return torch.device("cpu")
+
+
+def check_weights(model: nn.Module) -> None:
+    """Refuse to run with weights on the meta device that no hook brings from where they are.
+
+    Raises:
+        CheckpointError: naming the first of them.
+    """
+    if not _on_meta(model):
+        return
+    if absent := list(_absent(model, "", False)):
+        raise CheckpointError(
+            f"{len(absent)} weights are on the meta device, which holds no numbers, and nothing loads them "
+            f"when their layer runs: {absent[0]}, ... Load the model again if accelerate's hooks were taken "
+            f"off one that was loaded with a device_map; let a device_map place modules, not parameters; "
+            f"and give a module that was made on the meta device its weights first"
+        )
+
+
+def _on_meta(model: nn.Module) -> bool:
+    # At every trace, so without generators and without a look into what has no parameters.
+    stack: list[nn.Module | None] = [model]
+    while stack:
+        module = stack.pop()
+        if module is None:
+            continue
+        for tensor in module._parameters.values():
+            if tensor is not None and tensor.is_meta:
+                return True
+        if module._modules:
+            stack.extend(module._modules.values())
+    return False
+
+
+def _absent(module: nn.Module, path: str, brought: bool) -> Iterator[str]:
+    # The names of parameters on the meta device that neither their module's hooks nor those above it bring.
+    offloading = [hook for hook in hooks_of(module) if hook.offload]
+    if not (brought or offloading):
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter.is_meta:
+                yield f"{path}{name}"
+    brought = brought or any(hook.place_submodules for hook in offloading)
+    for name, child in module._modules.items():
+        if child is not None:
+            yield from _absent(child, f"{path}{name}.", brought)
+
+
+def hooks_of(module: nn.Module) -> list[AlignDevicesHook]:
+    """The hooks of accelerate's on a module that bring weights or inputs to a device, outermost first."""
+    hook = module.__dict__.get("_hf_hook")
+    hooks = hook.hooks if isinstance(hook, SequentialHook) else (hook,)
+    return [hook for hook in hooks if isinstance(hook, AlignDevicesHook)]
+
+
+@contextlib.contextmanager
+def one_device(model: Any) -> Iterator[None]:
+    """Show transformers a model with accelerate's hooks as one that stays where it is, for a pipeline.
+
+    A pipeline takes the first entry of the device map for where inputs go, which may be "disk", and moves a
+    model that has hooks and no map.
+    """
+    own = model.__dict__
+    if getattr(model, "hf_device_map", None) is None and not any(map(hooks_of, model.modules())):
+        yield
+        return
+    before = {name: own[name] for name in ("hf_device_map",) if name in own}
+    own["hf_device_map"] = {"": input_device(model)}
+    try:
+        yield
+    finally:
+        del own["hf_device_map"]
+        own.update(before)
+
+
+class ShapeTracer(GuardedTracer, ScanningTracer):
+    """nnsight's tracer of ``scan``, for models whose weights may be offloaded."""
+
+    def execute(self, code: CodeType) -> None:
+        """Run the body of the ``with`` beside a run of shapes alone."""
+        self.envoy._follow()
+        with as_shapes(self.envoy._module):
+            super().execute(code)
+
+
+@contextlib.contextmanager
+def as_shapes(model: nn.Module) -> Iterator[None]:
+    """Put every weight of an offloaded model on the meta device and its hooks aside, for a scan of shapes.
+
+    accelerate cannot load weights under fake tensors, and a scan needs none.
+    """
+    modules = list(model.modules())
+    if not any(parameter.is_meta for parameter in model.parameters()):
+        yield
+        return
+    hooks = [(module, module.__dict__["_hf_hook"]) for module in modules if "_hf_hook" in module.__dict__]
+    tensors = [(module, dict(module._parameters), dict(module._buffers)) for module in modules]
+    try:
+        for module, _ in hooks:
+            del module.__dict__["_hf_hook"]
+        for module, parameters, buffers in tensors:
+            for name, parameter in parameters.items():
+                if parameter is not None and not parameter.is_meta:
+                    module._parameters[name] = nn.Parameter(parameter.to("meta"), parameter.requires_grad)
+            for name, buffer in buffers.items():
+                module._buffers[name] = None if buffer is None else buffer.to("meta")
+        yield
+    finally:
+        for module, parameters, buffers in tensors:
+            module._parameters.update(parameters)
+            module._buffers.update(buffers)
+        for module, hook in hooks:
+            module.__dict__["_hf_hook"] = hook
