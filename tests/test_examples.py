@@ -35,13 +35,14 @@ from mamba_trace.hooked.cache import ActivationCache
 from mamba_trace.lenses import LogitLens, StateLens
 from mamba_trace.patching import metrics
 from mamba_trace.patching.result import PatchGrid
-from mamba_trace.results import Report, Result, heatmap, interactive, page, png, terminal
+from mamba_trace.results import Report, Result, page
+from mamba_trace.results import results as results_module
 from mamba_trace.results.heatmap import Heatmap
 
 #: What users call: of modules all public functions, of classes all public methods and properties.
 MODULES: tuple[ModuleType, ...] = (
     *(conversion, names, patching, losses, porting, scan, interventions, means, lenses, flow),
-    *(hidden_attention, results, heatmap, interactive, png, terminal, page, metrics),
+    *(hidden_attention, results, results_module, page, metrics),
 )
 CLASSES: tuple[type, ...] = (
     *(MambaTrace, ActivationCache, Result, Report, PatchGrid),
@@ -50,7 +51,7 @@ CLASSES: tuple[type, ...] = (
 #: Public of name and no call for users: helpers that other modules share, and what nnsight's classes define.
 APART = {
     *("name_of", "named_metrics", "measured", "parse", "nearest", "public_path", "check", "check_state_dict"),
-    *("convolution", "causal_conv", "residuals_per_layer", "check_writable", "section", "class_named"),
+    *("convolution", "causal_conv", "residuals_per_layer", "section", "class_named"),
     *("write_page", "write_picture", "write_json", "write_safetensors", "read_json", "read_safetensors"),
     *("labels", "heatmap", "output", "tokenizer_prepends_bos"),
 }

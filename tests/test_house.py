@@ -127,7 +127,10 @@ LONGEST = 400
         ("mamba_trace", "MambaTrace names __version__"),
         ("mamba_trace.model", "MambaTrace"),  # in the key under which a server knows a model
         ("mamba_trace.names", "to_path to_hook_name to_bridge_name"),
-        ("mamba_trace.patching", "patch_grid attribution_grid logit logit_diff log_prob prob Metric PatchGrid"),
+        (
+            "mamba_trace.patching",
+            "patch_grid attribution_grid logit logit_diff log_prob prob Metric PatchGrid",
+        ),
         ("mamba_trace.mamba_lens", "HookedMamba MambaCfg MambaInitCfg"),
         ("mamba_trace.conversion", "convert_config convert_state_dict"),
         ("mamba_trace.flow", "knockout zero_delta decay_groups apply Cut ZeroDelta"),

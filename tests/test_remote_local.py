@@ -144,7 +144,8 @@ def test_local_simulation_serves_every_position_and_leaves_the_process_as_it_was
 SCRIPT = """
 import sys
 sys.path.insert(0, sys.argv[1])
-from mamba_trace import MambaTrace, remote
+from mamba_trace import MambaTrace
+from mamba_trace.tracing import remote
 assert remote.__file__.startswith(sys.argv[1]), remote.__file__
 model, found = MambaTrace.demo(), []
 for where in ("local", False):

@@ -360,7 +360,8 @@ def test_second_derivatives_are_those_of_the_reference() -> None:
 
 FORK = """
 import os, signal, torch
-from mamba_trace.scan import cpu, team
+from mamba_trace.scan import cpu
+from mamba_trace.scan.cpu import team
 torch.set_num_threads(4)
 x, B = torch.rand(1, 200, 64), torch.rand(1, 200, 4)
 inputs = [x, x, -torch.rand(64, 4), B, B]
