@@ -43,7 +43,7 @@ FLOOR = {room: number for number, floor in enumerate(FLOORS) for room in floor}
 
 
 def modules() -> dict[str, Path]:
-    """Every module of the package by its name below the package: ``scan.cpu`` for ``scan/cpu/__init__.py``."""
+    """Every module by its name below the package: ``scan.cpu`` for ``scan/cpu/__init__.py``."""
     found = {}
     for path in ROOT.rglob("*.py"):
         parts = path.relative_to(ROOT).with_suffix("").parts
