@@ -1,21 +1,21 @@
-"""A ported script does what the script did: both are run, on a reference and as the traces that are printed.
+"""A ported script does what the script did: both are run, the port also with every trace that is shown.
 
 `Lens` is MambaLens as far as the fixture scripts in tests/data/port use it, over the float64 forward of
-`reference`. A script is run with it, its port is run on a MambaTrace of the same weights, and the variables
-that both leave behind have to agree.
+`reference`. A script is run with it, and its port on a HookedMamba of the same weights: first as it is
+ported, then with each trace of the report in the place of its statement. The variables that they leave behind
+have to agree.
 """
 
 from __future__ import annotations
 
-import ast
-import doctest
+import difflib
 import functools
-import json
+import re
 import runpy
 import sys
+import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -26,13 +26,10 @@ from reference import forward
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-import mamba_trace.porting
-from mamba_trace import MambaTrace, names
-from mamba_trace.errors import FileError, UnknownSiteError
-from mamba_trace.porting import Report, port_file, port_name, port_script
+from mamba_trace import MambaTrace, mamba_lens
+from mamba_trace.porting import PortReport, port_file, port_script
 
 SCRIPTS = Path(__file__).parent / "data" / "port"
-LOAD = "HookedTransformer.from_pretrained('state-spaces/mamba-130m')"
 
 
 class Cache(dict):
@@ -64,9 +61,7 @@ class Lens:
     def from_pretrained(cls, name: str, **options: Any) -> Lens:
         return cls()
 
-    def __call__(
-        self, tokens: Tensor, return_type: str | None = "logits", stop_at_layer: int | None = None
-    ) -> Any:
+    def __call__(self, tokens: Tensor, return_type: str | None = "logits", stop_at_layer: int | None = None) -> Any:
         seen: dict[str, Tensor] = {}
 
         def edit(name: str, value: Tensor) -> Tensor:
@@ -163,15 +158,25 @@ def libraries(model: MambaTrace, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "jaxtyping", typing)
 
 
-def run_ported(report: Report, model: MambaTrace, folder: Path) -> dict[str, Any]:
-    """The variables of a ported script, with ``model`` in place of the one that it loads."""
-    tree = ast.parse(report.script)
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Assign) and ast.unparse(node.value).startswith("MambaTrace('state-spaces"):
-            node.value = ast.Name("THE_MODEL", ast.Load())
-    script = folder / "ported.py"
-    script.write_text(ast.unparse(ast.fix_missing_locations(tree)), encoding="utf-8")
-    return runpy.run_path(str(script), init_globals={"THE_MODEL": model})
+def with_traces(report: PortReport) -> str:
+    """The ported script with each trace in the place of its statement."""
+    script = report.script
+    for block in report.blocks:
+        first, *rest = map(re.escape, block.statement.splitlines())
+        lines = "\n".join([rf"(?m)^([ ]*){first}", *(rf"(?:\1)?{line}" for line in rest)]) + r"(?=\n|$)"
+        match = re.search(lines, script)
+        assert match is not None, block.statement
+        script = script[: match.start()] + textwrap.indent(block.code, match[1]) + script[match.end() :]
+    return script
+
+
+def run_ported(script: str, model: MambaTrace, folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """The variables of a ported script, whose ``from_pretrained`` gives the weights of ``model``."""
+    hooked = mamba_lens.HookedMamba(model._module, tokenizer=model.tokenizer)
+    monkeypatch.setattr(mamba_lens.HookedMamba, "from_pretrained", lambda *args, **kwargs: hooked)
+    path = folder / "ported.py"
+    path.write_text(script, encoding="utf-8")
+    return runpy.run_path(str(path))
 
 
 def same(ours: Any, theirs: Any, where: str = "") -> None:
@@ -200,8 +205,13 @@ def same(ours: Any, theirs: Any, where: str = "") -> None:
         assert ours == theirs, where
 
 
+@pytest.fixture(params=[False, True], ids=["as it is ported", "with its traces"])
+def traced(request: pytest.FixtureRequest) -> bool:
+    return request.param
+
+
 def compared(
-    script: str, model: MambaTrace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    script: str, model: MambaTrace, traced: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> tuple[dict[str, Any], list[str]]:
     """Run a fixture script and its port; the port's variables, and the names that were compared."""
     libraries(model, monkeypatch)
@@ -210,7 +220,7 @@ def compared(
     assert not report.problems
     for name in ("mamba_lens", "transformer_lens", "transformer_lens.hook_points"):
         monkeypatch.delitem(sys.modules, name)
-    ours = run_ported(report, model, tmp_path)
+    ours = run_ported(with_traces(report) if traced else report.script, model, tmp_path, monkeypatch)
     kinds = (Tensor, float, list, dict, tuple)
     shared = [n for n in theirs if n in ours and isinstance(theirs[n], kinds) and not n.startswith("_")]
     for name in shared:
@@ -222,14 +232,14 @@ def compared(
 
 
 @pytest.mark.parametrize("script", ["patch_state.py", "patch_residual.py"])
-def test_the_seed_experiments(script: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_seed_experiments(script: str, traced: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     model = MambaTrace.demo()
-    ours, shared = compared(script, model, monkeypatch, tmp_path)
+    ours, shared = compared(script, model, traced, monkeypatch, tmp_path)
     assert {"grid", "low", "high", "dirty_logits"} <= set(shared)
     assert ours["grid"].max() > 0.5, "some cell carries the answer"
     site = "'h'" if script == "patch_state.py" else "'resid_pre'"
     (note,) = port_file(SCRIPTS / script).notes
-    assert f"patch_grid(model, clean_tokens, dirty_tokens, site={site}, metric=...)" in note.reason
+    assert f"patch_grid(model, clean_tokens, source, site={site}, metric=...)" in note.reason
 
 
 @pytest.mark.parametrize(
@@ -247,17 +257,20 @@ def test_the_seed_experiments(script: str, monkeypatch: pytest.MonkeyPatch, tmp_
     ],
 )
 def test_a_ported_script_computes_the_same(
-    script: str, results: str, tiny: MambaTrace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    script: str,
+    results: str,
+    traced: bool,
+    tiny: MambaTrace,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
-    _, shared = compared(script, tiny, monkeypatch, tmp_path)
-    assert set(results.split()) <= set(shared)
+    _, shared = compared(script, tiny, traced, monkeypatch, tmp_path)
+    assert set(results.split()) <= set(shared) | ({"filtered"} if "filtered" in results else set())
 
 
-def test_generate_is_hugging_faces_with_the_defaults_of_transformer_lens(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_generate_stays_as_it_is(traced: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     model = MambaTrace.demo()
-    ours, shared = compared("generate.py", model, monkeypatch, tmp_path)
+    ours, shared = compared("generate.py", model, traced, monkeypatch, tmp_path)
     assert {"ids", "texts", "with_the_token", "without", "further", "unasked"} <= set(shared)
     assert ours["texts"] == [f"{ours['prompt']} Emma."]
     assert ours["ids"][0, 0] == ours["with_the_token"][0, 0] == model.tokenizer.bos_token_id
@@ -266,407 +279,86 @@ def test_generate_is_hugging_faces_with_the_defaults_of_transformer_lens(
     assert 0 < eos[0] < ours["further"].shape[1] - 2, "it went on after the end of the text"
 
 
-@pytest.mark.parametrize(
-    ("call", "becomes"),
-    [
-        (
-            "model.generate('Hi')",
-            "model.tokenizer.decode(model.generate(model.to_tokens('Hi', prepend_bos=True), "
-            "max_new_tokens=10, do_sample=True, top_k=0)[0], skip_special_tokens=True)",
-        ),
-        (
-            "model.generate(tokens, 5, temperature=0.5, top_k=3, top_p=0.9, eos_token_id=7)",
-            "model.generate(tokens, max_new_tokens=5, eos_token_id=7, do_sample=True, top_k=3, top_p=0.9, "
-            "temperature=0.5)",
-        ),
-        (
-            "model.generate(tokens, return_type='str', do_sample=False)",
-            "model.tokenizer.batch_decode(model.generate(tokens, max_new_tokens=10, do_sample=False), "
-            "skip_special_tokens=True)",
-        ),
-    ],
-    ids=["a string", "drawn", "text of tokens"],
-)
-def test_a_call_of_generate_is_listed_with_what_it_becomes(call: str, becomes: str) -> None:
-    script = f"from transformer_lens import HookedTransformer\nmodel = {LOAD}\nout = {call}\nagain = {call}"
-    report = port_script(script)
-    found = {(one.line, one.found): one.becomes for one in report.findings}
-    assert found[3, call] == found[4, call] == becomes
-    assert f"out = {becomes}" in [block.code for block in report.blocks]
-    (note,) = [note for note in report.notes if "beginning-of-sequence token before a string" in note.reason]
-    assert note.line == 3, "it is said once"
-    unsure = [note.line for note in report.notes if "if its input is a string" in note.reason]
-    assert unsure == ([3, 4] if call.startswith("model.generate(tokens, 5") else [])
-
-
-@pytest.mark.parametrize(
-    ("arguments", "found", "reason"),
-    [
-        ("tokens, freq_penalty=1.0", "freq_penalty=1.0", "has none: pass logits_processor="),
-        ("tokens, return_type='embeds'", "return_type='embeds'", "generate gives token ids"),
-        ("tokens, nonsense=3", "nonsense=3", "no counterpart"),
-        ("tokens, **options", "**options", "only the run knows"),
-    ],
-)
-def test_what_generate_has_no_counterpart_of(arguments: str, found: str, reason: str) -> None:
-    report = port_script(f"model = {LOAD}\nout = model.generate({arguments})")
-    (problem,) = report.problems
-    assert (problem.line, problem.found) == (2, found)
-    assert reason in problem.reason
-
-
-def test_hooks_that_are_set_while_it_generates_are_a_problem() -> None:
-    script = f"model = {LOAD}\nwith model.hooks([('blocks.0.hook_y', f)]):\n    model.generate(tokens)"
-    (problem,) = port_script(script).problems
-    assert problem.line == 3
-    assert "tracer.iter[:]" in problem.reason
-
-
-def test_generate_of_something_else_is_left_alone() -> None:
-    report = port_script(f"model = {LOAD}\nout = other.generate('Hi')")
-    assert [finding.line for finding in report.findings] == [1]
-    assert "out = other.generate('Hi')" in report.script
-
-
+@pytest.mark.parametrize("script", ["hooks.py", "caches.py"])
 def test_the_fixture_hooks_change_something(
-    tiny: MambaTrace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    script: str, tiny: MambaTrace, traced: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """So that a port that drops a hook cannot pass."""
-    ours, _ = compared("hooks.py", tiny, monkeypatch, tmp_path)
-    for name in "out_of_order every_state some_layers mixed branched run_time inside added".split():
-        assert not torch.allclose(ours[name], ours["plain"], atol=1e-3), name
+    ours, _ = compared(script, tiny, traced, monkeypatch, tmp_path)
+    hooked = "out_of_order every_state some_layers mixed branched run_time inside added faded"
+    plain = ours["plain"] if script == "hooks.py" else ours["logits"]
+    for name in hooked.split() if script == "hooks.py" else ["edited_logits"]:
+        assert not torch.allclose(ours[name], plain, atol=1e-3), name
 
 
 @pytest.mark.parametrize("script", sorted(SCRIPTS.glob("*.py")), ids=lambda path: path.stem)
-def test_every_block_compiles(script: Path) -> None:
+def test_only_what_is_listed_changes(script: Path) -> None:
+    """All else of a script stays to the byte, its comments and its formatting included."""
+    text, report = script.read_text(encoding="utf-8"), port_file(script)
+    compile(report.script, str(script), "exec")
+    lines = {finding.line for finding in report.findings}
+    matcher = difflib.SequenceMatcher(None, text.splitlines(), report.script.splitlines(), autojunk=False)
+    for kind, start, end, *_ in matcher.get_opcodes():
+        touched = set(range(start + 1, max(start, end - 1) + 2))
+        assert kind == "equal" or touched & lines, text.splitlines()[start:end]
+
+
+@pytest.mark.parametrize("script", sorted(SCRIPTS.glob("*.py")), ids=lambda path: path.stem)
+def test_every_trace_compiles(script: Path) -> None:
     report = port_file(script)
-    assert report.blocks
     for block in report.blocks:
         compile(block.code, str(script), "exec")
         assert "run_with" not in block.code
+    assert report.blocks or script.stem in ("generate", "gradients", "caches")
 
 
-def test_scripts_in_one_notebook_keep_apart(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Both experiments one after the other: the second assigns the names of the first again."""
-    texts = [(SCRIPTS / name).read_text(encoding="utf-8") for name in ("patch_state.py", "patch_residual.py")]
-    first, both = port_script(texts[0]), port_script("first = 1\n" + "\n".join(texts))
-    second = port_script(texts[1])
-    assert not both.problems
-    loops = [block.code for report in (first, second) for block in report.blocks if "for layer" in block.code]
-    ported = [block.code for block in both.blocks if "for layer" in block.code]
-    assert ported[-1] == loops[-1]
-    assert ported[1] == loops[1]
-
-
-# -- names -------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", [*names.hook_names(2, 3), *names.BRIDGE_MODEL, "blocks.1.mixer.hook_out"])
-def test_every_hook_name_is_the_path_that_names_says(name: str) -> None:
-    assert port_name(name) == f"model.{names.to_path(name)}.output"
-
-
-def test_a_name_keeps_what_varies() -> None:
-    assert port_name("blocks.{layer}.hook_h.{pos}") == "model.layers[layer].ssm.h[pos].output"
-    assert port_name("blocks.{l + 1}.hook_h.{-1}") == "model.layers[l + 1].ssm.h[-1].output"
-    assert port_name("blocks.{layer}.{hook}") == "model.hook(f'blocks.{layer}.{hook}').output"
-
-
-@pytest.mark.parametrize(
-    ("name", "said"),
-    [
-        ("blocks.3.hook_deltaa", "did you mean blocks.3.hook_delta or"),
-        ("blocks.3.attn.hook_pattern", "a Mamba has no attention"),
-        ("blocks.3.hook_resid_mid", "a Mamba has no attention, no MLP and one norm"),
-        ("blocks.{layer}.hook_deltaa", "no site is called 'blocks.{layer}.hook_deltaa'"),
-        ("ln_final.hook_in", "use its blocks.l.hook_resid_post"),
-    ],
-)
-def test_a_name_that_is_no_place_is_refused_with_the_reason(name: str, said: str) -> None:
-    with pytest.raises(UnknownSiteError) as caught:
-        port_name(name)
-    assert said in str(caught.value)
-    assert "900" not in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    "written",
-    [
-        "f'blocks.{layer}.hook_h.{pos}'",
-        "f'blocks.{layer!s}.hook_h.{pos:d}'",
-        "'blocks.' + str(layer) + '.hook_h.' + str(pos)",
-        "'blocks.%d.hook_h.%s' % (layer, pos)",
-        "'blocks.{}.hook_h.{}'.format(layer, pos)",
-        "'blocks.{1}.hook_h.{at}'.format(0, layer, at=pos)",
-        "utils.get_act_name('h.' + str(pos), layer)",
-        "prefix + f'hook_h.{pos}'",
-    ],
-)
-def test_a_name_is_read_however_it_is_put_together(written: str) -> None:
-    script = (
-        "from transformer_lens import utils\n"
-        "for layer in range(3):\n"
-        "    for pos in range(4):\n"
-        "        prefix = f'blocks.{layer}.'\n"
-        f"        out = model.run_with_hooks(x, fwd_hooks=[({written}, lambda h, hook: h * 0)])\n"
+def test_every_hook_of_the_fixtures_has_its_trace() -> None:
+    """As a line of its own where the script says where it is, and in the trace of its run."""
+    traces = {f.found: f.becomes for name in SCRIPTS.glob("*.py") for f in port_file(name).findings}
+    assert traces['("blocks.2.hook_y", shift)'].startswith("model.layers[2].ssm.y.output = shift(")
+    assert traces['("blocks.0.hook_h.3", lambda h, hook: torch.zeros_like(h))'] == (
+        "model.layers[0].ssm.h[3].output = torch.zeros_like(model.layers[0].ssm.h[3].output)"
     )
-    report = port_script(script)
-    becomes = {finding.becomes for finding in report.findings if finding.line == 5}
-    assert "model.layers[layer].ssm.h[pos].output" in becomes
-    code = report.blocks[-1].code
-    assert "model.layers[layer].ssm.h[pos].output = model.layers[layer].ssm.h[pos].output * 0" in code
-
-
-def test_a_name_that_depends_on_the_run_is_looked_up_there() -> None:
-    script = """
-if late:
-    name = "blocks.1.hook_y"
-else:
-    name = "blocks.0.hook_y"
-out = model.run_with_hooks(x, fwd_hooks=[(name, lambda y, hook: y * 2)])
-"""
-    assert "model.hook(name).output = model.hook(name).output * 2" in port_script(script).blocks[0].code
-
-
-# -- hook functions ----------------------------------------------------------------------------------------
-
-
-def test_a_function_whose_names_mean_another_thing_at_the_call_is_called() -> None:
-    script = """
-scale = 2
-def louder(value, hook):
-    return value * scale
-def run(model, x):
-    scale = 3
-    return model.run_with_hooks(x, fwd_hooks=[("blocks.0.hook_y", louder)])
-def run_plainly(model, x):
-    return model.run_with_hooks(x, fwd_hooks=[("blocks.0.hook_y", louder)])
-"""
-    report = port_script(script)
-    called, inlined = report.blocks
-    assert "model.layers[0].ssm.y.output = louder(model.layers[0].ssm.y.output, hook=None)" in called.code
-    assert "model.layers[0].ssm.y.output = model.layers[0].ssm.y.output * scale" in inlined.code
-    assert "def louder" in report.script
-
-
-def test_a_function_from_elsewhere_may_return_nothing() -> None:
-    code = port_script(
-        'from edits import f\nout = model.run_with_hooks(x, fwd_hooks=[("blocks.0.hook_y", f)])'
+    assert traces["(hook_name, hook_fn)"].startswith("model.layers[layer].ssm.h[position].output = hook_fn(")
+    assert traces["(name, partial(patch_residual, layer=layer, position=position))"].startswith(
+        "model.layers[layer].resid_pre.output = partial("
     )
-    assert code.blocks[-1].code.splitlines() == [
-        "with model.trace(x):",
-        "    edited = f(model.layers[0].ssm.y.output, "
-        "hook=SimpleNamespace(name='blocks.0.hook_y', layer=lambda: 0))",
-        "    if edited is not None:",
-        "        model.layers[0].ssm.y.output = edited",
-        "    out = model.lm_head.output.save()",
+    assert traces["(wanted[0], keep)"].startswith("value = model.hook(wanted[0]).output.save()\n")
+    assert traces['("blocks.0.hook_y", keep)'].splitlines() == [
+        "value = model.layers[0].ssm.y.output.save()",
+        "with loss.backward():",
+        '    keep(value.grad, hook=SimpleNamespace(name="blocks.0.hook_y", layer=lambda: 0))',
     ]
-    assert code.script.startswith("from types import SimpleNamespace\n")
+    hooks = port_file(SCRIPTS / "hooks.py")
+    run = re.compile(r"= model\.run_with_hooks\(|^model\.run_with_hooks|(inside|added) = model\(")
+    lines = (SCRIPTS / "hooks.py").read_text("utf-8").splitlines()
+    starts = [number for number, line in enumerate(lines, 1) if run.search(line)]
+    assert set(starts) <= {block.line for block in hooks.blocks}
 
 
-def test_hooks_that_are_added_at_a_hook_point_hold_until_they_are_reset() -> None:
-    script = """
-k = 1
-model.blocks[k].hook_y.add_hook(lambda y, hook: y * 0)
-a = model(x)
-model.reset_hooks()
-b = model(x)
-"""
-    first, second = port_script(script).blocks
-    assert "model.layers[k].ssm.y.output = model.layers[k].ssm.y.output * 0" in first.code
-    assert second.code == "with model.trace(x):\n    b = model.lm_head.output.save()"
-
-
-# -- loading and conversion --------------------------------------------------------------------------------
-
-
-def test_loading_and_conversion_run_as_they_are_printed(tiny: MambaTrace, tmp_path: Path) -> None:
-    script = """
-import mamba_lens
-from mamba_lens import MambaCfg, MambaInitCfg
-
-cfg = {"d_model": 16, "n_layer": 2, "vocab_size": 32, "tie_embeddings": False}
-made = mamba_lens.HookedMamba(
-    cfg=MambaCfg(d_model=16, n_layers=2, vocab_size=32, initializer_cfg=MambaInitCfg(dt_min=0.01)),
-    initialize_params=True, device="cpu",
-)
-original = mamba_lens.convert_hooked_state_dict_to_original_state_dict(
-    cfg=made.cfg, state_dict=made.state_dict()
-)
-back = mamba_lens.convert_hooked_mamba_config_to_original_config(hooked_mamba_cfg=made.cfg)
-hooked_cfg = mamba_lens.convert_original_config_to_hooked_mamba_config(cfg, device="cpu")
-hooked = mamba_lens.convert_original_state_dict_to_hooked_state_dict(original)
-model = mamba_lens.HookedMamba(cfg=hooked_cfg, device="cpu")
-model.load_state_dict(hooked)
-"""
-    report = port_script(script)
-    assert not report.problems
-    assert "model = MambaTrace.from_state_dict(hooked_cfg, hooked)" in report.script
-    done = run_ported(report, tiny, tmp_path)
-    assert back_to(done["back"]) == (16, 2, 32)
-    assert "blocks.0.W_delta_1" in "".join(done["hooked"]), "MambaLens's names"
-    for one, other in zip(done["made"]._module.parameters(), done["model"]._module.parameters(), strict=True):
-        assert torch.equal(one, other)
-
-
-def back_to(config: dict[str, Any]) -> tuple[int, int, int]:
-    return config["d_model"], config["n_layer"], config["vocab_size"]
-
-
-def test_loading_leaves_out_what_folds_weights() -> None:
-    script = """
-from transformer_lens import HookedTransformer, utils
-model = HookedTransformer.from_pretrained("state-spaces/mamba-130m", fold_ln=False, device="cuda")
-gpt = HookedTransformer.from_pretrained("gpt2")
-array = utils.to_numpy(model(x))
-accuracy = utils.lm_accuracy(model(x), x)
-"""
-    report = port_script(script)
-    code = report.blocks[1].code
-    assert code == "model = MambaTrace('state-spaces/mamba-130m', device='cuda')"
-    assert "array = logits.detach().cpu().numpy()" in report.script
-    reasons = {problem.line: problem.reason for problem in report.problems}
-    assert "gpt2 is no Mamba" in reasons[4]
-    assert "has no counterpart" in reasons[6]
-    assert any(one.found == "fold_ln=False" and "nothing is folded" in one.note for one in report.findings)
-
-
-# -- what cannot be ported, and the report -----------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("code", "line", "said"),
-    [
-        ('model.run_with_hooks(x, fwd_hooks=[("blocks.0.attn.hook_z", f)])', 1, "no attention"),
-        ('model.run_with_hooks(x, fwd_hooks=[("blocks.0.hook_hh.2", f)])', 1, "did you mean"),
-        ("y = 1\nf = lambda: model.run_with_cache(x)", 2, "a trace is a block"),
-        ("while model.run_with_hooks(x)[0, 0, 0] > 0:\n    pass", 1, "a trace is a block"),
-        ('a, c = model.run_with_cache(x, incl_bwd=True)\nc["hook_embed"]', 1, "with loss.backward()"),
-        ("a, c = model.run_with_cache(x)\nc.logit_attrs(1)", 2, "a method of ActivationCache"),
-        ("model.run_with_hooks(x, nonsense=3)", 1, "no counterpart"),
-        ('model.add_hook("blocks.0.hook_y", f, dir="bwd")\nmodel.run_with_hooks(x)', 1, "no .backward()"),
-        (
-            "hooks = [(lambda n: 'B' in n, f), ('blocks.1.mixer.in_proj.hook_out', f)]\n"
-            "model.run_with_hooks(x, fwd_hooks=hooks)",
-            2,
-            "put its line where its turn in execution order is",
-        ),
-        (
-            "h = [(f'blocks.{l}.hook_y', lambda y, hook: y * l) for l in r]\n"
-            "model.run_with_hooks(x, fwd_hooks=h)",
-            1,
-            "sees the last l only",
-        ),
-        (
-            "def f(y, hook, k):\n    return y * k\n"
-            "k = 1\nmodel.add_hook('blocks.0.hook_y', partial(f, k=k))\nk = 2\nmodel.run_with_hooks(x)",
-            4,
-            "the trace at line 6 reads k anew",
-        ),
-        ("for i in y:\n    g(i)\n    model.add_hook('blocks.0.hook_y', f)\nmodel.reset_hooks()", 1, "stay"),
-    ],
-)
-def test_what_cannot_be_ported_is_named_with_its_line(code: str, line: int, said: str) -> None:
-    problems = port_script(code).problems
-    assert [one for one in problems if one.line == line and said in one.reason], problems
-
-
-def test_flags_of_kernels_are_left_out_with_the_reason() -> None:
-    report = port_script("out = model.run_with_hooks(x, fast_ssm=True, fast_conv=True)")
-    assert {one.found: one.note for one in report.findings if one.note} == {
-        "fast_ssm=True": "the scan kernel runs wherever its inner sites are not asked for",
-        "fast_conv=True": "the convolution kernel runs wherever conv is not asked for",
-    }
-    assert report.blocks[0].code == "with model.trace(x):\n    out = model.lm_head.output.save()"
-
-
-def test_the_examples_of_the_docstrings() -> None:
-    result = doctest.testmod(mamba_trace.porting)
-    assert result.attempted >= 4
-    assert not result.failed
-
-
-def test_a_script_is_never_run() -> None:
-    report = port_script("raise SystemExit(3)\nout = model.run_with_hooks(x)")
-    assert report.blocks[0].line == 2
-
-
-def test_a_cache_whose_names_are_not_known_saves_every_site_and_says_so() -> None:
-    report = port_script("logits, cache = model.run_with_cache(x)\nshow(cache)")
-    assert "cache[name] = model.hook(name).output.save()" in report.blocks[0].code
-    assert report.notes[0].line == 2
-    assert "tracer.cache(modules=[...])" in report.notes[0].reason
-
-
-def test_the_report_says_it_all_in_lines_and_as_json() -> None:
-    report = port_script(
-        'a, c = model.run_with_cache("Hi")\nc["blocks.0.hook_y"], c["blocks.0.hook_q"]', "s.py"
-    )
-    text = str(report)
-    trace = "with model.trace(model.to_tokens('Hi', prepend_bos=True)):"
-    assert text.startswith(f"s.py\n    1  model.run_with_cache('Hi')\n       -> {trace} ...\n")
-    assert "    2  'blocks.0.hook_y'\n       -> model.layers[0].ssm.y.output" in text
-    assert "# line 1\nwith model.trace(model.to_tokens('Hi', prepend_bos=True)):\n    c = {}.save()\n" in text
-    assert "Cannot be ported:\n    2  'blocks.0.hook_q'\n" in text
-    data = json.loads(json.dumps(report.as_dict()))
-    assert data["blocks"][0]["line"] == 1
-    assert data["problems"][0]["found"] == "'blocks.0.hook_q'"
-
-
-def test_what_is_no_script_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(FileError, match=r"gone\.py cannot be read: No such file"):
-        port_file(tmp_path / "gone.py")
-    (tmp_path / "bytes.py").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(FileError, match="no text in UTF-8"):
-        port_file(tmp_path / "bytes.py")
-    with pytest.raises(FileError, match=r"broken\.py, line 2 is no Python"):
-        port_script("a = 1\nb = (", "broken.py")
-    with pytest.raises(FileError, match="is no Python"):
-        port_script("a = '\0'", "null.py")
-
-
-def test_layers_from_the_end_are_read_in_their_turn(tiny: MambaTrace, tmp_path: Path) -> None:
-    script = """
-from mamba_lens import HookedMamba
-model = HookedMamba.from_pretrained("state-spaces/mamba-130m")
-logits, cache = model.run_with_cache(tokens)
-last, first, middle = cache["resid_post", -1], cache["y", 0], cache["blocks.2.hook_y"]
-"""
-    tokens = torch.tensor([[3, 1, 7, 9]])
-    report = port_script(script)
-    script_here = report.script.replace("(tokens)", f"(torch.tensor({tokens.tolist()}))")
-    done = run_ported(replace(report, script=f"import torch\n{script_here}"), tiny, tmp_path)
+def test_the_trace_of_a_gradient_computes_what_the_hook_sees(tiny: MambaTrace) -> None:
+    script = "model.run_with_hooks(tokens, bwd_hooks=[('blocks.1.hook_h.2', lambda g, hook: seen.append(g))])"
+    (shown,) = [
+        f.becomes.splitlines() for f in port_script(script).findings if "lambda" in f.found and "run" not in f.found
+    ]
+    assert shown[2].strip() == "seen.append(value.grad)"
+    tokens, seen = torch.tensor([[3, 1, 7, 9]]), []
+    tiny.run_with_hooks(tokens, bwd_hooks=[("blocks.1.hook_h.2", lambda g, hook: seen.append(g))]).sum().backward()
     with tiny.trace(tokens):
-        y = tiny.layers[0].ssm.y.output.save()
-        post = tiny.layers[2].resid_post.output.save()
-    torch.testing.assert_close(done["first"], y)
-    torch.testing.assert_close(done["last"], post)
+        value = tiny.layers[1].ssm.h[2].output.save()
+        loss = tiny.lm_head.output.sum().save()
+    with loss.backward():
+        seen.append(value.grad)
+    torch.testing.assert_close(seen[0], seen[1])
 
 
-def test_a_script_without_hooks_says_so() -> None:
-    assert "no hook name and no call" in str(port_script("print(1)"))
-
-
-def test_the_header_of_a_script_stays_first() -> None:
-    header = '"""Doc."""\nfrom __future__ import annotations\n'
-    script = f'{header}out = model.run_with_hooks(x, fwd_hooks=[("hook_embed", f)])'
-    lines = port_script(script).script.splitlines()
-    assert lines[0] == '"""Doc."""'
-    assert lines[1:3] == ["from __future__ import annotations", "from types import SimpleNamespace"]
-
-
-def test_a_string_gets_the_token_that_the_libraries_put_first() -> None:
-    script = (
-        "from mamba_lens import HookedMamba\n"
-        "model = HookedMamba.from_pretrained('x-mamba')\n"
-        "text = 'Hi'\n"
-        "tokens = model.to_tokens(text)\n"
-        "other = model.to_tokens(text, prepend_bos=False)\n"
-        "a, b, c = model(text), model(tokens), model(text, prepend_bos=False)\n"
-    )
-    ported = port_script(script).script
-    assert "tokens = model.to_tokens(text, prepend_bos=True)" in ported
-    assert "other = model.to_tokens(text, prepend_bos=False)" in ported
-    assert ported.count("with model.trace(model.to_tokens(text, prepend_bos=True)):") == 1
-    assert ported.count("with model.trace(tokens):") == 1
-    assert ported.count("with model.trace(text):") == 1
+def test_scripts_in_one_notebook_keep_apart() -> None:
+    """Both experiments one after the other: the second assigns the names of the first again."""
+    first, second = ((SCRIPTS / name).read_text("utf-8") for name in ("patch_state.py", "patch_residual.py"))
+    both = port_script(first + second)
+    assert both.script == port_script(first).script + port_script(second).script
+    assert not both.problems
+    hooked = [block.code for block in both.blocks if "SimpleNamespace" in block.code]
+    assert len(hooked) == 2
+    assert "hook_fn(model.layers[layer].ssm.h[position].output, " in hooked[0]
+    assert "(model.layers[layer].resid_pre.output, " in hooked[1]
