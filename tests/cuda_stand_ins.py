@@ -26,7 +26,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mamba_trace.scan.cuda import installed as installed
+from mamba_trace.scan import cuda
+from mamba_trace.scan.cuda import installed
 
 HALVES = (torch.float16, torch.bfloat16)
 DTYPES = (torch.float32, *HALVES)
@@ -115,8 +116,8 @@ def install(monkeypatch: pytest.MonkeyPatch) -> StandIns:
     monkeypatch.setattr(installed, "conv_kernel", lambda: stand_ins.causal_conv1d_fn)
     monkeypatch.setattr(installed, "DEVICE_TYPES", ("cpu",))
     # The small examples are left to the tests of them: they would be among the calls.
-    monkeypatch.setattr(installed, "scan_failure", lambda device: None)
-    monkeypatch.setattr(installed, "conv_failure", lambda device: None)
+    monkeypatch.setattr(cuda, "scan_failure", lambda device: None)
+    monkeypatch.setattr(cuda, "conv_failure", lambda device: None)
     return stand_ins
 
 

@@ -26,9 +26,7 @@ INDEXING = ("aten.index.Tensor", "aten.index_put.default", "aten.index_put_.defa
 class Placed(Tensor):
     """A tensor that is on ``place``, with its numbers in ``numbers``."""
 
-    def __new__(
-        cls, numbers: Tensor, place: torch.device | None = None, requires_grad: bool = False
-    ) -> Tensor:
+    def __new__(cls, numbers: Tensor, place: torch.device | None = None, requires_grad: bool = False) -> Tensor:
         if place is None:  # accelerate makes a new parameter of the old one's class
             return nn.Parameter(numbers, requires_grad)
         return Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
@@ -40,9 +38,7 @@ class Placed(Tensor):
             device=numbers.device,
         )
 
-    def __init__(
-        self, numbers: Tensor, place: torch.device | None = None, requires_grad: bool = False
-    ) -> None:
+    def __init__(self, numbers: Tensor, place: torch.device | None = None, requires_grad: bool = False) -> None:
         if place is not None:
             self.numbers, self.place = numbers, place
 
@@ -58,9 +54,7 @@ class Placed(Tensor):
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         here = {id(tensor.numbers): tensor for tensor in tensors if isinstance(tensor, Placed)}
         place = place_of(str(op), args, tensors)
-        args, kwargs = tree_map(
-            lambda leaf: leaf.numbers if isinstance(leaf, Placed) else leaf, (args, kwargs)
-        )
+        args, kwargs = tree_map(lambda leaf: leaf.numbers if isinstance(leaf, Placed) else leaf, (args, kwargs))
         result = op(*args, **kwargs)
         target = kwargs.get("device")
         if place.type != KIND or (target is not None and torch.device(target).type == "meta"):

@@ -7,6 +7,7 @@ the sites call for and no other. The CUDA kernels are stand-ins (`cuda_stand_ins
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 from mamba_trace import MambaTrace
 from mamba_trace.errors import BackendError, LayerError
 from mamba_trace.modeling.run_report import LayerRun
-from mamba_trace.scan import dispatch
+from mamba_trace.scan import dispatch, reference
 from mamba_trace.scan.record import Call
 from mamba_trace.sites import SITES, STATE, walk
 
@@ -321,9 +322,7 @@ def test_a_layer_that_did_not_run_is_not_reported(tiny: MambaTrace, tokens: Tens
 
 
 @pytest.mark.parametrize("kernels", BACKENDS)
-def test_a_decode_step_is_one_update_of_the_state(
-    models: dict[str, MambaTrace], tokens: Tensor, kernels: str
-) -> None:
+def test_a_decode_step_is_one_update_of_the_state(models: dict[str, MambaTrace], tokens: Tensor, kernels: str) -> None:
     model = models[kernels]
     with torch.no_grad():
         model._module.generate(tokens, max_new_tokens=3, do_sample=False)
@@ -410,11 +409,31 @@ def test_an_empty_batch_or_prompt(models: dict[str, MambaTrace], kernels: str, B
     out, h_last = dispatch.gated_scan(x, x, A, C, C, torch.ones(4), x, h, kernels=kernels)
     assert out.shape == x.shape
     assert torch.equal(h_last, h)
-    y, h_last = dispatch.explicit_scan(
-        torch.ones(B, L, 4, 3), torch.ones(B, L, 4, 3), x, C, h, kernels=kernels
-    )
+    y, h_last = dispatch.explicit_scan(torch.ones(B, L, 4, 3), torch.ones(B, L, 4, 3), x, C, h, kernels=kernels)
     assert y.shape == x.shape
     assert torch.equal(h_last, h)
+
+
+@pytest.mark.parametrize(
+    "name", ["selective_scan", "selective_states", "gated_scan", "explicit_scan", "explicit_states"]
+)
+def test_a_scan_takes_the_arguments_of_its_definition_and_the_backend(name: str) -> None:
+    run, definition = getattr(dispatch, name), getattr(reference, name)
+    arguments = [argument for argument in inspect.signature(definition).parameters if argument != "scan"]
+    assert [*inspect.signature(run).parameters] == [*arguments, "kernels"]
+    assert run.__name__ == name
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"A": (4, 3), "B": (2, 9, 3), "C": (2, 9, 3), "D": (4,), "h_start": (2, 4, 3)}
+    shapes |= dict.fromkeys(("A_bar", "B_bar"), (2, 9, 4, 3))
+    given = {each: -torch.rand(shapes.get(each, (2, 9, 4)), generator=generator) for each in arguments}
+    for kernels in ("reference", "cpu"):
+        for by_position in (0, 2, len(arguments)):
+            inputs = [*given.values()][:by_position]
+            named = {each: tensor for each, tensor in given.items() if each in arguments[by_position:]}
+            for one, other in zip(run(*inputs, **named, kernels=kernels), definition(**given), strict=True):
+                agree(one, other)
+    with pytest.raises(TypeError, match="beta"):
+        run(**given, beta=given["C"])
 
 
 def test_every_site_of_a_mixer_has_a_row() -> None:
@@ -429,9 +448,7 @@ TRANSFORMS: dict[str, Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]] = 
     "grad": lambda f, e: torch.func.grad(lambda x: f(x).square().sum())(e),
     "jvp": lambda f, e: torch.func.jvp(f, (e,), (e.cos(),))[1],
     "vmap": lambda f, e: torch.func.vmap(lambda x: f(x[None])[0])(e),
-    "gradients per sample": lambda f, e: torch.func.vmap(torch.func.grad(lambda x: f(x[None]).sin().sum()))(
-        e
-    ),
+    "gradients per sample": lambda f, e: torch.func.vmap(torch.func.grad(lambda x: f(x[None]).sin().sum()))(e),
     "hessian": lambda f, e: torch.func.hessian(lambda v: f(e[:1, :3] + v).sin().sum())(e[0, 0]),
     "forward mode": lambda f, e: forward_mode(f, e),
 }
@@ -439,9 +456,7 @@ TRANSFORMS: dict[str, Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]] = 
 
 def forward_mode(f: Callable[[Tensor], Tensor], e: Tensor) -> Tensor:
     with torch.autograd.forward_ad.dual_level():
-        return torch.autograd.forward_ad.unpack_dual(
-            f(torch.autograd.forward_ad.make_dual(e, e.cos()))
-        ).tangent
+        return torch.autograd.forward_ad.unpack_dual(f(torch.autograd.forward_ad.make_dual(e, e.cos()))).tangent
 
 
 @pytest.mark.parametrize("name", TRANSFORMS)
@@ -462,9 +477,7 @@ def test_transforms_of_functions_are_those_of_hugging_face_s_module(
     assert ("cpu" in {call.backend for call in model.last_run[0].calls}) == (kernels == "auto")
 
 
-def test_the_parameters_of_a_wrapped_module_can_be_transformed(
-    tiny_hf: ModuleFactory, tokens: Tensor
-) -> None:
+def test_the_parameters_of_a_wrapped_module_can_be_transformed(tiny_hf: ModuleFactory, tokens: Tensor) -> None:
     grads = []
     for module in (tiny_hf(), MambaTrace(tiny_hf())._module):
         weights = {name: weight.detach() for name, weight in module.named_parameters()}
@@ -479,9 +492,7 @@ def test_the_parameters_of_a_wrapped_module_can_be_transformed(
 
 
 @pytest.mark.parametrize("kernels", ["cpu", "triton", "cuda"])
-def test_a_kernel_that_is_forced_says_why_it_cannot_be_transformed(
-    models: dict[str, MambaTrace], kernels: str
-) -> None:
+def test_a_kernel_that_is_forced_says_why_it_cannot_be_transformed(models: dict[str, MambaTrace], kernels: str) -> None:
     module, embeddings = models[kernels]._module, torch.rand(1, 3, SIZES["hidden_size"])
     message = f"kernels='{kernels}' cannot run under torch.func .*: use kernels='auto' or kernels='reference'"
     with pytest.raises(BackendError, match=message):

@@ -60,9 +60,7 @@ def test_logits_states_and_gradients_are_those_of_the_reference(
 
 
 @pytest.mark.parametrize("kernels", BACKENDS)
-def test_decoding_gives_the_same_tokens_and_states(
-    models: dict[str, MambaTrace], tokens: Tensor, kernels: str
-) -> None:
+def test_decoding_gives_the_same_tokens_and_states(models: dict[str, MambaTrace], tokens: Tensor, kernels: str) -> None:
     found = []
     for model in (models["reference"], models[kernels]):
         with torch.no_grad(), model.generate(tokens, max_new_tokens=4, do_sample=False) as tracer:
@@ -79,9 +77,7 @@ def test_decoding_gives_the_same_tokens_and_states(
 
 
 @pytest.mark.parametrize(("kernels", "runs"), [("reference", "reference"), ("cpu", "cpu"), ("auto", "cpu")])
-def test_the_choice_is_what_runs(
-    models: dict[str, MambaTrace], tokens: Tensor, kernels: str, runs: str
-) -> None:
+def test_the_choice_is_what_runs(models: dict[str, MambaTrace], tokens: Tensor, kernels: str, runs: str) -> None:
     model = models[kernels]
     with torch.no_grad(), model.trace(tokens):
         model.layers[0].ssm.h[2].output[:] = 0
@@ -106,9 +102,7 @@ def test_float64_runs_on_the_reference(tiny_hf: ModuleFactory, tokens: Tensor, k
     agree(single_logits.double(), logits)
 
 
-def test_cpu_on_a_float64_model_says_why_not_and_the_model_stays_usable(
-    tiny_hf: ModuleFactory, tokens: Tensor
-) -> None:
+def test_cpu_on_a_float64_model_says_why_not_and_the_model_stays_usable(tiny_hf: ModuleFactory, tokens: Tensor) -> None:
     model = MambaTrace(tiny_hf(dtype=torch.float64), kernels="cpu")
     reason = r"kernels='cpu' cannot run this scan: it computes in float32, not torch.float64; .*'auto'"
     for _ in range(2):  # the first failure leaves nothing behind

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import agree
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -59,14 +60,6 @@ def by_definition(inputs: Arguments) -> tuple[Tensor, Tensor, Tensor]:
     return torch.einsum("blen,bln->ble", trajectory, C), states[-1] if states else h_start, trajectory
 
 
-def close(actual: Tensor, expected: Tensor, tolerance: float) -> None:
-    assert actual.shape == expected.shape
-    largest = float(expected.abs().max()) if expected.numel() else 1.0
-    torch.testing.assert_close(
-        actual.double(), expected.double(), rtol=0, atol=tolerance * max(largest, 1e-30)
-    )
-
-
 def run_both(inputs: Arguments) -> list[tuple[Tensor, Tensor]]:
     """Both scans on the same recurrence."""
     return [selective_scan(*pick(inputs, SELECTIVE)), explicit_scan(*pick(inputs, EXPLICIT))]
@@ -85,8 +78,8 @@ def test_both_scans_are_the_definition(B: int, L: int, E: int, N: int, seed: int
     y, h_last, _ = by_definition(inputs)
     for actual_y, actual_h in run_both(inputs):
         assert actual_y.dtype == actual_h.dtype == torch.float64
-        close(actual_y, y, FLOAT64)
-        close(actual_h, h_last, FLOAT64)
+        agree(actual_y, y, FLOAT64)
+        agree(actual_h, h_last, FLOAT64)
 
 
 def test_float32_is_as_near_as_float32_is() -> None:
@@ -94,8 +87,8 @@ def test_float32_is_as_near_as_float32_is() -> None:
     y, h_last, _ = by_definition(inputs)
     for actual_y, actual_h in run_both({name: tensor.float() for name, tensor in inputs.items()}):
         assert actual_y.dtype == actual_h.dtype == torch.float32
-        close(actual_y, y, FLOAT32)
-        close(actual_h, h_last, FLOAT32)
+        agree(actual_y, y, FLOAT32)
+        agree(actual_h, h_last, FLOAT32)
 
 
 def test_without_h_start_the_state_begins_at_zero() -> None:
@@ -103,7 +96,7 @@ def test_without_h_start_the_state_begins_at_zero() -> None:
     zero = inputs | {"h_start": torch.zeros_like(inputs["h_start"])}
     for scan, names in ((selective_scan, SELECTIVE), (explicit_scan, EXPLICIT)):
         for actual, expected in zip(scan(*pick(inputs, names)[:-1]), by_definition(zero)[:2], strict=True):
-            close(actual, expected, FLOAT64)
+            agree(actual, expected, FLOAT64)
 
 
 @pytest.mark.parametrize("h_start", [True, False])
@@ -130,12 +123,12 @@ def test_any_strides_will_do() -> None:
     for contiguous, other in zip(
         run_both(inputs), run_both({name: strided(tensor) for name, tensor in inputs.items()}), strict=True
     ):
-        close(other[0], contiguous[0], FLOAT64)
-        close(other[1], contiguous[1], FLOAT64)
+        agree(other[0], contiguous[0], FLOAT64)
+        agree(other[1], contiguous[1], FLOAT64)
     broadcast = inputs | {"delta": inputs["delta"][:1, :1, :1].expand_as(inputs["delta"])}  # strides of 0
     y, h_last, _ = by_definition(discretised(broadcast))
-    close(selective_scan(*pick(broadcast, SELECTIVE))[0], y, FLOAT64)
-    close(selective_scan(*pick(broadcast, SELECTIVE))[1], h_last, FLOAT64)
+    agree(selective_scan(*pick(broadcast, SELECTIVE))[0], y, FLOAT64)
+    agree(selective_scan(*pick(broadcast, SELECTIVE))[1], h_last, FLOAT64)
 
 
 @pytest.mark.parametrize("dtype", HALF)
@@ -145,13 +138,13 @@ def test_half_precision_is_accumulated_in_float32(dtype: torch.dtype) -> None:
     y, h_last, _ = by_definition(exact)
     actual_y, actual_h = selective_scan(*pick(inputs, SELECTIVE))
     assert actual_y.dtype == actual_h.dtype == torch.float32
-    close(actual_y, y, FLOAT32)
-    close(actual_h, h_last, FLOAT32)
+    agree(actual_y, y, FLOAT32)
+    agree(actual_h, h_last, FLOAT32)
     y, h_last, _ = by_definition({name: tensor.double() for name, tensor in inputs.items()})
     actual_y, actual_h = explicit_scan(*pick(inputs, EXPLICIT))
     assert actual_y.dtype == actual_h.dtype == torch.float32
-    close(actual_y, y, FLOAT32)
-    close(actual_h, h_last, FLOAT32)
+    agree(actual_y, y, FLOAT32)
+    agree(actual_h, h_last, FLOAT32)
 
 
 @pytest.mark.parametrize(("scan", "names"), [(selective_scan, SELECTIVE), (explicit_scan, EXPLICIT)])
@@ -190,8 +183,8 @@ def test_segments_join_to_the_whole(L: int, cuts: set[int], seed: int) -> None:
             part, h = one.run(start, stop, h)
             parts.append(part)
             start = stop
-        close(torch.cat(parts, 1), y, FLOAT64)
-        close(h, h_last, FLOAT64)
+        agree(torch.cat(parts, 1), y, FLOAT64)
+        agree(h, h_last, FLOAT64)
 
 
 @pytest.mark.parametrize(("start", "stop"), [(0, 7), (0, 3), (2, 5), (6, 7), (4, 4)])
@@ -201,11 +194,11 @@ def test_states_are_those_of_each_position(start: int, stop: int) -> None:
     before = inputs["h_start"] if start == 0 else trajectory[:, start - 1]
     for one in recurrences(inputs):
         out, states = one.states(start, stop, before)
-        close(out, y[:, start:stop], FLOAT64)
-        close(states, trajectory[:, start:stop], FLOAT64)
-        close(one.read(states, slice(start, stop)), y[:, start:stop], FLOAT64)
-        close(one.read(trajectory[:, 3], 3), y[:, 3], FLOAT64)
-        close(one.read(trajectory), y, FLOAT64)
+        agree(out, y[:, start:stop], FLOAT64)
+        agree(states, trajectory[:, start:stop], FLOAT64)
+        agree(one.read(states, slice(start, stop)), y[:, start:stop], FLOAT64)
+        agree(one.read(trajectory[:, 3], 3), y[:, 3], FLOAT64)
+        agree(one.read(trajectory), y, FLOAT64)
 
 
 @pytest.mark.parametrize("cut", [0, 3, 7])
@@ -219,14 +212,12 @@ def test_the_gradients_of_watched_matrices_are_those_of_explicit_ones(cut: int) 
         score = torch.cat((before, after), 1).square().sum() + h.square().sum() + h_last.pow(3).sum()
         gradients.append(torch.autograd.grad(score, leaves))
     for explicit, watched in zip(*gradients, strict=True):
-        close(watched, explicit, FLOAT64)
+        agree(watched, explicit, FLOAT64)
 
 
 def stretches(model: MambaTrace) -> list[list[int]]:
     """How many positions each scan call of the last run had, layer by layer."""
-    return [
-        [call.positions for call in layer.calls if "conv" not in call.function] for layer in model.last_run
-    ]
+    return [[call.positions for call in layer.calls if "conv" not in call.function] for layer in model.last_run]
 
 
 def test_three_wanted_states_cost_one_layer_four_segments(tiny: MambaTrace, tokens: Tensor) -> None:

@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import cuda_stand_ins
+import numba
 import pytest
 import torch
 from conftest import ModuleFactory, agree
+from numba.core.errors import TypingError
 from torch import Tensor
 
 from mamba_trace import MambaTrace
@@ -22,30 +24,9 @@ from mamba_trace.flow import channel_mask, decay_groups, knockout
 from mamba_trace.hidden_attention import hidden_attention
 from mamba_trace.lenses import state_lens
 from mamba_trace.patching import PatchGrid, attribution_grid, logit_diff, patch_grid
-from mamba_trace.scan import (
-    cpu,
-    cuda,
-    reference,
-)
+from mamba_trace.scan import cpu, cuda, reference
 from mamba_trace.scan.buffers import Buffer, Layout
-from mamba_trace.scan.cpu import (
-    conv as _conv,
-)
-from mamba_trace.scan.cpu import (
-    explicit as _explicit,
-)
-from mamba_trace.scan.cpu import (
-    explicit_backward as _explicit_backward,
-)
-from mamba_trace.scan.cpu import (
-    selective as _selective,
-)
-from mamba_trace.scan.cpu import (
-    selective_backward as _selective_backward,
-)
-from mamba_trace.scan.cpu import (
-    team,
-)
+from mamba_trace.scan.cpu import compiled, conv, explicit, selective, team
 from mamba_trace.scan.cuda import installed as installed
 
 triton = pytest.importorskip("mamba_trace.scan.triton")
@@ -107,9 +88,7 @@ def results(run: Callable[..., Any], inputs: list[Tensor]) -> list[Tensor]:
     ("backend", "function"),
     [(name, f) for name, module in BACKENDS.items() for f in FUNCTIONS if hasattr(module, f)],
 )
-def test_a_scan_is_the_same_under_every_default(
-    backend: str, function: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_scan_is_the_same_under_every_default(backend: str, function: str, monkeypatch: pytest.MonkeyPatch) -> None:
     cuda_stand_ins.install(monkeypatch)
     inputs, run = arguments(FUNCTIONS[function]), getattr(BACKENDS[backend], function)
     expected = results(getattr(reference, function), [tensor.double() for tensor in inputs])
@@ -123,7 +102,7 @@ def test_a_scan_is_the_same_under_every_default(
 
 @pytest.mark.parametrize("default", DEFAULTS)
 def test_the_probe_of_the_cuda_kernels_is_in_float32(default: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    failures = (installed.scan_failure.__wrapped__, installed.conv_failure.__wrapped__)
+    failures = (cuda.scan_failure.__wrapped__, cuda.conv_failure.__wrapped__)
     cuda_stand_ins.install(monkeypatch)
     for _ in set_default(default):
         assert [failure(torch.device("cpu")) for failure in failures] == [None, None]
@@ -131,13 +110,11 @@ def test_the_probe_of_the_cuda_kernels_is_in_float32(default: str, monkeypatch: 
 
 
 def _waves_dtype() -> torch.dtype:
-    return installed._waves(2, 3, device=torch.device("cpu")).dtype
+    return installed.waves(2, 3, device=torch.device("cpu")).dtype
 
 
 @pytest.mark.parametrize("kernels", ["cpu", "reference"])
-def test_a_model_is_the_same_under_every_default(
-    tiny_hf: ModuleFactory, tokens: Tensor, kernels: str
-) -> None:
+def test_a_model_is_the_same_under_every_default(tiny_hf: ModuleFactory, tokens: Tensor, kernels: str) -> None:
     plain, model = tiny_hf(), MambaTrace(tiny_hf(), kernels=kernels)
     generation = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False}
     generated = plain.generate(tokens, **generation)
@@ -196,13 +173,13 @@ def test_analyses_are_the_same_under_every_default(tiny: MambaTrace, default: st
 # -- what does not fit ---------------------------------------------------------------------------------------
 
 KERNELS = {
-    module.__name__.rsplit(".", 1)[-1]: getattr(module, name)
+    f"{module.__name__.rsplit('.', 1)[-1]} {name}": getattr(module, name)
     for module, name in (
-        (_selective, "forward"),
-        (_selective_backward, "backward"),
-        (_explicit, "forward"),
-        (_explicit_backward, "backward"),
-        (_conv, "forward"),
+        (selective, "forward"),
+        (selective, "backward"),
+        (explicit, "forward"),
+        (explicit, "backward"),
+        (conv, "forward"),
     )
 }
 AXES = {"batch": 2, "length": 3, "width": 4, "n_state": 2, "taps": 3, "past": 2, "pieces": 1}
@@ -211,8 +188,8 @@ AXES = {"batch": 2, "length": 3, "width": 4, "n_state": 2, "taps": 3, "past": 2,
 def fitting(layout: Layout) -> dict[str, Any]:
     """What a kernel of the CPU takes: every number, and zeros of the right shapes."""
     given = {name: AXES.get(name, 1) for name in layout.given}
-    for one in layout.arrays:
-        given[one.name] = torch.zeros([AXES[axis] for axis in one.buffer.names])
+    for name, buffer in layout.buffers.items():
+        given[name] = torch.zeros([AXES[axis] for axis in buffer.names])
     return given
 
 
@@ -232,10 +209,10 @@ def test_a_kernel_of_the_cpu_refuses_what_does_not_fit(name: str) -> None:
     kernel = KERNELS[name]
     good = fitting(kernel.layout)
     team.run(kernel, 1, **good)
-    for one in kernel.layout.arrays:
-        for wrong in not_fitting(good[one.name], one.buffer.dense):
+    for array, buffer in kernel.layout.buffers.items():
+        for wrong in not_fitting(good[array], buffer.dense):
             with pytest.raises(BackendError, match=r"a compiled kernel takes|among the inputs of a scan"):
-                team.run(kernel, 1, **{**good, one.name: wrong})
+                team.run(kernel, 1, **{**good, array: wrong})
     for missing in good:
         with pytest.raises(BackendError, match="takes"):
             team.run(kernel, 1, **{name: value for name, value in good.items() if name != missing})
@@ -244,27 +221,87 @@ def test_a_kernel_of_the_cpu_refuses_what_does_not_fit(name: str) -> None:
 
 
 def test_an_array_that_a_kernel_does_not_look_at_may_be_missing() -> None:
-    good = fitting(_selective.FORWARD)
+    good = fitting(selective.FORWARD)
     missing = dict.fromkeys(("skip", "D", "states"))
-    team.run(_selective.forward, 1, **{**good, **missing, "gated": 0, "keep": 0})
+    team.run(selective.forward, 1, **{**good, **missing, "gated": 0, "keep": 0})
 
 
 def test_the_places_of_a_layout_do_not_overlap() -> None:
     layout = Layout("scale", x=Buffer("length width", dense=1), out=Buffer("length width"))
-    assert layout.at._asdict() == {
-        "next": 0, "pieces": 1, "scale": 2, "length": 3, "width": 4, "x": 5, "out": 8,
+    assert layout.places == {
+        "next": 0, "pieces": 1, "scale": 2, "length": 3, "width": 4, "x": 5, "out": 7,
     }  # fmt: skip
+    assert layout.length == 8
     x, out = torch.rand(5, 4)[:, :3], torch.empty(5, 3)
     assert list(layout.pack(7, {"scale": 2, "x": x, "out": out})) == [
         *(0, 7, 2, 5, 3),
-        *(x.data_ptr(), 4, 1),
+        *(x.data_ptr(), 4),
         out.data_ptr(),
     ]
     for kernel in KERNELS.values():
-        assert len(kernel.layout.pack(1, fitting(kernel.layout))) <= 64  # _compiled.MOST
+        assert len(kernel.layout.pack(1, fitting(kernel.layout))) == kernel.layout.length
 
 
-def test_thekernels_refuse_what_does_not_fit() -> None:
+def test_an_axis_of_an_array_that_is_not_looked_at_shifts_no_other_number() -> None:
+    layout = Layout("with_a", a=Buffer("rows columns", when="with_a"), b=Buffer("rows"))
+    b = torch.empty(3)
+    assert list(layout.pack(1, {"with_a": 0, "a": None, "b": b})) == [0, 1, 0, 3, 0, 0, b.data_ptr()]
+
+
+SUM = Layout("scale", x=Buffer("rows columns", dense=1), out=Buffer("rows"))
+
+
+def add_up(data: Any) -> None:
+    """out[r] = scale * sum over c of x[r, c]."""
+    p = sum_arguments(data)
+    for r in range(p.rows):
+        p.out[r] = 0
+        for c in range(p.columns):
+            p.out[r] += p.scale * p.x[r, c]
+
+
+def unknown_name(data: Any) -> None:
+    p = sum_arguments(data)
+    p.out[0] = p.factor
+
+
+def wrong_rank(data: Any) -> None:
+    p = sum_arguments(data)
+    p.out[0, 0] = p.x[0, 0]
+
+
+sum_arguments = compiled.arguments_of(SUM)
+
+
+def test_a_kernel_finds_its_arguments_by_name() -> None:
+    x, out = torch.rand(3, 5)[:, 1:4], torch.empty(3)
+    team.run(compiled.Kernel(add_up, SUM), 1, scale=2, x=x, out=out)
+    agree(out, 2 * x.sum(1))
+
+
+@pytest.mark.parametrize(("function", "reason"), [(unknown_name, "factor"), (wrong_rank, "setitem")])
+def test_a_name_or_a_rank_that_a_layout_lacks_does_not_compile(function: Any, reason: str) -> None:
+    with pytest.raises(TypingError, match=reason):
+        _ = compiled.Kernel(function, SUM).compiled
+
+
+def test_compiled_code_for_other_places_is_not_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Numba keeps compiled code as long as the kernel's own file stays: the places are part of the key."""
+    monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path))
+    x, out = torch.rand(3, 5), torch.empty(3)
+    hits = []
+    for layout in (SUM, SUM, Layout("shift scale", x=Buffer("rows columns", dense=1), out=Buffer("rows"))):
+        monkeypatch.setitem(globals(), "sum_arguments", compiled.arguments_of(layout))
+        kernel = compiled.Kernel(add_up, layout)
+        given = {"scale": 2, "x": x, "out": out} | ({"shift": 0} if "shift" in layout.places else {})
+        out.zero_()
+        team.run(kernel, 1, **given)
+        agree(out, 2 * x.sum(1))
+        hits.append(kernel.compiled.cache_hits)
+    assert hits == [0, 1, 0]
+
+
+def test_the_triton_kernels_refuse_what_does_not_fit() -> None:
     inputs = arguments("x delta A B C h_start")
     B, L, E, N, _ = SIZES.values()
     states, checkpoints = torch.zeros(B, L, E, N), torch.zeros(B, 1, E, N)

@@ -20,8 +20,7 @@ from torch import Tensor
 
 from mamba_trace.errors import BackendError
 from mamba_trace.scan import check, cuda, reference
-from mamba_trace.scan.cuda import installed as installed
-from mamba_trace.scan.cuda.installed import conv_failure, scan_failure
+from mamba_trace.scan.cuda import conv_failure, installed, scan_failure
 
 TOLERANCE = 1e-5  # of a tensor's largest value
 FUNCTIONS = ("selective_scan", "selective_states", "gated_scan")
@@ -84,9 +83,7 @@ def gradients(run: Callable[..., Any], inputs: list[Tensor], through: str) -> li
     chosen = {"first": [first], "second": [second], "both": [first, second]}[through]
     total = torch.stack([(result * weights(result)).sum().to(torch.float64) for result in chosen]).sum()
     grads = torch.autograd.grad(total, leaves, allow_unused=True)
-    return [
-        torch.zeros_like(leaf) if grad is None else grad for leaf, grad in zip(leaves, grads, strict=True)
-    ]
+    return [torch.zeros_like(leaf) if grad is None else grad for leaf, grad in zip(leaves, grads, strict=True)]
 
 
 def compare(function: str, inputs: list[Tensor], tolerance: float = TOLERANCE) -> None:
@@ -123,9 +120,7 @@ def test_values_are_those_of_float64(function: str, shape: tuple[int, ...], star
 @pytest.mark.parametrize("start", [True, False], ids=["start", "no start"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("function", FUNCTIONS)
-def test_gradients_are_those_of_float64(
-    function: str, shape: tuple[int, ...], start: bool, through: str
-) -> None:
+def test_gradients_are_those_of_float64(function: str, shape: tuple[int, ...], start: bool, through: str) -> None:
     compare_gradients(function, arguments(function, *shape, start=start), through)
 
 
@@ -528,8 +523,8 @@ def test_a_kernel_is_tried_before_it_is_used(kernels: StandIns, monkeypatch: pyt
     assert scan_failure.__wrapped__(cpu) is None
     assert conv_failure.__wrapped__(cpu) is None
     assert [call.name for call in kernels.calls] == ["scan", "conv"]
-    monkeypatch.setattr(installed, "scan_failure", scan_failure.__wrapped__)
-    monkeypatch.setattr(installed, "conv_failure", conv_failure.__wrapped__)
+    monkeypatch.setattr(cuda, "scan_failure", scan_failure.__wrapped__)
+    monkeypatch.setattr(cuda, "conv_failure", conv_failure.__wrapped__)
     monkeypatch.setattr(installed, "scan_kernel", lambda: broken)
     failed = "its kernel fails here (RuntimeError: CUDA error: no kernel image is available)"
     assert cuda.unavailable(cpu) == failed

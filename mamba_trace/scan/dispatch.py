@@ -1,14 +1,16 @@
 """Which backend runs a scan: chosen at each call from device, dtype, size and availability, or forced.
 
-A backend is a module with the functions of `reference`, which say what they mean, and `unavailable`, which
-says why it cannot run. One may lack the explicit scan or the convolution; Triton and PyTorch stand in for it.
-What is the same for all of them is here: fake tensors get their shapes and no more, a call without any
-element or of a single position needs no kernel, one under a transform of `torch.func` can have none, and rows
-that have an A of their own are run one at a time.
+A backend is a module that has the functions of `reference`, where they are defined, and `unavailable`, which
+says why the backend cannot run. A backend may lack the explicit scan or the convolution; then Triton or
+PyTorch runs them. What is the same for all backends is here. Fake tensors get results of the right shapes and
+nothing is computed. A call without elements, or with a single position on a GPU, needs no kernel. A call
+under a transform of `torch.func` cannot have one. Where each batch row has its own A, the rows are run one at
+a time.
 """
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,23 +23,23 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from ..errors import BackendError
 from . import cpu, cuda, outline, reference, triton
+from .recompute import transformed
 from .record import note
 from .reference import accumulation_dtype
-from .transforms import transformed
 
 #: The backends by name.
 BACKENDS: dict[str, ModuleType] = {"reference": reference, "cpu": cpu, "cuda": cuda, "triton": triton}
 #: What ``kernels=`` takes.
 KERNELS = ("auto", *BACKENDS)
-#: Which of them suit a device, best first.
+#: The backends that suit a type of device, best first.
 SUITABLE: dict[str, tuple[str, ...]] = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
 
 
 def check(kernels: str) -> str:
-    """``kernels``, if it is a backend that can run here at all.
+    """Return ``kernels`` if it is ``"auto"`` or a backend that can run on this machine at all.
 
     Raises:
-        BackendError: if there is no such backend, or it cannot run, with the reason.
+        BackendError: if there is no such backend, or if it cannot run, with the reason.
     """
     if kernels not in KERNELS:
         raise BackendError(f"no backend is called {kernels!r}; there are {', '.join(KERNELS)}")
@@ -47,10 +49,10 @@ def check(kernels: str) -> str:
 
 
 def choose(kernels: str, device: torch.device, dtype: torch.dtype, d_state: int) -> str:
-    """The name of the backend that runs a scan accumulated in ``dtype`` over states of ``d_state``.
+    """The name of the backend that runs a scan accumulated in ``dtype`` over states of ``d_state`` numbers.
 
     Raises:
-        BackendError: if the forced one cannot run on these inputs, with the reason.
+        BackendError: if ``kernels`` names a backend that cannot run on these inputs, with the reason.
     """
     if transformed():
         if kernels in ("auto", "reference"):
@@ -80,8 +82,8 @@ class Availability:
 
     Attributes:
         backend: its name.
-        scan: why its scan cannot run, and what to do; ``None`` if it can.
-        convolution: the same of its convolution.
+        scan: why its scan cannot run, and what to do about it; ``None`` if it can run.
+        convolution: the same for its convolution.
     """
 
     backend: str
@@ -90,24 +92,27 @@ class Availability:
 
 
 def availability() -> list[Availability]:
-    """What this machine has of every backend.
+    """Whether each backend can run on this machine.
 
     Example::
 
-        [one.backend for one in availability() if one.scan is None]
+        [each.backend for each in availability() if each.scan is None]
     """
-    found = []
-    for name, backend in BACKENDS.items():
-        probe = getattr(backend, "conv_unavailable", lambda: "it has none of its own, and PyTorch's runs")
-        found.append(Availability(name, backend.unavailable(), probe()))
-    return found
+
+    def no_convolution() -> str:
+        return "it has none of its own, and PyTorch's runs"
+
+    return [
+        Availability(name, backend.unavailable(), getattr(backend, "conv_unavailable", no_convolution)())
+        for name, backend in BACKENDS.items()
+    ]
 
 
 _warned = False
 
 
 def warn_of_fallback(reasons: str) -> None:
-    """Say, once in a process, that no kernel can run and plain PyTorch does."""
+    """Warn, once in a process, that no compiled kernel can run and that plain PyTorch runs instead."""
     global _warned
     if not _warned:
         _warned = True
@@ -115,115 +120,79 @@ def warn_of_fallback(reasons: str) -> None:
         warnings.warn(f"{message}. `mamba-trace info` says what to install", stacklevel=2)
 
 
-def selective_scan(
-    x: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    h_start: Tensor | None = None,
-    *,
-    kernels: str = "auto",
-) -> tuple[Tensor, Tensor]:
-    """`reference.selective_scan` on the backend ``kernels`` names or that suits the inputs best.
+def _dispatched(definition: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:
+    """Make the function that runs a scan of `reference` on any backend.
 
-    Example::
+    It takes the arguments of its definition, by position or by name, and ``kernels``: the backend to run on,
+    or ``"auto"``, the default, for the best that can run on these inputs.
 
-        x, delta, A, B = torch.rand(2, 9, 4), torch.rand(2, 9, 4), -torch.rand(4, 3), torch.rand(2, 9, 3)
-        y, h_last = selective_scan(x, delta, A, B, C=B)  # [2,9,4], [2,4,3]
+    Args:
+        definition: the function of `reference`.
     """
-    return _run("selective_scan", (x, delta, A, B, C, h_start), kernels, A)
+    name, signature = definition.__name__, inspect.signature(definition)
+    arguments = [each for each in signature.parameters.values() if each.kind is not each.KEYWORD_ONLY]
+    signature = signature.replace(parameters=arguments)
+    C_at = [*signature.parameters].index("C")
+    A_at = 2 if "A" in signature.parameters else None
+
+    def run(*inputs: Tensor | None, kernels: str = "auto", **named: Tensor | None) -> tuple[Tensor, Tensor]:
+        if named:
+            inputs = signature.bind(*inputs, **named).args
+        first, C = inputs[0], inputs[C_at]
+        assert isinstance(first, Tensor)
+        assert isinstance(C, Tensor)
+        if isinstance(first, FakeTensor) or first.is_meta:
+            return getattr(outline, name)(*inputs)
+        backend = _backend(name, first, accumulation_dtype(*inputs), C.shape[-1], kernels)
+        note(name, backend, first.shape[1])
+        function = getattr(BACKENDS[backend], name)
+        A = None if A_at is None else inputs[A_at]
+        return function(*inputs) if A is None or A.dim() < 3 else _by_rows(function, inputs, A)
+
+    run.__name__ = run.__qualname__ = name
+    run.__doc__ = f"On the backend ``kernels``, or on the best that can run: {inspect.getdoc(definition)}"
+    option = inspect.Parameter("kernels", inspect.Parameter.KEYWORD_ONLY, default="auto", annotation="str")
+    run.__signature__ = signature.replace(parameters=[*arguments, option])  # type: ignore[attr-defined]
+    return run
 
 
-def selective_states(
-    x: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    h_start: Tensor | None = None,
-    *,
-    kernels: str = "auto",
-) -> tuple[Tensor, Tensor]:
-    """`reference.selective_states` on the backend ``kernels`` names or that suits the inputs best.
-
-    Example::
-
-        x, delta, A, B = torch.rand(2, 9, 4), torch.rand(2, 9, 4), -torch.rand(4, 3), torch.rand(2, 9, 3)
-        y, states = selective_states(x, delta, A, B, C=B)  # [2,9,4], [2,9,4,3]
-    """
-    return _run("selective_states", (x, delta, A, B, C, h_start), kernels, A)
+def _backend(name: str, first: Tensor, dtype: torch.dtype, d_state: int, kernels: str) -> str:
+    # The name of the backend that runs the function ``name`` on inputs such as ``first`` [B,L,...].
+    chosen = choose(kernels, first.device, dtype, d_state)
+    if not hasattr(BACKENDS[chosen], name):  # mamba-ssm's kernel takes no matrices
+        chosen = "reference" if triton.unavailable(first.device, dtype, d_state) else "triton"
+    if first.numel() == 0 or (first.shape[1] == 1 and chosen != "cpu"):
+        return "reference"  # there is nothing to do, or one update of the state
+    return chosen
 
 
-def gated_scan(
-    x: Tensor,
-    delta_2: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor,
-    skip: Tensor,
-    h_start: Tensor | None = None,
-    *,
-    kernels: str = "auto",
-) -> tuple[Tensor, Tensor]:
-    """`reference.gated_scan` on the backend ``kernels`` names or that suits the inputs best.
+def _by_rows(run: Callable[..., Any], inputs: tuple[Tensor | None, ...], A: Tensor) -> tuple[Tensor, Tensor]:
+    # Each batch row has its own A, since invokes have edited it: A is [B,E,N]. D [E] is the only other input
+    # without a batch axis.
+    def row(tensor: Tensor | None, at: int) -> Tensor | None:
+        if tensor is None or tensor.dim() == 1:
+            return tensor
+        return tensor[at] if tensor is A else tensor[at : at + 1]
 
-    Example::
-
-        x, delta, A, B = torch.rand(2, 9, 4), torch.rand(2, 9, 4), -torch.rand(4, 3), torch.rand(2, 9, 3)
-        out, h_last = gated_scan(x, delta, A, B, B, torch.ones(4), x)  # [2,9,4], [2,4,3]
-    """
-    return _run("gated_scan", (x, delta_2, A, B, C, D, skip, h_start), kernels, A)
+    rows = [run(*(row(tensor, at) for tensor in inputs)) for at in range(A.shape[0])]
+    first, second = zip(*rows, strict=True)
+    return torch.cat(first), torch.cat(second)
 
 
-def explicit_scan(
-    A_bar: Tensor,
-    B_bar: Tensor,
-    x: Tensor,
-    C: Tensor,
-    h_start: Tensor | None = None,
-    *,
-    kernels: str = "auto",
-) -> tuple[Tensor, Tensor]:
-    """`reference.explicit_scan` on the backend ``kernels`` names or that suits the inputs best.
-
-    Example::
-
-        A_bar, B_bar = torch.rand(2, 9, 4, 3), torch.rand(2, 9, 4, 3)
-        x, C = torch.rand(2, 9, 4), torch.rand(2, 9, 3)
-        y, h_last = explicit_scan(A_bar, B_bar, x, C)  # [2,9,4], [2,4,3]
-    """
-    return _run("explicit_scan", (A_bar, B_bar, x, C, h_start), kernels)
-
-
-def explicit_states(
-    A_bar: Tensor,
-    B_bar: Tensor,
-    x: Tensor,
-    C: Tensor,
-    h_start: Tensor | None = None,
-    *,
-    kernels: str = "auto",
-) -> tuple[Tensor, Tensor]:
-    """`reference.explicit_states` on the backend ``kernels`` names or that suits the inputs best.
-
-    Example::
-
-        A_bar, B_bar = torch.rand(2, 9, 4, 3), torch.rand(2, 9, 4, 3)
-        x, C = torch.rand(2, 9, 4), torch.rand(2, 9, 3)
-        y, states = explicit_states(A_bar, B_bar, x, C)  # [2,9,4], [2,9,4,3]
-    """
-    return _run("explicit_states", (A_bar, B_bar, x, C, h_start), kernels)
+selective_scan = _dispatched(reference.selective_scan)
+selective_states = _dispatched(reference.selective_states)
+gated_scan = _dispatched(reference.gated_scan)
+explicit_scan = _dispatched(reference.explicit_scan)
+explicit_states = _dispatched(reference.explicit_states)
 
 
 def convolution(kernels: str, device: torch.device, dtype: torch.dtype, width: int) -> ModuleType | None:
-    """The backend whose ``causal_conv`` is faster here than PyTorch's convolution, or ``None``.
+    """The backend whose ``causal_conv`` is faster here than PyTorch's convolution; ``None`` if there is none.
 
     Args:
-        kernels: as for the scan. A backend that has no convolution leaves it to PyTorch.
-        device, dtype: of its inputs.
-        width: how many positions it looks at.
+        kernels: as for the scans. PyTorch runs the convolution of a backend that has none.
+        device, dtype: of the inputs.
+        width: how many positions the convolution looks at.
     """
     if transformed():
         return None
@@ -234,53 +203,9 @@ def convolution(kernels: str, device: torch.device, dtype: torch.dtype, width: i
     return None
 
 
-def causal_conv(
-    x_in: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    before: Tensor | None,
-    *,
-    activate: bool,
-    backend: ModuleType,
-) -> Tensor:
-    """`reference.causal_conv` on a backend that `convolution` named."""
+def causal_conv(*inputs: Tensor | None, activate: bool, backend: ModuleType) -> Tensor:
+    """`reference.causal_conv` on a backend that `convolution` has returned."""
+    x_in = inputs[0]
+    assert x_in is not None
     note("conv_silu" if activate else "causal_conv", backend.__name__.rsplit(".", 1)[-1], x_in.shape[1])
-    return backend.causal_conv(x_in, weight, bias, before, activate=activate)
-
-
-def _run(
-    name: str, inputs: tuple[Tensor | None, ...], kernels: str, A: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    first, C = inputs[0], inputs[4] if A is not None else inputs[3]
-    assert isinstance(first, Tensor)
-    assert isinstance(C, Tensor)
-    if isinstance(first, FakeTensor) or first.is_meta:
-        return getattr(outline, name)(*inputs)
-    dtype, length = accumulation_dtype(*inputs), first.shape[1]
-    chosen = choose(kernels, first.device, dtype, C.shape[-1])
-    if not hasattr(BACKENDS[chosen], name):  # mamba-ssm's kernel takes no matrices
-        chosen = "reference" if triton.unavailable(first.device, dtype, C.shape[-1]) else "triton"
-    if first.numel() == 0 or (length == 1 and chosen != "cpu"):
-        chosen = "reference"  # nothing to do, or one update of the state
-    note(name, chosen, length)
-    run = getattr(BACKENDS[chosen], name)
-    return _by_rows(run, inputs, A) if A is not None and A.dim() == 3 else run(*inputs)
-
-
-def _by_rows(run: Callable[..., Any], inputs: tuple[Tensor | None, ...], A: Tensor) -> tuple[Tensor, Tensor]:
-    # Invokes that edited A have one each: A [B,E,N]. D [E] is the only other input without a batch axis.
-    rows = [
-        run(
-            *(
-                tensor if tensor is None or tensor.dim() == 1 else _row(tensor, row, tensor is A)
-                for tensor in inputs
-            )
-        )
-        for row in range(A.shape[0])
-    ]
-    first, second = zip(*rows, strict=True)
-    return torch.cat(first), torch.cat(second)
-
-
-def _row(tensor: Tensor, row: int, is_A: bool) -> Tensor:
-    return tensor[row] if is_A else tensor[row : row + 1]
+    return backend.causal_conv(*inputs, activate=activate)

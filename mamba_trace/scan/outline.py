@@ -1,7 +1,7 @@
 """The shape of a scan without the work: for fake tensors and the meta device (``model.scan``).
 
-The results have the shapes, dtypes and dependencies of `reference`'s and no meaning, in a handful of
-operations whatever the length.
+The results have the shapes, dtypes and dependencies of the results of `reference`. Their values mean nothing.
+They take a handful of operations, however long the prompt is.
 """
 
 from __future__ import annotations
@@ -24,34 +24,23 @@ def selective_scan(
     return y, h_last
 
 
-def selective_states(
-    x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, h_start: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def selective_states(*inputs: Tensor) -> tuple[Tensor, Tensor]:
     """The outline of `reference.selective_states`."""
-    y, h_last = selective_scan(x, delta, A, B, C, h_start)
+    y, h_last = selective_scan(*inputs)
     return y, y[..., None] * h_last[:, None]
 
 
 def gated_scan(
-    x: Tensor,
-    delta_2: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor,
-    skip: Tensor,
-    h_start: Tensor | None = None,
+    x: Tensor, delta_2: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, skip: Tensor, *h_start: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The outline of `reference.gated_scan`."""
-    y, h_last = selective_scan(x, delta_2, A, B, C, h_start)
+    y, h_last = selective_scan(x, delta_2, A, B, C, *h_start)
     return gate(y, x, D, skip), h_last
 
 
-def explicit_scan(
-    A_bar: Tensor, B_bar: Tensor, x: Tensor, C: Tensor, h_start: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def explicit_scan(*inputs: Tensor) -> tuple[Tensor, Tensor]:
     """The outline of `reference.explicit_scan`."""
-    y, states = explicit_states(A_bar, B_bar, x, C, h_start)
+    y, states = explicit_states(*inputs)
     return y, states.sum(1)
 
 

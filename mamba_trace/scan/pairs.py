@@ -1,22 +1,22 @@
-"""What each token's y has from each earlier token, for every pair of them: the scan written as a matrix.
+"""What each token's y receives from each earlier token, for every pair of tokens: the scan as a matrix.
 
 The recurrence is linear in x, so in channel e it is y_i = sum over j <= i of alpha[i,j] x_j with
 
     alpha[i,j] = C_i (A_bar_i ... A_bar_{j+1}) B_bar_j
 
-Between a column j and a later row i lies some position m, j < m <= i, at which the product comes apart into
-how i reads the state that there is when m begins, and what is left by then of j's write:
+Take any position m with j < m <= i. The product splits there into how row i reads the state as it is when m
+begins, and what is left by then of the write of column j:
 
     alpha[i,j] = (C_i A_bar_i ... A_bar_m) . (A_bar_{m-1} ... A_bar_{j+1} B_bar_j)
 
 So a block of rows from m on and columns before m is one matrix product, over the N states, and over channels
 too where they are added up. Blocks are found by halving: the rows of the right half with the columns of the
-left, then each half by itself. That takes L log L E N exponentials, where one for each pair would be L^2 E N.
-Products of A_bar are exponentials of sums of delta that begin at m and have one sign, so none overflows and
-each is as exact as its own sum.
+left half, then each half by itself. That takes L log L E N exponentials, whereas one for each pair would take
+L^2 E N. Products of A_bar are exponentials of sums of delta that begin at m and have one sign, so none of
+them overflows and each is as exact as its own sum.
 
-Memory: some channels at a time, no tensor on the way has more than `ELEMENTS` numbers, unless one channel of
-[L,N] has.
+Memory: channels are taken some at a time, so that no intermediate tensor has more than `ELEMENTS` numbers,
+unless a single channel of [L,N] already has more.
 """
 
 from __future__ import annotations
@@ -26,19 +26,20 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
+from einops import einsum, rearrange
 from torch import Tensor
 
-#: How large a tensor may get: 32 MiB in float32.
+#: The most numbers that a tensor may have: 32 MiB in float32.
 ELEMENTS = 2**23
 
 
 @dataclass(frozen=True)
-class Block:
-    """Rows from a position on and columns before it.
+class PairBlock:
+    """A block of the matrix: rows from a position on, and columns before it.
 
     Attributes:
         middle: the position.
-        rows, columns: which of the rows and columns asked for.
+        rows, columns: which of the wanted rows and columns.
     """
 
     middle: int
@@ -76,7 +77,8 @@ class ScanPairs:
             values[self.diagonal] += own
             for block in self.blocks():
                 read = part.read(block).mul_(some[self.rows[block.rows], :, None])  # [i,e,N]
-                values[block.rows, block.columns] += read.flatten(1) @ part.written(block).flatten(1).T
+                written = rearrange(part.written(block), "j e n -> (e n) j")
+                values[block.rows, block.columns] += rearrange(read, "i e n -> i (e n)") @ written
         return values
 
     @torch.no_grad()
@@ -103,63 +105,62 @@ class ScanPairs:
     # -- some channels ---------------------------------------------------------------------------------
 
     def by_channels(self) -> Iterator[tuple[slice, ScanPairs]]:
-        """The scan in some channels at a time, and which."""
+        """Split the channels: yields which channels, and the scan in them."""
         size = max(ELEMENTS // (len(self.delta) * self.A.shape[1]), 1)
         for start in range(0, len(self.A), size):
             some = slice(start, start + size)
             yield some, replace(self, delta=self.delta[:, some], x=self.x[:, some], A=self.A[some])
 
     def own(self) -> Tensor:
-        """alpha[i,i] x_i, what tokens read of their own writes, of those that are row and column [both,E]."""
+        """alpha[i,i] x_i, what a token reads of its own write, where it is a row and a column [both,E]."""
         return (self.delta * self.x)[self.both] * (self.B * self.C)[self.both].sum(-1, keepdim=True)
 
-    def read(self, block: Block) -> Tensor:
-        """How each row reads the state that there is when the middle begins [rows,E,N]."""
+    def read(self, block: PairBlock) -> Tensor:
+        """How each row reads the state as it is when the middle begins [rows,E,N]."""
         rows = self.rows[block.rows]
         time = self.delta[block.middle : rows[-1] + 1].cumsum(0)  # [l,E]: from the middle up to each position
         time = time[[row - block.middle for row in rows]]
         return (time[..., None] * self.A).exp_().mul_(self.C[rows, None])
 
-    def written(self, block: Block) -> Tensor:
+    def written(self, block: PairBlock) -> Tensor:
         """What is left of each column's write when the middle begins [columns,E,N]."""
         columns = self.columns[block.columns]
         time = self.delta[columns[0] + 1 : block.middle].flip(0).cumsum(0).flip(0)
-        # [l,E]: after each position, to the middle
-        time = torch.cat((time, torch.zeros_like(self.delta[:1])))
+        time = torch.cat((time, torch.zeros_like(self.delta[:1])))  # [l,E]: from each position to the middle
         time = time[[column - columns[0] for column in columns]]
         write = (self.delta[columns] * self.x[columns])[..., None]
         return (time[..., None] * self.A).exp_().mul_(write).mul_(self.B[columns, None])
 
     def products(self) -> Iterator[tuple[slice, slice, Tensor]]:
-        """alpha[i,j] x_j of every channel where j < i: (which rows, which columns, [rows,columns,E])."""
+        """alpha[i,j] x_j in every channel, for j < i: yields (which rows, columns, [rows,columns,E])."""
         for block in self.blocks():
             read, written = self.read(block), self.written(block)
             size = max(ELEMENTS // (written.shape[0] * written.shape[1]), 1)
             for start in range(0, len(read), size):
                 some = read[start : start + size]
                 first = block.rows.start + start
-                pairs = torch.einsum("ien,jen->ije", some, written)
+                pairs = einsum(some, written, "i e n, j e n -> i j e")
                 yield slice(first, first + len(some)), block.columns, pairs
 
     # -- which pairs -----------------------------------------------------------------------------------
 
     @property
     def both(self) -> list[int]:
-        """The positions that are a row and a column."""
+        """The positions that are both a row and a column."""
         return sorted(set(self.rows) & set(self.columns))
 
     @property
     def diagonal(self) -> tuple[Tensor, Tensor]:
-        """Where these are in the result."""
+        """Where the positions that are both a row and a column stand in the result."""
         rows = [bisect_left(self.rows, position) for position in self.both]
         columns = [bisect_left(self.columns, position) for position in self.both]
         rows, columns = torch.tensor([rows, columns], dtype=torch.long, device="cpu")
         return rows, columns
 
-    def blocks(self) -> Iterator[Block]:
-        """Blocks in which is every pair of a row and an earlier column, once."""
+    def blocks(self) -> Iterator[PairBlock]:
+        """Blocks that together hold every pair of a row and an earlier column exactly once."""
 
-        def within(start: int, stop: int) -> Iterator[Block]:
+        def within(start: int, stop: int) -> Iterator[PairBlock]:
             rows = slice(bisect_left(self.rows, start), bisect_left(self.rows, stop))
             columns = slice(bisect_left(self.columns, start), bisect_left(self.columns, stop))
             if stop - start < 2 or rows.start == rows.stop or columns.start == columns.stop:
@@ -168,7 +169,7 @@ class ScanPairs:
             later = slice(bisect_left(self.rows, middle), rows.stop)
             earlier = slice(columns.start, bisect_left(self.columns, middle))
             if later.start < later.stop and earlier.start < earlier.stop:
-                yield Block(middle, later, earlier)
+                yield PairBlock(middle, later, earlier)
             yield from within(start, middle)
             yield from within(middle, stop)
 

@@ -1,30 +1,41 @@
-"""A fast forward whose backward is that of a slower function with the same meaning."""
+"""Gradients of kernels: by a slower function with the same meaning, and where no kernel can run at all."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from .reference import gradients
-from .transforms import transformed
+
+def transformed() -> bool:
+    """Whether a transform of `torch.func` or a level of forward-mode differentiation is active.
+
+    `torch.func.grad`, `jvp` and `vmap`, and forward-mode differentiation, hand out tensors without memory of
+    their own, which no compiled kernel can take. They know PyTorch's own operations, in which `reference` is
+    written.
+    """
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def differentiated(*inputs: Tensor | None) -> bool:
+    """Whether autograd records what is computed from these tensors."""
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in inputs)
 
 
 def recompute(fast: Callable[..., Any], slow: Callable[..., Any], *inputs: Tensor | None) -> Any:
-    """``fast(*inputs)``; where a gradient is needed, it is ``slow``'s, run again in the backward pass.
+    """``fast(*inputs)``, with the gradients of ``slow``, which is run in the backward pass.
 
     Args:
         fast: need not be differentiable.
         slow: differentiable, to any order.
-        *inputs: tensors, or ``None`` as either function takes it.
+        *inputs: tensors, or ``None`` where both functions take it.
     """
     if transformed():
         return slow(*inputs)
-    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in inputs):
-        return _Recomputed.apply(fast, slow, *inputs)
-    return fast(*inputs)
+    return _Recomputed.apply(fast, slow, *inputs) if differentiated(*inputs) else fast(*inputs)
 
 
 class _Recomputed(torch.autograd.Function):
@@ -36,10 +47,30 @@ class _Recomputed(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        inputs = ctx.saved_tensors
-        if not torch.is_grad_enabled():  # no second derivative will be asked for
-            inputs = [None if t is None else t.detach().requires_grad_(t.requires_grad) for t in inputs]
-        with torch.enable_grad():
-            results = ctx.slow(*inputs)
-        results = results if isinstance(results, tuple) else (results,)
-        return (None, None, *gradients(results, inputs, grads))
+        return (None, None, *gradients_of(ctx.slow, ctx.saved_tensors, grads))
+
+
+def gradients_of(
+    run: Callable[..., Any], inputs: Sequence[Tensor | None], grads: Sequence[Tensor | None]
+) -> list[Tensor | None]:
+    """The gradients of ``run(*inputs)``, computed now; differentiable again where gradients are enabled.
+
+    Args:
+        run: gives one tensor or several.
+        inputs: its arguments.
+        grads: the gradients of its results; ``None`` for one that takes none.
+
+    Returns:
+        The gradient of each of ``inputs``, ``None`` where it takes none.
+    """
+    again = torch.is_grad_enabled()
+    if not again:  # nothing will ask for the graph that led to the inputs
+        inputs = [None if t is None else t.detach().requires_grad_(t.requires_grad) for t in inputs]
+    with torch.enable_grad():
+        results = run(*inputs)
+    results = results if isinstance(results, tuple) else (results,)
+    pairs = [(r, g) for r, g in zip(results, grads, strict=False) if g is not None and r.requires_grad]
+    wanted = [tensor for tensor in inputs if tensor is not None and tensor.requires_grad]
+    outputs, weights = [result for result, _ in pairs], [grad for _, grad in pairs]
+    some = iter(torch.autograd.grad(outputs, wanted, weights, create_graph=again, allow_unused=True))
+    return [next(some) if tensor is not None and tensor.requires_grad else None for tensor in inputs]

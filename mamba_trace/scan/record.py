@@ -1,4 +1,4 @@
-"""What a scan really ran on: a note of every call, for whoever listens."""
+"""Which kernels really ran: a note of every call, for those who record them."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ class Call:
     """One call of a kernel.
 
     Attributes:
-        function: what was computed: a function of `reference`, e.g. ``"gated_scan"``.
-        backend: what computed it, e.g. ``"cpu"``.
-        positions: how many positions it ran over.
+        function: the name of the function of `reference` that was computed, e.g. ``"gated_scan"``.
+        backend: the name of the backend that computed it, e.g. ``"cpu"``.
+        positions: how many positions the call ran over.
     """
 
     function: str
@@ -28,7 +28,7 @@ _listening: ContextVar[list[Call] | None] = ContextVar("mamba_trace_calls", defa
 
 @contextmanager
 def recording(calls: list[Call]) -> Iterator[None]:
-    """Append a note of every call made within to ``calls``."""
+    """Append a note to ``calls`` for every call made in the ``with`` block."""
     token = _listening.set(calls)
     try:
         yield
@@ -37,7 +37,7 @@ def recording(calls: list[Call]) -> Iterator[None]:
 
 
 def note(function: str, backend: str, positions: int) -> None:
-    """Take note of a call, if somebody listens."""
+    """Note a call, if calls are being recorded."""
     calls = _listening.get()
     if calls is not None:
         calls.append(Call(function, backend, positions))

@@ -1,13 +1,18 @@
 """The inputs of one mixer call, from which any stretch of positions can be run.
 
-A trace that wants h[5] needs the scan from the start to position 5, then the state, then the scan from the
-(edited) state to the end. `Selective` runs such stretches from delta, A, B and C; `Explicit` from A_bar and
-B_bar, which is what remains to be done once somebody has edited those. The mixer does not care which.
+A trace that asks for h[5] needs the scan from the start to position 5, then the state, then the scan from the
+(possibly edited) state to the end. `Selective` runs such stretches from delta, A, B and C. `Explicit` runs
+them from A_bar and B_bar, which is needed once somebody has edited those. The mixer does not need to know
+which of the two it has.
+
+A `Recurrence` has one axis of batch rows and one of positions; nothing outside depends on the axes of its
+state.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -16,6 +21,8 @@ from torch import Tensor
 from .dispatch import explicit_scan, explicit_states, selective_scan, selective_states
 from .recompute import recompute
 from .reference import read_out
+
+Pair = tuple[Tensor, Tensor]
 
 
 @dataclass
@@ -32,15 +39,15 @@ class Recurrence(ABC):
     kernels: str = field(default="auto", kw_only=True)
 
     @abstractmethod
-    def run(self, start: int, stop: int, h: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Positions ``start`` to ``stop - 1`` from state ``h`` [B,E,N]: ``(y [B,l,E], h_last [B,E,N])``."""
+    def run(self, start: int, stop: int, h: Tensor | None) -> Pair:
+        """Run positions ``start`` to ``stop - 1`` from state ``h``: ``(y [B,l,E], h_last [B,E,N])``."""
 
     @abstractmethod
-    def states(self, start: int, stop: int, h: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The same with the state after each position: ``(y [B,l,E], states [B,l,E,N])``."""
+    def states(self, start: int, stop: int, h: Tensor | None) -> Pair:
+        """Run them and keep the state after each position: ``(y [B,l,E], states [B,l,E,N])``."""
 
     def read(self, h: Tensor, position: int | slice = slice(None)) -> Tensor:
-        """y from states: h [B,E,N] at one position, or [B,L,E,N] at all of them."""
+        """Compute y from states: h [B,E,N] at one position, or [B,L,E,N] at all positions."""
         return read_out(h, self.C[:, position])
 
 
@@ -52,10 +59,10 @@ class Selective(Recurrence):
     A: Tensor
     B: Tensor
 
-    def run(self, start: int, stop: int, h: Tensor | None) -> tuple[Tensor, Tensor]:
+    def run(self, start: int, stop: int, h: Tensor | None) -> Pair:
         return selective_scan(*self._stretch(start, stop), h, kernels=self.kernels)
 
-    def states(self, start: int, stop: int, h: Tensor | None) -> tuple[Tensor, Tensor]:
+    def states(self, start: int, stop: int, h: Tensor | None) -> Pair:
         return selective_states(*self._stretch(start, stop), h, kernels=self.kernels)
 
     def _stretch(self, start: int, stop: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -70,10 +77,10 @@ class Explicit(Recurrence):
     A_bar: Tensor
     B_bar: Tensor
 
-    def run(self, start: int, stop: int, h: Tensor | None) -> tuple[Tensor, Tensor]:
+    def run(self, start: int, stop: int, h: Tensor | None) -> Pair:
         return explicit_scan(*self._matrices(start, stop), h, kernels=self.kernels)
 
-    def states(self, start: int, stop: int, h: Tensor | None) -> tuple[Tensor, Tensor]:
+    def states(self, start: int, stop: int, h: Tensor | None) -> Pair:
         return explicit_states(*self._matrices(start, stop), h, kernels=self.kernels)
 
     def _matrices(self, start: int, stop: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -83,24 +90,25 @@ class Explicit(Recurrence):
 
 @dataclass
 class Watched(Explicit):
-    """A selective recurrence whose A_bar and B_bar were handed out, and not edited.
+    """A selective recurrence whose A_bar and B_bar were handed out to somebody who did not edit them.
 
-    It runs as ever. Gradients go by way of the matrices, so that theirs can be asked for, and by no other:
-    where no matrix takes one, neither do delta, A and B.
+    Its values are those of the selective scan. Its gradients pass through the matrices only, so that one can
+    ask for the gradients of the matrices. Where no matrix takes a gradient, delta, A and B take none either.
     """
 
     selective: Selective
 
-    def run(self, start: int, stop: int, h: Tensor | None) -> tuple[Tensor, Tensor]:
-        return recompute(
-            torch.no_grad()(lambda *matrices: self.selective.run(start, stop, matrices[-1])),
-            lambda *matrices: explicit_scan(*matrices, kernels=self.kernels),
-            *(*self._matrices(start, stop), h),
-        )
+    def run(self, start: int, stop: int, h: Tensor | None) -> Pair:
+        return self._by_matrices(self.selective.run, explicit_scan, start, stop, h)
 
-    def states(self, start: int, stop: int, h: Tensor | None) -> tuple[Tensor, Tensor]:
+    def states(self, start: int, stop: int, h: Tensor | None) -> Pair:
+        return self._by_matrices(self.selective.states, explicit_states, start, stop, h)
+
+    def _by_matrices(
+        self, fast: Callable[..., Pair], slow: Callable[..., Pair], start: int, stop: int, h: Tensor | None
+    ) -> Pair:
         return recompute(
-            torch.no_grad()(lambda *matrices: self.selective.states(start, stop, matrices[-1])),
-            lambda *matrices: explicit_states(*matrices, kernels=self.kernels),
+            torch.no_grad()(lambda *matrices: fast(start, stop, matrices[-1])),
+            lambda *matrices: slow(*matrices, kernels=self.kernels),
             *(*self._matrices(start, stop), h),
         )

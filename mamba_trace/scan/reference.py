@@ -1,12 +1,12 @@
 """The definition: the recurrence written out in plain PyTorch, one position at a time.
 
-Everything else is tested against this file, in float64 too. It makes no [B,L,E,N] tensor, works on any
+Every other backend is tested against this file, in float64 too. It makes no [B,L,E,N] tensor, works on any
 device, under fake tensors and with any strides, and accumulates in float32 or better.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,7 @@ def accumulation_dtype(*tensors: Tensor | None) -> torch.dtype:
     """float32, or float64 where any input is float64."""
     dtype = torch.float32
     for tensor in tensors:
-        if tensor is not None:
+        if tensor is not None and tensor.dtype is not dtype:
             dtype = torch.promote_types(dtype, tensor.dtype)
     return dtype
 
@@ -25,7 +25,7 @@ def accumulation_dtype(*tensors: Tensor | None) -> torch.dtype:
 def unavailable(
     device: torch.device | None = None, dtype: torch.dtype = torch.float32, d_state: int = 16
 ) -> str | None:
-    """Why this backend cannot run on ``device``, accumulating in ``dtype``: there is no reason."""
+    """Why this backend cannot run on ``device``, accumulating in ``dtype``; ``None``, since it always can."""
     return None
 
 
@@ -48,6 +48,11 @@ def selective_scan(
 
     Source:
         Mamba (arXiv 2312.00752), section 3.2.
+
+    Example::
+
+        x, delta, A, B = torch.rand(2, 9, 4), torch.rand(2, 9, 4), -torch.rand(4, 3), torch.rand(2, 9, 3)
+        y, h_last = selective_scan(x, delta, A, B, C=B)  # [2,9,4], [2,4,3]
     """
     dtype = accumulation_dtype(x, delta, A, B, C, h_start)
     x, delta, A, B, C = (tensor.to(dtype) for tensor in (x, delta, A, B, C))
@@ -64,7 +69,13 @@ def selective_scan(
 def selective_states(
     x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, h_start: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """`selective_scan` with the state after each position: ``(y [B,L,E], states [B,L,E,N])``."""
+    """Run `selective_scan` and keep the state after each position: ``(y [B,L,E], states [B,L,E,N])``.
+
+    Example::
+
+        x, delta, A, B = torch.rand(2, 9, 4), torch.rand(2, 9, 4), -torch.rand(4, 3), torch.rand(2, 9, 3)
+        y, states = selective_states(x, delta, A, B, C=B)  # [2,9,4], [2,9,4,3]
+    """
     y, states = [], []
     h = _start(x, A.shape[-1], h_start, accumulation_dtype(x, delta, A, B, C, h_start))
     for position in range(x.shape[1]):
@@ -78,29 +89,29 @@ def selective_states(
 
 
 def gated_scan(
-    x: Tensor,
-    delta_2: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor,
-    skip: Tensor,
-    h_start: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """`selective_scan` with what stands around it in a mixer: softplus before, D and the gate after.
+    x: Tensor, delta_2: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, skip: Tensor,
+    h_start: Tensor | None = None, *, scan: Callable[..., tuple[Tensor, Tensor]] = selective_scan,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`selective_scan` with what surrounds it in a mixer: softplus before, D and the gate after.
 
     Args:
         x, A, B, C, h_start: as for `selective_scan`.
         delta_2: step sizes before softplus [B,L,E].
-        D: weight of the term that passes the state by [E].
+        D: weight of the term that bypasses the state [E].
         skip: the gate before SiLU [B,L,E].
+        scan: what runs the scan; a backend passes its own `selective_scan`.
 
     Returns:
         ``(after_skip, h_last)``: (y + D x) SiLU(skip) [B,L,E] in the dtype of x, rounded once, and the state
         after the last position [B,E,N].
+
+    Example::
+
+        x, delta, A, B = torch.rand(2, 9, 4), torch.rand(2, 9, 4), -torch.rand(4, 3), torch.rand(2, 9, 3)
+        out, h_last = gated_scan(x, delta, A, B, B, torch.ones(4), x)  # [2,9,4], [2,4,3]
     """
     dtype = accumulation_dtype(x, delta_2, A, B, C, h_start)
-    y, h_last = selective_scan(x, F.softplus(delta_2.to(dtype)), A, B, C, h_start)
+    y, h_last = scan(x, F.softplus(delta_2.to(dtype)), A, B, C, h_start)
     return gate(y, x, D, skip), h_last
 
 
@@ -122,6 +133,11 @@ def explicit_scan(
 
     Returns:
         ``(y [B,L,E], h_last [B,E,N])``, as `selective_scan`.
+
+    Example::
+
+        A_bar, B_bar = torch.rand(2, 9, 4, 3), torch.rand(2, 9, 4, 3)
+        y, h_last = explicit_scan(A_bar, B_bar, torch.rand(2, 9, 4), torch.rand(2, 9, 3))  # [2,9,4], [2,4,3]
     """
     y, states = explicit_states(A_bar, B_bar, x, C, h_start)
     return y, states[:, -1] if states.shape[1] else _start(y, A_bar.shape[-1], h_start, y.dtype)
@@ -130,7 +146,13 @@ def explicit_scan(
 def explicit_states(
     A_bar: Tensor, B_bar: Tensor, x: Tensor, C: Tensor, h_start: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """`explicit_scan` with the state after each position: ``(y [B,L,E], states [B,L,E,N])``."""
+    """Run `explicit_scan` and keep the state after each position: ``(y [B,L,E], states [B,L,E,N])``.
+
+    Example::
+
+        A_bar, B_bar = torch.rand(2, 9, 4, 3), torch.rand(2, 9, 4, 3)
+        y, states = explicit_states(A_bar, B_bar, torch.rand(2, 9, 4), torch.rand(2, 9, 3))  # [2,9,4], [2,9,4,3]
+    """
     dtype = accumulation_dtype(A_bar, B_bar, x, C, h_start)
     x, C = x.to(dtype), C.to(dtype)
     h = _start(x, A_bar.shape[-1], h_start, dtype)
@@ -177,21 +199,3 @@ def _start(x: Tensor, d_state: int, h_start: Tensor | None, dtype: torch.dtype) 
 
 def _stack(y: list[Tensor], x: Tensor) -> Tensor:
     return torch.stack(y, dim=1) if y else torch.zeros_like(x)
-
-
-def gradients(
-    results: Sequence[Tensor], inputs: Sequence[Tensor | None], grads: Sequence[Tensor]
-) -> list[Tensor | None]:
-    """The gradient of each of ``inputs``, ``None`` where it takes none, itself differentiable."""
-    wanted = [tensor for tensor in inputs if tensor is not None and tensor.requires_grad]
-    pairs = [(result, grad) for result, grad in zip(results, grads, strict=False) if result.requires_grad]
-    found = iter(
-        torch.autograd.grad(
-            [result for result, _ in pairs],
-            wanted,
-            [grad for _, grad in pairs],
-            create_graph=torch.is_grad_enabled(),
-            allow_unused=True,
-        )
-    )
-    return [next(found) if t is not None and t.requires_grad else None for t in inputs]

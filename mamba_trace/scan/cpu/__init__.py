@@ -1,8 +1,11 @@
 """The scan on a CPU in float32: compiled loops, on PyTorch's own threads.
 
-What can be differentiated is registered with PyTorch as custom operators, so that it runs in compiled graphs;
-the second derivative is `reference`'s. Where no gradient is needed, softplus, D and the gate are computed in
-the loop of the scan, and SiLU in that of the convolution.
+Each differentiable scan is registered with PyTorch as a custom operator, so that it also runs in compiled
+graphs; its second derivative is that of `reference`. Where no gradient is needed, softplus, D and the gate
+are computed in the loop of the scan, and SiLU in the loop of the convolution.
+
+A family of scans is a module with ``FORWARD`` and ``BACKWARD`` (`Layout`), ``forward`` and ``backward``
+(kernels) and ``WIDTH``, the channels in a block: `selective` and `explicit`.
 """
 
 from __future__ import annotations
@@ -13,26 +16,11 @@ import importlib.util
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .. import reference
-from ..recompute import recompute
-from ..reference import gradients
+from ..recompute import gradients_of, recompute
 from . import team
-from .arrays import as_dense, as_floats, count_blocks, empty_results, starting_state
-from .explicit_scan import explicit_scan, explicit_states
-
-__all__ = [
-    "causal_conv",
-    "conv_unavailable",
-    "explicit_scan",
-    "explicit_states",
-    "gated_scan",
-    "selective_scan",
-    "selective_states",
-    "unavailable",
-]
 
 
 def unavailable(
@@ -57,21 +45,156 @@ def conv_unavailable(
 
 @functools.cache
 def _broken() -> str | None:
-    # Importing compiled code can fail in many ways, and none of them may stop a model from running.
+    # Compiling can fail in many ways, and none of them may stop a model from running.
     if importlib.util.find_spec("numba") is None:
         return "it needs numba: pip install numba"
     try:
-        importlib.import_module(".selective", __package__)
+        _ = _kernels("selective").forward.compiled
         return None
     except Exception as error:
         return f"numba does not work here ({type(error).__name__}: {error})"
+
+
+@functools.cache
+def _kernels(module: str) -> Any:
+    # Importing the module imports numba, which nothing needs before the first scan.
+    return importlib.import_module(f".{module}", __package__)
+
+
+# -- what the kernels take and return ------------------------------------------------------------------------
+
+
+def _as_floats(*tensors: Tensor) -> list[Tensor]:
+    # In float32, with the last axis dense.
+    return [t if t.dtype == torch.float32 and t.stride(-1) == 1 else _as_dense(t) for t in tensors]
+
+
+def _as_dense(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.float32).contiguous()
+
+
+def _starting_state(x: Tensor, A: Tensor, h: Tensor | None = None) -> Tensor:
+    # [B,E,N] in float32, for x [B,L,E] and A [...,N].
+    if h is None:
+        return x.new_zeros(x.shape[0], x.shape[2], A.shape[-1], dtype=torch.float32)
+    return _as_dense(h)
+
+
+def _empty_results(x: Tensor, h: Tensor, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
+    # Room for y [B,L,E], h_last [B,E,N] and the states: [B,L,E,N], or [B,0,E,N] if they are not kept.
+    y, h_last = x.new_empty(x.shape), torch.empty_like(h, memory_format=torch.contiguous_format)
+    return y, h_last, x.new_empty(x.shape[0], x.shape[1] if keep else 0, *h.shape[1:])
+
+
+def _pieces(kernels: Any, x: Tensor, **shares: int) -> int:
+    return team.pieces(x.shape[0] * -(-x.shape[2] // kernels.WIDTH), x.shape[1], **shares)
+
+
+# -- the scans as operators ----------------------------------------------------------------------------------
+
+
+def _forward(family: str, inputs: dict[str, Tensor], **others: Any) -> None:
+    # Writes the results, which are among ``others``.
+    kernels, x = _kernels(family), inputs["x"]
+    buffers = kernels.FORWARD.buffers
+    for name, tensor in inputs.items():
+        others[name] = tensor if buffers[name].without_gaps(tensor) else tensor.contiguous()
+    team.run(kernels.forward, _pieces(kernels, x), **others)
+
+
+def _backward(family: str, inputs: dict[str, Tensor], **grads: Tensor) -> list[Tensor]:
+    # The gradient of each input. The kernel leaves some of them to be summed over a further first axis.
+    kernels = _kernels(family)
+    buffers = kernels.BACKWARD.buffers
+    inputs = {name: _as_dense(tensor) for name, tensor in inputs.items()}
+    given = inputs | {name: _as_dense(grad) for name, grad in grads.items()}
+    if "states" in buffers:
+        y, h_last, given["states"] = _empty_results(inputs["x"], inputs["h_start"], True)
+        _forward(family, inputs, keep=1, y=y, h_last=h_last, states=given["states"])
+    x, count = inputs["x"], _pieces(kernels, inputs["x"], shares=1)
+    sizes = {"pieces": count}
+    for name, tensor in inputs.items():
+        sizes.update(zip(buffers[name].names, tensor.shape, strict=True))
+    results = {}
+    for name in inputs:
+        axes = buffers[f"g{name}"].names
+        make = x.new_zeros if "pieces" in axes else x.new_empty
+        results[f"g{name}"] = make([sizes[axis] for axis in axes])
+    team.run(kernels.backward, count, keep=int(grads["gstates"].shape[1] > 0), **given, **results)
+    pairs = zip(results.values(), inputs.values(), strict=True)
+    return [grad.sum(0) if grad.dim() > tensor.dim() else grad for grad, tensor in pairs]
+
+
+def _operator(family: str, names: tuple[str, ...], **others: Any) -> Any:
+    """Register a family of scans with PyTorch.
+
+    Args:
+        family: its name; `reference` has the definitions, ``{family}_scan`` and ``{family}_states``.
+        names: what the inputs are called; ``x`` and ``h_start`` are among them.
+        **others: what else the forward kernel takes.
+
+    Returns:
+        An operator ``(*inputs, keep) -> (y, h_last, states)``, whose ``states`` are empty unless ``keep``.
+    """
+    scan, states = (getattr(reference, f"{family}_{what}") for what in ("scan", "states"))
+    gradient_names = ("gy", "gh_last", "gstates")
+
+    def run(*given: Any) -> tuple[Tensor, Tensor, Tensor]:
+        inputs, keep = dict(zip(names, given[:-1], strict=True)), given[-1]
+        y, h_last, states = results = _empty_results(inputs["x"], inputs["h_start"], keep)
+        _forward(family, inputs, keep=int(keep), y=y, h_last=h_last, states=states, **others)
+        return results
+
+    def run_backward(*given: Tensor) -> list[Tensor]:
+        inputs, grads = given[: len(names)], given[len(names) :]
+        return _backward(family, dict(zip(names, inputs, strict=True)), **dict(zip(gradient_names, grads, strict=True)))
+
+    def keep_inputs(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.save_for_backward(*inputs[:-1])
+
+    def differentiate(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        if not torch.is_grad_enabled():
+            return (*backward(*ctx.saved_tensors, *grads), None)
+        if grads[-1].shape[1]:  # there are gradients of the states
+            return (*gradients_of(lambda *i: (*scan(*i), states(*i)[1]), ctx.saved_tensors, grads), None)
+        return (*gradients_of(scan, ctx.saved_tensors, grads), None)
+
+    arguments = ", ".join(f"Tensor {name}" for name in names)
+    more = ", ".join(f"Tensor {name}" for name in gradient_names)
+    operator: Any = torch.library.custom_op(
+        f"mamba_trace::{family}_scan_cpu",
+        run,
+        mutates_args=(),
+        schema=f"({arguments}, bool keep) -> (Tensor, Tensor, Tensor)",
+    )
+    backward: Any = torch.library.custom_op(
+        f"mamba_trace::{family}_scan_cpu_backward",
+        run_backward,
+        mutates_args=(),
+        schema=f"({arguments}, {more}) -> Tensor[]",
+    )
+    x, h = names.index("x"), names.index("h_start")
+    operator.register_fake(lambda *given: _empty_results(given[x], given[h], given[-1]))
+    operator.register_autograd(differentiate, setup_context=keep_inputs)
+    backward.register_fake(lambda *given: [tensor.new_empty(tensor.shape) for tensor in given[: len(names)]])
+    return operator
+
+
+GATED = ("x", "delta", "A", "B", "C", "D", "skip")  # the inputs of the gated scan in float32
+_selective: Any = _operator(
+    "selective", ("x", "delta", "A", "B", "C", "h_start"), **{"gated": 0, "D": None, "skip": None}
+)
+_explicit: Any = _operator("explicit", ("A_bar", "B_bar", "x", "C", "h_start"))
+
+
+# -- the functions of `reference`, in float32 ----------------------------------------------------------------
 
 
 def selective_scan(
     x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, h_start: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """As `reference.selective_scan`, in float32."""
-    y, h_last, _ = _scan(*as_floats(x, delta, A, B, C), starting_state(x, A, h_start), False)
+    y, h_last, _ = _selective(*_as_floats(x, delta, A, B, C), _starting_state(x, A, h_start), False)
     return y, h_last
 
 
@@ -79,150 +202,30 @@ def selective_states(
     x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, h_start: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """As `reference.selective_states`, in float32."""
-    y, _, states = _scan(*as_floats(x, delta, A, B, C), starting_state(x, A, h_start), True)
+    y, _, states = _selective(*_as_floats(x, delta, A, B, C), _starting_state(x, A, h_start), True)
     return y, states
 
 
-def gated_scan(
-    x: Tensor,
-    delta_2: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor,
-    skip: Tensor,
-    h_start: Tensor | None = None,
+def explicit_scan(
+    A_bar: Tensor, B_bar: Tensor, x: Tensor, C: Tensor, h_start: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """As `reference.gated_scan`, in float32."""
-    return recompute(_gated, _gated_in_steps, x, delta_2, A, B, C, D, skip, h_start)
+    """As `reference.explicit_scan`, in float32."""
+    y, h_last, _ = _explicit(*_as_floats(A_bar, B_bar, x, C), _starting_state(x, A_bar, h_start), False)
+    return y, h_last
 
 
-def causal_conv(
-    x_in: Tensor, weight: Tensor, bias: Tensor | None, before: Tensor | None = None, *, activate: bool = False
-) -> Tensor:
-    """As `reference.causal_conv`, in float32."""
-    fast = functools.partial(_convolve, activate=activate)
-    return recompute(
-        fast, functools.partial(reference.causal_conv, activate=activate), x_in, weight, bias, before
-    )
+def explicit_states(
+    A_bar: Tensor, B_bar: Tensor, x: Tensor, C: Tensor, h_start: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """As `reference.explicit_states`, in float32."""
+    y, _, states = _explicit(*_as_floats(A_bar, B_bar, x, C), _starting_state(x, A_bar, h_start), True)
+    return y, states
 
 
-# -- the selective scan --------------------------------------------------------------------------------------
-
-
-def _forward(
-    x: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    h: Tensor,
-    y: Tensor,
-    h_last: Tensor,
-    states: Tensor | None = None,
-    D: Tensor | None = None,
-    skip: Tensor | None = None,
-) -> None:
-    # With D and skip: softplus before, D and the gate after.
-    from . import selective as _selective
-
-    gated = int(D is not None)
-    team.run(
-        _selective.forward,
-        team.pieces(count_blocks(x, _selective.WIDTH), x.shape[1]),
-        before_softplus=gated,
-        gated=gated,
-        keep=int(states is not None and states.shape[1] > 0),
-        x=x,
-        delta=delta,
-        B=B,
-        C=C,
-        skip=skip,
-        A=A.contiguous(),
-        D=D,
-        h_start=h,
-        y=y,
-        h_last=h_last,
-        states=states,
-    )
-
-
-def _run(
-    x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, h: Tensor, keep: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    results = empty_results(x, A, keep)
-    if x.shape[1]:
-        _forward(x, delta, A, B, C, h, *results)
-    else:
-        results[1].copy_(h)
-    return results
-
-
-def _run_backward(
-    x: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    h: Tensor,
-    gy: Tensor,
-    gh_last: Tensor,
-    gstates: Tensor,
-) -> list[Tensor]:
-    from . import selective_backward as _selective_backward
-    from .selective import WIDTH
-
-    x, delta, A, B, C, h, gy, gh_last, gstates = map(as_dense, (x, delta, A, B, C, h, gy, gh_last, gstates))
-    count = team.pieces(count_blocks(x, WIDTH), x.shape[1], shares=1)
-    gx, gdelta, gA, gh = (torch.empty_like(tensor) for tensor in (x, x, h, h))
-    gB, gC = B.new_zeros(count, *B.shape), C.new_zeros(count, *C.shape)
-    team.run(
-        _selective_backward.backward,
-        count,
-        keep=int(gstates.shape[1] > 0),
-        A=A,
-        x=x,
-        delta=delta,
-        B=B,
-        C=C,
-        h_start=h,
-        gy=gy,
-        gh_last=gh_last,
-        gstates=gstates,
-        gx=gx,
-        gdelta=gdelta,
-        gA=gA,
-        gh_start=gh,
-        gB=gB,
-        gC=gC,
-    )
-    return [gx, gdelta, gA.sum(0), gB.sum(0), gC.sum(0), gh]
-
-
-def _keep_inputs(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    ctx.save_for_backward(*inputs[:6])
-
-
-def _differentiate(ctx: Any, gy: Tensor, gh_last: Tensor, gstates: Tensor) -> tuple[Any, ...]:
-    inputs = ctx.saved_tensors
-    if torch.is_grad_enabled():  # a second derivative will be asked for
-        results = [*reference.selective_scan(*inputs)]
-        if gstates.shape[1]:
-            results.append(reference.selective_states(*inputs)[1])
-        return (*gradients(results, inputs, (gy, gh_last, gstates)), None)
-    return (*_scan_backward(*inputs, gy, gh_last, gstates), None)
-
-
-_scan: Any = torch.library.custom_op("mamba_trace::selective_scan_cpu", _run, mutates_args=())
-_scan.register_fake(lambda x, delta, A, B, C, h, keep: empty_results(x, A, keep))
-_scan.register_autograd(_differentiate, setup_context=_keep_inputs)
-
-_scan_backward: Any = torch.library.custom_op(
-    "mamba_trace::selective_scan_cpu_backward", _run_backward, mutates_args=()
-)
-_scan_backward.register_fake(
-    lambda *tensors: [tensor.new_empty(tensor.shape) for tensor in tensors[:6]],
-)
+def gated_scan(x: Tensor, delta_2: Tensor, *others: Tensor | None) -> tuple[Tensor, Tensor]:
+    """As `reference.gated_scan`, in float32: one kernel; its backward pass goes through `selective_scan`."""
+    in_steps = functools.partial(reference.gated_scan, scan=selective_scan)
+    return recompute(_gated, in_steps, x, delta_2, *others)
 
 
 def _gated(
@@ -233,53 +236,39 @@ def _gated(
     C: Tensor,
     D: Tensor,
     skip: Tensor,
-    h_start: Tensor | None,
+    *h_start: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    y = x.new_empty(x.shape, dtype=torch.float32)
-    h_last = x.new_empty(x.shape[0], x.shape[2], A.shape[-1], dtype=torch.float32)
-    h, dtype = starting_state(x, A, h_start), x.dtype
-    x, delta_2, A, B, C, D, skip = as_floats(x, delta_2, A, B, C, D, skip)
-    _forward(x, delta_2, A, B, C, h, y, h_last, D=D, skip=skip)
-    return y.to(dtype), h_last
+    inputs = dict(zip(GATED, _as_floats(x, delta_2, A, B, C, D, skip), strict=True))
+    inputs["h_start"] = h = _starting_state(x, A, *h_start)
+    y, h_last = h.new_empty(x.shape), torch.empty_like(h)
+    _forward("selective", inputs, gated=1, keep=0, y=y, h_last=h_last, states=None)
+    return y.to(x.dtype), h_last
 
 
-def _gated_in_steps(
-    x: Tensor,
-    delta_2: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor,
-    skip: Tensor,
-    h_start: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    y, h_last = selective_scan(x, F.softplus(delta_2.float()), A, B, C, h_start)
-    return reference.gate(y, x, D, skip), h_last
-
-
-# -- the convolution -----------------------------------------------------------------------------------------
-
-
-def _convolve(
-    x_in: Tensor, weight: Tensor, bias: Tensor | None, before: Tensor | None, activate: bool
+def causal_conv(
+    x_in: Tensor, weight: Tensor, bias: Tensor | None, before: Tensor | None = None, *, activate: bool = False
 ) -> Tensor:
-    from . import conv as _conv
+    """As `reference.causal_conv`, in float32."""
+    fast, slow = (functools.partial(run, activate=activate) for run in (_convolve, reference.causal_conv))
+    return recompute(fast, slow, x_in, weight, bias, before)
 
+
+def _convolve(x_in: Tensor, weight: Tensor, bias: Tensor | None, before: Tensor | None, activate: bool) -> Tensor:
     batch, length, width = x_in.shape
-    taps = weight.shape[1]
-    history = x_in.new_zeros(batch, taps - 1, width) if before is None else before[..., 1:].transpose(1, 2)
+    past = weight.shape[1] - 1
+    history = x_in.new_zeros(batch, past, width) if before is None else before[..., 1:].transpose(1, 2)
     bias = x_in.new_zeros(width) if bias is None else bias
-    (x_in_f,) = as_floats(x_in)
-    out = x_in_f.new_empty(x_in_f.shape, dtype=torch.float32)
+    (given,) = _as_floats(x_in)
+    out = given.new_empty(given.shape)
     team.run(
-        _conv.forward,
+        _kernels("conv").forward,
         team.pieces(batch * length, -(-width // 4)),  # far less work at a position than in a scan
-        past=taps - 1,
+        past=past,
         activate=int(activate),
-        x_in=x_in_f,
-        before=as_dense(history),
-        weight=as_dense(weight.t()),
-        bias=as_dense(bias),
+        x_in=given,
+        before=_as_dense(history),
+        weight=_as_dense(weight.t()),
+        bias=_as_dense(bias),
         out=out,
     )
     return out.to(x_in.dtype)

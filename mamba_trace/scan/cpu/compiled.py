@@ -1,27 +1,34 @@
-"""What the compiled loops share: how they are compiled, called and vectorised.
+"""What the compiled loops share: how they are compiled, find their arguments, and vectorise.
 
-A kernel is a C function of one argument, the address of its parameters: int64 numbers that hold sizes, flags
-and the addresses and strides of float32 arrays, at the places of its `Layout`. Such a function can be run by
-any pool of threads, PyTorch's own among them (see `team`), and needs no interpreter. Its work is cut into
-pieces; every thread takes the next piece until none is left, so a thread that comes late, or never, is made
-up for by the others.
+A kernel is a C function of one argument: the address of a block of int64 numbers, which `Layout.pack` fills
+with sizes, flags, and the addresses and strides of float32 arrays. `arguments_of` compiles the other side
+from the same `Layout`: a named tuple of everything in the block, so that a kernel writes ``p.width`` and
+``p.x[b, t, e]`` and no place is counted by hand. A name that the layout lacks, or too many or too few
+indices, do not compile.
 
-Numba compiles a kernel when its module is first imported and keeps the result on disk. It turns the inner
-loops into vector instructions, exponentials included: they are polynomials, because a call of libm's in a
-loop keeps it scalar.
+A C function can be run by any pool of threads, PyTorch's own among them (see `team`), and needs no
+interpreter. The work is cut into pieces. Every thread takes the next piece until none is left, so the others
+make up for a thread that starts late or never.
+
+Numba compiles a kernel when it first runs and keeps the result on disk. It turns the inner loops into vector
+instructions, exponentials included: those are polynomials here, because a call into libm keeps a loop scalar.
 """
 
 from __future__ import annotations
 
+import functools
 import math
+from collections import namedtuple
 from collections.abc import Callable
-from dataclasses import dataclass
+from types import CellType, FunctionType
 from typing import Any
 
 import numpy as np
 from llvmlite import ir
 from numba import carray, cfunc, njit, types
+from numba.core import cgutils
 from numba.extending import intrinsic
+from numba.np.arrayobj import populate_array
 
 from ..buffers import Layout
 
@@ -33,35 +40,100 @@ ARTANH = tuple(np.float32(2 / (2 * k + 1)) for k in range(8))
 FAST = {"contract", "reassoc", "nsz", "arcp"}
 OPTIONS: dict[str, Any] = {"fastmath": FAST, "error_model": "numpy"}  # a division raises nothing
 
-MOST = 64  # parameters: no kernel reads past the end of its layout
-FLAT = 1 << 62  # no bound on an index
+#: A size that Numba may be told of the axes of an array. It adds the size to an index below 0. With a size of
+#: 0 or this one, which times 4 bytes is 0 modulo 2^64, the compiler drops the addition, and with it a
+#: comparison in every loop.
+BOUNDLESS = 1 << 62
 
 
-def kernel(function: Callable[[Any], None]) -> Any:
-    """Compile a function of one address, and keep the result on disk where there is a folder to write to."""
-    signature = types.void(types.voidptr)
-    try:
-        return cfunc(signature, cache=True, **OPTIONS)(function)
-    except RuntimeError:  # numba found no such folder
-        return cfunc(signature, **OPTIONS)(function)
-
-
-@dataclass(frozen=True)
 class Kernel:
-    """A compiled function of one address, and what stands there."""
+    """A function of one address, compiled when it first runs, and the layout of what stands at that address.
 
-    compiled: Any
-    layout: Layout
+    Example::
+
+        @kernel(FORWARD)
+        def forward(data):
+            p = forward_arguments(data)
+    """
+
+    def __init__(self, function: Callable[[Any], None], layout: Layout) -> None:
+        self.function = function
+        self.layout = layout
+
+    @functools.cached_property
+    def compiled(self) -> Any:
+        """Numba's compiled function, which is kept on disk where there is a folder to write to."""
+        # Numba's cache asks whether the file and the closure of a function have changed. The layout's places
+        # are compiled in as well, so they are put into the closure: code for other places is never run.
+        places = CellType(_unpacking(self.layout))
+        code = self.function.__code__.replace(co_freevars=("places",))
+        function = FunctionType(code, self.function.__globals__, self.function.__name__, closure=(places,))
+        signature = types.void(types.voidptr)
+        try:
+            return cfunc(signature, cache=True, **OPTIONS)(function)
+        except RuntimeError:  # Numba found no such folder
+            return cfunc(signature, **OPTIONS)(function)
 
 
-def taking(layout: Layout) -> Callable[[Any], Kernel]:
-    """Make a `Kernel` of a compiled function that reads its parameters at the places of ``layout``."""
-    return lambda compiled: Kernel(compiled, layout)
+def kernel(layout: Layout) -> Callable[[Callable[[Any], None]], Kernel]:
+    """Make a `Kernel` of a function whose arguments stand at the places of ``layout``."""
+    return lambda function: Kernel(function, layout)
+
+
+def arguments_of(layout: Layout) -> Any:
+    """A compiled function that makes of an address a named tuple of all numbers and arrays of ``layout``."""
+    names = [*layout.places]
+    scope = {"parameters": _parameters, "view": _view, "Arguments": namedtuple("Arguments", names)}
+    exec(_unpacking(layout), scope)
+    return njit(inline="always", **OPTIONS)(scope["unpack"])
+
+
+def _unpacking(layout: Layout) -> str:
+    # The source of the function of `arguments_of`.
+    fields = []
+    for name, place in layout.places.items():
+        if (buffer := layout.buffers.get(name)) is None:
+            fields.append(f"{name}=p[{place}]")
+            continue
+        strides = [f"p[{place + 1 + axis}]" for axis in range(buffer.loose)]
+        for axis in range(buffer.loose, buffer.rank):
+            sizes = [f"p[{layout.places[inner]}]" for inner in buffer.names[axis + 1 :]]
+            strides.append(" * ".join(sizes) or "1")
+        size = BOUNDLESS if buffer.loose else 0  # measured: the fastest of the ways that drop the comparison
+        fields.append(f"{name}=view(p[{place}], ({', '.join(strides)},), {size})")
+    block = f"parameters(data, {layout.length})"
+    return f"def unpack(data):\n    p = {block}\n    return Arguments({', '.join(fields)})"
+
+
+@intrinsic
+def _view(typingctx: Any, address: Any, strides: Any, size: Any) -> Any:
+    """The float32 array at an address, with the strides in elements and the same size for every axis."""
+    kind = types.Array(types.float32, len(strides), "A")
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        array = context.make_array(kind)(context, builder)
+        populate_array(
+            array,
+            data=builder.inttoptr(args[0], ir.FloatType().as_pointer()),
+            shape=[args[2]] * len(strides),
+            strides=[builder.mul(each, each.type(4)) for each in cgutils.unpack_tuple(builder, args[1])],
+            itemsize=context.get_constant(types.intp, 4),
+            meminfo=None,
+        )
+        return array._getvalue()
+
+    return kind(types.int64, strides, types.int64), codegen
+
+
+@njit(inline="always", **OPTIONS)
+def _parameters(data, length):  # type: ignore[no-untyped-def]
+    """The numbers at an address."""
+    return carray(data, length, np.int64)
 
 
 @intrinsic
 def _as_float(typingctx: Any, bits: Any) -> Any:
-    """The float32 with the bits of an int32."""
+    """The float32 that has the bits of an int32."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return builder.bitcast(args[0], ir.FloatType())
@@ -70,48 +142,14 @@ def _as_float(typingctx: Any, bits: Any) -> Any:
 
 
 @intrinsic
-def _pointer(typingctx: Any, address: Any) -> Any:
-    """The pointer to an address."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.inttoptr(args[0], ir.IntType(8).as_pointer())
-
-    return types.voidptr(types.int64), codegen
-
-
-@intrinsic
-def _fetch_and_add_one(typingctx: Any, where: Any) -> Any:
-    """Count up the int64 at a pointer, whatever other threads do; what it was before."""
+def next_piece(typingctx: Any, data: Any) -> Any:
+    """The number of a piece that no thread has taken yet: the first number at ``data``, counted up by one."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         place = builder.bitcast(args[0], ir.IntType(64).as_pointer())
         return builder.atomic_rmw("add", place, ir.Constant(ir.IntType(64), 1), "monotonic")
 
     return types.int64(types.voidptr), codegen
-
-
-@njit(inline="always", **OPTIONS)
-def parameters(data):  # type: ignore[no-untyped-def]
-    """The parameters at an address."""
-    return carray(data, MOST, np.int64)
-
-
-@njit(inline="always", **OPTIONS)
-def next_piece(data):  # type: ignore[no-untyped-def]
-    """The number of a piece nobody has taken yet."""
-    return _fetch_and_add_one(data)
-
-
-@njit(inline="always", **OPTIONS)
-def flat(p, i):  # type: ignore[no-untyped-def]
-    """The memory at the address in parameter ``i``, as float32 numbers."""
-    return carray(_pointer(p[i]), FLAT, np.float32)
-
-
-@njit(inline="always", **OPTIONS)
-def strided(p, i):  # type: ignore[no-untyped-def]
-    """The memory at the address in parameter ``i``, and the strides of its first two axes."""
-    return flat(p, i), p[i + 1], p[i + 2]
 
 
 @njit(inline="always", **OPTIONS)
@@ -152,9 +190,3 @@ def softplus(v):  # type: ignore[no-untyped-def]
 def silu(v):  # type: ignore[no-untyped-def]
     """v sigmoid(v)."""
     return v / (np.float32(1.0) + exp2(-v * LOG2E))
-
-
-@njit(inline="always", **OPTIONS)
-def array(p, i, shape):  # type: ignore[no-untyped-def]
-    """The contiguous array at the address in parameter ``i``."""
-    return carray(_pointer(p[i]), shape, np.float32)

@@ -1,7 +1,7 @@
 """The causal depthwise convolution, with its SiLU, as compiled loops for float32 on a CPU.
 
-Channels lie next to each other in memory, as a mixer's linear layers leave and want them, so nothing is
-transposed. Each piece is a range of positions.
+Channels lie next to each other in memory, as the linear layers of a mixer write and read them, so nothing has
+to be transposed. Each piece of work is a range of positions.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from ..buffers import Buffer, Layout
-from .compiled import array, flat, kernel, next_piece, parameters, silu, strided, taking
+from .compiled import arguments_of, kernel, next_piece, silu
 
 FORWARD = Layout(
     "past activate",
@@ -19,48 +19,36 @@ FORWARD = Layout(
     bias=Buffer("width"),
     out=Buffer("batch length width"),
 )
-AT = FORWARD.at
+forward_arguments = arguments_of(FORWARD)
 
 
-@taking(FORWARD)
-@kernel
+@kernel(FORWARD)
 def forward(data):  # type: ignore[no-untyped-def]
-    """Convolve pieces of the rows (batch x positions).
+    """Convolve pieces of the rows (batch x positions). Result: out.
 
-    ``taps``: K; ``past``: K - 1, how many columns there are ``before`` x_in; ``activate``: whether to apply
-    SiLU. Result: out.
+    ``taps``: K; ``past``: K - 1, the number of columns ``before`` x_in; ``activate``: whether to apply SiLU.
     """
-    p = parameters(data)
-    batch, length, width = p[AT.batch], p[AT.length], p[AT.width]
-    taps, past, activate, pieces = p[AT.taps], p[AT.past], p[AT.activate], p[AT.pieces]
-    x_in, x_b, x_t = strided(p, AT.x_in)
-    before = flat(p, AT.before)
-    weight = array(p, AT.weight, (taps, width))
-    bias = array(p, AT.bias, (width,))
-    out = flat(p, AT.out)
-    row = np.zeros(width, np.float32)
+    p = forward_arguments(data)
+    row = np.zeros(p.width, np.float32)
     while True:
         piece = next_piece(data)
-        if piece >= pieces:
+        if piece >= p.pieces:
             break
-        for line in range(batch * length * piece // pieces, batch * length * (piece + 1) // pieces):
-            b, t = line // length, line % length
-            for e in range(width):
-                row[e] = bias[e]
-            for k in range(taps):
-                source = t - past + k
+        for line in range(p.batch * p.length * piece // p.pieces, p.batch * p.length * (piece + 1) // p.pieces):
+            b, t = line // p.length, line % p.length
+            for e in range(p.width):
+                row[e] = p.bias[e]
+            for k in range(p.taps):
+                source = t - p.past + k
                 if source >= 0:
-                    at = b * x_b + source * x_t
-                    for e in range(width):
-                        row[e] += weight[k, e] * x_in[at + e]
+                    for e in range(p.width):
+                        row[e] += p.weight[k, e] * p.x_in[b, source, e]
                 else:
-                    at = (b * past + past + source) * width
-                    for e in range(width):
-                        row[e] += weight[k, e] * before[at + e]
-            at = line * width
-            if activate:
-                for e in range(width):
-                    out[at + e] = silu(row[e])
+                    for e in range(p.width):
+                        row[e] += p.weight[k, e] * p.before[b, p.past + source, e]
+            if p.activate:
+                for e in range(p.width):
+                    p.out[b, t, e] = silu(row[e])
             else:
-                for e in range(width):
-                    out[at + e] = row[e]
+                for e in range(p.width):
+                    p.out[b, t, e] = row[e]

@@ -1,7 +1,7 @@
 """The scan over given A_bar and B_bar, and its gradients, as compiled loops for float32 on a CPU.
 
 The matrices [B,L,E,N] are read once, in the order in which they lie in memory, so memory sets the pace. Each
-piece is a range of channels of one row of the batch.
+piece of work is a range of channels of one batch row.
 """
 
 from __future__ import annotations
@@ -9,67 +9,101 @@ from __future__ import annotations
 import numpy as np
 
 from ..buffers import Buffer, Layout
-from .compiled import array, kernel, next_piece, parameters, strided, taking
+from .compiled import arguments_of, kernel, next_piece
 
 WIDTH = 16  # channels in a block
 
 FORWARD = Layout(
     "keep",
-    A_bar=Buffer("batch length width n_state", dense=2),
-    B_bar=Buffer("batch length width n_state", dense=2),
-    x=Buffer("batch length width"),
-    C=Buffer("batch length n_state"),
-    h_start=Buffer("batch width n_state"),
-    y=Buffer("batch length width"),
-    h_last=Buffer("batch width n_state"),
+    A_bar=Buffer("batch length width n_state", dense=2), B_bar=Buffer("batch length width n_state", dense=2),
+    x=Buffer("batch length width"), C=Buffer("batch length n_state"), h_start=Buffer("batch width n_state"),
+    y=Buffer("batch length width"), h_last=Buffer("batch width n_state"),
     states=Buffer("batch length width n_state", when="keep"),
-)
-AT = FORWARD.at
+)  # fmt: skip
+BACKWARD = Layout(
+    "keep",
+    A_bar=Buffer("batch length width n_state"), B_bar=Buffer("batch length width n_state"),
+    x=Buffer("batch length width"), C=Buffer("batch length n_state"), h_start=Buffer("batch width n_state"),
+    states=Buffer("batch length width n_state"),
+    gy=Buffer("batch length width"), gh_last=Buffer("batch width n_state"),
+    gstates=Buffer("batch length width n_state", when="keep"),
+    gA_bar=Buffer("batch length width n_state"), gB_bar=Buffer("batch length width n_state"),
+    gx=Buffer("batch length width"), gC=Buffer("pieces batch length n_state"),
+    gh_start=Buffer("batch width n_state"),
+)  # fmt: skip
+forward_arguments, backward_arguments = arguments_of(FORWARD), arguments_of(BACKWARD)
 
 
-@taking(FORWARD)
-@kernel
+@kernel(FORWARD)
 def forward(data):  # type: ignore[no-untyped-def]
-    """Run pieces of the blocks (batch x channel blocks) over all positions.
+    """Run pieces of the blocks (batch x channel blocks) over all positions. Results: y, h_last and states.
 
-    ``keep``: whether to keep the states. Results: y, h_last and states.
+    ``keep``: whether to keep the states.
     """
-    p = parameters(data)
-    batch, length, width, n_state = p[AT.batch], p[AT.length], p[AT.width], p[AT.n_state]
-    keep, pieces = p[AT.keep], p[AT.pieces]
-    A_bar, A_b, A_t = strided(p, AT.A_bar)
-    B_bar, B_b, B_t = strided(p, AT.B_bar)
-    x = array(p, AT.x, (batch, length, width))
-    C = array(p, AT.C, (batch, length, n_state))
-    h_start = array(p, AT.h_start, (batch, width, n_state))
-    y = array(p, AT.y, (batch, length, width))
-    h_last = array(p, AT.h_last, (batch, width, n_state))
-    states = array(p, AT.states, (batch, length, width, n_state))
-    blocks = (width + WIDTH - 1) // WIDTH
-    h = np.zeros((WIDTH, n_state), np.float32)
+    p = forward_arguments(data)
+    blocks = (p.width + WIDTH - 1) // WIDTH
+    h = np.zeros((WIDTH, p.n_state), np.float32)
     while True:
         piece = next_piece(data)
-        if piece >= pieces:
+        if piece >= p.pieces:
             break
-        for block in range(batch * blocks * piece // pieces, batch * blocks * (piece + 1) // pieces):
+        for block in range(p.batch * blocks * piece // p.pieces, p.batch * blocks * (piece + 1) // p.pieces):
             b, e0 = block // blocks, (block % blocks) * WIDTH
-            w = min(WIDTH, width - e0)
+            w = min(WIDTH, p.width - e0)
             for e in range(w):
-                for n in range(n_state):
-                    h[e, n] = h_start[b, e0 + e, n]
-            for t in range(length):
+                for n in range(p.n_state):
+                    h[e, n] = p.h_start[b, e0 + e, n]
+            for t in range(p.length):
                 for e in range(w):
-                    at_A = b * A_b + t * A_t + (e0 + e) * n_state
-                    at_B = b * B_b + t * B_t + (e0 + e) * n_state
-                    xe, out = x[b, t, e0 + e], np.float32(0.0)
-                    for n in range(n_state):
-                        state = A_bar[at_A + n] * h[e, n] + B_bar[at_B + n] * xe
+                    xe, out = p.x[b, t, e0 + e], np.float32(0.0)
+                    for n in range(p.n_state):
+                        state = p.A_bar[b, t, e0 + e, n] * h[e, n] + p.B_bar[b, t, e0 + e, n] * xe
                         h[e, n] = state
-                        out += state * C[b, t, n]
-                    y[b, t, e0 + e] = out
-                    if keep:
-                        for n in range(n_state):
-                            states[b, t, e0 + e, n] = h[e, n]
+                        out += state * p.C[b, t, n]
+                    p.y[b, t, e0 + e] = out
+                    if p.keep:
+                        for n in range(p.n_state):
+                            p.states[b, t, e0 + e, n] = h[e, n]
             for e in range(w):
-                for n in range(n_state):
-                    h_last[b, e0 + e, n] = h[e, n]
+                for n in range(p.n_state):
+                    p.h_last[b, e0 + e, n] = h[e, n]
+
+
+@kernel(BACKWARD)
+def backward(data):  # type: ignore[no-untyped-def]
+    """Compute the gradients for pieces of the blocks of `forward`.
+
+    ``states`` are those that `forward` made; ``keep``: whether there are gradients of them. Results: gA_bar,
+    gB_bar, gx and gh_start; gC, which must be zeros before, is added to, and is to be summed over the pieces.
+    """
+    p = backward_arguments(data)
+    blocks = (p.width + WIDTH - 1) // WIDTH
+    g = np.zeros((WIDTH, p.n_state), np.float32)
+    while True:
+        piece = next_piece(data)
+        if piece >= p.pieces:
+            break
+        for block in range(p.batch * blocks * piece // p.pieces, p.batch * blocks * (piece + 1) // p.pieces):
+            b, e0 = block // blocks, (block % blocks) * WIDTH
+            w = min(WIDTH, p.width - e0)
+            for e in range(w):
+                for n in range(p.n_state):
+                    g[e, n] = p.gh_last[b, e0 + e, n]
+            for t in range(p.length - 1, -1, -1):
+                for e in range(w):
+                    xe, go, through_b = p.x[b, t, e0 + e], p.gy[b, t, e0 + e], np.float32(0.0)
+                    if p.keep:
+                        for n in range(p.n_state):
+                            g[e, n] += p.gstates[b, t, e0 + e, n]
+                    for n in range(p.n_state):
+                        before = p.states[b, t - 1, e0 + e, n] if t > 0 else p.h_start[b, e0 + e, n]
+                        gn = g[e, n] + go * p.C[b, t, n]
+                        p.gC[piece, b, t, n] += go * p.states[b, t, e0 + e, n]
+                        p.gA_bar[b, t, e0 + e, n] = gn * before
+                        p.gB_bar[b, t, e0 + e, n] = gn * xe
+                        through_b += gn * p.B_bar[b, t, e0 + e, n]
+                        g[e, n] = gn * p.A_bar[b, t, e0 + e, n]
+                    p.gx[b, t, e0 + e] = through_b
+            for e in range(w):
+                for n in range(p.n_state):
+                    p.gh_start[b, e0 + e, n] = g[e, n]

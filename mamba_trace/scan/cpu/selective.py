@@ -1,108 +1,205 @@
-"""The selective scan as compiled loops over blocks of channels, for float32 on a CPU.
+"""The selective scan and its gradients as compiled loops over blocks of channels, for float32 on a CPU.
 
 A block is 16 channels wide, so that each inner loop over channels becomes a few vector instructions. The
 state of a block [N,16] stays in the first level of cache, and nothing of shape [B,L,E,N] exists unless the
-trajectory is asked for.
+trajectory is asked for. The backward pass computes the states again, chunk by chunk from the last to the
+first, so nothing but one state for each chunk grows with the length.
 """
 
 from __future__ import annotations
 
 import numpy as np
+from numba import njit
 
 from ..buffers import Buffer, Layout
-from .compiled import LOG2E, exp2, flat, kernel, next_piece, parameters, silu, softplus, strided, taking
+from .compiled import LOG2E, OPTIONS, arguments_of, exp2, kernel, next_piece, silu, softplus
 
 WIDTH = 16  # channels in a block
+CHUNK = 64  # positions between the states that the backward pass keeps
 
 FORWARD = Layout(
-    "before_softplus gated keep",
-    x=Buffer("batch length width", dense=1),
-    delta=Buffer("batch length width", dense=1),
-    B=Buffer("batch length n_state", dense=1),
-    C=Buffer("batch length n_state", dense=1),
+    "gated keep",
+    x=Buffer("batch length width", dense=1), delta=Buffer("batch length width", dense=1),
+    B=Buffer("batch length n_state", dense=1), C=Buffer("batch length n_state", dense=1),
     skip=Buffer("batch length width", dense=1, when="gated"),
-    A=Buffer("width n_state"),
-    D=Buffer("width", when="gated"),
-    h_start=Buffer("batch width n_state"),
-    y=Buffer("batch length width"),
-    h_last=Buffer("batch width n_state"),
+    A=Buffer("width n_state"), D=Buffer("width", when="gated"), h_start=Buffer("batch width n_state"),
+    y=Buffer("batch length width"), h_last=Buffer("batch width n_state"),
     states=Buffer("batch length width n_state", when="keep"),
-)
-AT = FORWARD.at
+)  # fmt: skip
+BACKWARD = Layout(
+    "keep",
+    x=Buffer("batch length width"), delta=Buffer("batch length width"), A=Buffer("width n_state"),
+    B=Buffer("batch length n_state"), C=Buffer("batch length n_state"), h_start=Buffer("batch width n_state"),
+    gy=Buffer("batch length width"), gh_last=Buffer("batch width n_state"),
+    gstates=Buffer("batch length width n_state", when="keep"),
+    gx=Buffer("batch length width"), gdelta=Buffer("batch length width"), gA=Buffer("batch width n_state"),
+    gB=Buffer("pieces batch length n_state"), gC=Buffer("pieces batch length n_state"),
+    gh_start=Buffer("batch width n_state"),
+)  # fmt: skip
+forward_arguments, backward_arguments = arguments_of(FORWARD), arguments_of(BACKWARD)
 
 
-@taking(FORWARD)
-@kernel
+@kernel(FORWARD)
 def forward(data):  # type: ignore[no-untyped-def]
-    """Run pieces of the blocks (batch x channel blocks) over all positions.
+    """Run pieces of the blocks (batch x channel blocks) over all positions. Results: y, h_last and states.
 
-    ``before_softplus``: whether to take softplus of delta; ``gated``: whether to add D x to y and gate it;
-    ``keep``: whether to keep the states. Results: y, h_last and states.
+    ``gated``: whether to take softplus of delta before, and to add D x to y and gate it after; ``keep``:
+    whether to keep the states.
     """
-    p = parameters(data)
-    batch, length, width, n_state = p[AT.batch], p[AT.length], p[AT.width], p[AT.n_state]
-    before_softplus, gated, keep, pieces = p[AT.before_softplus], p[AT.gated], p[AT.keep], p[AT.pieces]
-    x, x_b, x_t = strided(p, AT.x)
-    delta, delta_b, delta_t = strided(p, AT.delta)
-    B, B_b, B_t = strided(p, AT.B)
-    C, C_b, C_t = strided(p, AT.C)
-    skip, skip_b, skip_t = strided(p, AT.skip)
-    A, D, h_start = flat(p, AT.A), flat(p, AT.D), flat(p, AT.h_start)
-    y, h_last, states = flat(p, AT.y), flat(p, AT.h_last), flat(p, AT.states)
-    blocks = (width + WIDTH - 1) // WIDTH
-    # Where a block is cut short, nobody reads what its last columns hold.
-    a = np.empty((n_state, WIDTH), np.float32)
-    h = np.empty((n_state, WIDTH), np.float32)
+    p = forward_arguments(data)
+    blocks = (p.width + WIDTH - 1) // WIDTH
+    # In a block that is cut short, nothing reads the last columns.
+    a = np.empty((p.n_state, WIDTH), np.float32)
+    h = np.empty((p.n_state, WIDTH), np.float32)
     d = np.empty(WIDTH, np.float32)
     xs = np.empty(WIDTH, np.float32)
     dx = np.empty(WIDTH, np.float32)
     out = np.empty(WIDTH, np.float32)
     while True:
         piece = next_piece(data)
-        if piece >= pieces:
+        if piece >= p.pieces:
             break
-        for block in range(batch * blocks * piece // pieces, batch * blocks * (piece + 1) // pieces):
+        for block in range(p.batch * blocks * piece // p.pieces, p.batch * blocks * (piece + 1) // p.pieces):
             b, e0 = block // blocks, (block % blocks) * WIDTH
-            w = min(WIDTH, width - e0)
-            start = (b * width + e0) * n_state
-            for n in range(n_state):
+            w = min(WIDTH, p.width - e0)
+            for n in range(p.n_state):
                 for e in range(w):
-                    a[n, e] = A[(e0 + e) * n_state + n] * LOG2E
-                    h[n, e] = h_start[start + e * n_state + n]
-            for t in range(length):
-                at = b * x_b + t * x_t + e0
+                    a[n, e] = p.A[e0 + e, n] * LOG2E
+                    h[n, e] = p.h_start[b, e0 + e, n]
+            for t in range(p.length):
                 for e in range(w):
-                    xs[e] = x[at + e]
-                at = b * delta_b + t * delta_t + e0
+                    xs[e] = p.x[b, t, e0 + e]
                 for e in range(w):
-                    d[e] = delta[at + e]
-                if before_softplus:
+                    d[e] = p.delta[b, t, e0 + e]
+                if p.gated:
                     for e in range(WIDTH):
                         d[e] = softplus(d[e])
                 for e in range(WIDTH):
                     dx[e] = d[e] * xs[e]
                     out[e] = np.float32(0.0)
-                at_B, at_C = b * B_b + t * B_t, b * C_b + t * C_t
-                for n in range(n_state):
-                    bn, cn = B[at_B + n], C[at_C + n]
+                for n in range(p.n_state):
+                    bn, cn = p.B[b, t, n], p.C[b, t, n]
                     for e in range(WIDTH):
                         state = exp2(d[e] * a[n, e]) * h[n, e] + dx[e] * bn
                         h[n, e] = state
                         out[e] += state * cn
-                if gated:
-                    at = b * skip_b + t * skip_t + e0
+                if p.gated:
                     for e in range(w):
-                        dx[e] = skip[at + e]
-                        out[e] += D[e0 + e] * xs[e]
+                        dx[e] = p.skip[b, t, e0 + e]
+                        out[e] += p.D[e0 + e] * xs[e]
                     for e in range(WIDTH):
                         out[e] *= silu(dx[e])
-                at = (b * length + t) * width + e0
                 for e in range(w):
-                    y[at + e] = out[e]
-                if keep:
+                    p.y[b, t, e0 + e] = out[e]
+                if p.keep:
                     for e in range(w):
-                        for n in range(n_state):
-                            states[(at + e) * n_state + n] = h[n, e]
-            for n in range(n_state):
+                        for n in range(p.n_state):
+                            p.states[b, t, e0 + e, n] = h[n, e]
+            for n in range(p.n_state):
                 for e in range(w):
-                    h_last[start + e * n_state + n] = h[n, e]
+                    p.h_last[b, e0 + e, n] = h[n, e]
+
+
+@njit(**OPTIONS)
+def run_chunk(x, delta, B, a, start, states, decays, b, e0, w, begin, end):  # type: ignore[no-untyped-def]
+    """From the state ``start``, the states after positions ``begin`` to ``end - 1`` of a block, and A_bar."""
+    for n in range(a.shape[0]):
+        for e in range(WIDTH):
+            states[0, n, e] = start[n, e]
+    d = np.zeros(WIDTH, np.float32)
+    dx = np.zeros(WIDTH, np.float32)
+    for t in range(begin, end):
+        for e in range(w):
+            d[e] = delta[b, t, e0 + e]
+            dx[e] = d[e] * x[b, t, e0 + e]
+        for n in range(a.shape[0]):
+            bn = B[b, t, n]
+            for e in range(WIDTH):
+                decay = exp2(d[e] * a[n, e])
+                decays[t - begin, n, e] = decay
+                states[t - begin + 1, n, e] = decay * states[t - begin, n, e] + dx[e] * bn
+
+
+@kernel(BACKWARD)
+def backward(data):  # type: ignore[no-untyped-def]
+    """Compute the gradients for pieces of the blocks of `forward`.
+
+    ``keep``: whether there are gradients of the states. Results: gx, gdelta and gh_start; gA, to be summed
+    over the batch; gB and gC, which must be zeros before, are added to, and are to be summed over the pieces.
+    """
+    p = backward_arguments(data)
+    blocks = (p.width + WIDTH - 1) // WIDTH
+    chunks = (p.length + CHUNK - 1) // CHUNK
+    raw = np.zeros((p.n_state, WIDTH), np.float32)
+    a = np.zeros((p.n_state, WIDTH), np.float32)
+    g = np.zeros((p.n_state, WIDTH), np.float32)
+    ga = np.zeros((p.n_state, WIDTH), np.float32)
+    starts = np.zeros((chunks + 1, p.n_state, WIDTH), np.float32)
+    states = np.zeros((CHUNK + 1, p.n_state, WIDTH), np.float32)
+    decays = np.zeros((CHUNK, p.n_state, WIDTH), np.float32)
+    d = np.zeros(WIDTH, np.float32)
+    xs = np.zeros(WIDTH, np.float32)
+    go = np.zeros(WIDTH, np.float32)
+    through_b = np.zeros(WIDTH, np.float32)
+    through_a = np.zeros(WIDTH, np.float32)
+    while True:
+        piece = next_piece(data)
+        if piece >= p.pieces:
+            break
+        for block in range(p.batch * blocks * piece // p.pieces, p.batch * blocks * (piece + 1) // p.pieces):
+            b, e0 = block // blocks, (block % blocks) * WIDTH
+            w = min(WIDTH, p.width - e0)
+            for e in range(WIDTH):
+                d[e], xs[e], go[e] = np.float32(0.0), np.float32(0.0), np.float32(0.0)
+            for n in range(p.n_state):
+                for e in range(WIDTH):
+                    raw[n, e], a[n, e], starts[0, n, e] = np.float32(0.0), np.float32(0.0), np.float32(0.0)
+                    g[n, e], ga[n, e] = np.float32(0.0), np.float32(0.0)
+                for e in range(w):
+                    raw[n, e] = p.A[e0 + e, n]
+                    a[n, e] = p.A[e0 + e, n] * LOG2E
+                    starts[0, n, e] = p.h_start[b, e0 + e, n]
+                    g[n, e] = p.gh_last[b, e0 + e, n]
+            for c in range(chunks - 1):  # the last chunk is run below
+                begin, end = c * CHUNK, (c + 1) * CHUNK
+                run_chunk(p.x, p.delta, p.B, a, starts[c], states, decays, b, e0, w, begin, end)
+                for n in range(p.n_state):
+                    for e in range(WIDTH):
+                        starts[c + 1, n, e] = states[CHUNK, n, e]
+            for c in range(chunks - 1, -1, -1):
+                begin, end = c * CHUNK, min((c + 1) * CHUNK, p.length)
+                run_chunk(p.x, p.delta, p.B, a, starts[c], states, decays, b, e0, w, begin, end)
+                for t in range(end - 1, begin - 1, -1):
+                    for e in range(w):
+                        d[e] = p.delta[b, t, e0 + e]
+                        xs[e] = p.x[b, t, e0 + e]
+                        go[e] = p.gy[b, t, e0 + e]
+                    if p.keep:
+                        for n in range(p.n_state):
+                            for e in range(w):
+                                g[n, e] += p.gstates[b, t, e0 + e, n]
+                    for e in range(WIDTH):
+                        through_b[e] = np.float32(0.0)
+                        through_a[e] = np.float32(0.0)
+                    for n in range(p.n_state):
+                        bn, cn = p.B[b, t, n], p.C[b, t, n]
+                        sum_b, sum_c = np.float32(0.0), np.float32(0.0)
+                        for e in range(WIDTH):
+                            decay = decays[t - begin, n, e]
+                            gn = g[n, e] + go[e] * cn
+                            sum_c += go[e] * states[t - begin + 1, n, e]
+                            sum_b += gn * d[e] * xs[e]
+                            through_b[e] += gn * bn
+                            log_decay = gn * states[t - begin, n, e] * decay
+                            through_a[e] += log_decay * raw[n, e]
+                            ga[n, e] += log_decay * d[e]
+                            g[n, e] = gn * decay
+                        p.gB[piece, b, t, n] += sum_b
+                        p.gC[piece, b, t, n] += sum_c
+                    for e in range(w):
+                        p.gx[b, t, e0 + e] = d[e] * through_b[e]
+                        p.gdelta[b, t, e0 + e] = xs[e] * through_b[e] + through_a[e]
+            for n in range(p.n_state):
+                for e in range(w):
+                    p.gA[b, e0 + e, n] = ga[n, e]
+                    p.gh_start[b, e0 + e, n] = g[n, e]

@@ -1,8 +1,8 @@
 """Running a compiled kernel on several threads: PyTorch's own, where it has OpenMP.
 
-PyTorch's OpenMP threads go on spinning for a while after each matmul. Threads of anybody else's would fight
-them for the cores, so on two cores a second one gains nothing; a kernel that the spinning threads themselves
-run starts at once. Where PyTorch's OpenMP library cannot be called, a pool of Python threads runs the kernel.
+PyTorch's OpenMP threads go on spinning for a while after each matmul. Any other threads would fight them for
+the cores, so on two cores a second thread would gain nothing, whereas a kernel that the spinning threads run
+starts at once. Where PyTorch's OpenMP library cannot be called, a pool of Python threads runs the kernel.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-#: A piece of fewer steps (16 channels at one position) is not worth a thread of its own.
+#: A piece with fewer steps than this (16 channels at one position are a step) is not worth a thread.
 SMALL = 256
-#: Pieces a thread takes, one after the other, so that one that is held up holds up nobody else.
+#: How many pieces each thread is to take, so that a thread that is held up does not hold up the others.
 SHARES = 4
 
 
@@ -32,15 +32,15 @@ def pieces(blocks: int, length: int, shares: int = SHARES) -> int:
 
 
 def run(kernel: Any, count: int, **given: int | Tensor | None) -> None:
-    """Run a kernel of `_compiled` to its end.
+    """Run a `compiled.Kernel` until all its work is done.
 
     Args:
-        kernel: its function and its layout.
+        kernel: the kernel.
         count: how many pieces its work is cut into.
-        **given: the numbers and the tensors of its layout.
+        **given: every number and every tensor of its layout.
 
     Raises:
-        BackendError: if one is missing, or a tensor is not what the layout says.
+        BackendError: if a name is missing or unknown, or if a tensor does not match the layout.
     """
     parameters = kernel.layout.pack(count, given)
     address, _ = parameters.buffer_info()
@@ -79,7 +79,7 @@ def _pool() -> ThreadPoolExecutor:
 
 
 def _after_fork() -> None:
-    # Threads do not survive a fork, neither Python's nor OpenMP's, which would wait for them for ever.
+    # Neither Python's threads nor OpenMP's survive a fork; OpenMP would wait for its threads for ever.
     global _openmp
     _pool.cache_clear()
     _openmp = lambda: None  # type: ignore[assignment]  # noqa: E731

@@ -1,22 +1,25 @@
 """The scan on an NVIDIA GPU, on the kernels of mamba-ssm and causal-conv1d, which do less than is needed.
 
 mamba-ssm's scan cannot begin at a state, ignores the gradient of the state it ends in, gives no state in
-between and takes no second derivative. Its functions here mean what `reference` defines all the same:
+between and takes no second derivative. The functions here nevertheless mean what `reference` defines:
 
-- A state to begin at is written by N *virtual* positions before the first one. Position n has x = h_start[n],
-  B = e_n / s and delta = s, so small that A_bar is 1: what it writes, delta B x, is h_start[n], and stays.
-- The state at the end is read, where it takes a gradient, by N virtual positions after the last one. With
-  delta = 0, A_bar is 1 and nothing is written; C = e_n reads component n as an output, which has a gradient.
-- All states are N scans of one component each, whose outputs, C being 1, are its states.
-- The gradient runs the kernel again, since what it needs depends on which results take one. Nothing but the
-  arguments is kept until then. The second derivative is that of `reference`.
+- A state to begin at is written by N *virtual* positions before the first position. Virtual position n has
+  x = h_start[n], B = e_n / s and delta = s, which is so small that A_bar is 1. So what it writes,
+  delta B x, is h_start[n], and it stays.
+- Where the state at the end takes a gradient, N virtual positions after the last position read it. With delta
+  = 0, A_bar is 1 and nothing is written; with C = e_n, component n is read as an output, which has a
+  gradient.
+- All states are N scans of one component each: with C = 1 their outputs are their states.
+- The backward pass runs the kernel again, since what it needs depends on which results take a gradient. Only
+  the arguments are kept until then. The second derivative is that of `reference`.
 
-Everything is computed in float32 but for one case: the kernel takes the arguments of `gated_scan` in a half
-precision that they share where it adds no virtual positions, since it then rounds once, as the definition.
+Everything is computed in float32 with one exception. The kernel takes the arguments of `gated_scan` in a half
+precision that they share, where it adds no virtual positions: it then rounds once, as the definition does.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -24,24 +27,14 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from . import calls as calls
-from . import installed as installed
-from .installed import INSTALL_CONV, INSTALL_SCAN
-
-__all__ = [
-    "INSTALL_CONV",
-    "INSTALL_SCAN",
-    "causal_conv",
-    "conv_unavailable",
-    "gated_scan",
-    "selective_scan",
-    "selective_states",
-    "unavailable",
-]
+from ..recompute import differentiated, gradients_of
+from . import calls, installed
+from .installed import INSTALL_CONV as INSTALL_CONV
+from .installed import INSTALL_SCAN as INSTALL_SCAN
 
 #: The largest N of the scan kernel.
 MAX_STATE = 256
-#: The widths of the convolution kernel.
+#: The numbers of positions that the convolution kernel can look at.
 WIDTHS = (2, 3, 4)
 
 Run = Callable[..., tuple[Tensor, ...]]
@@ -50,11 +43,11 @@ Run = Callable[..., tuple[Tensor, ...]]
 def unavailable(
     device: torch.device | None = None, dtype: torch.dtype = torch.float32, d_state: int = 16
 ) -> str | None:
-    """Why the scan cannot run here, and what to do; ``None`` if it can.
+    """Why the scan cannot run here, and what to do about it; ``None`` if it can run.
 
     Args:
-        device: where the inputs are; ``None`` asks whether it can run at all.
-        dtype: what the inputs are accumulated in.
+        device: where the inputs are; ``None`` asks whether the scan can run at all.
+        dtype: the dtype that the scan accumulates in.
         d_state: N.
     """
     if isinstance(kernel := installed.scan_kernel(), str):
@@ -63,18 +56,18 @@ def unavailable(
         return reason
     if d_state > MAX_STATE:
         return f"it takes a state of at most {MAX_STATE}, not {d_state}"
-    return None if device is None else installed.scan_failure(device)
+    return None if device is None else scan_failure(device)
 
 
 def conv_unavailable(
     device: torch.device | None = None, dtype: torch.dtype = torch.float32, width: int = 4
 ) -> str | None:
-    """Why `causal_conv` cannot run here, and what to do; ``None`` if it can.
+    """Why `causal_conv` cannot run here, and what to do about it; ``None`` if it can run.
 
     Args:
-        device: where the inputs are; ``None`` asks whether it can run at all.
-        dtype: of the input.
-        width: of the kernel, K.
+        device: where the inputs are; ``None`` asks whether the convolution can run at all.
+        dtype: the dtype of the input.
+        width: how many positions the convolution looks at, K.
     """
     if isinstance(kernel := installed.conv_kernel(), str):
         return installed.missing(kernel, device)
@@ -83,7 +76,25 @@ def conv_unavailable(
         return reason
     if width not in WIDTHS:
         return f"it convolves over {WIDTHS[0]} to {WIDTHS[-1]} positions, not {width}"
-    return None if device is None else installed.conv_failure(device)
+    return None if device is None else conv_failure(device)
+
+
+@functools.cache
+def scan_failure(device: torch.device) -> str | None:
+    """How the scan kernel fails on ``device``; ``None`` if it gets a small example right."""
+    x, B, C = (installed.waves(1, 5, width, device=device) for width in (8, 3, 3))
+    delta, A = x.abs() + 0.1, -installed.waves(8, 3, device=device).abs() - 0.5
+    inputs = (x, delta, A, B, C, installed.waves(1, 8, 3, device=device))
+    return installed.failure(selective_scan, reference.selective_scan, *inputs)
+
+
+@functools.cache
+def conv_failure(device: torch.device) -> str | None:
+    """How the convolution kernel fails on ``device``; ``None`` if it gets a small example right."""
+    shapes = ((1, 5, 8), (8, 4), (8,), (1, 8, 4))
+    inputs = (installed.waves(*shape, device=device) for shape in shapes)
+    run, define = (functools.partial(each, activate=True) for each in (causal_conv, reference.causal_conv))
+    return installed.failure(run, define, *inputs)
 
 
 # -- the functions of `reference` ------------------------------------------------------------------------
@@ -105,26 +116,16 @@ def selective_states(
     return reference.read_out(states, C), states
 
 
-def gated_scan(
-    x: Tensor,
-    delta_2: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor,
-    skip: Tensor,
-    h_start: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+def gated_scan(x: Tensor, *others: Tensor | None) -> tuple[Tensor, Tensor]:
     """As `reference.gated_scan`: (after_skip [B,L,E] in the dtype of x, h_last [B,E,N] in float32)."""
-    inputs = (x, delta_2, A, B, C, D, skip, h_start)
-    out, h_last = _apply(calls.gated, _define(reference.gated_scan), *inputs)
+    out, h_last = _apply(calls.gated, _define(reference.gated_scan), x, *others)
     return out.transpose(1, 2), h_last
 
 
 def causal_conv(
     x_in: Tensor, weight: Tensor, bias: Tensor | None, before: Tensor | None = None, *, activate: bool = False
 ) -> Tensor:
-    """As `reference.causal_conv`; a half precision is rounded to once, after the activation."""
+    """As `reference.causal_conv`; values in half precision are rounded once, after the activation."""
 
     def run(*inputs: Any, attached: bool = False) -> tuple[Tensor]:
         return (calls.convolve(*inputs, activate=activate),)
@@ -153,15 +154,13 @@ def _define_states(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, h_start: Tens
 
 
 def _apply(run: Run, define: Run, *inputs: Tensor | None) -> tuple[Tensor, ...]:
-    # No result may be a view, which autograd would not let anybody edit in place. A view that is made of it
-    # outside, as by the transpositions above, may be edited.
-    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in inputs):
-        return _Differentiable.apply(run, define, *inputs)
-    return run(*inputs)
+    # No result may be a view: autograd would not let anybody edit it in place. The transpositions above make
+    # views of the results outside, and those may be edited.
+    return _Kernel.apply(run, define, *inputs) if differentiated(*inputs) else run(*inputs)
 
 
-class _Differentiable(torch.autograd.Function):
-    """The results and gradients of ``run``, the second derivatives of ``define``."""
+class _Kernel(torch.autograd.Function):
+    """The results and gradients of ``run``, and the second derivatives of ``define``."""
 
     @staticmethod
     def forward(ctx: Any, run: Run, define: Run, *inputs: Tensor | None) -> tuple[Tensor, ...]:
@@ -172,29 +171,7 @@ class _Differentiable(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        inputs, needed = ctx.saved_tensors, ctx.needs_input_grad[2:]
-        twice = torch.is_grad_enabled()
-        if twice:
-            results = ctx.define(*inputs)
-        else:
-            inputs = [tensor if tensor is None else tensor.detach() for tensor in inputs]
-            for tensor, need in zip(inputs, needed, strict=True):
-                if need:
-                    tensor.requires_grad_()
-            with torch.enable_grad():
-                results = ctx.run(*inputs, attached=grads[-1] is not None)
-        pairs = [
-            (result, grad)
-            for result, grad in zip(results, grads, strict=True)
-            if grad is not None and result.requires_grad
-        ]
-        found = iter(
-            torch.autograd.grad(
-                [result for result, _ in pairs],
-                [tensor for tensor, need in zip(inputs, needed, strict=True) if need],
-                [grad for _, grad in pairs],
-                create_graph=twice,
-                allow_unused=True,
-            )
-        )
-        return (None, None, *(next(found) if need else None for need in needed))
+        run = ctx.define
+        if not torch.is_grad_enabled():  # no second derivative will be asked for
+            run = functools.partial(ctx.run, attached=grads[-1] is not None)
+        return (None, None, *gradients_of(run, ctx.saved_tensors, grads))

@@ -1,9 +1,10 @@
 """Finding the compiled kernels of mamba-ssm and causal-conv1d, and whether they work here.
 
-Both are hard to install, and an installation can be broken in many ways: a package without its compiled
-half, one built for another PyTorch, one without code for this GPU. None of them may stop a model that could
-run without. So nothing here raises: a kernel is the callable, or a sentence that says why there is none and
-what to do, and before its first use on a device it has to get a small example right there.
+Both are hard to install, and an installation can be broken in many ways: the package lacks its compiled half,
+or was built for another PyTorch, or has no code for this GPU. None of this may stop a model that can run
+without the kernels. So nothing here raises. A kernel is either the function to call or a sentence that says
+why there is none and what to do about it, and before its first use on a device it has to get a small example
+right there.
 """
 
 from __future__ import annotations
@@ -13,19 +14,18 @@ import importlib
 import importlib.util
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
-
-from .. import reference
 
 #: Builds mamba-ssm with its Mamba-1 kernel, which recent versions leave out unless asked.
 INSTALL_SCAN = "MAMBA_KEEP_CUDA_BUILD=TRUE MAMBA_FORCE_BUILD=TRUE pip install --no-build-isolation mamba-ssm"
 #: Builds causal-conv1d.
 INSTALL_CONV = "pip install --no-build-isolation causal-conv1d"
-#: Where the kernels run.
+#: The types of device that the kernels run on.
 DEVICE_TYPES: tuple[str, ...] = ("cuda",)
-#: What they are to be right to on the small example, of the largest value.
+#: How exact they must be on the small example, as a part of the largest value.
 TOLERANCE = 1e-3
 
 Kernel = Callable[..., Tensor | tuple[Tensor, Tensor]]
@@ -46,7 +46,7 @@ def conv_kernel() -> Kernel | str:
 
 
 def _find(package: str, module: str, function: str, compiled: str, install: str) -> Kernel | str:
-    # ``compiled`` is the attribute of ``module`` that is missing or None where the compiled half is.
+    # ``compiled`` is an attribute of ``module`` that is missing or None where the compiled half is missing.
     if importlib.util.find_spec(module.partition(".")[0]) is None:
         return f"it needs {package}: {install}"
     try:
@@ -54,65 +54,48 @@ def _find(package: str, module: str, function: str, compiled: str, install: str)
         if getattr(loaded, compiled) is None:
             raise ImportError(f"{compiled} was not built")
         return getattr(loaded, function)
-    except Exception as error:  # of compiled code, anything
+    except Exception as error:  # compiled code may raise anything
         return f"{package} is installed without a working kernel ({_text(error)}): {install}"
 
 
 def no_device() -> str | None:
-    """That there is no device to run the kernels on; ``None`` where there is one."""
+    """Say that there is no device to run the kernels on; ``None`` where there is one."""
     if "cuda" not in DEVICE_TYPES or torch.cuda.is_available():
         return None
     return "PyTorch finds no CUDA device (torch.cuda.is_available() is False)"
 
 
 def missing(reason: str, device: torch.device | None) -> str:
-    """Why there is no kernel, after the lack of a device, which installing does not cure."""
+    """Why there is no kernel; where ``device`` is ``None``, also whether there is no device to run one on."""
     absent = no_device() if device is None else None
     return reason if absent is None else f"{absent}, and {reason}"
 
 
 def misplaced(device: torch.device | None, dtype: torch.dtype, dtypes: tuple[torch.dtype, ...]) -> str | None:
-    """Why the kernels cannot run on ``device`` (``None``: on any) with values in ``dtype``."""
+    """Why the kernels cannot run on ``device`` (on any device if ``None``) with values in ``dtype``."""
     if device is None:
         if (reason := no_device()) is not None:
             return reason
     elif device.type not in DEVICE_TYPES:
         return f"the model is on {device}, and it runs on a CUDA device alone: model.to('cuda')"
     if dtype not in dtypes:
-        return f"it computes in {', '.join(str(one).removeprefix('torch.') for one in dtypes)}, not {dtype}"
+        return f"it computes in {', '.join(str(each).removeprefix('torch.') for each in dtypes)}, not {dtype}"
     return None
 
 
-@functools.cache
-def scan_failure(device: torch.device) -> str | None:
-    """How the scan kernel fails on ``device``; ``None`` if it gets a small example right."""
-    from .. import cuda
-
-    x, B, C = (_waves(1, 5, width, device=device) for width in (8, 3, 3))
-    delta, A = x.abs() + 0.1, -_waves(8, 3, device=device).abs() - 0.5
-    inputs = (x, delta, A, B, C, _waves(1, 8, 3, device=device))
-    return _failure(lambda scan: torch.cat([part.flatten() for part in scan.selective_scan(*inputs)]), cuda)
-
-
-@functools.cache
-def conv_failure(device: torch.device) -> str | None:
-    """How the convolution kernel fails on ``device``; ``None`` if it gets a small example right."""
-    from .. import cuda
-
-    shapes = ((1, 5, 8), (8, 4), (8,), (1, 8, 4))
-    x, weight, bias, before = (_waves(*shape, device=device) for shape in shapes)
-    return _failure(lambda scan: scan.causal_conv(x, weight, bias, before, activate=True), cuda)
-
-
-def _waves(*shape: int, device: torch.device) -> Tensor:
-    # Some numbers, without disturbing a generator.
+def waves(*shape: int, device: torch.device) -> Tensor:
+    """Some numbers that are made without a random generator, so that no generator's state changes."""
     return torch.arange(1, math.prod(shape) + 1, dtype=torch.float32, device=device).sin().reshape(shape)
 
 
 @torch.no_grad()
-def _failure(run: Callable[..., Tensor], scan: object) -> str | None:
+def failure(run: Callable[..., Any], define: Callable[..., Any], *inputs: Tensor) -> str | None:
+    """How ``run(*inputs)`` fails or differs from ``define(*inputs)``; ``None`` if it does neither."""
     try:
-        actual, expected = run(scan), run(reference)
+        actual, expected = (
+            torch.cat([part.flatten() for part in (results if isinstance(results, tuple) else (results,))])
+            for results in (run(*inputs), define(*inputs))
+        )
         error = float((actual - expected).abs().max() / expected.abs().max())
     except Exception as problem:
         return f"its kernel fails here ({_text(problem)})"
@@ -122,5 +105,5 @@ def _failure(run: Callable[..., Tensor], scan: object) -> str | None:
 
 
 def _text(error: Exception) -> str:
-    # Of an error of CUDA the first line: more of them advise on debugging.
+    # The first line: the further lines of a CUDA error are advice on debugging.
     return f"{type(error).__name__}: {error}".splitlines()[0]

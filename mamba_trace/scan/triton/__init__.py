@@ -1,33 +1,24 @@
-"""The scan on a GPU that needs no CUDA toolkit: Triton's kernels, which it compiles at their first use.
+"""The scan on a GPU that needs no CUDA toolkit: Triton's kernels, which Triton compiles at their first use.
 
-The functions mean what `reference`'s do, accumulate in float32 and are differentiable in every argument and
-both results; the second derivative is `reference`'s. Triton is an optional package, so the first call imports
-it and the kernels, not this module. Under Triton's interpreter (TRITON_INTERPRET=1 set before Triton is
-imported) the same kernels run, slowly, on tensors of a CPU: that is how they are tested.
+The functions mean what those of `reference` do. They accumulate in float32 and are differentiable in every
+argument and both results; the second derivative is that of `reference`. Triton is an optional package, so the
+first call imports it and the kernels, and this module does not. Under Triton's interpreter
+(TRITON_INTERPRET=1 set before Triton is imported) the same kernels run, slowly, on tensors of a CPU: that is
+how they are tested.
 """
 
 from __future__ import annotations
 
 import functools
-import importlib
 import importlib.util
 import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .. import reference
-
-__all__ = [
-    "explicit_scan",
-    "explicit_states",
-    "gated_scan",
-    "selective_scan",
-    "selective_states",
-    "unavailable",
-]
+from ..recompute import differentiated, gradients_of
 
 #: A program holds a channel's whole state in the registers of one warp.
 MAX_STATE = 256
@@ -42,8 +33,8 @@ def unavailable(
     """Why this backend cannot run; ``None`` if it can.
 
     Args:
-        device: of the inputs; ``None`` to ask whether it could run on any.
-        dtype: that the scan accumulates in.
+        device: where the inputs are; ``None`` asks whether the backend could run on any device.
+        dtype: the dtype that the scan accumulates in.
         d_state: N.
     """
     if (reason := _broken()) is not None:
@@ -69,17 +60,15 @@ def _broken() -> str | None:
         return "it needs Triton: pip install triton"
     try:
         _kernels()
-    except (
-        Exception
-    ) as error:  # whatever is wrong with an optional package must not stop a model from running
+    except Exception as error:  # whatever is wrong with an optional package must not stop a model from running
         return f"Triton does not work here ({type(error).__name__}: {error})"
     return None
 
 
 @functools.cache
 def _failure(device: torch.device) -> str | None:
-    """What goes wrong in a tiny scan on ``device``, if anything: Triton may lack a compiler, or a driver."""
-    # Drawn from nothing, so that no generator's state changes.
+    # What goes wrong in a tiny scan on ``device``, if anything: Triton may lack a compiler, or a driver. The
+    # inputs are not drawn at random, so that no generator's state changes.
     x, delta, A, B, C = (
         torch.linspace(start, stop, math.prod(shape), dtype=torch.float32, device="cpu").reshape(shape)
         for start, stop, shape in (
@@ -103,24 +92,12 @@ def _failure(device: torch.device) -> str | None:
 
 
 def _kernels() -> Any:
-    return importlib.import_module(".launch", __package__)
+    from . import launch
+
+    return launch
 
 
-# -- the scans ---------------------------------------------------------------------------------------------
-
-
-def selective_scan(
-    x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, h_start: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """As `reference.selective_scan`, in float32."""
-    return _selective(False, x, delta, A, B, C, h_start)
-
-
-def selective_states(
-    x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, h_start: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """As `reference.selective_states`, in float32."""
-    return _selective(True, x, delta, A, B, C, h_start)
+# -- the functions of `reference`, in float32 ----------------------------------------------------------------
 
 
 def gated_scan(
@@ -131,123 +108,62 @@ def gated_scan(
     C: Tensor,
     D: Tensor,
     skip: Tensor,
-    h_start: Tensor | None = None,
+    *h_start: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """As `reference.gated_scan`, in float32 but for the result, which has the dtype of x.
+    """As `reference.gated_scan`, in float32; the first result has the dtype of x.
 
-    One kernel where no gradient is wanted; a differentiable scan between PyTorch's operations where one is.
+    One kernel runs where no gradient is wanted, otherwise a differentiable scan between PyTorch's operations.
     """
-    if _differentiable(x, delta_2, A, B, C, D, skip, h_start):
-        y, h_last = selective_scan(x, F.softplus(delta_2.float()), A, B, C, h_start)
-        return reference.gate(y, x, D, skip), h_last
-    return _kernels().run_selective(x, delta_2, A, B, C, h_start, D=D, skip=skip)
+    if differentiated(x, delta_2, A, B, C, D, skip, *h_start):
+        return reference.gated_scan(x, delta_2, A, B, C, D, skip, *h_start, scan=selective_scan)
+    return _kernels().run_selective(x, delta_2, A, B, C, *h_start, D=D, skip=skip)
 
 
-def explicit_scan(
-    A_bar: Tensor, B_bar: Tensor, x: Tensor, C: Tensor, h_start: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """As `reference.explicit_scan`, in float32."""
-    return _explicit(False, A_bar, B_bar, x, C, h_start)
+def _scan(family: str, what: str, *inputs: Tensor | None) -> tuple[Tensor, Tensor]:
+    # ``{family}_{what}`` of `reference`.
+    inputs += (None,) * (INPUTS[family] - len(inputs))  # h_start, the last of them, may be missing
+    if differentiated(*inputs):
+        return _Differentiable.apply(family, what, *inputs)
+    return _run(family, what, *inputs)
 
 
-def explicit_states(
-    A_bar: Tensor, B_bar: Tensor, x: Tensor, C: Tensor, h_start: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """As `reference.explicit_states`, in float32."""
-    return _explicit(True, A_bar, B_bar, x, C, h_start)
-
-
-def _selective(keep: bool, *inputs: Tensor | None) -> tuple[Tensor, Tensor]:
-    if _differentiable(*inputs):
-        return _Selective.apply(keep, *inputs)
-    states = _trajectory(inputs[0], inputs[2]) if keep else None
-    y, h_last = _kernels().run_selective(*inputs, states=states)
+def _run(family: str, what: str, *inputs: Any, **checkpoints: Tensor) -> tuple[Tensor, Tensor]:
+    states = None
+    if what == "states":
+        first, _, third, *_ = inputs  # x and A, or A_bar and x
+        shape = first.shape if family == "explicit" else (*first.shape, third.shape[-1])
+        states = first.new_empty(shape, dtype=torch.float32)
+    y, h_last = getattr(_kernels(), f"run_{family}")(*inputs, states=states, **checkpoints)
     return y, h_last if states is None else states
 
 
-def _explicit(keep: bool, *inputs: Tensor | None) -> tuple[Tensor, Tensor]:
-    if _differentiable(*inputs):
-        return _Explicit.apply(keep, *inputs)
-    states = _trajectory(inputs[2], inputs[0]) if keep else None
-    y, h_last = _kernels().run_explicit(*inputs, after=states)
-    return y, h_last if states is None else states
+#: How many inputs the scans of a family have.
+INPUTS = {"selective": 6, "explicit": 5}
+selective_scan = functools.partial(_scan, "selective", "scan")
+selective_states = functools.partial(_scan, "selective", "states")
+explicit_scan = functools.partial(_scan, "explicit", "scan")
+explicit_states = functools.partial(_scan, "explicit", "states")
 
 
-def _trajectory(x: Tensor | None, A: Tensor | None) -> Tensor:
-    assert x is not None
-    assert A is not None
-    return x.new_empty(*x.shape, A.shape[-1], dtype=torch.float32)
-
-
-def _differentiable(*inputs: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in inputs)
-
-
-# -- their gradients ---------------------------------------------------------------------------------------
-
-
-class _Selective(torch.autograd.Function):
-    """`_selective` under autograd, whose kernels it calls with gradients off."""
+class _Differentiable(torch.autograd.Function):
+    """`_run` under autograd, which calls the kernels with gradients off."""
 
     @staticmethod
-    def forward(ctx: Any, keep: bool, *inputs: Tensor | None) -> tuple[Tensor, Tensor]:
-        x, _, A, *_ = inputs
-        assert x is not None
-        assert A is not None
-        ctx.keep = keep
+    def forward(ctx: Any, family: str, what: str, *inputs: Any) -> tuple[Tensor, Tensor]:
+        ctx.family, ctx.what = family, what
         ctx.set_materialize_grads(False)
-        kernels = _kernels()
-        chunks = -(-x.shape[1] // kernels.CHUNK)
-        checkpoints = x.new_empty(x.shape[0], chunks, x.shape[2], A.shape[-1], dtype=torch.float32)
-        states = _trajectory(x, A) if keep else None
-        y, h_last = kernels.run_selective(*inputs, states=states, checkpoints=checkpoints)
-        # Not ``states``: whoever asked for the trajectory may write into it.
-        ctx.save_for_backward(*inputs, checkpoints)
-        return y, h_last if states is None else states
+        kept = {"checkpoints": _kernels().empty_checkpoints(inputs[0], inputs[2])} if family == "selective" else {}
+        # The trajectory is not saved: the caller may write into it.
+        ctx.save_for_backward(*inputs, *kept.values())
+        return _run(family, what, *inputs, **kept)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        *inputs, checkpoints = ctx.saved_tensors
+        inputs = ctx.saved_tensors[: INPUTS[ctx.family]]
         if torch.is_grad_enabled():  # a second derivative will be asked for
-            run = reference.selective_states if ctx.keep else reference.selective_scan
-            return (None, *_by_reference(run, inputs, grads))
-        gy, other = grads
-        second = {"gstates" if ctx.keep else "gh_last": other}
-        found = _kernels().selective_gradients(*inputs[:5], checkpoints, gy, **second)
-        return (None, *_matching(found, inputs))
-
-
-class _Explicit(torch.autograd.Function):
-    """`_explicit` under autograd, whose kernels it calls with gradients off."""
-
-    @staticmethod
-    def forward(ctx: Any, keep: bool, *inputs: Tensor | None) -> tuple[Tensor, Tensor]:
-        ctx.keep = keep
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*inputs)
-        return _explicit(keep, *inputs)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        inputs = ctx.saved_tensors
-        if torch.is_grad_enabled():  # a second derivative will be asked for
-            run = reference.explicit_states if ctx.keep else reference.explicit_scan
-            return (None, *_by_reference(run, inputs, grads))
-        gy, other = grads
-        second = {"gstates" if ctx.keep else "gh_last": other}
-        found = _kernels().explicit_gradients(*inputs, gy, **second)
-        return (None, *_matching(found, inputs))
-
-
-def _by_reference(run: Any, inputs: Any, grads: tuple[Tensor | None, ...]) -> list[Tensor | None]:
-    given = [tensor for tensor in inputs if tensor is not None]  # h_start, the last, may be missing
-    pairs = [(result, grad) for result, grad in zip(run(*given), grads, strict=True) if grad is not None]
-    found = reference.gradients([result for result, _ in pairs], given, [grad for _, grad in pairs])
-    return [*found, *[None] * (len(inputs) - len(given))]
-
-
-def _matching(found: tuple[Tensor, ...], inputs: Any) -> list[Tensor | None]:
-    """Each gradient in the dtype of its input, ``None`` where there is no input."""
-    return [
-        None if tensor is None else grad.to(tensor.dtype) for grad, tensor in zip(found, inputs, strict=True)
-    ]
+            definition = getattr(reference, f"{ctx.family}_{ctx.what}")
+            return (None, None, *gradients_of(definition, inputs, grads))
+        second = {"gstates" if ctx.what == "states" else "gh_last": grads[1]}
+        gradients = getattr(_kernels(), f"{ctx.family}_gradients")(*ctx.saved_tensors, grads[0], **second)
+        pairs = zip(gradients, inputs, strict=True)
+        return (None, None, *(None if tensor is None else grad.to(tensor.dtype) for grad, tensor in pairs))

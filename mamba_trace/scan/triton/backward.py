@@ -1,12 +1,12 @@
 """The gradients of `kernels`, by the same division into programs.
 
-Going backwards needs the states of going forwards, from the last to the first. The selective scan's are
-computed again, a chunk at a time, from the checkpoints that the forward pass left; a program keeps the
-chunk's states in a scratch buffer of its own. The explicit scan's inputs are of the size of its trajectory,
-so that is computed again as a whole. The gradients of B and C are sums over channels, hence over programs,
-which add to them atomically: their last bits depend on the order.
+The backward pass needs the states of the forward pass, from the last to the first. The states of the
+selective scan are computed again, a chunk at a time, from the checkpoints that the forward pass left; a
+program keeps the states of a chunk in a scratch buffer of its own. The inputs of the explicit scan are as
+large as its trajectory, so the trajectory is computed again as a whole. The gradients of B and C are sums
+over channels, and so over programs, which add to them atomically: their last bits depend on the order.
 
-Positions past the last change nothing here either: decay 1, all gradients 0.
+Positions past the last change nothing here either: their decay is 1 and all their gradients are 0.
 """
 
 # mypy: disable-error-code="no-untyped-def,assignment,var-annotated"
@@ -18,38 +18,12 @@ from .kernels import locate, tile
 
 @triton.jit(do_not_specialize=["length"])
 def selective_backward_kernel(
-    x,
-    delta,
-    A,
-    B,
-    C,
-    gy,
-    gh_last,
-    gstates,
-    checkpoints,
-    scratch,
-    gx,
-    gdelta,
-    gA,
-    gB,
-    gC,
-    gh_start,
-    length,
-    width,
-    d_state,
-    x_strides,
-    delta_strides,
-    A_strides,
-    B_strides,
-    C_strides,
-    gy_strides,
-    gh_strides,
-    gstates_strides,
-    CHUNK: tl.constexpr,
-    UNROLL: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
+    x, delta, A, B, C, gy, gh_last, gstates,  # read at any strides
+    checkpoints, scratch, gx, gdelta, gA, gB, gC, gh_start,  # dense
+    length, width, d_state,
+    x_strides, delta_strides, A_strides, B_strides, C_strides, gy_strides, gh_strides, gstates_strides,
+    CHUNK: tl.constexpr, UNROLL: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
     """All gradients of `selective_kernel` without a gate, from those of its results (``None`` for zeros).
 
     ``checkpoints`` [B,ceil(L/CHUNK),E,N]; ``scratch`` [programs,CHUNK,BLOCK_E,BLOCK_N]. Results: gx, gdelta
@@ -78,9 +52,7 @@ def selective_backward_kernel(
     if gy is not None:
         gy_at = gy + row * gy_strides[0] + end * gy_strides[1] + e * gy_strides[2]
     if gstates is not None:
-        gstates_at = tile(
-            gstates + row * gstates_strides[0] + end * gstates_strides[1], gstates_strides, e, n
-        )
+        gstates_at = tile(gstates + row * gstates_strides[0] + end * gstates_strides[1], gstates_strides, e, n)
 
     for back in range(0, chunks):
         first = (chunks - 1 - back) * CHUNK
@@ -167,33 +139,12 @@ def selective_backward_kernel(
 
 @triton.jit(do_not_specialize=["length"])
 def explicit_backward_kernel(
-    A_bar,
-    B_bar,
-    x,
-    C,
-    gy,
-    gh_last,
-    gstates,
-    before,
-    gA_bar,
-    gB_bar,
-    gx,
-    gC,
-    gh_start,
-    length,
-    width,
-    d_state,
-    A_strides,
-    B_strides,
-    x_strides,
-    C_strides,
-    gy_strides,
-    gh_strides,
-    gstates_strides,
-    UNROLL: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
+    A_bar, B_bar, x, C, gy, gh_last, gstates,  # read at any strides
+    before, gA_bar, gB_bar, gx, gC, gh_start,  # dense
+    length, width, d_state,
+    A_strides, B_strides, x_strides, C_strides, gy_strides, gh_strides, gstates_strides,
+    UNROLL: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
     """All gradients of `explicit_kernel` from those of its results (``None`` for zeros).
 
     ``before`` [B,L,E,N] holds the state before each position. Results: gA_bar, gB_bar [B,L,E,N]; gx [B,L,E];
@@ -219,9 +170,7 @@ def explicit_backward_kernel(
     if gy is not None:
         gy_at = gy + row * gy_strides[0] + last * gy_strides[1] + e * gy_strides[2]
     if gstates is not None:
-        gstates_at = tile(
-            gstates + row * gstates_strides[0] + last * gstates_strides[1], gstates_strides, e, n
-        )
+        gstates_at = tile(gstates + row * gstates_strides[0] + last * gstates_strides[1], gstates_strides, e, n)
 
     for start in range(0, length, UNROLL):  # counted from the last
         loaded = ()

@@ -1,12 +1,12 @@
 """The recurrence as Triton kernels, forwards: any dtypes and strides come in, float32 accumulates.
 
 A program takes one batch row and a block of channels through all positions. Its state [BLOCK_E,BLOCK_N] stays
-in registers, so nothing of shape [B,L,E,N] exists unless the trajectory is asked for. The loop is short on
-arithmetic and long on waiting for memory, so the loads of UNROLL positions are issued before the first of
-them is used. Positions past the last are loaded as ones that change nothing: delta 0, or A_bar 1 and B_bar 0.
+in registers, so nothing of shape [B,L,E,N] exists unless the trajectory is asked for. The loop does little
+arithmetic and mostly waits for memory, so the loads of UNROLL positions are issued before the first of them
+is used. Positions past the last get values that change nothing: delta 0, or A_bar 1 and B_bar 0.
 
-Layouts: inputs as `reference` has them, each with its strides as a tuple; results contiguous. A result that
-is not asked for is ``None``, for which Triton compiles a kernel without it.
+The inputs have the shapes that `reference` has, each with its strides as a tuple; the results are contiguous.
+A result that is not asked for is ``None``, and Triton then compiles a kernel without it.
 """
 
 # mypy: disable-error-code="no-untyped-def,assignment,var-annotated"
@@ -52,34 +52,12 @@ def softplus(x):
 
 @triton.jit(do_not_specialize=["length"])
 def selective_kernel(
-    x,
-    delta,
-    A,
-    B,
-    C,
-    h_start,
-    D,
-    skip,
-    y,
-    h_last,
-    states,
-    checkpoints,
-    length,
-    width,
-    d_state,
-    x_strides,
-    delta_strides,
-    A_strides,
-    B_strides,
-    C_strides,
-    h_strides,
-    D_strides,
-    skip_strides,
-    CHUNK: tl.constexpr,
-    UNROLL: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
+    x, delta, A, B, C, h_start, D, skip,  # read at any strides
+    y, h_last, states, checkpoints,  # dense
+    length, width, d_state,
+    x_strides, delta_strides, A_strides, B_strides, C_strides, h_strides, D_strides, skip_strides,
+    CHUNK: tl.constexpr, UNROLL: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
     """`reference.selective_scan`; with ``skip``, `reference.gated_scan`.
 
     ``states`` [B,L,E,N] receives the state after each position, ``checkpoints`` [B,ceil(L/CHUNK),E,N] the one
@@ -146,28 +124,13 @@ def selective_kernel(
 
 @triton.jit(do_not_specialize=["length"])
 def explicit_kernel(
-    A_bar,
-    B_bar,
-    x,
-    C,
-    h_start,
-    y,
-    h_last,
-    after,
-    before,
-    length,
-    width,
-    d_state,
-    A_strides,
-    B_strides,
-    x_strides,
-    C_strides,
-    h_strides,
-    UNROLL: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """`reference.explicit_scan`; ``after``, ``before`` [B,L,E,N] receive the states around each position."""
+    A_bar, B_bar, x, C, h_start,  # read at any strides
+    y, h_last, states, before,  # dense
+    length, width, d_state,
+    A_strides, B_strides, x_strides, C_strides, h_strides,
+    UNROLL: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """`reference.explicit_scan`; ``states``, ``before`` [B,L,E,N] get those after, before each position."""
     row, e, n = locate(width, BLOCK_E, BLOCK_N)
     inside = (e < width)[:, None] & (n < d_state)[None, :]
     plane = width * d_state
@@ -181,8 +144,8 @@ def explicit_kernel(
     x_at = x + row * x_strides[0] + e * x_strides[2]
     C_at = C + row * C_strides[0] + n * C_strides[2]
     y_at = y + row * length * width + e
-    if after is not None:
-        after_at = after + row * length * plane + local
+    if states is not None:
+        states_at = states + row * length * plane + local
     if before is not None:
         before_at = before + row * length * plane + local
 
@@ -210,7 +173,7 @@ def explicit_kernel(
             h = A_p * h + B_p * x_p[:, None]
             tl.store(y_at, tl.sum(h * C_p[None, :], axis=1), mask=in_e)
             y_at += width
-            if after is not None:
-                tl.store(after_at, h, mask=here)
-                after_at += plane
+            if states is not None:
+                tl.store(states_at, h, mask=here)
+                states_at += plane
     tl.store(h_last + row * plane + local, h, mask=inside)

@@ -1,6 +1,6 @@
 """The Triton kernels called on tensors: what they write into, their grid and their blocks.
 
-Importing this imports Triton. Nothing here is differentiable; gradients are functions of their own.
+Importing this module imports Triton. Nothing here is differentiable; gradients are separate functions.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ from . import backward, kernels
 
 #: Positions between the states that the backward pass keeps, a multiple of what is unrolled.
 CHUNK = 64
-#: Positions loaded together, for a block of TILE: more wait less often, and must fit in registers.
+#: Positions loaded together, for a block of TILE: with more the kernel waits less often, but needs more
+#: registers.
 UNROLL = 8
-#: The same going backwards, where a position needs more of them.
+#: The same going backwards, where each position needs more registers.
 UNROLL_BACKWARD = 4
 #: Elements of a block of the state: 4 for each thread of a warp. With more there would be too few programs to
 #: fill a GPU from one batch row (E=1536, N=16: 192 programs), with fewer a step is all waiting for the last.
@@ -36,7 +37,7 @@ _ANY |= dict.fromkeys(("A_bar", "B_bar", "gstates"), "batch length width n_state
 _ROUNDED = dict.fromkeys(("y", "gx", "gdelta"), "batch length width")
 _ROUNDED |= dict.fromkeys(("gA_bar", "gB_bar"), "batch length width n_state")
 _EXACT = dict.fromkeys(("h_last", "gA", "gh_start"), "batch width n_state")
-_EXACT |= dict.fromkeys(("states", "after", "before"), "batch length width n_state")
+_EXACT |= dict.fromkeys(("states", "before"), "batch length width n_state")
 _EXACT |= dict.fromkeys(("gB", "gC"), "batch length n_state")
 _EXACT |= {"checkpoints": "batch chunks width n_state", "scratch": "programs chunk block_e block_n"}
 #: What the kernels take, by the names of their arguments: inputs of any strides and floating-point dtype,
@@ -47,18 +48,10 @@ BUFFERS |= {name: Buffer(axes) for name, axes in _EXACT.items()}
 
 
 def run_selective(
-    x: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    h_start: Tensor | None,
-    *,
-    D: Tensor | None = None,
-    skip: Tensor | None = None,
-    states: Tensor | None = None,
-    checkpoints: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+    x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, h_start: Tensor | None = None, *,
+    D: Tensor | None = None, skip: Tensor | None = None,
+    states: Tensor | None = None, checkpoints: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """``(y, h_last)`` of `reference.selective_scan`, or of `reference.gated_scan` given ``D`` and ``skip``.
 
     ``states`` [B,L,E,N] and ``checkpoints`` [B,ceil(L/CHUNK),E,N] are written where they are given.
@@ -77,19 +70,19 @@ def run_selective(
     return y, h_last
 
 
+def empty_checkpoints(x: Tensor, A: Tensor) -> Tensor:
+    """Room for the states before each CHUNK of positions [B,ceil(L/CHUNK),E,N]: x [B,L,E], A [...,N]."""
+    batch, length, width = x.shape
+    return x.new_empty(batch, -(-length // CHUNK), width, A.shape[-1], dtype=torch.float32)
+
+
 def run_explicit(
-    A_bar: Tensor,
-    B_bar: Tensor,
-    x: Tensor,
-    C: Tensor,
-    h_start: Tensor | None,
-    *,
-    after: Tensor | None = None,
-    before: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+    A_bar: Tensor, B_bar: Tensor, x: Tensor, C: Tensor, h_start: Tensor | None = None, *,
+    states: Tensor | None = None, before: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """``(y, h_last)`` of `reference.explicit_scan`.
 
-    The states ``after`` and ``before`` each position [B,L,E,N] are written where they are given.
+    The ``states`` after each position, and those ``before``, [B,L,E,N], are written where they are given.
     """
     batch, length, width, d_state = A_bar.shape
     y = x.new_empty(x.shape, dtype=torch.float32)
@@ -98,31 +91,26 @@ def run_explicit(
         kernels.explicit_kernel,
         (batch, length, width, d_state),
         {"A_bar": A_bar, "B_bar": B_bar, "x": x, "C": C, "h_start": h_start},
-        {"y": y, "h_last": h_last, "after": after, "before": before},
+        {"y": y, "h_last": h_last, "states": states, "before": before},
     )
     return y, h_last
 
 
 def selective_gradients(
-    x: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    checkpoints: Tensor,
-    gy: Tensor | None,
-    gh_last: Tensor | None = None,
-    gstates: Tensor | None = None,
-) -> tuple[Tensor, ...]:
-    """The gradients of x, delta, A, B, C and h_start from those of y, h_last and states.
+    x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, h_start: Tensor | None, checkpoints: Tensor,
+    gy: Tensor | None, gh_last: Tensor | None = None, gstates: Tensor | None = None,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """The gradients of x, delta, A, B, C and h_start.
 
-    ``checkpoints`` [B,ceil(L/CHUNK),E,N] are the states before each CHUNK of positions.
+    Args:
+        x, delta, A, B, C, h_start: the inputs of `run_selective`.
+        checkpoints: the states before each CHUNK of positions, as it wrote them.
+        gy, gh_last, gstates: the gradients of y, h_last and the states; ``None`` for zeros.
     """
     batch, length, width = x.shape
     d_state = A.shape[-1]
     programs, block_e, block_n = blocks(width, d_state)
-    gx = x.new_empty(x.shape)
-    gdelta = delta.new_empty(x.shape)
+    gx, gdelta = x.new_empty(x.shape), delta.new_empty(x.shape)
     gA, gh_start = x.new_empty(2, batch, width, d_state, dtype=torch.float32)
     gB, gC = x.new_zeros(2, batch, length, d_state, dtype=torch.float32)
     scratch = x.new_empty(batch * programs, CHUNK, block_e, block_n, dtype=torch.float32)
@@ -140,27 +128,21 @@ def selective_gradients(
 
 
 def explicit_gradients(
-    A_bar: Tensor,
-    B_bar: Tensor,
-    x: Tensor,
-    C: Tensor,
-    h_start: Tensor | None,
-    gy: Tensor | None,
-    gh_last: Tensor | None = None,
-    gstates: Tensor | None = None,
-) -> tuple[Tensor, ...]:
-    """The gradients of A_bar, B_bar, x, C and h_start from those of y, h_last and states."""
+    A_bar: Tensor, B_bar: Tensor, x: Tensor, C: Tensor, h_start: Tensor | None,
+    gy: Tensor | None, gh_last: Tensor | None = None, gstates: Tensor | None = None,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """The gradients of A_bar, B_bar, x, C and h_start from those of y, h_last and the states."""
     batch, length, width, d_state = A_bar.shape
     before = x.new_empty(A_bar.shape, dtype=torch.float32)
     run_explicit(A_bar, B_bar, x, C, h_start, before=before)
-    gA_bar, gB_bar = A_bar.new_empty(A_bar.shape), B_bar.new_empty(A_bar.shape)
-    gx = x.new_empty(x.shape)
+    gA_bar, gB_bar, gx = A_bar.new_empty(A_bar.shape), B_bar.new_empty(A_bar.shape), x.new_empty(x.shape)
     gC = x.new_zeros(batch, length, d_state, dtype=torch.float32)
     gh_start = x.new_empty(batch, width, d_state, dtype=torch.float32)
+    grads = {"gy": gy, "gh_last": gh_last, "gstates": gstates}
     launch(
         backward.explicit_backward_kernel,
         (batch, length, width, d_state),
-        {"A_bar": A_bar, "B_bar": B_bar, "x": x, "C": C, "gy": gy, "gh_last": gh_last, "gstates": gstates},
+        {"A_bar": A_bar, "B_bar": B_bar, "x": x, "C": C, **grads},
         {"before": before, "gA_bar": gA_bar, "gB_bar": gB_bar, "gx": gx, "gC": gC, "gh_start": gh_start},
         unroll=UNROLL_BACKWARD,
     )
@@ -186,16 +168,16 @@ def launch(
     """Run ``kernel`` for each batch row and block of channels of ``shape`` (B, L, E, N).
 
     Args:
-        kernel: its arguments are the arrays in the order in which they are given here, then L, E and N, then
-            the strides of those in ``strided``.
+        kernel: takes the arrays in the order in which they are given here, then L, E and N, then the strides
+            of the arrays in ``strided``, then constants.
         shape: (B, L, E, N).
-        strided: what it reads at any strides, by name.
-        dense: what it writes, or left for itself, by name.
+        strided: the arrays that the kernel reads at any strides, by name.
+        dense: the arrays that the kernel writes, or that an earlier kernel wrote for it, by name.
         unroll: positions loaded together, for a block of TILE.
-        **constants: further ones.
+        **constants: further constants.
 
     Raises:
-        BackendError: if a tensor is not what `BUFFERS` says of it.
+        BackendError: if a tensor does not match its declaration in `BUFFERS`.
     """
     batch, length, width, d_state = shape
     programs, block_e, block_n = blocks(width, d_state)
