@@ -1,7 +1,7 @@
 """One place, three spellings: the path users write, MambaLens's hook name, the Hugging Face module path.
 
-Analysis code comes with names from elsewhere: ``blocks.3.hook_h.5`` (MambaLens), ``blocks.3.mixer.hook_out``
-(TransformerLens 4's bridge), ``model.backbone.layers.3.mixer.h.5`` (what nnsight's caches key on). This
+Analysis code brings names from elsewhere: ``blocks.3.hook_h.5`` (MambaLens), ``blocks.3.mixer.hook_out``
+(TransformerLens 4's bridge), ``model.backbone.layers.3.mixer.h.5`` (the keys of nnsight's caches). This
 module translates all of them, from the site table alone, and never maps a name to a place that means
 something else.
 
@@ -14,58 +14,49 @@ something else.
 from __future__ import annotations
 
 import difflib
+import operator
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
-from .errors import PositionError, UnknownSiteError
-from .sites import BY_HOOK, BY_NAME, MODULE_PREFIX, STATE, Site, walk
+from .errors import LayerError, PositionError, UnknownSiteError
+from .sites import BY_HOOK, BY_NAME, MODULE_PREFIX, NATIVE_MODULES, STATE, Site, walk
 
-#: TransformerLens 4 bridge names that mean the same place. Of the model:
-BRIDGE_MODEL = {
-    "embed.hook_out": "embeddings",
-    "ln_final.hook_out": "norm_f",
-    "unembed.hook_in": "norm_f",
-    "unembed.hook_out": "lm_head",
+#: TransformerLens 4's bridge names that mean the same place, by path: those of the model ...
+_BRIDGE_MODEL = {
+    "embeddings": "embed.hook_out",
+    "norm_f": "ln_final.hook_out unembed.hook_in",
+    "lm_head": "unembed.hook_out",
 }
-#: ... and of a block, relative to ``blocks.l.``. Values are paths relative to ``layers[l].``.
-BRIDGE_BLOCK = {
-    "hook_in": "resid_pre",
-    "hook_out": "resid_post",
-    "norm.hook_in": "layer_input",
-    "norm.hook_out": "norm",
-    "hook_mixer_in": "norm",
-    "mixer.hook_in": "norm",
-    "mixer.in_proj.hook_in": "norm",
-    "mixer.in_proj.hook_out": "ssm.in_proj",
-    "mixer.hook_in_proj": "ssm.in_proj",
-    "mixer.conv1d.hook_out": "ssm.conv1d",
-    "mixer.hook_conv": "ssm.conv1d",
-    "mixer.x_proj.hook_in": "ssm.ssm_input",
-    "mixer.x_proj.hook_out": "ssm.x_proj",
-    "mixer.hook_x_proj": "ssm.x_proj",
-    "mixer.dt_proj.hook_in": "ssm.delta_1",
-    "mixer.dt_proj.hook_out": "ssm.delta_2",
-    "mixer.hook_dt_proj": "ssm.delta_2",
-    "mixer.hook_ssm_dt": "ssm.delta_2",
-    "mixer.out_proj.hook_in": "ssm.after_skip",
-    "mixer.out_proj.hook_out": "ssm.out_proj",
-    "mixer.hook_out": "ssm.out_proj",
-    "mixer.hook_ssm_out": "ssm.out_proj",
-    "hook_mixer_out": "ssm.out_proj",
+#: ... and of a block, relative to ``blocks.l.`` and ``layers[l].``. The first of several is preferred.
+_BRIDGE_BLOCK = {
+    "resid_pre": "hook_in",
+    "layer_input": "norm.hook_in",
+    "norm": "norm.hook_out hook_mixer_in mixer.hook_in mixer.in_proj.hook_in",
+    "ssm.in_proj": "mixer.in_proj.hook_out mixer.hook_in_proj",
+    "ssm.conv1d": "mixer.conv1d.hook_out mixer.hook_conv",
+    "ssm.ssm_input": "mixer.x_proj.hook_in",
+    "ssm.x_proj": "mixer.x_proj.hook_out mixer.hook_x_proj",
+    "ssm.delta_1": "mixer.dt_proj.hook_in",
+    "ssm.delta_2": "mixer.dt_proj.hook_out mixer.hook_dt_proj mixer.hook_ssm_dt",
+    "ssm.after_skip": "mixer.out_proj.hook_in",
+    "ssm.out_proj": "mixer.out_proj.hook_out mixer.hook_out mixer.hook_ssm_out hook_mixer_out",
+    "resid_post": "hook_out",
 }
-#: Inner modules of the mixer whose output is no site of the table but has a place of its own.
-NATIVE_MODULES = ("in_proj", "conv1d", "x_proj", "dt_proj")
-#: What names of a transformer's places have in them, and no name of a Mamba's.
+#: Bridge name -> path, for both.
+BRIDGE_MODEL = {name: path for path, names in _BRIDGE_MODEL.items() for name in names.split()}
+BRIDGE_BLOCK = {name: path for path, names in _BRIDGE_BLOCK.items() for name in names.split()}
+#: Parts of the names of a transformer's places that no name of a Mamba's place has.
 OF_A_TRANSFORMER = re.compile(
     r"(^|\.)(attn|mlp|ln1|ln2)\.|hook_(attn|mlp|pattern|result|resid_mid|rot_|[qkvz](_|$))|hook_pos_embed"
 )
 
-_PATH = re.compile(r"layers(?:\[(?P<layer>\d+)\]|\.(?P<dotted>\d+))\.(?P<rest>.+)")
+_IN_LAYER = re.compile(r"layers(?:\[(\d+)\]|\.(\d+))\.((?:ssm|mixer)\.)?(.+)")
 _CONTAINER = re.compile(r"backbone\.layers\.(?P<layer>\d+)(?P<mixer>\.mixer)?(\.output)?")
-_POSITION = re.compile(rf"{STATE}(?:\[(?P<index>-?\d+)\]|\.(?P<dotted>-?\d+))")
-_BLOCK_HOOK = re.compile(r"blocks\.(?P<layer>\d+)\.(?P<rest>.+)")
-_STATE_HOOK = re.compile(r"hook_h\.(?P<position>-?\d+)")
+_POSITION = re.compile(rf"{STATE}(?:\[(-?\d+)\]|\.(-?\d+))")
+_BLOCK_HOOK = re.compile(r"blocks\.(\d+)\.(.+)")
+_STATE_HOOK = re.compile(r"hook_h\.(-?\d+)")
 
 
 @dataclass(frozen=True)
@@ -73,7 +64,7 @@ class Place:
     """A site of a particular layer, and for the state of a particular position.
 
     Attributes:
-        site: the row of the table, or ``None`` for one of `NATIVE_MODULES`.
+        site: the row of the table, or ``None`` for one of `sites.NATIVE_MODULES`.
         layer: the layer, or ``None`` for the model's own sites.
         position: the position for ``h[p]``, or ``None``.
         native: the inner module's name where ``site`` is ``None``.
@@ -85,35 +76,45 @@ class Place:
     native: str | None = None
 
     @property
+    def whole_trajectory(self) -> bool:
+        """Whether this is ``h`` itself, all positions at once, which has no hook name."""
+        return self.site is not None and self.site.name == STATE and self.position is None
+
+    @property
+    def index(self) -> float:
+        """Where the place comes in its layer or its model: the order of execution, positions aside.
+
+        An inner module comes half a step before the site that follows it, ``h[p]`` before the whole ``h``.
+        """
+        if self.site is None:
+            return BY_NAME[NATIVE_MODULES[str(self.native)]].index - 0.5
+        return self.site.index - (0.0 if self.position is None else 0.5)
+
+    @property
     def path(self) -> str:
         """The path users write."""
         if self.site is None:
             return f"layers[{self.layer}].ssm.{self.native}"
-        suffix = "" if self.position is None else f"[{self.position}]"
-        return self.site.path(self.layer) + suffix
+        return self.site.path(self.layer) + ("" if self.position is None else f"[{self.position}]")
 
     @property
     def module_path(self) -> str:
-        """The path in the Hugging Face module tree, which nnsight's locations and caches are named by."""
+        """The path in the Hugging Face module tree, the name that nnsight's locations and caches use."""
         if self.site is None:
             return f"{MODULE_PREFIX['mixer'].format(layer=self.layer)}{self.native}"
-        suffix = "" if self.position is None else f".{self.position}"
-        return self.site.module_path(self.layer) + suffix
+        return self.site.module_path(self.layer) + ("" if self.position is None else f".{self.position}")
 
     @property
     def hook_name(self) -> str:
         """The MambaLens name, or TransformerLens 4's. Raises `UnknownSiteError` where neither has one."""
         if self.site is None:
-            raise UnknownSiteError(
-                f"{self.path} has no MambaLens hook: {self.native} is a module, not a site"
-            )
-        if self.site.name == STATE and self.position is None:
+            raise UnknownSiteError(f"{self.path} has no MambaLens hook: {self.native} is a module, not a site")
+        if self.whole_trajectory:
             raise UnknownSiteError(
                 f"{self.path} (the whole trajectory) has no hook name: MambaLens has one hook for each "
                 f"position, blocks.{self.layer}.hook_h.p, which is {self.path}[p] here"
             )
-        suffix = "" if self.position is None else f".{self.position}"
-        return self.site.hook_name(self.layer) + suffix
+        return self.site.hook_name(self.layer) + ("" if self.position is None else f".{self.position}")
 
 
 def hook_names(n_layers: int, n_positions: int) -> list[str]:
@@ -123,20 +124,26 @@ def hook_names(n_layers: int, n_positions: int) -> list[str]:
     ['hook_embed', 'blocks.0.hook_resid_pre']
 
     Raises:
-        PositionError: if there are no positions, or what is given is no number of them.
+        PositionError: if ``n_positions`` is not an integer of at least one.
     """
     if isinstance(n_positions, bool) or not isinstance(n_positions, int) or n_positions < 1:
         raise PositionError(
             f"hook names are those of a prompt of so many tokens, an integer of at least one position, not "
             f"{n_positions!r}"
         )
-    names: list[str] = []
+    return [place.hook_name for place in hook_places(n_layers, n_positions)]
+
+
+def hook_places(n_layers: int, n_positions: int) -> Iterator[Place]:
+    """The places of `hook_names`, in the same order.
+
+    >>> [place.path for place in hook_places(1, 2)][:2]
+    ['embeddings', 'layers[0].resid_pre']
+    """
     for site, layer in walk(n_layers):
-        if not site.in_mamba_lens:
-            continue
-        positions: Iterator[int | None] = iter(range(n_positions)) if site.name == STATE else iter((None,))
-        names += [Place(site, layer, position).hook_name for position in positions]
-    return names
+        if site.in_mamba_lens:
+            for position in range(n_positions) if site.name == STATE else (None,):
+                yield Place(site, layer, position)
 
 
 def to_path(name: str) -> str:
@@ -151,9 +158,8 @@ def to_path(name: str) -> str:
     Raises:
         UnknownSiteError: if no place has this name.
 
-    Example::
-
-        to_path("blocks.3.hook_h.5")  # "layers[3].ssm.h[5]"
+    >>> to_path("blocks.3.hook_h.5")
+    'layers[3].ssm.h[5]'
     """
     return parse(name).path
 
@@ -170,9 +176,8 @@ def to_hook_name(path: str) -> str:
     Raises:
         UnknownSiteError: if there is no such site, or neither MambaLens nor TransformerLens has a hook there.
 
-    Example::
-
-        to_hook_name("layers[3].ssm.h[5]")  # "blocks.3.hook_h.5"
+    >>> to_hook_name("layers[3].ssm.h[5]")
+    'blocks.3.hook_h.5'
     """
     return parse(path).hook_name
 
@@ -184,7 +189,7 @@ def to_bridge_name(path: str) -> str:
         path: a path or a hook name, e.g. ``"layers[3].ssm.delta_2"``.
 
     Returns:
-        The bridge's name; where it has several, that of a module's output. `to_path` maps it back.
+        The bridge's name; where it has several, the name of a module's output. `to_path` maps it back.
 
     Raises:
         UnknownSiteError: if there is no such place, or the bridge has none that means the same.
@@ -195,15 +200,11 @@ def to_bridge_name(path: str) -> str:
     place = parse(path)
     if place.site is not None and not place.site.in_mamba_lens:
         return place.hook_name
-    bridge = BRIDGE_MODEL if place.layer is None else BRIDGE_BLOCK
-    relative = place.path.removeprefix(f"layers[{place.layer}].")
-    same = sorted(
-        (name for name, there in bridge.items() if there == relative),
-        key=lambda name: not name.endswith(".hook_out"),
-    )
-    if not same:
+    bridge = _BRIDGE_MODEL if place.layer is None else _BRIDGE_BLOCK
+    same = bridge.get(place.path.removeprefix(f"layers[{place.layer}]."))
+    if same is None:
         raise UnknownSiteError(f"{place.path} has no name in TransformerLens 4's Mamba bridge")
-    return same[0] if place.layer is None else f"blocks.{place.layer}.{same[0]}"
+    return ("" if place.layer is None else f"blocks.{place.layer}.") + same.split()[0]
 
 
 def parse(name: str) -> Place:
@@ -214,69 +215,53 @@ def parse(name: str) -> Place:
             f"{type(name).__name__} {name!r}"
         )
     stripped = name.removeprefix("model.").removesuffix(".output")
-    place = _parse_hook(stripped) or _parse_path(stripped)
+    if stripped == "ln_final.hook_in":
+        raise UnknownSiteError(
+            "ln_final.hook_in is the residual stream out of the last layer: use its blocks.l.hook_resid_post"
+        )
+    place = _of_path(_path_of_hook(stripped) or stripped.removeprefix("backbone."))
     if place is None:
         raise UnknownSiteError(f"no site is called {name!r}{_suggest(stripped)}")
     return place
 
 
-def _parse_hook(name: str) -> Place | None:
-    if name in BY_HOOK and BY_HOOK[name].scope == "model":
-        return Place(BY_HOOK[name])
-    if name == "ln_final.hook_in":
-        raise UnknownSiteError(
-            "ln_final.hook_in is the residual stream out of the last layer: use its blocks.l.hook_resid_post"
-        )
-    if name in BRIDGE_MODEL:
-        return Place(BY_NAME[BRIDGE_MODEL[name]])
-    match = _BLOCK_HOOK.fullmatch(name)
-    if match is None:
-        return None
-    layer, rest = int(match["layer"]), match["rest"]
-    if rest in BRIDGE_BLOCK:
-        return _parse_path(f"layers[{layer}].{BRIDGE_BLOCK[rest]}")
-    state = _STATE_HOOK.fullmatch(rest)
-    if state is not None:
-        return Place(BY_NAME[STATE], layer, int(state["position"]))
+def _path_of_hook(name: str) -> str | None:
+    in_block = _BLOCK_HOOK.fullmatch(name)
+    if in_block is None:
+        site = BY_HOOK.get(name)
+        return BRIDGE_MODEL.get(name) if site is None or site.scope != "model" else site.name
+    layer, rest = in_block.groups()
+    if state := _STATE_HOOK.fullmatch(rest):
+        return f"layers[{layer}].ssm.{STATE}[{state[1]}]"
     site = BY_HOOK.get(rest)
-    if site is None or site.scope == "model":
-        return None
-    return Place(site, layer)
+    if site is not None and site.scope != "model":
+        return site.path(int(layer))
+    return f"layers[{layer}].{BRIDGE_BLOCK[rest]}" if rest in BRIDGE_BLOCK else None
 
 
-def _parse_path(path: str) -> Place | None:
-    path = path.removeprefix("backbone.")
-    match = _PATH.fullmatch(path)
-    if match is None:
+def _of_path(path: str) -> Place | None:
+    in_layer = _IN_LAYER.fullmatch(path)
+    if in_layer is None:
         site = BY_NAME.get(path)
         return Place(site) if site is not None and site.scope == "model" else None
-    layer, rest = int(match["layer"] or match["dotted"]), match["rest"]
-    for prefix in ("ssm.", "mixer."):
-        if rest.startswith(prefix):
-            return _parse_mixer(layer, rest.removeprefix(prefix))
+    layer, rest = int(in_layer[1] or in_layer[2]), in_layer[4]
+    scope = "mixer" if in_layer[3] else "block"
+    if scope == "mixer" and rest in NATIVE_MODULES:
+        return Place(None, layer, native=rest)
+    if scope == "mixer" and (position := _POSITION.fullmatch(rest)):
+        return Place(BY_NAME[STATE], layer, int(position[1] or position[2]))
     site = BY_NAME.get(rest)
-    return Place(site, layer) if site is not None and site.scope == "block" else None
-
-
-def _parse_mixer(layer: int, rest: str) -> Place | None:
-    position = _POSITION.fullmatch(rest)
-    if position is not None:
-        return Place(BY_NAME[STATE], layer, int(position["index"] or position["dotted"]))
-    site = BY_NAME.get(rest)
-    if site is not None and site.scope == "mixer":
-        return Place(site, layer)
-    return Place(None, layer, native=rest) if rest in NATIVE_MODULES else None
+    return Place(site, layer) if site is not None and site.scope == scope else None
 
 
 def public_path(location: str) -> str:
-    """The path users write for one of nnsight's locations; the location itself where it is no site's.
+    """The path users write for one of nnsight's locations; a location outside of all sites stays as it is.
 
     >>> public_path("model.backbone.layers.3.mixer.h.5.output")
     'layers[3].ssm.h[5]'
     """
     inner = location[location.find("backbone.") :] if "backbone." in location else location
-    container = _CONTAINER.fullmatch(inner)
-    if container is not None:
+    if container := _CONTAINER.fullmatch(inner):
         return f"layers[{container['layer']}]" + (".ssm" if container["mixer"] else "")
     try:
         return parse(inner).path
@@ -284,14 +269,51 @@ def public_path(location: str) -> str:
         return location
 
 
+def layer_index(
+    layer: Any,
+    n_layers: int,
+    asked: str,
+    allowed: range | None = None,
+    named_by: str = "an integer, -1 for the last",
+) -> int:
+    """The number of a layer that a user named, counted from 0. Every layer in the package is checked here.
+
+    Args:
+        layer: what the user gave.
+        n_layers: how many layers the model has.
+        asked: what the user wrote, quoted by the message, such as ``"layers[7]"`` or ``"stop_at_layer=7"``.
+        allowed: the integers that are accepted; by default those of the layers, counted from either end.
+        named_by: what the message says to give where ``layer`` is no integer.
+
+    Raises:
+        LayerError: if ``layer`` is not an integer, or not an allowed one.
+
+    >>> layer_index(-1, 3, "layers[-1]")
+    2
+    """
+    there = f"{asked}: this model has layers 0 to {n_layers - 1}"
+    try:
+        if isinstance(layer, bool) or str(getattr(layer, "dtype", "")).endswith("bool"):
+            raise TypeError("True and False are no layers, though Python counts with them")
+        number = operator.index(layer)
+    except TypeError:
+        raise LayerError(f"{there}, named by {named_by}") from None
+    if number not in (range(-n_layers, n_layers) if allowed is None else allowed):
+        raise LayerError(f"{there}, and no {number}")
+    return number + n_layers if number < 0 else number
+
+
 def nearest(name: str, known: list[str]) -> str:
-    """``"; did you mean ...?"`` for the known names closest to ``name``, or nothing."""
+    """``"; did you mean a or b"`` for the known names closest to ``name``, or nothing.
+
+    It has no mark of its own at the end, since what follows it in a message begins with one.
+    """
     close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    return f"; did you mean {' or '.join(close)}?" if close else ""
+    return f"; did you mean {' or '.join(close)}" if close else ""
 
 
 def lacked(name: str) -> str:
-    """``": ..."``, why a Mamba has no place of a name that only a transformer has, or nothing.
+    """``": ..."``, why a Mamba lacks a place whose name only a transformer has, or nothing.
 
     >>> lacked("blocks.0.attn.hook_pattern")
     ': a Mamba has no attention, no MLP and one norm in each block'
@@ -302,16 +324,11 @@ def lacked(name: str) -> str:
 
 
 def _suggest(name: str) -> str:
-    match = _BLOCK_HOOK.fullmatch(name) or _PATH.fullmatch(name)
-    layer = int(match.groupdict().get("layer") or match.groupdict().get("dotted") or 0) if match else 0
-    # There is a hook of each position and none of the whole h, so one of them is suggested.
-    digits = re.search(r"\d+$", name)
-    hooks = [
-        Place(site, layer, int(digits[0]) if digits else 0).hook_name
-        if site.name == STATE
-        else site.hook_name(layer)
-        for site in BY_NAME.values()
-    ]
-    paths = [site.path(layer) for site in BY_NAME.values()]
-    hint = lacked(name) or nearest(name, hooks if "hook" in name else paths)
-    return hint or "; `mamba-trace sites` lists them all"
+    in_layer, last = re.match(r"(?:blocks\.|layers[.\[])(\d+)", name), re.search(r"\d+$", name)
+    layer, position = (int(number[number.lastindex or 0]) if number else 0 for number in (in_layer, last))
+    known = [site.path(layer) for site in BY_NAME.values()]
+    if "hook" in name:  # there is a hook of each position and none of the whole h, so one of them is suggested
+        places = (Place(site, layer, position if site.name == STATE else None) for site in BY_NAME.values())
+        known = [place.hook_name for place in places]
+    close = nearest(name, known)
+    return lacked(name) or (f"{close}?" if close else "; `mamba-trace sites` lists them all")

@@ -22,9 +22,7 @@ from torch import Tensor
 EditValue = Callable[[str, Tensor], Tensor]
 
 
-def forward(
-    weights: Mapping[str, Tensor], config: Any, tokens: Tensor, edit: EditValue | None = None
-) -> Tensor:
+def forward(weights: Mapping[str, Tensor], config: Any, tokens: Tensor, edit: EditValue | None = None) -> Tensor:
     """The logits [B,L,V] in float64.
 
     Args:
@@ -32,16 +30,14 @@ def forward(
         config: a ``MambaConfig``.
         tokens: [B,L].
         edit: ``edit(hook name, value)`` is what the computation goes on with. Hook names are MambaLens's, in
-            execution order, and TransformerLens 4's where it has none; ``blocks.l.hook_h`` is the whole
-            trajectory [B,L,E,N], after every ``hook_h.p``.
+            execution order, and TransformerLens 4's where it has none, as for the outputs of inner
+            modules. ``blocks.l.hook_h`` is the whole trajectory [B,L,E,N], after every ``hook_h.p``.
     """
     edit = edit or (lambda hook, value: value)
     w = {name: weight.double() for name, weight in weights.items()}
     resid = edit("hook_embed", w["backbone.embeddings.weight"][tokens])  # [B,L,D]
     for layer in range(config.num_hidden_layers):
-        block = {
-            n.removeprefix(f"backbone.layers.{layer}."): t for n, t in w.items() if f".layers.{layer}." in n
-        }
+        block = {n.removeprefix(f"backbone.layers.{layer}."): t for n, t in w.items() if f".layers.{layer}." in n}
         resid = _block(block, config, resid, lambda hook, v, layer=layer: edit(_hook_name(layer, hook), v))
     final = edit("hook_norm", _rms_norm(resid, w["backbone.norm_f.weight"], config))
     return edit("hook_logits", final @ w.get("lm_head.weight", w["backbone.embeddings.weight"]).T)
@@ -55,9 +51,12 @@ def _block(w: Mapping[str, Tensor], config: Any, resid: Tensor, edit: EditValue)
     resid = edit("resid_pre", resid)
     normalized = edit("normalized_input", _rms_norm(edit("layer_input", resid), w["norm.weight"], config))
     both = normalized @ w["mixer.in_proj.weight"].T + w.get("mixer.in_proj.bias", 0)
+    both = edit("mixer.in_proj.hook_out", both)
     skip = edit("skip", both[..., config.intermediate_size :])  # [B,L,E]
     x_in = edit("in_proj", both[..., : config.intermediate_size])
-    conv = edit("conv", _convolution(x_in, w["mixer.conv1d.weight"]) + w.get("mixer.conv1d.bias", 0))
+    columns = _convolution(x_in, w["mixer.conv1d.weight"]) + w.get("mixer.conv1d.bias", 0)
+    columns = edit("mixer.conv1d.hook_out", columns.transpose(1, 2))  # [B,E,L+K-1]: both ends are padded
+    conv = edit("conv", columns.transpose(1, 2)[:, : x_in.shape[1]])
     x = edit("ssm_input", conv * torch.sigmoid(conv))
     y = edit("y", _ssm(w, x, edit))
     output = edit("ssm_output", y + w["mixer.D"] * x)
@@ -69,15 +68,16 @@ def _block(w: Mapping[str, Tensor], config: Any, resid: Tensor, edit: EditValue)
 def _ssm(w: Mapping[str, Tensor], x: Tensor, edit: EditValue) -> Tensor:
     R, N = w["mixer.dt_proj.weight"].shape[1], w["mixer.A_log"].shape[1]
     h = edit("h_start", x.new_zeros(x.shape[0], x.shape[2], N))  # [B,E,N]
-    W_delta, W_B, W_C = w["mixer.x_proj.weight"].split([R, N, N])
-    delta_1 = edit("delta_1", x @ W_delta.T)
+    projected = edit("mixer.x_proj.hook_out", x @ w["mixer.x_proj.weight"].T)
+    low_rank, B, C = projected.split([R, N, N], dim=-1)
+    delta_1 = edit("delta_1", low_rank)
     delta_2 = edit("delta_2", delta_1 @ w["mixer.dt_proj.weight"].T + w["mixer.dt_proj.bias"])
     delta = edit("delta", torch.logaddexp(delta_2, torch.zeros_like(delta_2)))
     A = edit("A", -w["mixer.A_log"].exp())
     A_bar = edit("A_bar", torch.exp(delta.unsqueeze(-1) * A))  # [B,L,E,N]
-    B = edit("B", x @ W_B.T)
+    B = edit("B", B)
     B_bar = edit("B_bar", delta.unsqueeze(-1) * B.unsqueeze(-2))  # [B,L,E,N]
-    C = edit("C", x @ W_C.T)
+    C = edit("C", C)
     write = edit("mixer.hook_ssm_write", B_bar * x.unsqueeze(-1))
     states = []
     for p in range(x.shape[1]):
@@ -89,8 +89,9 @@ def _ssm(w: Mapping[str, Tensor], x: Tensor, edit: EditValue) -> Tensor:
 
 def _convolution(x: Tensor, weight: Tensor) -> Tensor:
     taps, length = weight.shape[-1], x.shape[1]
-    before = torch.cat((x.new_zeros(x.shape[0], taps - 1, x.shape[2]), x), dim=1)
-    return sum(before[:, k : k + length] * weight[:, 0, k] for k in range(taps))
+    nothing = x.new_zeros(x.shape[0], taps - 1, x.shape[2])
+    padded = torch.cat((nothing, x, nothing), dim=1)
+    return sum(padded[:, k : k + length + taps - 1] * weight[:, 0, k] for k in range(taps))
 
 
 def _rms_norm(x: Tensor, weight: Tensor, config: Any) -> Tensor:

@@ -11,10 +11,13 @@ import copy
 import warnings
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
+import peft
 import pytest
 import torch
 from conftest import agree, make_hf
+from reference import forward
 from torch import Tensor, nn
 from transformers import MambaForCausalLM
 
@@ -22,21 +25,31 @@ from mamba_trace import MambaTrace
 from mamba_trace.errors import CheckpointError
 from mamba_trace.lenses import logit_lens, state_lens
 from mamba_trace.patching import patch_grid
-from mamba_trace.tracing import is_current
+from mamba_trace.tracing.tree import is_current
 
-peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings("ignore")
 D, E, N, V = 12, 24, 5, 31
 
 
 def lora(*targets: str, **options: Any) -> Callable[[nn.Module], Any]:
     return lambda module: peft.get_peft_model(
-        module, peft.LoraConfig(r=2, target_modules=list(targets), **options)
+        module, peft.LoraConfig(**{"r": 2, "target_modules": list(targets), **options})
     )
+
+
+def lora_anyway(*targets: str, **options: Any) -> Callable[[nn.Module], Any]:
+    """LoRA where PEFT refuses it to a Mamba, since Hugging Face's kernels read the weight of some layers."""
+
+    def adapt(module: nn.Module) -> Any:
+        with mock.patch("peft.tuners.tuners_utils._check_lora_target_modules_mamba", return_value=None):
+            return lora(*targets, **options)(module)
+
+    return adapt
 
 
 KINDS: dict[str, Callable[[nn.Module], Any]] = {
     **{name: lora(name) for name in ("in_proj", "x_proj", "dt_proj", "lm_head", "embeddings")},
+    "out_proj": lora_anyway("out_proj"),
     "several": lora("in_proj", "x_proj", "dt_proj", "lm_head", use_dora=True),
     "ia3": lambda module: peft.get_peft_model(
         module,
@@ -44,9 +57,7 @@ KINDS: dict[str, Callable[[nn.Module], Any]] = {
     ),
     "modules_to_save": lora("in_proj", modules_to_save=["lm_head", "norm_f"]),
     "saved embeddings": lora("in_proj", modules_to_save=["embeddings"]),
-    "norms": lambda module: peft.get_peft_model(
-        module, peft.LNTuningConfig(target_modules=["norm", "norm_f"])
-    ),
+    "norms": lambda module: peft.get_peft_model(module, peft.LNTuningConfig(target_modules=["norm", "norm_f"])),
 }
 ORDERS = ("inner module wrapped", "whole wrapped", "adapted after wrapping", "adapted after a run")
 
@@ -164,12 +175,107 @@ def test_what_is_called_by_the_names_of_mamba_lens(model, kind, tokens):
         agree(model.blocks[1].in_proj(x), whole[..., :E])
         agree(model.blocks[1].skip_proj(x), whole[..., E:])
     if hasattr(in_proj._module, "base_layer"):
-        with pytest.raises(
-            CheckpointError, match=r"blocks\[1\].in_proj.weight is not one parameter: a \w+ .*merge"
-        ):
+        with pytest.raises(CheckpointError, match=r"blocks\[1\].in_proj.weight is not one parameter: a \w+ .*merge"):
             model.blocks[1].in_proj.weight  # noqa: B018
         with pytest.raises(CheckpointError, match="not one parameter"):
             model.blocks[1].in_proj = torch.zeros(E, D)
+
+
+# -- LoRA on each projection -------------------------------------------------------------------------------
+
+#: Layers that Hugging Face's own mixer calls; it reads the weights of the others past an adapter.
+CALLED = ("in_proj", "x_proj", "out_proj", "lm_head", "embeddings")
+
+
+def places_beside(model: MambaTrace, tokens: Tensor) -> list[Tensor]:
+    """Values of a run without an edit, and of one whose state and gate are edited."""
+    ssm = model.layers[1].ssm
+    with torch.no_grad(), model.trace(tokens):
+        seen = [ssm.in_proj.output, ssm.conv.output, ssm.x_proj.output, ssm.dt_proj.output, ssm.h[3].output]
+        seen = [value.clone() for value in [*seen, ssm.out_proj.output, model.lm_head.output]].save()
+    with torch.no_grad(), model.trace(tokens):
+        ssm.skip.output *= 0.5
+        ssm.h[5].output[:] = 0.25
+        edited = [ssm.y.output, model.lm_head.output].save()
+    return seen + edited
+
+
+@pytest.mark.parametrize("layer", [*CALLED, "dt_proj"])
+def test_lora_on_each_projection_merged_and_not(layer, tokens):
+    """Numbers of PEFT on plain Hugging Face, and reads and edits of a model that has the merged weights."""
+    plain = adapted(make_hf(tie_word_embeddings=False), layer)
+    with torch.no_grad():
+        unmerged = plain(tokens).logits
+        plain_module = plain.merge_and_unload()
+        merged = plain_module(tokens).logits
+    expected = places_beside(MambaTrace(plain_module), tokens)
+    agree(expected[6], merged)
+    module = make_hf(tie_word_embeddings=False)
+    model = MambaTrace(module)
+    base = both(model, tokens)
+    tuned = adapted(module, layer)
+    for change in (lambda: None, tuned.merge_adapter, tuned.unmerge_adapter):
+        change()
+        seen = places_beside(model, tokens)
+        for value, other in zip(seen, expected, strict=True):
+            agree(value, other)
+        if layer in CALLED:
+            agree(seen[6], unmerged)
+        assert not torch.allclose(seen[6], base)
+        assert not torch.allclose(seen[-1], seen[6])
+    assert type(tuned.merge_and_unload()) is type(model._module)
+    agree(both(model, tokens), merged)
+
+
+def test_lora_on_the_convolution(tokens):
+    """Neither PEFT nor Hugging Face computes it for a Mamba, so the reference is written out in float64."""
+    module = make_hf(tie_word_embeddings=False)
+    weights = {name: weight.clone() for name, weight in module.state_dict().items()}
+    model = MambaTrace(module)
+    base = both(model, tokens)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        tuned = lora_anyway("conv1d", r=E)(module).eval()
+    lively(tuned)
+    layers = [block.mixer.conv1d for block in module.backbone.layers]
+    x_in: list[Tensor] = []
+
+    def edit(hook: str, value: Tensor) -> Tensor:
+        if hook.endswith("hook_in_proj"):
+            x_in.append(value)
+        if not hook.endswith("hook_conv"):
+            return value
+        conv1d = layers[len(x_in) - 1]
+        A, B = (copy.deepcopy(lora["default"]).double() for lora in (conv1d.lora_A, conv1d.lora_B))
+        added = B(A(x_in[-1].transpose(1, 2)))[..., : value.shape[1]] * conv1d.scaling["default"]
+        return value + added.transpose(1, 2)
+
+    with torch.no_grad():
+        expected = forward(weights, module.config, tokens, edit).float()
+    agree(both(model, tokens), expected)
+    assert not torch.allclose(expected, base)
+    with torch.no_grad(), model.trace(tokens[:, :5], use_cache=True):
+        cache = model.output.cache.save()
+    with torch.no_grad(), model.trace(tokens[:, 5:], cache=cache):
+        conv = model.layers[0].ssm.conv1d.output.save()
+        logits = model.lm_head.output.save()
+    assert conv.shape[:2] == (3, E)
+    agree(logits, expected[:, 5:])
+    with tuned.disable_adapter():
+        agree(both(model, tokens), base)
+
+
+@pytest.mark.parametrize("groups", [1, 2], ids=["not depthwise", "two groups"])
+def test_another_convolution_in_the_place_of_conv1d_is_called(groups, tokens):
+    """A kernel reads the weight of conv1d only where it is the convolution that the configuration says."""
+    torch.manual_seed(4)
+    other = nn.Conv1d(E, E, 3, padding=2, groups=groups)
+    logits = []
+    for kernels in ("auto", "reference"):
+        module = make_hf(tie_word_embeddings=False)
+        module.backbone.layers[1].mixer.conv1d = other
+        logits.append(both(MambaTrace(module, kernels=kernels), tokens))
+    agree(logits[0], logits[1])
 
 
 # -- adapters that come and go -----------------------------------------------------------------------------

@@ -24,14 +24,8 @@ from mamba_trace import MambaTrace, names
 L = 6
 STEP, TOLERANCE = 1e-5, 1e-6
 TRAJECTORY = "layers[{layer}].ssm.h"
-HOOKS = [
-    name
-    for name in names.hook_names(3, L)
-    if "hook_h." not in name or name.endswith((".0", ".3", f".{L - 1}"))
-]
-PLACES = [name for name in HOOKS if not name.startswith("blocks.1.")] + [
-    TRAJECTORY.format(layer=n) for n in (0, 2)
-]
+HOOKS = [name for name in names.hook_names(3, L) if "hook_h." not in name or name.endswith((".0", ".3", f".{L - 1}"))]
+PLACES = [name for name in HOOKS if not name.startswith("blocks.1.")] + [TRAJECTORY.format(layer=n) for n in (0, 2)]
 EDITS = ["read", "assigned", "in place", "partly in place"]
 
 
@@ -237,9 +231,7 @@ def test_parameter_gradients_of_one_backward_are_those_of_hugging_face(tiny_hf: 
         score_of(model.lm_head.output).backward()
     for (name, ours), theirs in zip(model._module.named_parameters(), plain.parameters(), strict=True):
         tolerance = 1e-4 * float(theirs.grad.abs().max())
-        torch.testing.assert_close(
-            ours.grad, theirs.grad, rtol=0, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
-        )
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=0, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def test_gradients_of_a_soft_prompt(model: MambaTrace) -> None:

@@ -16,16 +16,14 @@ from transformers import MambaForCausalLM
 from transformers.models.mamba.modeling_mamba import MambaBlock, MambaMixer
 
 from mamba_trace import MambaTrace
-from mamba_trace.modeling.architectures.mamba import HOOKABLE
+from mamba_trace.modeling.architectures.mamba import MAMBA
 
 # -- plain forwards ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("changes", VARIANTS, ids=str)
 @pytest.mark.parametrize("batch", [1, 3])
-def test_logits_and_every_layer(
-    tiny_hf: ModuleFactory, tokens: Tensor, changes: dict[str, Any], batch: int
-) -> None:
+def test_logits_and_every_layer(tiny_hf: ModuleFactory, tokens: Tensor, changes: dict[str, Any], batch: int) -> None:
     plain, model = pair(tiny_hf, **changes)
     tokens, residuals = tokens[:batch], []
     expected = plain(tokens, output_hidden_states=True)
@@ -75,9 +73,7 @@ def test_half_precision_is_no_worse_than_hugging_face(
     assert h.dtype == A.dtype == torch.float32
     assert torch.equal(A, -torch.exp(plain.backbone.layers[1].mixer.A_log.float()))
     size = exact.square().mean().sqrt()
-    error, error_of_theirs = (
-        (logits.double() - exact).square().mean().sqrt() / size for logits in (ours, theirs)
-    )
+    error, error_of_theirs = ((logits.double() - exact).square().mean().sqrt() / size for logits in (ours, theirs))
     assert error < 8 * torch.finfo(dtype).eps
     assert error < 1.25 * error_of_theirs
     assert (ours.double() - theirs.double()).square().mean().sqrt() / size < 8 * torch.finfo(dtype).eps
@@ -151,9 +147,7 @@ def test_two_models_over_one_module(tiny_hf: ModuleFactory, tokens: Tensor) -> N
     assert not torch.allclose(edited, expected)
 
 
-def test_a_saved_checkpoint_is_plain_hugging_face(
-    tiny_hf: ModuleFactory, tokens: Tensor, tmp_path: Path
-) -> None:
+def test_a_saved_checkpoint_is_plain_hugging_face(tiny_hf: ModuleFactory, tokens: Tensor, tmp_path: Path) -> None:
     model = MambaTrace(tiny_hf(use_bias=True))
     with model.trace(tokens):
         logits = model.lm_head.output.save()
@@ -166,9 +160,7 @@ def test_a_saved_checkpoint_is_plain_hugging_face(
 
 @pytest.mark.parametrize("checkpointing", [None, {"use_reentrant": False}, {"use_reentrant": True}], ids=str)
 @pytest.mark.parametrize("traced", [False, True])
-def test_training(
-    tiny_hf: ModuleFactory, tokens: Tensor, checkpointing: dict[str, Any] | None, traced: bool
-) -> None:
+def test_training(tiny_hf: ModuleFactory, tokens: Tensor, checkpointing: dict[str, Any] | None, traced: bool) -> None:
     plain, model = pair(tiny_hf, use_bias=True)
     module = model._module
     plain.train()
@@ -223,6 +215,6 @@ def test_inference_mode(tiny_hf: ModuleFactory, tokens: Tensor) -> None:
 @pytest.mark.parametrize("theirs", [MambaBlock, MambaMixer], ids=lambda cls: cls.__name__)
 def test_every_argument_of_hugging_face_s_forward_is_one_of_ours(theirs: type[nn.Module]) -> None:
     """One that was renamed would vanish in ``**kwargs``: a cache, for one, silently unused."""
-    ours, scope = HOOKABLE[theirs]
+    ours, scope = MAMBA.hookable[theirs]
     wanted = inspect.signature(inspect.unwrap(theirs.forward)).parameters
     assert set(wanted) <= set(inspect.signature(inspect.unwrap(ours.forward)).parameters), scope

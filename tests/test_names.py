@@ -14,6 +14,7 @@ from test_sites import by_hand, same
 
 from mamba_trace import names
 from mamba_trace.errors import PositionError, UnknownSiteError
+from mamba_trace.means import mean_activation
 from mamba_trace.names import BRIDGE_BLOCK, BRIDGE_MODEL, hook_names, to_bridge_name, to_hook_name, to_path
 from mamba_trace.sites import SITES, walk
 
@@ -83,26 +84,18 @@ def test_hook_names_are_in_the_order_of_the_walk():
     for site, layer in walk(2):
         if not site.in_mamba_lens:
             continue
-        expected += (
-            [f"blocks.{layer}.hook_h.{p}" for p in range(4)] if site.name == "h" else [site.hook_name(layer)]
-        )
+        expected += [f"blocks.{layer}.hook_h.{p}" for p in range(4)] if site.name == "h" else [site.hook_name(layer)]
     assert hook_names(2, 4) == expected
     assert hook_names(2, 4)[0] == "hook_embed"
     assert hook_names(2, 4)[-2:] == ["hook_norm", "hook_logits"]
 
 
 def test_hook_names_are_those_of_mamba_lens():
-    recorded = Path(__file__).parent / "data" / "mamba_lens.safetensors"
-    if not recorded.exists():
-        pytest.skip("no recording of MambaLens")
-    with safe_open(recorded, "pt") as file:
-        hooks = {
-            match[0]
-            for key in list(file.keys())
-            if (match := re.search(r"(blocks\.\d+\.)?hook_[\w.]+$", key))
-        }
+    with safe_open(Path(__file__).parent / "data" / "mamba_lens.safetensors", "pt") as file:
+        hooks = {match[0] for key in list(file.keys()) if (match := re.search(r"(blocks\.\d+\.)?hook_[\w.]+$", key))}
     layers = 1 + max(int(hook.split(".")[1]) for hook in hooks if hook.startswith("blocks"))
     positions = 1 + max((int(hook.split(".")[-1]) for hook in hooks if "hook_h." in hook), default=0)
+    assert len(hooks) > 20 * layers
     assert hooks <= set(hook_names(layers, positions))
 
 
@@ -134,10 +127,7 @@ def test_every_site_by_its_module_path(site):
 
 
 def test_a_location_that_is_no_site_is_told_as_it_is():
-    assert (
-        names.public_path("model.backbone.layers.0.mixer.act.output")
-        == "model.backbone.layers.0.mixer.act.output"
-    )
+    assert names.public_path("model.backbone.layers.0.mixer.act.output") == "model.backbone.layers.0.mixer.act.output"
 
 
 @pytest.mark.parametrize("native", ["in_proj", "conv1d", "x_proj", "dt_proj"])
@@ -151,9 +141,7 @@ def test_inner_modules_have_a_path_and_no_hook(native):
 
 def test_the_whole_trajectory_has_a_path_and_no_hook():
     assert to_path("layers.2.ssm.h") == "layers[2].ssm.h"
-    with pytest.raises(
-        UnknownSiteError, match=r"blocks\.2\.hook_h\.p, which is layers\[2\]\.ssm\.h\[p\] here"
-    ):
+    with pytest.raises(UnknownSiteError, match=r"blocks\.2\.hook_h\.p, which is layers\[2\]\.ssm\.h\[p\] here"):
         to_hook_name("layers[2].ssm.h")
 
 
@@ -254,9 +242,7 @@ def test_every_hook_name_reads_its_place(tiny, tiny_hf, tokens):
         same(value, expected[to_path(name)])
 
 
-@pytest.mark.parametrize(
-    "spelling", ["layers.1.ssm.h.5", "layers.1.ssm.h.-4", "layers.1.ssm.delta", "layers.1.ssm.h"]
-)
+@pytest.mark.parametrize("spelling", ["layers.1.ssm.h.5", "layers.1.ssm.h.-4", "layers.1.ssm.delta", "layers.1.ssm.h"])
 def test_get(tiny, tiny_hf, tokens, spelling):
     place = tiny.get(spelling)
     with torch.no_grad(), tiny.trace(tokens):
@@ -294,6 +280,24 @@ def test_an_unknown_name_suggests_the_nearest(name, suggestion):
             function(name)
         assert repr(name) in str(error.value)
         assert suggestion in str(error.value)
+
+
+def test_a_suggestion_has_one_mark_after_it(tiny, tokens):
+    """Whether the message ends with it or goes on."""
+    for ask in (
+        lambda: to_path("blocks.0.hook_hh"),
+        lambda: getattr(tiny.layers[0].ssm, "hh"),  # noqa: B009
+        lambda: getattr(tiny.layers[0], "resid_prae"),  # noqa: B009
+        lambda: tiny.layers[0].ssm.y.outptu,
+        lambda: tiny.cfg.d_modl,
+        lambda: tiny.blocks[0].W_delta_3,
+        lambda: mean_activation(tiny, tokens, "yy"),
+    ):
+        with pytest.raises(AttributeError, match="did you mean") as error:
+            ask()
+        assert not re.search(r"\w[?.;:,!]{2}", str(error.value)), error.value
+        hint = str(error.value).split("did you mean ")[1]
+        assert hint.endswith("?") or re.match(r"[\w.\[\] ]+[.?] [A-Z]", hint), error.value
 
 
 @pytest.mark.parametrize(

@@ -140,9 +140,7 @@ def test_several_edits_at_once(model: MambaTrace, tokens: Tensor, side: str, cac
 
 @pytest.mark.parametrize("cached", [False, True])
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_a_state_at_padding_is_the_one_before_it(
-    model: MambaTrace, tokens: Tensor, side: str, cached: bool
-) -> None:
+def test_a_state_at_padding_is_the_one_before_it(model: MambaTrace, tokens: Tensor, side: str, cached: bool) -> None:
     ids, mask = padded(tokens, side, (0, 1))
     column = 2 if side == "left" else -1
     started = prefilled(model, tokens, (0, 1)) if cached else DynamicCache(config=model.config)
@@ -167,9 +165,7 @@ def test_a_state_at_padding_is_the_one_before_it(
 
 @pytest.mark.parametrize(("side", "cached"), CASES)
 @pytest.mark.parametrize("verb", ["steer", "ablate", "zero_delta", "knockout", "cuts after edits", "conv"])
-def test_an_analysis_of_a_padded_prompt(
-    model: MambaTrace, tokens: Tensor, verb: str, side: str, cached: bool
-) -> None:
+def test_an_analysis_of_a_padded_prompt(model: MambaTrace, tokens: Tensor, verb: str, side: str, cached: bool) -> None:
     # The same tokens by columns: all, or of the short prompt, which stands at either end.
     some = slice(None)
 
@@ -205,10 +201,7 @@ def test_means_are_over_tokens_alone_after_an_edit(model: MambaTrace, tokens: Te
     for side in ("left", "right"):
         ids, mask = padded(tokens, side, (0, 1))
         means = mean_activation(edited, ids, "h", 1, attention_mask=mask)[1]
-        alone = [
-            mean_activation(edited, tokens[row : row + 1, :n], "h", 1)[1]
-            for row, n in ((0, LONG), (1, SHORT))
-        ]
+        alone = [mean_activation(edited, tokens[row : row + 1, :n], "h", 1)[1] for row, n in ((0, LONG), (1, SHORT))]
         agree(means, (alone[0] * LONG + alone[1] * SHORT) / (LONG + SHORT), 1e-10)
 
 
@@ -307,9 +300,7 @@ def test_a_mask_that_is_none_is_refused_before_anything_runs(
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.int32, torch.int64, torch.float32, torch.float16])
-def test_a_mask_of_zeros_and_ones_is_one_in_every_dtype(
-    model: MambaTrace, tokens: Tensor, dtype: torch.dtype
-) -> None:
+def test_a_mask_of_zeros_and_ones_is_one_in_every_dtype(model: MambaTrace, tokens: Tensor, dtype: torch.dtype) -> None:
     ids, mask = padded(tokens, "left", (0, 1))
     with torch.no_grad():
         right = model.run_with_hooks(ids, attention_mask=mask)

@@ -214,9 +214,7 @@ def test_any_interventions(setup: Setup, data: Any, batch: int, seed: int) -> No
 
 def same_gradients(actual: Tensor, expected: Tensor, parameters: list[Tensor], seed: int) -> None:
     """Equal derivatives of a random combination of logits with respect to every parameter."""
-    cotangent = torch.randn(
-        expected.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
-    )
+    cotangent = torch.randn(expected.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     ours, theirs = gradients(actual, parameters, cotangent), gradients(expected, parameters, cotangent)
     for one, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-11 * max(1.0, float(other.abs().max())))

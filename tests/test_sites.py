@@ -1,27 +1,32 @@
-"""Every row of the site table, read and edited as a user would, against a forward pass written out by hand.
+"""Every row of the site table, read and edited as a user would, against the independent `reference`.
 
-`by_hand` is the independent reference: Mamba in a few lines of PyTorch, with the state kept as a list of
-[B,E,N] tensors, in which any value can be replaced by a function of itself.
+`by_hand` gives the reference's values by their paths, any of them replaced by a function of itself.
 """
 
 from __future__ import annotations
 
 import functools
+import os
+import re
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import nnsight
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from conftest import agree
+from reference import forward
 from torch import Tensor
 
-from mamba_trace import MambaTrace
+import mamba_trace
+from mamba_trace import MambaTrace, names
 from mamba_trace.errors import SiteValueError
 from mamba_trace.modeling import discretisation
-from mamba_trace.sites import BY_NAME, SITES, rows, walk
+from mamba_trace.sites import BY_NAME, SITES, rows, site_named, walk
 
 Edit = Callable[[Tensor], Tensor]
 N_LAYERS = 3
@@ -49,55 +54,22 @@ def hf(tiny_hf):
 
 @torch.no_grad()
 def by_hand(hf: Any, tokens: Tensor, edits: dict[str, Edit] | None = None) -> dict[str, Tensor]:
-    """Mamba by its definition; each value is recorded under its path after the edit of that path."""
-    edits, seen, config = edits or {}, {}, hf.config
-    rank, states = int(config.time_step_rank), config.state_size
+    """The values of the reference in float32, each under its path after the edit of that path."""
+    seen: dict[str, Tensor] = {}
+    length = tokens.shape[1]
 
-    def at(path: str, value: Tensor) -> Tensor:
-        value = edits[path](value) if path in edits else value
-        seen[path] = value.float()
+    def edit(hook: str, value: Tensor) -> Tensor:
+        paths = [names.to_path(hook)]
+        if state := re.fullmatch(r"(.+\.h)\[(\d+)\]", paths[0]):
+            paths.append(f"{state[1]}[{int(state[2]) - length}]")
+        if paths[0].endswith(".delta_2"):  # the output of dt_proj
+            paths.append(paths[0].replace("delta_2", "dt_proj"))
+        for path in paths:
+            value = edits[path](value) if edits and path in edits else value
+            seen[path] = (value[..., :length] if path.endswith("conv1d") else value).float()
         return value
 
-    def norm(module: Any, x: Tensor) -> Tensor:
-        return module.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + module.variance_epsilon)
-
-    def mixer(m: Any, p: str, u: Tensor) -> Tensor:
-        fused = at(p + "in_proj", F.linear(u, m.in_proj.weight, m.in_proj.bias))
-        x, gate = fused.chunk(2, dim=-1)
-        gate, x = at(p + "skip", gate), at(p + "x_in", x)
-        batch, length, width = x.shape
-        columns = F.pad(x.transpose(1, 2), (config.conv_kernel - 1, 0))
-        conv = at(p + "conv1d", F.conv1d(columns, m.conv1d.weight, m.conv1d.bias, groups=width))
-        x = at(p + "ssm_input", F.silu(at(p + "conv", conv.transpose(1, 2))))
-        h = at(p + "h_start", x.new_zeros(batch, width, states))
-        low_rank = at(p + "x_proj", F.linear(x, m.x_proj.weight))
-        delta_1 = at(p + "delta_1", low_rank[..., :rank])
-        dt = at(p + "dt_proj", F.linear(delta_1, m.dt_proj.weight, m.dt_proj.bias))
-        delta = at(p + "delta", F.softplus(at(p + "delta_2", dt)))
-        A = at(p + "A", -m.A_log.exp())
-        A_bar = at(p + "A_bar", (delta[..., None] * A).exp())
-        B = at(p + "B", low_rank[..., rank : rank + states])
-        B_bar = at(p + "B_bar", delta[..., None] * B[:, :, None])
-        C = at(p + "C", low_rank[..., rank + states :])
-        write = at(p + "write", B_bar * x[..., None])
-        trajectory = []
-        for t in range(length):
-            h = A_bar[:, t] * h + write[:, t]
-            h = at(f"{p}h[{t - length}]", at(f"{p}h[{t}]", h))
-            trajectory.append(h)
-        all_h = at(p + "h", torch.stack(trajectory, dim=1))
-        y = at(p + "y", (at(p + "h_read", all_h) * C[:, :, None]).sum(-1))
-        out = at(p + "ssm_output", y + m.D * x)
-        return at(p + "out_proj", F.linear(at(p + "after_skip", out * F.silu(gate)), m.out_proj.weight))
-
-    resid = at("embeddings", hf.backbone.embeddings.weight[tokens])
-    for layer, block in enumerate(hf.backbone.layers):
-        p = f"layers[{layer}]."
-        resid = at(p + "resid_pre", resid)
-        u = at(p + "norm", norm(block.norm, at(p + "layer_input", resid.clone())))
-        resid = at(p + "resid_post", resid + mixer(block.mixer, p + "ssm.", u))
-    resid = at("norm_f", norm(hf.backbone.norm_f, resid))
-    at("lm_head", F.linear(resid, hf.lm_head.weight))
+    forward(hf.state_dict(), hf.config, tokens, edit)
     return seen
 
 
@@ -326,9 +298,7 @@ def test_a_value_of_any_stride_or_floating_dtype_is_taken(tiny, hf, tokens, path
 # -- what a saved value keeps ------------------------------------------------------------------------------
 
 
-def assert_saved(
-    tiny: MambaTrace, tokens: Tensor, path: str, trace: Callable[..., tuple[Tensor, Tensor]]
-) -> None:
+def assert_saved(tiny: MambaTrace, tokens: Tensor, path: str, trace: Callable[..., tuple[Tensor, Tensor]]) -> None:
     """The saved value is the clean one, and the logits are those of zeroing the site."""
     place = tiny.hook(path)
     with torch.no_grad(), tiny.trace(tokens):
@@ -364,9 +334,7 @@ def test_a_saved_value_survives_an_augmented_assignment(tiny, tokens, path):
     assert_saved(tiny, tokens, path, trace)
 
 
-@pytest.mark.parametrize(
-    "path", ["layers[0].resid_post", "layers[0].ssm.delta", "layers[0].ssm.h[3]", "lm_head"]
-)
+@pytest.mark.parametrize("path", ["layers[0].resid_post", "layers[0].ssm.delta", "layers[0].ssm.h[3]", "lm_head"])
 def test_a_saved_slice_survives_an_edit_in_place(tiny, tokens, path):
     place = tiny.hook(path)
     with torch.no_grad(), tiny.trace(tokens):
@@ -377,9 +345,7 @@ def test_a_saved_slice_survives_an_edit_in_place(tiny, tokens, path):
     assert torch.equal(saved, clean[:, -1])
 
 
-@pytest.mark.parametrize(
-    "path", ["layers[0].resid_post", "layers[0].ssm.delta", "layers[0].ssm.h[3]", "lm_head"]
-)
+@pytest.mark.parametrize("path", ["layers[0].resid_post", "layers[0].ssm.delta", "layers[0].ssm.h[3]", "lm_head"])
 def test_a_value_in_a_saved_list_survives_an_edit_in_place(tiny, tokens, path):
     place = tiny.hook(path)
     with torch.no_grad(), tiny.trace(tokens):
@@ -735,6 +701,34 @@ def test_A_with_as_many_channels_as_rows_is_not_cut(tiny_config):
     same(logits, expected["lm_head"][1:])
 
 
+# -- the table ---------------------------------------------------------------------------------------------
+
+
+def test_a_new_site_is_one_row_and_one_line():
+    """Read alone, edited, in a cache, by a hook and under generate, for a site of each stage and scope."""
+    script = Path(__file__).parent / "new_sites.py"
+    path = os.pathsep.join([str(Path(mamba_trace.__file__).parent.parent), str(script.parent)])
+    run = subprocess.run(
+        [sys.executable, script],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.split() == ["u", "conv_out", "h_kept", "raw_y", "branch"]
+
+
+def test_a_site_knows_its_place_in_the_table():
+    assert [site.index for site in SITES] == list(range(len(SITES)))
+    for site in SITES:
+        assert site_named(site.name) is site_named(site.hook) is site
+    assert site_named("hook_nothing") is None
+    order = [names.parse(f"layers[0].ssm.{name}").index for name in ("in_proj", "skip", "conv1d", "conv")]
+    assert order == sorted(order)
+    assert names.parse("layers[0].ssm.h[3]").index < names.parse("layers[0].ssm.h").index
+
+
 # -- around a trace ----------------------------------------------------------------------------------------
 
 
@@ -855,8 +849,7 @@ def test_the_state_carried_the_state_read_and_what_is_written_differ(tiny, hf, t
             ssm.write.output[:, 3] = 0
             edits["write"] = ssm.y.output.save()
     changed = {
-        name: [p for p in range(9) if not torch.allclose(y[:, p], clean[:, p], atol=1e-6)]
-        for name, y in edits.items()
+        name: [p for p in range(9) if not torch.allclose(y[:, p], clean[:, p], atol=1e-6)] for name, y in edits.items()
     }
     after = [3, 4, 5, 6, 7, 8]
     assert changed == {"h[3]": after, "h_read": [3], "write": after}

@@ -1,12 +1,10 @@
-"""What a module does with its input, in numbers: the weights it amounts to, whatever it is made of by now.
+"""What a module does with its input, in numbers: the weights that it amounts to.
 
-Analyses of the residual stream are linear algebra with the unembedding and the norms. Their ``.weight`` is
-not to be trusted: of an adapted layer it is that of the layer below the adapter, of a quantised one it is
-packed integers, of an offloaded one it holds no numbers, and a PyTorch hook may change what comes out. So a
-weight is read only where the module is the plain one and nobody has changed it; otherwise the module is
-called and its answers tell.
-
-Contract: each of these functions gives what a call of the module in the model would, without its bias.
+Analyses of the residual stream are linear algebra with the unembedding and the norms, whose ``.weight`` may
+be wrong: an adapted layer shows the weight below the adapter, a quantised one packed integers, an offloaded
+one no numbers, and a PyTorch hook may change the output. So a weight is read only from a plain module that
+nobody has changed. Any other module is called, and the functions here work out from its answers what a call
+in the model would give, without the module's bias.
 """
 
 from __future__ import annotations
@@ -19,14 +17,14 @@ from torch import Tensor, nn
 from ..errors import CheckpointError
 from ..tracing import is_itself
 from ..tracing.placement import input_device
-from .mixer import HookableRMSNorm
+from .block import HookableRMSNorm
 
 #: How many rows of logits [n,V] are made at a time.
 ROWS = 64
 
 
 def input_dtype(module: Any) -> torch.dtype:
-    """The dtype that a module takes its input in: that of its weight, or of its first floating parameter."""
+    """The dtype of a module's input: that of its weight, or of its first floating parameter."""
     weights = [getattr(module, "weight", None), *module.parameters()]
     for weight in weights:
         if isinstance(weight, Tensor) and weight.is_floating_point() and weight.itemsize > 1:
@@ -35,7 +33,7 @@ def input_dtype(module: Any) -> torch.dtype:
 
 
 def n_outputs(head: Any, width: int) -> int:
-    """How many numbers an unembedding makes of an input [D] of ``width`` numbers: V."""
+    """V, the number of outputs of an unembedding whose input [D] has ``width`` numbers."""
     if is_itself(head, nn.Linear):
         return len(head.weight)
     with torch.no_grad():
@@ -51,8 +49,8 @@ def token_directions(head: Any, ids: Tensor, width: int) -> Tensor:
         width: D.
 
     Returns:
-        The shape of ``ids`` and [D] behind it. Rows of the parameter itself where the unembedding is a plain
-        ``Linear``, else new ones: the gradients of the logits.
+        [..., D], ... the shape of ``ids``: rows of the parameter itself where the unembedding is a plain
+        ``Linear``, else new tensors, the gradients of the logits.
     """
     if is_itself(head, nn.Linear):
         return head.weight[ids.to(head.weight.device)]
@@ -71,12 +69,12 @@ def _gradients(head: Any, ids: Tensor, width: int) -> Tensor:
 
 
 def without_bias(head: Any, unembed: Any, normed: Tensor) -> Tensor:
-    """The unembedding [...,V] of a term of the normed stream [...,D]: all but what it adds to any input.
+    """The unembedding [...,V] of a term of the normed stream [...,D], without what it adds to any input.
 
     Args:
         head: the module.
-        unembed: what calls it.
-        normed: in the module's `input_dtype`.
+        unembed: the function that calls it.
+        normed: the term, in the module's `input_dtype`.
     """
     logits: Tensor = unembed(normed)
     if is_itself(head, nn.Linear) and head.bias is None:
@@ -88,7 +86,7 @@ def norm_weight(norm: Any, width: int) -> Tensor:
     """The weight [D] of an RMSNorm, detached.
 
     Raises:
-        CheckpointError: if there is no RMSNorm in ``norm``, so that it is no weight times a scale.
+        CheckpointError: if there is no RMSNorm in ``norm``, so that it is not a weight times a scale.
     """
     epsilon_of(norm)
     if issubclass(type(norm), HookableRMSNorm) and is_itself(norm, type(norm)):
@@ -101,11 +99,10 @@ def norm_weight(norm: Any, width: int) -> Tensor:
 
 
 def epsilon_of(norm: Any) -> float:
-    """The epsilon of an RMSNorm, adapted or not. Raises `CheckpointError` if ``norm`` is none."""
-    module: Any
+    """The epsilon of an RMSNorm, adapted or not. Raises `CheckpointError` if ``norm`` has none."""
     for module in norm.modules():
         if isinstance(module, HookableRMSNorm):
-            return module.variance_epsilon  # type: ignore[attr-defined]
+            return module.variance_epsilon
     raise CheckpointError(
         f"a {type(norm).__name__} stands in the place of an RMSNorm, and is not linear in the stream "
         f"with one scale for each position: the terms of the stream have no logits of their own"

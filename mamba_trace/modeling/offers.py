@@ -1,12 +1,15 @@
 """Offering values at sites: what a hookable forward calls, and the module it calls.
 
 A forward is written once, with every site in it. Where nothing inside its module is wanted, offering costs
-an attribute test, and the visits are counted in one go at the end; otherwise each site's `SiteModule` is
-called, so that nnsight serves it and PyTorch hooks on it fire.
+an attribute test, and the visits are counted all at once when the call is over; otherwise each site's
+`SiteModule` is called, so that nnsight serves it and PyTorch hooks on it fire.
+
+A value is *wanted* if a worker of the running trace waits for it, or a cache or a PyTorch hook takes it.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -14,8 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from ..sites import BY_NAME, Scope, Site, offered
+from ..sites import BY_NAME, SITES, Scope, Site, Stage, offered
 from ..tracing import Visit, is_itself
+from .past import masked
 
 
 class SiteModule(nn.Module):
@@ -36,75 +40,44 @@ class SiteModule(nn.Module):
         return f"[{self.shape}], {self.site.hook}"
 
 
+@functools.cache
+def names_of(scope: Scope) -> tuple[str, ...]:
+    """The names of the sites that a module of this scope offers, in execution order."""
+    return tuple(site.name for site in offered(scope))
+
+
+@functools.cache
+def names_inside(*stages: Stage) -> tuple[str, ...]:
+    """The names of the sites inside of fused stages, in execution order."""
+    return tuple(site.name for site in SITES if site.stage in stages)
+
+
 class Offers:
     """The sites of one module during one call of its forward.
 
     Args:
         module: a hookable block or mixer.
         scope: which sites it has.
+        mask: which columns of this call are tokens [B,L]; ``None`` where none is padding.
     """
 
-    def __init__(self, module: nn.Module, scope: Scope) -> None:
-        self.module = module
-        self.names = tuple(site.name for site in offered(scope))
+    def __init__(self, module: nn.Module, scope: Scope, mask: Tensor | None = None) -> None:
+        self.module, self.mask, self.names = module, mask, names_of(scope)
         self.visit = Visit(module)
-        #: Whether the sites are offered; if not, they are only counted, when the call is over.
+        #: Whether anything inside is wanted. If not, sites are only counted, when the call is over.
         self.open = self.visit.inside(self.names)
+        #: The sites that were offered or passed over in this call.
+        self.done: set[str] = set()
+        #: Of each stage, the first site that was offered in this call because it was wanted.
+        self.served: dict[Stage, str] = {}
 
     def __call__(self, name: str, value: Tensor) -> Tensor:
-        """Offer ``value`` at site ``name``; return it, edited or not."""
+        """Offer ``value`` at site ``name``; return it, edited or not. Padding is as the table says again."""
         if not self.open:
             return value
-        site, module = BY_NAME[name], self.module._modules[name]
-        assert module is not None
-        if self.wants(name):
-            layout = torch.contiguous_format
-            value = value.clone(memory_format=layout) if site.aliases_earlier else value.contiguous()
-        if site.axes.startswith("B"):
-            return self.visit.pass_on(module(value))
-        return self.visit.serve_whole(module, value)
-
-    def into(self, name: str, value: Tensor) -> Tensor:
-        """``value`` as the input of inner module ``name``: a copy where that is wanted, since an edit of it
-        in place must not reach the site that the value is as well."""
-        return value.clone(memory_format=torch.contiguous_format) if self.wants(name) else value
-
-    def result(self, value: Tensor) -> Tensor:
-        """What the module returns: ``value``, or a copy where somebody wants it under that name too."""
-        return value.clone() if self.visit.wants_output() else value
-
-    def wants(self, name: str) -> bool:
-        """Whether the value of site ``name`` is wanted now, so that one made for it alone is worth making."""
-        return self.open and self.visit.wants(name)
-
-    def first_wanted(self, *names: str) -> str | None:
-        """The first of ``names`` that is wanted now, positions of a site and inner modules included.
-
-        With ``.source`` of the module wanted the first of them is: its forward must do all that it says.
-        """
-        if not self.open:
-            return None
-        if self.visit.wants_within("source"):
-            return names[0]
-        return next((name for name in names if self.visit.wants_within(name)), None)
-
-    def pass_over(self, *names: str) -> None:
-        """Leave out sites whose values nobody wants and the computation does not need."""
-        if self.open:
-            self.visit.pass_over(names)
-
-    def bypass(self, name: str, plain: type[nn.Module]) -> Any:
-        """Inner module ``name``, if its weights may be used without calling it; else ``None``.
-
-        It may where it is a ``plain`` one that nobody has changed, hooked or wants to look into. nnsight then
-        counts a visit of it all the same.
-        """
-        module = self.module._modules[name]
-        assert module is not None
-        if not is_itself(module, plain) or self.first_wanted(name) is not None:
-            return None
-        self.visit.pass_over((name,))
-        return module
+        padding = BY_NAME[name].padding if self.mask is not None and self.wants(name) else None
+        served = self._serve(name, value)
+        return served if padding is None else masked(served, self.mask, padding)
 
     def optional(self, name: str, make: Callable[[], Tensor]) -> tuple[Tensor | None, bool]:
         """Offer a value that is made only if wanted: ``(value or None, whether it was edited)``."""
@@ -112,17 +85,101 @@ class Offers:
             self.pass_over(name)
             return None, False
         value = make()
-        # Compared by its contents: an edit by way of ``.data`` or ``.numpy()`` is counted nowhere.
+        # Compared by its contents: PyTorch does not count an edit by way of ``.data`` or ``.numpy()``.
         before = value.clone() if self.visit.may_edit(name) else value
-        served = self(name, value)
-        return served, not same_contents(before, served)
+        served = self._serve(name, value)
+        if same_contents(before, served):
+            return served, False
+        padding = BY_NAME[name].padding
+        return (served if padding is None else masked(served, self.mask, padding)), True
+
+    def _serve(self, name: str, value: Tensor) -> Tensor:
+        site, module = BY_NAME[name], self.module._modules[name]
+        assert module is not None
+        self.done.add(name)
+        if self.wants(name):
+            if site.stage is not None:
+                self.served.setdefault(site.stage, name)
+            layout = torch.contiguous_format
+            value = value.clone(memory_format=layout) if site.alias else value.contiguous()
+        if site.axes.startswith("B"):
+            return self.visit.pass_on(module(value))
+        return self.visit.serve_whole(module, value)
+
+    def into(self, name: str, value: Tensor) -> Tensor:
+        """The input for the inner module ``name``. If somebody watches that module it gets a copy, so that an
+        in-place edit of its input does not also change the site whose value this is."""
+        return value.clone(memory_format=torch.contiguous_format) if self.wants(name) else value
+
+    def result(self, value: Tensor) -> Tensor:
+        """What the module returns: ``value``, or a copy where the output of the module itself is wanted."""
+        return value.clone() if self.visit.wants_output() else value
+
+    # -- what is wanted --------------------------------------------------------------------------------
+
+    def wants(self, name: str) -> bool:
+        """Whether the value of a site, or the call of an inner module, is wanted now."""
+        return self.open and self.visit.wants(name)
+
+    def first_wanted(self, *names: str) -> str | None:
+        """The first of ``names`` that is wanted now, positions of a site and parts of a module included.
+
+        Where somebody looks at ``.source`` of this module it is the first of all: the forward must then do
+        everything that it says.
+        """
+        if not self.open:
+            return None
+        if names and self.visit.wants_within("source"):
+            return names[0]
+        return next((name for name in names if self.visit.wants_within(name)), None)
+
+    def left(self, *stages: Stage) -> tuple[str, ...]:
+        """The sites inside of ``stages`` that this call has not come to yet."""
+        return tuple(name for name in names_inside(*stages) if name not in self.done)
+
+    def inside(self, *stages: Stage) -> str | None:
+        """A site inside of fused ``stages`` that was wanted in this call or is wanted now, ``None`` if none.
+
+        Only if there is none may a kernel compute past them; say so with `leave_out`.
+        """
+        if not self.open:
+            return None
+        served = next((self.served[stage] for stage in stages if stage in self.served), None)
+        return served or self.first_wanted(*self.left(*stages))
+
+    # -- what is not offered ---------------------------------------------------------------------------
+
+    def leave_out(self, *stages: Stage) -> None:
+        """Count a visit of the sites that are left inside of ``stages``, whose values are not made."""
+        if self.open:
+            self.pass_over(*self.left(*stages))
+
+    def pass_over(self, *names: str) -> None:
+        """Count a visit of sites whose values nobody wants and the computation does not need."""
+        if self.open:
+            self.visit.pass_over(names)
+            self.done.update(names)
+
+    def bypass(self, name: str, plain: type[nn.Module], **attributes: Any) -> Any:
+        """Inner module ``name`` if its weights may be used without calling it, else ``None``.
+
+        They may if it is a ``plain`` one with these ``attributes`` that nobody has changed, hooked or wants
+        to look into. nnsight then counts a visit of it all the same.
+        """
+        module = self.module._modules[name]
+        assert module is not None
+        if not is_itself(module, plain) or self.first_wanted(name) is not None:
+            return None
+        if any(getattr(module, attribute) != value for attribute, value in attributes.items()):
+            return None
+        self.visit.pass_over((name,))
+        return module
 
     def close(self) -> None:
-        """Count the sites of a call that offered none."""
-        if not self.open:
-            self.visit.pass_over(self.names)
+        """Count a visit of every site that the call did not come to."""
+        self.visit.pass_over(name for name in self.names if name not in self.done)
 
 
 def same_contents(before: Tensor, after: Tensor) -> bool:
-    """Whether two tensors of one shape are equal. What cannot be told from an edit is taken for one."""
+    """Whether two tensors of one shape are equal; where their numbers cannot be compared, ``False``."""
     return not isinstance(after, FakeTensor) and not after.is_meta and torch.equal(before, after)

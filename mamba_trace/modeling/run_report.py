@@ -1,7 +1,7 @@
 """What each layer ran in the last forward call: which kernels, over which stretches, and why.
 
-A trace that looks at nothing runs the fastest kernels there are, and every site it looks at costs what that
-site needs in that layer alone. This is where one can see that it was so.
+A trace that looks at nothing runs the fastest kernels there are, and every site that it looks at costs what
+that site needs, in that layer alone. The report shows that it was so.
 """
 
 from __future__ import annotations
@@ -30,10 +30,9 @@ class LayerRun:
     """What one layer's mixer ran in its last forward call.
 
     Attributes:
-        layer: its index.
-        positions: the length L of the call.
+        layer, positions: its index, and the length L of the call.
         calls: every kernel call, in order; stretches of positions are separate calls.
-        reasons: why it was not the two fused kernels alone, one entry for each thing that was given up.
+        reasons: one entry for each fused kernel that was given up, saying why.
     """
 
     layer: int
@@ -67,7 +66,7 @@ class RunReport:
     trace: int | None = field(default=None, repr=False)
 
     def begin(self, layer: int, positions: int, trace: int | None) -> LayerRun:
-        """Take note that a layer runs. One that comes no later than the last is of another forward call."""
+        """Take note that a layer runs. A layer that comes no later than the last one begins another call."""
         if trace != self.trace or (self.layers and layer <= self.layers[-1].layer):
             self.layers = []
         self.trace = trace
@@ -76,13 +75,12 @@ class RunReport:
 
     def __getitem__(self, layer: int) -> LayerRun:
         """The run of a layer. Raises `LayerError` if it did not run."""
-        for run in self.layers:
-            if run.layer == layer:
-                return run
-        raise LayerError(
-            f"layer {layer} did not run in the last forward call; "
-            f"these did: {', '.join(str(run.layer) for run in self.layers) or 'none'}"
-        )
+        ran = {run.layer: run for run in self.layers}
+        if layer not in ran:
+            raise LayerError(
+                f"layer {layer} did not run in the last forward call; these did: {', '.join(map(str, ran)) or 'none'}"
+            )
+        return ran[layer]
 
     def __iter__(self) -> Iterator[LayerRun]:
         return iter(self.layers)
@@ -91,11 +89,8 @@ class RunReport:
         return len(self.layers)
 
     def __str__(self) -> str:
-        if not self.layers:
-            return "nothing has run yet"
-        lines = [f"{self.layers[0].positions} positions"]
+        lines = [f"{self.layers[0].positions} positions" if self.layers else "nothing has run yet"]
         for text, layers in groupby(self.layers, str):
-            numbers = [run.layer for run in layers]
-            span = f"layer {numbers[0]}" if len(numbers) == 1 else f"layers {numbers[0]}-{numbers[-1]}"
-            lines.append(f"{span}: {text}")
+            first, *rest = (run.layer for run in layers)
+            lines.append(f"layers {first}-{rest[-1]}: {text}" if rest else f"layer {first}: {text}")
         return "\n".join(lines)

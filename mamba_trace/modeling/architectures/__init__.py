@@ -1,63 +1,54 @@
-"""One adapter for each architecture: which classes of Hugging Face's become hookable, and as what."""
+"""The architectures, one file for each, and how a loaded model of any of them is made hookable.
+
+`make_hookable` changes the class of a model's blocks, mixers and norms in place, and gives them one
+parameterless `SiteModule` for each site that no module of Hugging Face's produces. Nothing else changes: the
+parameters keep their names, and `from_pretrained`, `generate`, caches, quantised or adapted inner layers and
+`device_map` go on working.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
 from ...errors import CheckpointError
-from ...sites import Scope, offered
+from ...sites import offered
 from ...tracing import rebind_forward
-from ..mixer import HookableBlock, HookableMixer
+from ..block import HookableBlock
+from ..mixer import HookableMixer
 from ..offers import SiteModule
 from ..run_report import RunReport
-from . import mamba
+from .architecture import Architecture
+from .mamba import MAMBA
+
+ARCHITECTURES = (MAMBA,)
 
 
-@dataclass(frozen=True)
-class Architecture:
-    """How one model type of Hugging Face's is made hookable.
-
-    Attributes:
-        model_class: the causal language model class.
-        hookable: class of a module -> (the hookable class it becomes, which sites it gets).
-    """
-
-    model_class: type[nn.Module]
-    hookable: dict[type[nn.Module], tuple[type[nn.Module], Scope | None]]
-
-
-ARCHITECTURES = (Architecture(mamba.MODEL, mamba.HOOKABLE),)
-
-
-def _name_forwards() -> None:
-    # transformers puts a function of its own around the forward of each block class, under the name of the
-    # mixin's: pickle finds a function by its name, and nnsight keeps a module's forward beside the module.
-    for architecture in ARCHITECTURES:
-        for hookable, _ in architecture.hookable.values():
-            forward: Any = hookable.__dict__.get("forward")
-            if forward is not None:
-                forward.__module__ = hookable.__module__
-                forward.__qualname__ = f"{hookable.__qualname__}.forward"
-
-
-_name_forwards()
+# transformers puts a function of its own around the forward of each block class, under the mixin's name:
+# pickle finds a function by its name, and nnsight keeps a module's forward beside the module.
+for _hookable in (cls for architecture in ARCHITECTURES for cls, _ in architecture.hookable.values()):
+    if (_forward := _hookable.__dict__.get("forward")) is not None:
+        _forward.__module__, _forward.__qualname__ = _hookable.__module__, f"{_hookable.__qualname__}.forward"
 
 
 def architecture_of(model: nn.Module) -> Architecture:
-    """The adapter of a loaded model.
+    """The architecture of a loaded model.
 
     Raises:
-        CheckpointError: if the model is not one of the supported architectures.
+        CheckpointError: if it is not one of the supported ones.
     """
     for architecture in ARCHITECTURES:
         # PEFT and the like wrap the model they adapt.
         if any(isinstance(module, architecture.model_class) for module in model.modules()):
             return architecture
     known = ", ".join(architecture.model_class.__name__ for architecture in ARCHITECTURES)
-    raise CheckpointError(f"{type(model).__name__} is no language model this package knows; it knows {known}")
+    raise CheckpointError(f"{type(model).__name__} is not a language model that this package knows; it knows {known}")
+
+
+def axis_sizes(config: Any) -> dict[str, int]:
+    """The size of each axis letter that the configuration fixes, e.g. ``{"D": 768, "E": 1536, ...}``."""
+    return next(a for a in ARCHITECTURES if isinstance(config, a.config_class)).axis_sizes(config)
 
 
 def make_hookable(model: nn.Module, kernels: str = "auto") -> nn.Module:
@@ -116,36 +107,19 @@ def check_layers(model: nn.Module, architecture: Architecture) -> None:
         CheckpointError: naming the first such place, and what is there.
     """
     known = tuple(architecture.hookable)
-    for inner in model.modules():
-        if not isinstance(inner, architecture.model_class):
-            continue
-        backbone: Any = inner.backbone
-        for layer, block in enumerate(backbone.layers):
-            for path, module in ((f"layers[{layer}]", block), (f"layers[{layer}].ssm", _mixer_of(block))):
-                if not (type(module) in known or isinstance(module, (HookableBlock, HookableMixer))):
-                    raise CheckpointError(
-                        f"{path} is a {type(module).__name__}, which has none of the sites of a "
-                        f"{' or '.join(cls.__name__ for cls in known[:2])}. Adapt or replace the modules "
-                        f"inside of a mixer (in_proj, x_proj, ...), or edit {path}.output in a trace"
-                    )
-
-
-def _mixer_of(block: Any) -> Any:
-    return getattr(block, "mixer", None)
+    backbones: list[Any] = [m.backbone for m in model.modules() if isinstance(m, architecture.model_class)]
+    for layer, block in (pair for backbone in backbones for pair in enumerate(backbone.layers)):
+        mixer = getattr(block, "mixer", None)
+        for path, module in ((f"layers[{layer}]", block), (f"layers[{layer}].ssm", mixer)):
+            if not (type(module) in known or isinstance(module, (HookableBlock, HookableMixer))):
+                raise CheckpointError(
+                    f"{path} is a {type(module).__name__}, which has none of the sites of a "
+                    f"{' or '.join(cls.__name__ for cls in known[:2])}. Adapt or replace the modules inside "
+                    f"of a mixer (in_proj, x_proj, ...), or edit {path}.output in a trace"
+                )
 
 
 def kernels_of(model: nn.Module) -> str | None:
-    """Which scan the mixers of a model run that are hookable already; ``None`` if none is."""
+    """The scan that most mixers of a hookable model run; ``None`` if no mixer is hookable yet."""
     chosen = [module.kernels for module in model.modules() if isinstance(module, HookableMixer)]
     return max(set(chosen), key=chosen.count, default=None)
-
-
-def axis_sizes(config: Any) -> dict[str, int]:
-    """The size of each axis letter that the configuration fixes, e.g. ``{"D": 768, "E": 1536, ...}``."""
-    return {
-        "D": config.hidden_size,
-        "E": config.intermediate_size,
-        "N": config.state_size,
-        "R": int(config.time_step_rank),
-        "V": config.vocab_size,
-    }

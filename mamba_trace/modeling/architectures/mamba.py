@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from torch import nn
+from transformers import MambaConfig
 from transformers.models.mamba.modeling_mamba import MambaBlock, MambaForCausalLM, MambaMixer, MambaRMSNorm
 
-from ...sites import Scope
-from ..mixer import HookableBlock, HookableMixer, HookableRMSNorm
+from ..block import HookableBlock, HookableRMSNorm
+from ..mixer import HookableMixer
+from .architecture import Architecture
 
 
 class HookableMambaBlock(HookableBlock, MambaBlock):
@@ -21,9 +22,24 @@ class HookableMambaRMSNorm(HookableRMSNorm, MambaRMSNorm):
     """A `MambaRMSNorm` that keeps float64."""
 
 
-MODEL = MambaForCausalLM
-HOOKABLE: dict[type[nn.Module], tuple[type[nn.Module], Scope | None]] = {
-    MambaBlock: (HookableMambaBlock, "block"),
-    MambaMixer: (HookableMambaMixer, "mixer"),
-    MambaRMSNorm: (HookableMambaRMSNorm, None),
-}
+def axis_sizes(config: MambaConfig) -> dict[str, int]:
+    """The size of each axis that the configuration fixes."""
+    return {
+        "D": config.hidden_size,
+        "E": config.intermediate_size,
+        "N": config.state_size,
+        "R": int(config.time_step_rank),
+        "V": config.vocab_size,
+    }
+
+
+MAMBA = Architecture(
+    model_class=MambaForCausalLM,
+    config_class=MambaConfig,
+    hookable={
+        MambaBlock: (HookableMambaBlock, "block"),
+        MambaMixer: (HookableMambaMixer, "mixer"),
+        MambaRMSNorm: (HookableMambaRMSNorm, None),
+    },
+    axis_sizes=axis_sizes,
+)

@@ -1,0 +1,92 @@
+"""One pass over the positions: the recurrence, run piece by piece and stopped where a state is wanted."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ..scan import Recurrence
+from ..sites import STATE
+from .offers import Offers, same_contents
+
+
+@dataclass
+class Stretch:
+    """The positions ``start`` to ``stop - 1``, run in one go."""
+
+    start: int
+    stop: int
+    before: Tensor | None  # the state before them [B,E,N], None for zeros
+    y: Tensor  # their outputs [B,l,E]
+    after: Tensor  # the state handed on after the last of them, edited or not [B,E,N]
+
+    def states(self, recurrence: Recurrence) -> tuple[Tensor, Tensor]:
+        """y [B,l,E] and the state after each position [B,l,E,N], an edit of the last one included."""
+        _, states = recurrence.states(self.start, self.stop - 1, self.before)
+        return self.y, torch.cat((states, self.after[:, None]), dim=1)
+
+
+@dataclass
+class Stretches:
+    """A recurrence of one mixer while it runs."""
+
+    offer: Offers
+    recurrence: Recurrence
+    h: Tensor | None  # the state [B,E,N] that the next position starts from, None for zeros
+    start: int = 0  # the next position
+    done: list[Stretch] = field(default_factory=list)
+
+    @property
+    def length(self) -> int:
+        """How many positions this call has: L."""
+        return self.recurrence.x.shape[1]
+
+    def run(self) -> tuple[list[Tensor], Tensor]:
+        """Run all positions: y [B,l,E] of each stretch, and the state after the last one [B,E,N]."""
+        offer, visit = self.offer, self.offer.visit
+        with visit.positions(STATE):
+            while offer.open:
+                at = visit.next_position(STATE, self.start, self.length, offer.mask)
+                if at is None:
+                    break
+                self._run_to(at)
+            if any(offer.wants(name) for name in offer.left("states")):
+                visit.stand_at(STATE, self.length, self.length)
+                return self._serve_states()
+            offer.leave_out("states")
+        if self.start < self.length or not self.done:
+            y, h = self.recurrence.run(self.start, self.length, self.h)
+            self.done.append(Stretch(self.start, self.length, self.h, y, h))
+        return [stretch.y for stretch in self.done], self.done[-1].after
+
+    def _run_to(self, at: int) -> None:
+        """Run up to position ``at``, offer the state there, and read y from what came back."""
+        y, state = self.recurrence.run(self.start, at + 1, self.h)
+        # A copy, since the backward pass of y reads the original, which an edit in place must not touch.
+        copy = state.clone(memory_format=torch.contiguous_format)
+        after = self.offer.visit.serve_position(STATE, at, self.length, copy)
+        # An assigned tensor counts even where its contents are the same: it may be detached.
+        if after is not copy or after.requires_grad or not same_contents(state, after):
+            if self.offer.mask is not None:  # no edit changes the state on padding
+                after = torch.where(self.offer.mask[:, at, None, None], after, state)
+            y = torch.cat((y[:, :-1], self.recurrence.read(after, at)[:, None]), dim=1)
+        self.done.append(Stretch(self.start, at + 1, self.h, y, after))
+        self.start, self.h = at + 1, after
+
+    def _serve_states(self) -> tuple[list[Tensor], Tensor]:
+        """Run the rest, offer the trajectory, and read y from what came back."""
+        parts = [stretch.states(self.recurrence) for stretch in self.done]
+        if self.start < self.length or not self.done:
+            parts.append(self.recurrence.states(self.start, self.length, self.h))
+        y, states = (torch.cat(p, dim=1) if self.done else p[0] for p in zip(*parts, strict=True))
+        last = states[:, -1].clone()  # the whole trajectory is a record: its edits are not carried on
+        may_change = self.offer.visit.may_edit(STATE) and not states.requires_grad
+        unedited = self.recurrence.read(states) if may_change else None
+        read = self.offer("h_read", self.offer(STATE, states))  # [B,L,E,N]
+        if read is not states or read.requires_grad:
+            y = self.recurrence.read(read)
+        elif unedited is not None and not same_contents(unedited, edited := self.recurrence.read(read)):
+            y = edited
+        return [y], last
