@@ -28,16 +28,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from nnsight.tracing.tracer import WithBlockNotFoundError
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from ._porting.runs import GENERATE
 from .arguments.padding import remember, remembered
-from .arguments.run_arguments import KERNEL_FLAGS, explain_away, generation_options, prompt_of
-from .conversion.formats import check_state_dict, convert_config, convert_state_dict, residuals_per_layer
-from .conversion.initialization import initialize
+from .arguments.prompts import prompt_of
+from .conversion import check_state_dict, convert_state_dict
 from .errors import PromptError
+from .hooked.generation import generation_options
 from .hooked.mamba_cfg import (
     MambaCfg,
     MambaInitCfg,
@@ -47,7 +45,9 @@ from .hooked.mamba_cfg import (
     convert_original_state_dict_to_hooked_state_dict,
     plain,
 )
-from .model import MambaTrace, _empty
+from .hooked.run_with import KERNEL_FLAGS, explain_away
+from .model import MambaTrace, from_scratch
+from .tracing.one_run import WithBlockNotFoundError
 
 __all__ = [
     "HookedMamba",
@@ -60,6 +60,11 @@ __all__ = [
 ]
 
 
+#: The arguments of TransformerLens's ``generate``, in its order.
+GENERATE = (
+    *("input", "max_new_tokens", "stop_at_eos", "eos_token_id", "do_sample", "top_k", "top_p", "temperature"),
+    *("freq_penalty", "use_past_kv_cache", "prepend_bos", "padding_side", "return_type", "verbose"),
+)
 #: The ``return_type`` of `HookedMamba.generate`.
 GENERATED = ("input", "str", "tokens", "tensor")
 
@@ -101,7 +106,7 @@ class HookedMamba(MambaTrace):
         if not isinstance(cfg, (str, Path, nn.Module)):
             device = device or _get(cfg, "device", None)
             prepend = _get(cfg, "default_prepend_bos", True)
-            cfg = _from_scratch(plain(cfg), seed).to(device)
+            cfg = from_scratch(plain(cfg), torch.float32, seed).to(device)
             device = None  # a module stays where it is
             if not prepend:
                 self.default_prepend_bos = False
@@ -258,9 +263,7 @@ class HookedMamba(MambaTrace):
         if return_type not in GENERATED:
             raise ValueError(f"return_type={return_type!r} is none of {', '.join(map(repr, GENERATED))}")
         if isinstance(input, Tensor) and input.is_floating_point():
-            raise PromptError(
-                f"generate goes on from strings or token ids, not from {input.dtype} embeddings"
-            )
+            raise PromptError(f"generate goes on from strings or token ids, not from {input.dtype} embeddings")
         prompt = prompt_of(self, input, prepend_bos)
         ids = super().generate(prompt, **generation_options(self, **kwargs))  # [B,L]
         one = input if isinstance(input, str) or not isinstance(input, (list, tuple)) else input[0]
@@ -308,13 +311,6 @@ class HookedMamba(MambaTrace):
 
 def _get(cfg: Any, name: str, default: Any) -> Any:
     return cfg.get(name, default) if isinstance(cfg, Mapping) else getattr(cfg, name, default)
-
-
-def _from_scratch(config: Any, seed: int) -> nn.Module:
-    """An initialised module of a configuration in any format."""
-    module = _empty(convert_config(config, "huggingface"), torch.float32)
-    initialize(module, seed=seed, n_residuals_per_layer=residuals_per_layer(config))
-    return module
 
 
 def _explain(kwargs: dict[str, Any]) -> None:

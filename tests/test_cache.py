@@ -32,9 +32,7 @@ def empty_cache(model: Any) -> DynamicCache:
 
 
 @pytest.mark.parametrize("length", [1, 2, 9])
-def test_the_cache_holds_what_hugging_face_caches(
-    tiny_hf: ModuleFactory, tokens: Tensor, length: int
-) -> None:
+def test_the_cache_holds_what_hugging_face_caches(tiny_hf: ModuleFactory, tokens: Tensor, length: int) -> None:
     plain, model = pair(tiny_hf)
     expected = plain(tokens[:, :length], use_cache=True)
     states = []
@@ -151,9 +149,7 @@ def padded_batch(tokens: Tensor, side: str, pads: tuple[int, ...] = PADS) -> tup
     return padded, mask
 
 
-@pytest.mark.parametrize(
-    "changes", [*BIASES, {"use_bias": True, "use_conv_bias": False, "conv_kernel": 4}], ids=str
-)
+@pytest.mark.parametrize("changes", [*BIASES, {"use_bias": True, "use_conv_bias": False, "conv_kernel": 4}], ids=str)
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("rows", [slice(0, 1), slice(None)], ids=["one row", "three rows"])
 @pytest.mark.parametrize("look", ["nothing", "states", "A_bar edited"])
@@ -234,9 +230,7 @@ def test_a_prompt_of_fewer_tokens_than_the_convolution(tiny_hf: ModuleFactory, t
 
 
 @pytest.mark.parametrize("changes", BIASES, ids=str)
-def test_generation_from_padded_prompts(
-    tiny_hf: ModuleFactory, tokens: Tensor, changes: dict[str, Any]
-) -> None:
+def test_generation_from_padded_prompts(tiny_hf: ModuleFactory, tokens: Tensor, changes: dict[str, Any]) -> None:
     plain, model = pair(tiny_hf, **changes)
     padded, mask = padded_batch(tokens, side="left")
     result = model._module.generate(padded, attention_mask=mask, max_new_tokens=6, do_sample=False)

@@ -77,9 +77,7 @@ def plain(model: Any, tokens: Tensor) -> Tensor:
 # -- invokes -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "path", [site.path(0) for site in SITES if site.name != "A"] + ["layers[0].ssm.h[2]"]
-)
+@pytest.mark.parametrize("path", [site.path(0) for site in SITES if site.name != "A"] + ["layers[0].ssm.h[2]"])
 def test_an_edit_in_one_invoke_leaves_the_other(tiny, hf, tokens, path):
     place = tiny.hook(path)
     with torch.no_grad(), tiny.trace() as tracer:
@@ -100,9 +98,7 @@ def test_an_edit_in_one_invoke_leaves_the_other(tiny, hf, tokens, path):
     same(other_logits, expected["lm_head"])
 
 
-@pytest.mark.parametrize(
-    "path", [site.path(1) for site in SITES] + ["layers[1].ssm.h[2]", "layers[1].ssm.h[-1]"]
-)
+@pytest.mark.parametrize("path", [site.path(1) for site in SITES] + ["layers[1].ssm.h[2]", "layers[1].ssm.h[-1]"])
 def test_a_value_goes_from_one_invoke_to_another_behind_a_barrier(tiny, tokens, path):
     place = tiny.hook(path)
     with torch.no_grad(), tiny.trace(tokens[:1]):
@@ -244,9 +240,7 @@ def greedy(model: Any, tokens: Tensor, steps: int = STEPS) -> Tensor:
 OPTIONS = {"max_new_tokens": STEPS, "do_sample": False}
 
 
-@pytest.mark.parametrize(
-    "path", [site.path(1) for site in SITES] + ["layers[1].ssm.h[-1]", "layers[1].ssm.h[0]"]
-)
+@pytest.mark.parametrize("path", [site.path(1) for site in SITES] + ["layers[1].ssm.h[-1]", "layers[1].ssm.h[0]"])
 def test_a_site_at_every_step_of_generate(tiny, hf, tokens, path):
     place, length = tiny.hook(path), tokens.shape[1]
     with tiny.generate(tokens, **OPTIONS) as tracer:
@@ -437,9 +431,7 @@ def test_edit_of_a_copy(tiny, hf, tokens):
     with tiny.edit() as (_, edited):
         edited.layers[0].ssm.h[2].output[:] = 0
         edited.layers[1].ssm.delta.output *= 0.5
-    expected = by_hand(
-        hf, tokens, {"layers[0].ssm.h[2]": torch.zeros_like, "layers[1].ssm.delta": lambda d: d * 0.5}
-    )
+    expected = by_hand(hf, tokens, {"layers[0].ssm.h[2]": torch.zeros_like, "layers[1].ssm.delta": lambda d: d * 0.5})
     for _ in range(2):
         with torch.no_grad(), edited.trace(tokens):
             y = edited.layers[0].ssm.y.output.save()
@@ -664,9 +656,7 @@ def test_cached_inputs_and_outputs(tiny, tokens):
 # -- stop --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "path", [site.path(0) for site in SITES] + ["layers[0].ssm.h[3]", "layers[0].ssm.x_proj"]
-)
+@pytest.mark.parametrize("path", [site.path(0) for site in SITES] + ["layers[0].ssm.h[3]", "layers[0].ssm.x_proj"])
 def test_stop(tiny, hf, tokens, path):
     place = tiny.hook(path)
     with torch.no_grad(), tiny.trace(tokens) as tracer:
@@ -742,9 +732,7 @@ def test_source_of_an_inner_module(tiny, hf, tokens):
 
 def test_skip_is_both_the_gate_and_the_method(tiny, hf, tokens):
     ssm, clean = tiny.layers[1].ssm, by_hand(hf, tokens)
-    replacement = torch.randn(
-        *tokens.shape, tiny.config.hidden_size, generator=torch.Generator().manual_seed(0)
-    )
+    replacement = torch.randn(*tokens.shape, tiny.config.hidden_size, generator=torch.Generator().manual_seed(0))
     with torch.no_grad(), tiny.trace(tokens):
         gate = tiny.layers[0].ssm.skip.output.save()
         ssm.skip(replacement)
@@ -808,9 +796,7 @@ def test_a_module_called_out_of_its_turn(tiny, hf, tokens):
 
 
 @pytest.mark.parametrize("traced", [False, True], ids=["untraced", "traced"])
-@pytest.mark.parametrize(
-    "path", [site.path(0) for site in SITES] + ["layers[0].ssm.x_proj", "layers[0].ssm.dt_proj"]
-)
+@pytest.mark.parametrize("path", [site.path(0) for site in SITES] + ["layers[0].ssm.x_proj", "layers[0].ssm.dt_proj"])
 def test_a_pytorch_hook_sees_and_replaces_a_value(tiny, hf, tokens, path, traced):
     clean, seen = by_hand(hf, tokens), []
 
@@ -991,9 +977,11 @@ def assert_untouched(tiny: MambaTrace, hf: Any, tokens: Tensor) -> None:
     assert all(parameter.grad is None for parameter in tiny._module.parameters())
     tiny._module(tokens).logits.sum().backward()
     weight = tiny._module.backbone.layers[0].mixer.A_log
-    fresh = copy.deepcopy(hf).float()
+    fresh = copy.deepcopy(hf)
     fresh(tokens).logits.sum().backward()
-    torch.testing.assert_close(weight.grad, fresh.backbone.layers[0].mixer.A_log.grad, rtol=1e-3, atol=1e-3)
+    # Rounding in float32 (6e-8 each) adds up over 27 tokens and 3 layers to 7e-7 of the largest value; wrong
+    # gradients, as of a state that is not carried on, differ in the first digit.
+    agree(weight.grad.double(), fresh.backbone.layers[0].mixer.A_log.grad, 5e-6)
     tiny._module.zero_grad(set_to_none=True)
 
 

@@ -185,9 +185,7 @@ def test_a_cache_can_be_copied(tiny, tokens, copied):
     for name in cache:
         assert torch.equal(other[name], cache[name])
     assert torch.equal(other["h", 1], cache["h", 1])
-    assert torch.equal(
-        other.logit_attrs(other.decompose_resid(), 3), cache.logit_attrs(cache.decompose_resid(), 3)
-    )
+    assert torch.equal(other.logit_attrs(other.decompose_resid(), 3), cache.logit_attrs(cache.decompose_resid(), 3))
     other["hook_logits"].zero_()
     assert torch.equal(cache["hook_logits"], logits)
     agree(run(other.model, tokens), logits)
@@ -212,9 +210,7 @@ def test_views_of_weights_can_be_copied(tiny, copied):
 
 def test_a_saved_module_computes_the_same_in_another_process(tiny, tokens, tmp_path):
     expected = run(tiny, tokens)
-    torch.save(
-        {"module": tiny._module, "model": tiny, "tokens": tokens, "logits": expected}, tmp_path / "saved.pt"
-    )
+    torch.save({"module": tiny._module, "model": tiny, "tokens": tokens, "logits": expected}, tmp_path / "saved.pt")
     code = (
         "import sys, torch\n"
         "saved = torch.load(sys.argv[1], weights_only=False)\n"

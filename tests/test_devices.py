@@ -50,9 +50,7 @@ def loaded(device_map: Any, **options: Any) -> Make:
 
     def make(folder: Path) -> MambaTrace:
         make_hf().save_pretrained(folder / "model")
-        return MambaTrace(
-            folder / "model", device_map=device_map, offload_folder=folder / "offload", **options
-        )
+        return MambaTrace(folder / "model", device_map=device_map, offload_folder=folder / "offload", **options)
 
     return make
 
@@ -360,8 +358,9 @@ def test_the_device_of_weights_that_are_fetched_with_the_whole_model_or_by_one_h
             check_weights(module)
 
 
-def test_an_original_checkpoint_is_offloaded_too(whole, tokens, tmp_path):
-    save_original(make_hf(), tmp_path / "model")
+@pytest.mark.parametrize("safe", [True, False], ids=["safetensors", "bin"])
+def test_an_original_checkpoint_is_offloaded_too(whole, tokens, tmp_path, safe):
+    save_original(make_hf(), tmp_path / "model", safe_serialization=safe)
     model = MambaTrace(tmp_path / "model", device_map=SOME_ON_DISK, offload_folder=tmp_path / "offload")
     agree(model.run_with_hooks(tokens), whole.run_with_hooks(tokens), 1e-6)
     assert model.layers[1].ssm._module.A_log.is_meta
@@ -391,7 +390,7 @@ def test_a_device_map_is_completed(tiny_hf, device_map, full):
     [
         (
             {"": "cpu", "layers.7": "disk"},
-            r"places 'layers.7', which is no part.*did you mean backbone.layers",
+            r"places 'layers.7', which is not a part.*did you mean backbone.layers",
         ),
         (
             {"layers.0": "cpu"},
@@ -410,7 +409,9 @@ def test_a_device_map_that_does_not_fit_is_refused_when_the_model_is_made(tmp_pa
 def test_a_device_that_is_not_here_is_refused_before_the_weights_are_read(tmp_path, monkeypatch):
     make_hf().save_pretrained(tmp_path)
     model = MambaTrace(tmp_path, device_map={"": "cpu", "layers.2": "maia:3"})
-    monkeypatch.setattr(model, "_read", lambda *args: pytest.fail("weights were read"))
+    monkeypatch.setattr(
+        "mamba_trace.conversion.model_loading.load_model", lambda *args: pytest.fail("weights were read")
+    )
     with pytest.raises(CheckpointError, match=r"places backbone.layers.2 on maia:3.*There are.*cpu and disk"):
         model.dispatch()
 
@@ -421,9 +422,7 @@ def test_weights_that_nothing_loads_are_refused_before_anything_runs(tokens, tmp
     remove_hook_from_submodules(model._module)
     entered = []
     with (
-        pytest.raises(
-            CheckpointError, match=r"weights are on the meta device.*: backbone\..*Load the model again"
-        ),
+        pytest.raises(CheckpointError, match=r"weights are on the meta device.*: backbone\..*Load the model again"),
         model.trace(tokens),
     ):
         entered.append(model.embeddings.output)

@@ -29,8 +29,8 @@ from mamba_trace.tracing.envoys import (
     SkipEnvoy,
     StateEnvoy,
     envoy_classes,
-    fit,
 )
+from mamba_trace.tracing.fitting import fit
 
 
 def test_every_site_has_an_envoy_that_knows_its_row(tiny):

@@ -84,9 +84,7 @@ def test_a_thousand_runs_over_four_threads(tiny, tokens):
     assert len(done) == 1000
 
 
-@pytest.mark.parametrize(
-    "kind", ["generate", "invokes", "scan", "run_with_cache", "session", "gradient", "edited"]
-)
+@pytest.mark.parametrize("kind", ["generate", "invokes", "scan", "run_with_cache", "session", "gradient", "edited"])
 def test_other_runs_take_turns_too(tiny, tokens, kind):
     def run() -> Any:
         if kind == "generate":
@@ -203,9 +201,7 @@ def test_a_long_wait_says_why(tiny, tokens, monkeypatch):
     holder.start()
     entered.wait(60)
     threading.Timer(3.0, leave.set).start()
-    with pytest.warns(
-        UserWarning, match=r"has waited for 0 s: another thread is running a trace of this model"
-    ):
+    with pytest.warns(UserWarning, match=r"has waited for 0 s: another thread is running a trace of this model"):
         edited_logits(tiny, tokens, 0.5)
     holder.join()
 

@@ -46,9 +46,7 @@ def _quiet() -> Iterator[None]:
 def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The address of a server in a process of its own, which runs in a folder of its own."""
     command = [sys.executable, "-I", str(Path(__file__).with_name("remote_server.py"))]
-    server = subprocess.Popen(
-        command, cwd=tmp_path_factory.mktemp("server"), stdout=subprocess.PIPE, text=True
-    )
+    server = subprocess.Popen(command, cwd=tmp_path_factory.mktemp("server"), stdout=subprocess.PIPE, text=True)
     assert server.stdout is not None
     try:
         yield server.stdout.readline().strip()
@@ -119,9 +117,7 @@ def test_an_edit_is_made_on_the_server(
     agree(logits, expected["hook_norm"], 1e-12)
 
 
-def test_an_edit_with_a_function_of_the_callers_file_is_made_on_the_server(
-    host: str, demo: MambaTrace
-) -> None:
+def test_an_edit_with_a_function_of_the_callers_file_is_made_on_the_server(host: str, demo: MambaTrace) -> None:
     with demo.trace(PROMPT):
         demo.layers[1].ssm.h[5].output = demo.layers[1].ssm.h[5].output / 2
         expected = demo.lm_head.output.save()
@@ -224,9 +220,7 @@ def test_what_comes_back_is_the_size_of_what_was_saved(
 ) -> None:
     sizes = []
     finalize = RemoteBackend.finalize
-    monkeypatch.setattr(
-        RemoteBackend, "finalize", lambda self, data: sizes.append(len(data)) or finalize(self, data)
-    )
+    monkeypatch.setattr(RemoteBackend, "finalize", lambda self, data: sizes.append(len(data)) or finalize(self, data))
     monkeypatch.setattr(CONFIG.API, "COMPRESS", False)
     prompt = demo.to_tokens(PROMPT).repeat(1, 20)
     with demo.trace(prompt, remote=host):
@@ -247,16 +241,12 @@ def test_a_request_written_with_another_release_is_refused_with_both_names(
     host: str, demo: MambaTrace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(remote, "__version__", "0.0.9")
-    refused = pytest.raises(
-        RemoteError, match=r"written with mamba_trace 0\.0\.9, and the server has mamba_trace \d"
-    )
+    refused = pytest.raises(RemoteError, match=r"written with mamba_trace 0\.0\.9, and the server has mamba_trace \d")
     with refused, demo.trace(PROMPT, remote=host):
         demo.lm_head.output.save()
 
 
-def test_an_error_on_the_server_names_the_site_and_shows_the_callers_line(
-    host: str, demo: MambaTrace
-) -> None:
+def test_an_error_on_the_server_names_the_site_and_shows_the_callers_line(host: str, demo: MambaTrace) -> None:
     with pytest.raises(RemoteError) as raised, demo.trace(PROMPT, remote=host):
         [demo.layers[1].ssm.y.output, demo.layers[1].ssm.delta.output].save()
     text = str(raised.value)
@@ -265,9 +255,7 @@ def test_an_error_on_the_server_names_the_site_and_shows_the_callers_line(
     assert "[demo.layers[1].ssm.y.output, demo.layers[1].ssm.delta.output].save()" in text
 
 
-def test_a_position_that_the_prompt_does_not_have_is_refused_on_the_server(
-    host: str, demo: MambaTrace
-) -> None:
+def test_a_position_that_the_prompt_does_not_have_is_refused_on_the_server(host: str, demo: MambaTrace) -> None:
     refused = pytest.raises(RemoteError, match=r"PositionError: layers\[1\]\.ssm\.h\[99\]")
     with refused, demo.trace(PROMPT, remote=host):
         demo.layers[1].ssm.h[99].output.save()

@@ -63,9 +63,7 @@ def test_a_key_makes_the_same_tree_with_and_without_weights(
     with pytest.warns(UserWarning, match="no tokenizer"):
         meta = Remotable.from_model_key(key, trust_remote_code=False)
     with pytest.warns(UserWarning, match="no tokenizer"):
-        loaded = Remotable.from_model_key(
-            key, dispatch=True, dtype="float64", device="cpu", trust_remote_code=False
-        )
+        loaded = Remotable.from_model_key(key, dispatch=True, dtype="float64", device="cpu", trust_remote_code=False)
     assert not meta.dispatched
     assert loaded.to_model_key() == key
     paths = [set(model._remoteable_persistent_objects()) for model in (tiny64, meta, loaded)]

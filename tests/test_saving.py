@@ -18,7 +18,7 @@ from torch import Tensor
 from mamba_trace import MambaTrace
 from mamba_trace.errors import SiteValueError
 from mamba_trace.sites import SITES
-from mamba_trace.tracing import saving
+from mamba_trace.tracing import served
 from mamba_trace.tracing.views import same_part
 
 PATHS = [site.path(1) for site in SITES] + ["layers[1].ssm.h[2]", "layers[1].ssm.h[-1]"]
@@ -33,7 +33,7 @@ def tiny(tiny_hf) -> MambaTrace:
 @pytest.fixture(autouse=True)
 def _no_guard_stays():
     yield
-    assert not saving._local.guards
+    assert not served.local.guards
     assert torch._C._len_torch_function_stack() == 0
 
 

@@ -180,9 +180,7 @@ def test_run_with_cache(split, whole, tokens):
 @pytest.mark.parametrize("site", ["h", "resid_pre"])
 @pytest.mark.parametrize("grid_of", [patch_grid, attribution_grid])
 def test_a_grid(split, whole, tokens, grid_of, site):
-    found, expected = (
-        grid_of(model, tokens[:1], tokens[1:2], site, metric).values for model in (split, whole)
-    )
+    found, expected = (grid_of(model, tokens[:1], tokens[1:2], site, metric).values for model in (split, whole))
     agree(found, expected)
 
 

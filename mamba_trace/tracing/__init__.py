@@ -1,81 +1,57 @@
-"""What the running trace wants next: the one place that knows nnsight's internals.
+"""Everything that touches nnsight's internals, and accelerate's hooks: what the running trace wants, and how
+it gets it. No other part of the package imports a submodule of nnsight.
 
-The forward of a Mamba can be fused into kernels exactly as far as nobody looks inside. nnsight 0.8 runs the
-body of a trace in greenlets, each always parked on one location, so before computing anything a module can
-ask what is wanted of it right now. `Visit` answers that for one call of one module, serves the state after
-a position, and keeps nnsight's visit counts right for the locations that a fused pass never offers.
-`worker` is the other side, code that runs where the user wrote it; `saving` keeps saved values from changing,
-and `apart` the values of places that share memory; `forwards` keeps nnsight's place on modules that
-accelerate wraps too; `tree` keeps the envoys in step with the modules, also in a copy; `one_run` lets one run
-at a time have a model; `envoy_map` says which class an envoy has.
+The forward of a Mamba can run fused into kernels as long as nobody looks inside. nnsight 0.8 runs the body of
+a trace in greenlets, and each greenlet waits for one location at a time. So before a module computes anything
+it can ask which locations are wanted of it right now. The map of this room:
 
-The facts about nnsight 0.8 this module rests on, each held by a test in tests/test_demand.py (those about
-accelerate in tests/test_devices.py):
+* Both sides of a running trace: `visit`, the model's side, answers what is wanted in one call of one module;
+  `worker`, the user's side, is what happens between two requests; `positions` are the places ``h[p]``;
+  `mask` says which columns are padding, and `frames` finds the user's line for a warning or an error.
+* Values: `saving` and `served` keep saved values from changing; `apart` separates places that share memory;
+  `views` compares tensors as parts of memory; `fitting` checks the values that users assign.
+* The tree of envoys: `envoys` has a class for each kind of place; `attributes` refuses names that it does not
+  have; `envoy_map` combines these classes and names with the user's own; `tree` keeps the envoys in step with
+  the modules, and copies them; `root` is the model's own envoy.
+* Runs: `tracer` is what a ``with`` binds; `one_run` gives a model to one run at a time; `edits` ends lasting
+  edits that a run does not reach; `invokes` says which rows belong to which invoke; `remote` sends a trace to
+  a server.
+* Other wrappers: `forwards` keeps nnsight's controller in its place beside accelerate's hooks; `placement`
+  says where inputs go if accelerate has spread the weights; `prompts` names how nnsight reads a prompt.
 
-* ``interleaver.mediators[i].pending`` is what worker i is parked on: ``provider`` (a location such as
-  ``"model.backbone.layers.3.mixer.conv.output"``), and which visit of it, ``iteration``;
-* ``interleaver.observers`` maps the locations caches subscribe to;
-* ``interleaver.handle(location, value)`` serves a location and returns the possibly replaced value;
-* ``interleaver.counts[location]`` says how often a location was offered over the life of the tree, and
-  ``mediator.counts_at_start`` what it was when the worker began;
-* ``interleaver.batcher`` narrows every value whose first dimension equals the number of rows of the batch,
-  and nothing when it is ``None``;
-* ``mediator.iteration`` is the step of ``tracer.iter`` a worker is pinned to, 0 outside of one, and ``None``
-  once it was served in that step; while a worker runs, ``mediator.pending`` is what it was last served;
-* ``mediator.flush()`` is called before a worker asks for anything and at the end of its block;
+The facts about nnsight 0.8 that this room rests on, each held by a test in tests/test_nnsight.py (facts about
+accelerate in tests/test_devices.py, about copies in tests/test_copies.py and tests/test_adapters.py):
+
+* ``interleaver.mediators[i].pending`` is what worker i waits for: ``provider``, a location such as
+  ``"model.backbone.layers.3.mixer.conv.output"``, and ``iteration``, which visit of it;
+* ``interleaver.observers`` maps the locations that caches record;
+* ``interleaver.handle(location, value)`` serves a location and returns the value or its replacement;
+* ``interleaver.counts[location]`` says how often a location was offered since the tree was built, and
+  ``mediator.counts_at_start`` what that count was when the worker began;
+* ``interleaver.batcher`` narrows every value whose first dimension is the number of rows of the batch; if it
+  is ``None``, nothing is narrowed;
+* ``mediator.iteration`` is the step of ``tracer.iter`` to which a worker is pinned: 0 outside of such a loop,
+  and ``None`` once the worker was served in that step; while a worker runs, ``mediator.pending`` is what it
+  was last served;
+* ``mediator.flush()`` is called before a worker asks for anything and at the end of its block, nowhere else;
 * ``save`` returns what ``nnsight.tracing.tracer.mark`` returns;
-* the route from a module to the running trace is `source.STATE` of its ``__dict__``: ``.active()``;
-* the forward of a wrapped module is a `Controller`, whose ``state.body`` is the forward it stands for, run
+* the way from a module to the running trace is `source.STATE` in its ``__dict__``: ``.active()``;
+* the forward of a wrapped module is a `Controller`; it runs the forward that it stands for, ``state.body``,
   inside accelerate's hook if the module has one;
-* ``interleaver.envoys`` has an envoy of every module of the tree;
-
-Positions. ``h[p]`` has a location of its own, ``<h>.<p>.output``, but no module, and counting a visit of
-each position in every pass would cost a loop over all tokens. So the count of a position is not kept: it
-is the count of the site ``h`` itself, set at the moment when somebody asks (`expect_position`) or is
-served (`Visit.next_position`).
+* ``interleaver.envoys`` has the envoy of every module of the tree, by the module's ``id``;
+* ``Envoy._update(module)`` points the envoys below at the modules of the same names, drops and adds envoys
+  where the modules differ, and registers all of them; an envoy whose module is in the tree twice has one
+  path, and its other name is an alias; ``rename=`` binds its aliases only when an envoy is made.
 """
 
-from .apart import keep_apart
-from .forwards import is_itself, rebind_forward, reinstate_controllers
-from .saving import GuardedTracer
-from .tree import SiteInterleaver, follow, is_current, reconnect, remember
-from .visit import Visit, listened_to, take_note_of_length, take_note_of_mask
-from .worker import (
-    SiteOrderError,
-    ask_every_position,
-    assigned,
-    current_value,
-    expect,
-    expect_position,
-    mask_of_call,
-    need_a_trace,
-    reading,
-    skip_module,
-)
-
-__all__ = [
-    "GuardedTracer",
-    "SiteInterleaver",
-    "SiteOrderError",
-    "Visit",
-    "ask_every_position",
-    "assigned",
-    "current_value",
-    "expect",
-    "expect_position",
-    "follow",
-    "is_current",
-    "is_itself",
-    "keep_apart",
-    "listened_to",
-    "mask_of_call",
-    "need_a_trace",
-    "reading",
-    "rebind_forward",
-    "reconnect",
-    "reinstate_controllers",
-    "remember",
-    "skip_module",
-    "take_note_of_length",
-    "take_note_of_mask",
-]
+from .forwards import is_itself as is_itself
+from .forwards import listened_to as listened_to
+from .forwards import rebind_forward as rebind_forward
+from .visit import Visit as Visit
+from .visit import take_note_of_mask as take_note_of_mask
+from .worker import SiteOrderError as SiteOrderError
+from .worker import ask_every_position as ask_every_position
+from .worker import expect as expect
+from .worker import mask_of_call as mask_of_call
+from .worker import need_a_trace as need_a_trace
+from .worker import reading as reading

@@ -1,9 +1,9 @@
-"""Memory that a trace was handed at one place is not handed out again at another.
+"""Memory that a trace was handed at one place is not handed out again at another place.
 
-Two places of a model may hold one tensor: the final norm's output is lm_head's input. An edit in place of the
+Two places of a model may hold one tensor: the final norm's output is lm_head's input. An in-place edit of the
 second would change what was read at the first. So the first read of a place whose memory was already handed
-out elsewhere gets a copy, and the run goes on with that copy. Further reads of the same place, in the same
-visit, get the same tensor, as in nnsight.
+out elsewhere returns a copy, and the run continues with that copy. Later reads of the same place, in the same
+visit, return the same tensor, as in nnsight.
 """
 
 from __future__ import annotations
@@ -18,22 +18,20 @@ from nnsight.util import apply
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from .saving import Place, watch
-from .views import among, has_memory, span, tensors_of
-
-#: One visit of one place: its location, and how often the worker's run had come to it before.
-Visit = tuple[str, int]
+from .saving import watch
+from .served import Served
+from .views import has_memory, span, tensors_of
 
 
 class HandedOut:
-    """The memory that the workers of one run were handed, and at which place."""
+    """The memory that the workers of one run were handed, and in which visit of which location."""
 
     def __init__(self) -> None:
-        # The weak reference keeps the storage's address from being used again.
-        self.ranges: dict[int, tuple[StorageWeakRef, dict[tuple[int, int, Visit], None]]] = {}
+        # By the address of a storage; the weak reference keeps that address from being used again.
+        self.ranges: dict[int, tuple[StorageWeakRef, dict[tuple[int, int, tuple[str, int]], None]]] = {}
 
-    def record(self, value: Tensor, visit: Visit) -> bool:
-        """Remember the memory of ``value``; say whether any of it was handed out at another visit."""
+    def record(self, value: Tensor, visit: tuple[str, int]) -> bool:
+        """Remember the memory of ``value``; return whether another visit was handed any of it."""
         if not has_memory(value) or not value.numel():
             return False
         first, last = span(value)
@@ -46,8 +44,8 @@ class HandedOut:
         return elsewhere
 
 
-#: By the first worker of a run. Kept here and not on the interleaver, which is copied with its model: a copy
-#: of a weak reference to a storage would give back what it never took.
+#: By the first worker of a run. This is not kept on the interleaver, which is copied with its model: the copy
+#: of a weak reference to a storage would release the storage a second time.
 _RUNS: weakref.WeakKeyDictionary[greenlet, HandedOut] = weakref.WeakKeyDictionary()
 
 
@@ -57,28 +55,23 @@ def keep_apart(
     rebuild: Callable[[Any], Any] = lambda value: value,
     extract: Callable[[Any], Any] = lambda value: value,
 ) -> Any:
-    """What to hand out for a read of ``value``: itself, or a copy that the run goes on with.
+    """What a read of ``value`` returns: the value itself, or a copy that the run continues with.
 
     Args:
         location: where the running worker read it.
         value: a tensor, or a container of tensors, that was served there.
-        rebuild: makes what stands at the location from something in the place of ``value``.
-        extract: the opposite: finds ``value`` in what stands at the location.
+        rebuild: turns a replacement for ``value`` into the whole value at the location.
+        extract: the opposite: picks ``value`` out of the whole value at the location.
     """
     mediator = Mediator.current(location)
-    handed_out = _handed_out_in(mediator.interleaver)
+    handed_out = _RUNS.setdefault(mediator.interleaver.mediators[0].worker, HandedOut())
     visit = (location, mediator.occurrence(location))
-    shared = [tensor for tensor in tensors_of(value) if handed_out.record(tensor, visit)]
+    shared = {id(tensor) for tensor in tensors_of(value) if handed_out.record(tensor, visit)}
     if shared:
-        own = apply(value, lambda tensor: tensor.clone() if among(tensor, shared) else tensor, Tensor)
+        own = apply(value, lambda tensor: tensor.clone() if id(tensor) in shared else tensor, Tensor)
         Mediator.swap(location, rebuild(own))
         value = extract(Mediator.value(location))  # in a batch of invokes, this worker's rows of it
         for tensor in tensors_of(value):
             handed_out.record(tensor, visit)
-    watch(mediator, Place(visit, value, rebuild, extract, lambda tensor: handed_out.record(tensor, visit)))
+    watch(mediator, Served(visit, value, rebuild, extract, lambda tensor: handed_out.record(tensor, visit)))
     return value
-
-
-def _handed_out_in(interleaver: Any) -> HandedOut:
-    # Every run starts its workers anew.
-    return _RUNS.setdefault(interleaver.mediators[0].worker, HandedOut())

@@ -1,7 +1,7 @@
-"""Attributes that an envoy does not have: what is said of them, and assignments that would mean nothing.
+"""Attributes that an envoy does not have: the error for reading one, and for an assignment without meaning.
 
-``ssm.y = value`` would hide the site and change nothing in the run, and ``ssm.y.outptu = value`` would be
-kept by Python and never looked at. Both are refused here, with the name that was meant.
+``ssm.y = value`` would hide the site and change nothing in the run, and Python would keep ``ssm.y.outptu =
+value`` without anybody ever looking at it. Both are refused here, with the name that was probably meant.
 """
 
 from __future__ import annotations
@@ -15,17 +15,42 @@ from torch import Tensor, nn
 from ..errors import SiteValueError, UnknownSiteError
 from ..names import NATIVE_MODULES, lacked, nearest, public_path
 from ..sites import BY_NAME, SITES
-from .envoy_map import Choosing
+from .envoy_map import EnvoyMap
 
-#: Names that a user reads values at and never assigns to.
+#: Names of places: a user reads values there, and never assigns to the name itself.
 PLACES = {*BY_NAME, *NATIVE_MODULES, "layers", "ssm"}
 
 
-class Guarded(Choosing):
-    """An envoy that takes no values under names that mean nothing: the model's own, and every one below."""
+class Guarded(Envoy):
+    """An envoy that knows which names it has: the model's own envoy, and every envoy below it."""
 
-    #: What a name of a value that is assigned to may have been meant as.
+    #: The names to which a value is assigned.
     ASSIGNED = ("output", "input", "inputs")
+
+    @property
+    def _public_path(self) -> str:
+        return public_path(self.path)
+
+    def _resolve_envoy_class(self, module: nn.Module, path: str) -> type[Envoy]:
+        envoys: Any = self._envoys
+        if isinstance(envoys, EnvoyMap):
+            return envoys.choose(self._rename, module, path)
+        return super()._resolve_envoy_class(module, path)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError as error:
+            if name.startswith("_"):
+                raise
+            raise self._lacks(name) from error
+
+    def _lacks(self, name: str) -> Exception:
+        # The error for an attribute that this envoy does not have.
+        known = [site.name for site in SITES] + list(NATIVE_MODULES) + ["layers", "ssm"]
+        here = [child for child in known if child in self.__dict__ or child in self._child_map]
+        hint = sentence(lacked(f"{name}.") or nearest(name, here or known))
+        return UnknownSiteError(f"{self._public_path} has no {name!r}{hint} It has: {', '.join(here)}")
 
     def __setattr__(self, name: str, value: Any) -> None:
         being_made = "_child_map" not in self.__dict__
@@ -33,17 +58,21 @@ class Guarded(Choosing):
             super().__setattr__(name, value)
             return
         if name in PLACES:
-            raise not_a_value(f"{public_path(self.path)}.{name}".removeprefix("model."))
+            raise not_a_value(f"{self._public_path}.{name}".removeprefix("model."))
         if name not in self.__dict__ and not hasattr(type(self), name) and self._meant(name):
             raise UnknownSiteError(
-                f"{public_path(self.path)} has no {name!r} to assign "
-                f"to{nearest(name, list(self.ASSIGNED)) or '.'} "
-                f"A value is assigned to {' or '.join('.' + one for one in self.ASSIGNED)}, inside a trace"
+                f"{self._public_path} has no {name!r} to assign to"
+                f"{sentence(nearest(name, list(self.ASSIGNED)))} A value is assigned to "
+                f"{' or '.join('.' + key for key in self.ASSIGNED)}, inside a trace"
             )
         super().__setattr__(name, value)
 
+    def _meant(self, name: str) -> bool:
+        # Whether an unknown name probably means one in ASSIGNED; others may be the user's own attributes.
+        return bool(get_close_matches(name, self.ASSIGNED, cutoff=0.7))
+
     def get(self, path: str) -> Any:
-        """What is at a dotted path from here, as nnsight's ``get``.
+        """What is at a dotted path below this envoy, as nnsight's ``get``.
 
         Raises:
             UnknownSiteError: if nothing is.
@@ -56,45 +85,45 @@ class Guarded(Choosing):
             raise UnknownSiteError(f"get takes a dotted path such as 'layers.3.ssm.h.5', not {path!r}")
         return super().get(path)
 
-    def _meant(self, name: str) -> bool:
-        # On the model, and on an envoy of a class of the user's, other attributes may be their own.
-        return bool(get_close_matches(name, self.ASSIGNED, cutoff=0.7))
+
+class NotAValue(Guarded):
+    """An envoy that users may take for its value: it refuses arithmetic, indexing and loops."""
+
+    def __len__(self) -> int:
+        raise not_a_value(self._public_path, f"ask for the length of {self._public_path}.output")
+
+    def __iter__(self) -> Any:
+        raise not_a_value(self._public_path, f"loop over {self._public_path}.output")
+
+    def __getitem__(self, key: Any) -> Any:
+        raise not_a_value(self._public_path, f"index its value, {self._public_path}.output[{key!r}]")
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        raise not_a_value(f"{self._public_path}[{key!r}]", f"assign to {self._public_path}.output[{key!r}]")
 
 
-def refuse_arithmetic(cls: type) -> type:
-    """Have places of a class refuse arithmetic, as in ``layer.resid_post * 2``: a class decorator."""
-    names = "add sub mul truediv matmul pow".split()
-
-    def refuse(self: Any, *others: Any) -> Any:
-        path = public_path(self.path)
-        raise SiteValueError(f"{path} is a place, not a value: reckon with {path}.output, inside a trace")
-
-    for name in (*names, *(f"i{name}" for name in names), *(f"r{name}" for name in names), "neg"):
-        setattr(cls, f"__{name}__", refuse)
-    return cls
+def _refuse_arithmetic(self: NotAValue, *others: Any) -> Any:
+    raise not_a_value(self._public_path, f"compute with {self._public_path}.output")
 
 
-def not_a_value(path: str, value: str | None = None) -> SiteValueError:
-    """The error for an assignment to a place instead of to its ``value``."""
-    return SiteValueError(
-        f"{path} is a place, not a value: assign to {value or path + '.output'}, inside a trace"
-    )
+for _name in "add sub mul truediv matmul pow".split():
+    for _operator in (_name, f"i{_name}", f"r{_name}", "neg"):
+        setattr(NotAValue, f"__{_operator}__", _refuse_arithmetic)
+
+
+def not_a_value(path: str, instead: str | None = None) -> SiteValueError:
+    """The error for using a place as if it were its value; what to do ``instead`` is by default to assign."""
+    instead = instead or f"assign to {path}.output"
+    return SiteValueError(f"{path} is a place, not a value: {instead}, inside a trace")
 
 
 def no_such_value(envoy: Envoy, name: str) -> UnknownSiteError:
     """The error for an attribute that the envoy of a site or of an inner module does not have."""
     path, known = public_path(envoy.path), ["output", "input", "inputs", "skip", "source"]
     hint = f"; its value has one: {path}.output.{name}" if hasattr(Tensor, name) else nearest(name, known)
-    return UnknownSiteError(
-        f"{path} has no {name!r}{hint.rstrip('?')}. It has {', '.join('.' + one for one in known)}"
-    )
+    return UnknownSiteError(f"{path} has no {name!r}{sentence(hint)} It has {', '.join('.' + key for key in known)}")
 
 
-def unknown(envoy: Envoy, name: str) -> UnknownSiteError:
-    """The error for an attribute that an envoy does not have, naming what it does have."""
-    known = [site.name for site in SITES] + list(NATIVE_MODULES) + ["layers", "ssm"]
-    here = [child for child in known if child in envoy.__dict__ or child in envoy._child_map]
-    return UnknownSiteError(
-        f"{public_path(envoy.path)} has no {name!r}{lacked(f'{name}.') or nearest(name, here or known)}. "
-        f"It has: {', '.join(here)}"
-    )
+def sentence(text: str) -> str:
+    """A text with the mark that ends it: a question has its own, everything else gets a full stop."""
+    return text if text.endswith("?") else f"{text}."

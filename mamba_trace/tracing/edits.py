@@ -1,8 +1,8 @@
-"""Lasting edits (``model.edit``) in a run that does not come to all that they ask for.
+"""Lasting edits (``model.edit``) in a run that does not reach everything that they ask for.
 
 nnsight runs each edit as a worker of every trace of its envoy, and a worker that still waits when the run is
-over is an error. An edit was not written for this run, though: where a run stops early, what lies behind
-does not concern it, and the edit is let go.
+over is an error. But an edit was not written for this run: where a run stops early, what would have come
+later does not concern it, and the edit is ended without an error.
 """
 
 from __future__ import annotations

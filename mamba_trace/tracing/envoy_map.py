@@ -1,8 +1,8 @@
-"""Which class the envoy of a module has, where users bring classes of their own.
+"""The classes and names that a user gives the envoys, beside those of this package.
 
-nnsight takes ``envoys={"mixer": Mine}``: the envoy of what is called that, or of a class of modules, is a
-`Mine`. The sites need envoys of this package, so where both have a say the envoy is of a class that inherits
-from both, the user's first.
+nnsight takes ``envoys={"mixer": Mine}``: the envoy of a module of that name, or of a class of modules, is a
+`Mine`. The sites need envoys of this package, so where both name a class, the envoy has a class that inherits
+from both, the user's first. ``rename=`` likewise adds names beside this package's.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 from nnsight.intervention.envoy import Envoy
 from torch import nn
 
-from ..errors import SiteValueError
+from ..errors import SiteValueError, UnknownSiteError
 
 
 class EnvoyMap(dict):
@@ -23,7 +23,7 @@ class EnvoyMap(dict):
     class.
 
     Args:
-        ours: this package's, by path suffix.
+        ours: this package's classes, by path suffix.
         users: the user's: one class for every module, a mapping as nnsight takes it, or ``None``.
 
     Raises:
@@ -32,11 +32,11 @@ class EnvoyMap(dict):
 
     def __init__(self, ours: Mapping[str, type[Envoy]], users: Any = None) -> None:
         classes = list(users.values()) if isinstance(users, Mapping) else [] if users is None else [users]
-        for one in classes:
-            if not (isinstance(one, type) and issubclass(one, Envoy)):
+        for given in classes:
+            if not (isinstance(given, type) and issubclass(given, Envoy)):
                 raise SiteValueError(
                     f"envoys= takes a subclass of nnsight's Envoy, or a dictionary of such by the path "
-                    f"suffix or the class of a module, such as {{'mixer.conv': MyEnvoy}}, not {one!r}"
+                    f"suffix or the class of a module, such as {{'mixer.conv': MyEnvoy}}, not {given!r}"
                 )
         super().__init__({**ours, **users} if isinstance(users, Mapping) else ours)
         self.ours, self.users = ours, users
@@ -45,22 +45,12 @@ class EnvoyMap(dict):
         return EnvoyMap, (self.ours, self.users)
 
     def choose(self, rename: Any, module: nn.Module, path: str) -> type[Envoy]:
-        """The class of the envoy of ``module`` at ``path``."""
+        """The class for the envoy of ``module`` at ``path``."""
         ours, users = (
             Envoy._resolve_envoy_class(SimpleNamespace(_envoys=envoys, _rename=rename), module, path)
             for envoys in (self.ours, self.users)
         )
         return composed(users, ours)
-
-
-class Choosing(Envoy):
-    """An envoy whose children are of the classes that an `EnvoyMap` says."""
-
-    def _resolve_envoy_class(self, module: nn.Module, path: str) -> type[Envoy]:
-        envoys: Any = self._envoys
-        if isinstance(envoys, EnvoyMap):
-            return envoys.choose(self._rename, module, path)
-        return super()._resolve_envoy_class(module, path)
 
 
 @functools.cache
@@ -74,6 +64,38 @@ def composed(users: type[Envoy], ours: type[Envoy]) -> type[Envoy]:
         return type(users.__name__, (users, ours), {"__doc__": users.__doc__, "__module__": users.__module__})
     except TypeError as error:
         raise SiteValueError(
-            f"envoys=: {users.__name__} cannot stand at a site, where the envoy is a {ours.__name__} too: "
-            f"{error}"
+            f"envoys=: {users.__name__} cannot stand at a site, where the envoy is a {ours.__name__} too: {error}"
         ) from error
+
+
+def names_besides(ours: Mapping[str, str], users: Any, served: type) -> dict[Any, list[str]]:
+    """nnsight's ``rename=``: this package's names of modules, and the names that a user adds to them.
+
+    Args:
+        ours: this package's name of each module, by path.
+        users: the user's, as nnsight takes it.
+        served: the class of the model, whose attributes no name may hide.
+
+    Raises:
+        UnknownSiteError: if a user's name is one that the model has for something else.
+    """
+    if users is not None and not isinstance(users, Mapping):
+        raise UnknownSiteError(
+            f"rename= takes a dictionary of a module's path and its further name, such as "
+            f"{{'backbone.layers': 'stack'}}, not {users!r}"
+        )
+    merged: dict[Any, list[str]] = {path: [alias] for path, alias in ours.items()}
+    for path, aliases in (users or {}).items():
+        for alias in aliases if isinstance(aliases, (list, tuple)) else [aliases]:
+            asked = f"rename={{{path!r}: {alias!r}}}"
+            if not isinstance(alias, str) or not all(part.isidentifier() for part in alias.split(".")):
+                raise UnknownSiteError(f"{asked}: a name is a string that can stand after a dot")
+            owner = next((path for path, name in ours.items() if name == alias), None)
+            if hasattr(served, alias) or owner not in (None, path):
+                taken = owner if owner is not None else f"{served.__name__}.{alias}"
+                raise UnknownSiteError(
+                    f"{asked}: {alias!r} is the name of {taken} already; choose another one. Sites keep "
+                    f"their own names, and a rename adds one beside it"
+                )
+            merged.setdefault(path, []).append(alias)
+    return {path: list(dict.fromkeys(aliases)) for path, aliases in merged.items()}

@@ -1,4 +1,4 @@
-"""What a user gives for a place, checked against what the run has there, and brought to its device."""
+"""What a user gives for a value: checked against the run's own value, and brought to its device."""
 
 from __future__ import annotations
 
@@ -10,46 +10,44 @@ from torch import Tensor
 from ..errors import SiteValueError
 from ..names import public_path
 from ..sites import describe_axes
-from . import skip_module
+from .worker import skip_module
 
 
-def skip(envoy: Envoy, replacement: Any, axes: str = "BLD") -> None:
+def skip(envoy: Envoy, replacement: Any, axes: str = "") -> None:
     """Skip a module.
 
     Args:
-        envoy: of the module.
-        replacement: what stands for its output.
-        axes: the axis letters of its input and its output, where these are of one shape; else ``""``.
+        envoy: the module's.
+        replacement: what stands in for its output.
+        axes: the axis letters of its output, if its input has the same shape; else ``""``.
     """
+    path = public_path(envoy.path)
 
     def fitted(current: Tensor) -> Tensor:
-        found: Any = type(replacement).__name__
-        if isinstance(replacement, Tensor):
+        if isinstance(replacement, Tensor) and replacement.is_floating_point():
             same = replacement.shape == current.shape if axes else replacement.shape[:1] == current.shape[:1]
-            if same and replacement.is_floating_point():
-                return moved(public_path(envoy.path), replacement, current)
-            found = f"{tuple(replacement.shape)} of {replacement.dtype}"
-        path = public_path(envoy.path)
+            if same:
+                return moved(path, replacement, current)
         shape = f"shape {tuple(current.shape)} {describe_axes(axes)}" if axes else f"{len(current)} rows"
         raise SiteValueError(
             f"{path}.skip(...) takes what stands for the output of {path}, a floating tensor of {shape}, "
-            f"not {found}"
+            f"not {_described(replacement)}"
         )
 
     skip_module(envoy, fitted)
 
 
 def fit(path: str, axes: str, value: Any, current: Any) -> Tensor:
-    """An assigned value, checked against the one it replaces and cast to its dtype and device.
+    """An assigned value, checked against the value it replaces and cast to its dtype and device.
 
     Args:
         path: the site, for messages.
-        axes: its axis letters; ``""`` where they have no names.
+        axes: its axis letters; ``""`` if its axes have no names.
         value: what the user assigned.
         current: what the run has there.
 
     Raises:
-        SiteValueError: if ``value`` is no tensor, has another shape, or is not floating while ``current`` is.
+        SiteValueError: if ``value`` is not a floating tensor of the same shape.
     """
     shape = f"{tuple(current.shape)}" + (f" {describe_axes(axes)}" if axes else "")
     if not isinstance(value, Tensor):
@@ -63,51 +61,41 @@ def fit(path: str, axes: str, value: Any, current: Any) -> Tensor:
             f"To replace a part of it, assign to a slice: {path}.output[:, ...] = ..."
         )
     if not value.is_floating_point():
-        raise SiteValueError(
-            f"{path} takes a floating tensor such as {current.dtype}, not {value.dtype}: use .float()"
-        )
+        raise SiteValueError(f"{path} takes a floating tensor such as {current.dtype}, not {value.dtype}: use .float()")
     # A copy: the run's value may be edited in place later, and this tensor is the user's own.
     return moved(path, value, current).to(dtype=current.dtype, copy=True)
 
 
 def fit_input(path: str, value: Any, current: Any) -> Any:
-    """A value assigned to an input, checked against the one it replaces.
+    """A value assigned to an input, checked against the value it replaces.
 
-    Its sizes may differ: a final norm that gets the last position alone computes no other.
+    Its sizes may differ: a final norm that gets only the last position computes only that position.
 
     Args:
         path: the module, for messages.
         value: what the user assigned.
-        current: what the run has there; what is no tensor is replaced as it is.
+        current: what the run has there; if it is not a tensor, any value may replace it.
 
     Raises:
         SiteValueError: if ``value`` is no tensor, has another number of axes, or another kind of numbers.
     """
     if not isinstance(current, Tensor):
         return value
-    kind = "floating" if current.is_floating_point() else "integer"
+    floating = current.is_floating_point()
     fits = isinstance(value, Tensor) and value.dim() == current.dim()
-    if not fits or value.is_floating_point() != current.is_floating_point():
-        found = (
-            f"{tuple(value.shape)} of {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
-        )
+    if not fits or value.is_floating_point() != floating:
         raise SiteValueError(
-            f"{path}.input takes {'an' if kind == 'integer' else 'a'} {kind} tensor such as that of the run, "
-            f"{tuple(current.shape)} of {current.dtype}, with as many axes, not {found}"
+            f"{path}.input takes {'a floating' if floating else 'an integer'} tensor such as that of the "
+            f"run, {_described(current)}, with as many axes, not {_described(value)}"
         )
     return moved(f"the input of {path}", value, current)
 
 
 def moved(path: str, value: Any, current: Any) -> Any:
-    """An assigned value on the device of the one it replaces.
-
-    Args:
-        path: the place, for messages.
-        value: what the user assigned; what is no tensor is left to the model.
-        current: what the run has there.
+    """An assigned value on the device of the value it replaces; anything that is not a tensor as it is.
 
     Raises:
-        SiteValueError: for a tensor that holds no numbers.
+        SiteValueError: for a tensor that holds no numbers; ``path`` is its place.
     """
     if not (isinstance(value, Tensor) and isinstance(current, Tensor)) or value.device == current.device:
         return value
@@ -117,3 +105,7 @@ def moved(path: str, value: Any, current: Any) -> Any:
             f"{current.device}"
         )
     return value.to(current.device)
+
+
+def _described(value: Any) -> str:
+    return f"{tuple(value.shape)} of {value.dtype}" if isinstance(value, Tensor) else type(value).__name__

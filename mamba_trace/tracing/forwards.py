@@ -1,9 +1,9 @@
-"""Who has taken the place of a module's ``forward``.
+"""Who stands between a caller and a module's own ``forward``: PyTorch's hooks, accelerate and nnsight.
 
-An attribute of that name on the module itself stands before the method of its class, and two libraries put
+A ``forward`` in a module's ``__dict__`` takes precedence over the method of its class, and two libraries put
 one there: accelerate, whose hooks bring weights and inputs to their device, and nnsight, whose `Controller`
-hands the module's input and output to the running trace. Each keeps what it found, so which of them is on
-top depends on who came last, and taking accelerate's hooks off can take nnsight's controller with them.
+hands the module's input and output to the running trace. Each wraps what it found, so whichever came last is
+outermost, and taking accelerate's hooks off can take nnsight's controller off as well.
 """
 
 from __future__ import annotations
@@ -15,15 +15,25 @@ from accelerate.hooks import AlignDevicesHook
 from nnsight.intervention.source import STATE as CONTROLLER_STATE
 from nnsight.intervention.source import Controller
 from torch import nn
+from torch.nn.modules.module import _has_any_global_hook as has_global_hooks
 
-from .visit import listened_to
+
+def listened_to(module: nn.Module | None) -> bool:
+    """Whether PyTorch hooks are registered on a module, or on all modules, so that it must be called."""
+    return module is not None and (has_hooks_of_its_own(module) or has_global_hooks())
+
+
+def has_hooks_of_its_own(module: nn.Module) -> bool:
+    """Whether PyTorch hooks are registered on this very module."""
+    forward, backward = module._forward_hooks or module._forward_pre_hooks, module._backward_hooks
+    return bool(forward or backward or module._backward_pre_hooks)
 
 
 def is_itself(module: nn.Module, plain: type[nn.Module]) -> bool:
     """Whether calling ``module`` does what its class ``plain`` does with its weights, and nothing else.
 
-    Not so for a subclass or what replaced it (an adapter, a quantised layer), nor where somebody has hooks
-    on it, another forward in place of its own, or its weights elsewhere until it is called (accelerate).
+    It does not if the module is of a subclass or was replaced (an adapter, a quantised layer), if it has
+    hooks or another forward, or if accelerate keeps its weights elsewhere until the call.
     """
     forward = module.__dict__.get("forward", plain.forward)
     if isinstance(forward, Controller):
@@ -35,23 +45,15 @@ def is_itself(module: nn.Module, plain: type[nn.Module]) -> bool:
 
 
 def runs_its_own_forward(module: nn.Module) -> bool:
-    """Whether ``module`` runs the forward of its class, below what accelerate and nnsight put around it."""
-    own = module.__dict__
-    forward = own.get("forward")
-    if "_hf_hook" in own and isinstance(forward, functools.partial):  # accelerate's wrapper
-        forward = own.get("_old_forward")
+    """Whether ``module`` runs the forward of its class, inside what accelerate and nnsight put around it."""
+    forward = _inside_accelerate(module)
     if isinstance(forward, Controller):
         forward = forward.state.original
-    plain = type(module).forward
-    return forward is None or forward is plain or getattr(forward, "__func__", None) is plain
+    return forward is None or type(module).forward in (forward, getattr(forward, "__func__", None))
 
 
 def rebind_forward(module: nn.Module) -> None:
-    """Make every wrapper around ``module.forward`` run the forward of its present class.
-
-    accelerate and nnsight keep the forward they wrapped. When the class of a module changes under them,
-    they must be told.
-    """
+    """Tell accelerate and nnsight, which keep the forward they wrapped, that a module's class has changed."""
     state = module.__dict__.get(CONTROLLER_STATE)
     if state is not None and not state.sourced:
         state.body = state.original = type(module).forward
@@ -60,24 +62,32 @@ def rebind_forward(module: nn.Module) -> None:
 
 
 def reinstate_controllers(interleaver: Any) -> None:
-    """Put nnsight's controller back on every module of a tree whose place accelerate has taken.
+    """Put nnsight's controller back on every module of a tree where accelerate has taken its place.
 
-    A wrapped module that is dispatched runs accelerate's hook twice: once around the controller, and once in
-    it. One that was dispatched before it was wrapped, and whose hooks are removed, has its own forward back
-    and no controller, so that nothing of it is served. Another forward that somebody put there is left alone.
+    A module that was wrapped first and dispatched later would run accelerate's hook twice: around the
+    controller and inside it. If a module was dispatched first and its hooks are then removed, it gets back
+    its own forward without a controller, and the trace sees nothing of it. A forward that somebody else put
+    there is left alone.
 
     Args:
-        interleaver: of the tree, which knows the envoy of every module.
+        interleaver: the interleaver of the tree, which knows the envoy of every module.
     """
     for envoy in list(interleaver.envoys.values()):
         module = envoy._module
         own = module.__dict__
-        forward, state = own.get("forward"), own.get(CONTROLLER_STATE)
-        if isinstance(forward, Controller) or state is None:
+        state = own.get(CONTROLLER_STATE)
+        if state is None or isinstance(own.get("forward"), Controller):
             continue
-        if "_hf_hook" in own and isinstance(forward, functools.partial):  # accelerate's wrapper
-            forward = own.get("_old_forward")
+        forward = _inside_accelerate(module)
         if isinstance(forward, Controller):
             own["forward"] = forward
         elif forward is None or getattr(forward, "__func__", None) is type(module).forward:
             own["forward"] = Controller(module, state)
+
+
+def _inside_accelerate(module: nn.Module) -> Any:
+    # The forward in the module's __dict__, or the one that accelerate's wrapper there calls; None if none.
+    forward = module.__dict__.get("forward")
+    if "_hf_hook" in module.__dict__ and isinstance(forward, functools.partial):
+        return module.__dict__.get("_old_forward")
+    return forward

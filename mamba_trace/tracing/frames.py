@@ -1,85 +1,88 @@
-"""A warning or an error about what a user wrote belongs at the user's line.
+"""The user's line: where a warning or an error about the user's code should point.
 
-A trace runs in two stacks: the worker's, which is the body of the ``with``, and the model's, which is below
-the end of that ``with``. A body that a user wrote has the line in the first. Where this package wrote it, as
-in `run_with_hooks`, the line is in the second: the call that came to that ``with``.
+A trace runs on two stacks. The worker's stack runs the body of the ``with``; the model's stack runs below the
+end of that ``with``. If the user wrote the body, the user's line is on the worker's stack. If this package
+wrote the body, as in `run_with_hooks`, the user's line is on the model's stack: the call that led to the
+``with``.
 """
 
 from __future__ import annotations
 
 import itertools
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from traceback import walk_tb
 from types import FrameType, TracebackType
 
 from nnsight.schema.config import CONFIG
+from nnsight.tracing.util import filter_traceback
 
-#: Packages, besides this one, whose frames are no user's.
+#: Packages, besides this one, whose frames never hold the user's line.
 INTERNAL = ("nnsight", "greenlet")
-#: Packages whose frames may lie below the user's line when this one refuses what it says.
+#: Packages whose frames may lie below the user's line when this package raises an error about it.
 BELOW = (*INTERNAL, "torch", "transformers", "accelerate", "contextlib")
 PACKAGE = Path(__file__).parents[1]
 
 
 def users_frame(parked: FrameType) -> FrameType:
-    """The user's line: where the worker is parked, or the call whose trace this package wrote itself.
-
-    Args:
-        parked: the innermost frame of a worker.
-    """
+    """The frame of the user's line, given the innermost frame of a worker that waits."""
     worker = list(outwards(parked))
-    users = next((frame for frame in worker if not is_internal(frame)), None)
-    if users is not None:
-        return users
-    # The model runs below the `with` of the worker's block, so further out than this is its file.
+    in_the_body = next((frame for frame in worker if not is_internal(frame)), None)
+    if in_the_body is not None:
+        return in_the_body
+    # This package wrote the body. The model runs inside the file of that body, so the user is further out.
     block = next((frame for frame in reversed(worker) if is_ours(frame)), parked)
     file = block.f_code.co_filename
-    below = itertools.dropwhile(lambda frame: frame.f_code.co_filename != file, outwards(sys._getframe()))
-    return next((frame for frame in below if not is_internal(frame)), block)
+    callers = itertools.dropwhile(lambda frame: frame.f_code.co_filename != file, outwards(sys._getframe()))
+    return next((frame for frame in callers if not is_internal(frame)), block)
+
+
+def warn_user(message: str, category: type[Warning] = UserWarning) -> None:
+    """Warn at the user's line."""
+    frame = users_frame(sys._getframe())
+    # Python's own filters for deprecations go by the module, of which the body of a trace knows no name.
+    module = frame.f_globals.get("__name__") or frame.f_code.co_filename
+    warnings.warn_explicit(message, category, frame.f_code.co_filename, frame.f_lineno, module)
 
 
 def outwards(frame: FrameType | None) -> Iterator[FrameType]:
-    """A frame, the one that called it, and so on."""
+    """A frame, its caller, the caller's caller, and so on."""
     while frame is not None:
         yield frame
         frame = frame.f_back
 
 
 def is_ours(frame: FrameType) -> bool:
-    """Whether a frame is of this package. The body of a trace knows its file, and no name of its module."""
+    """Whether this package wrote a frame's code. The body of a trace has a file name but no module name."""
     return Path(frame.f_code.co_filename).is_relative_to(PACKAGE)
 
 
 def is_internal(frame: FrameType) -> bool:
-    """Whether a frame is of this package or of what runs its traces."""
-    return frame.f_globals.get("__name__", "").split(".")[0] in INTERNAL or is_ours(frame)
+    """Whether a frame belongs to this package, or to the packages that run its traces."""
+    return _package(frame) in INTERNAL or is_ours(frame)
 
 
 def up_to_the_user(traceback: TracebackType | None, caller: FrameType) -> TracebackType | None:
-    """A traceback without what lies below the last line that a user wrote; ``caller``'s where it has none.
-
-    In nnsight's debug mode it is left as it is.
+    """A traceback cut off after the last line that the user wrote, unless nnsight is in debug mode.
 
     Args:
-        traceback: of an error of this package.
-        caller: the frame that a trace ends in.
+        traceback: the traceback of an error of this package.
+        caller: the frame in which the trace ends: the user's line if the traceback has none.
     """
     if CONFIG.APP.DEBUG:
         return traceback
-    entries = []
-    while traceback is not None:
-        entries.append((traceback.tb_frame, traceback.tb_lasti, traceback.tb_lineno))
-        traceback = traceback.tb_next
-    while entries and _is_below(entries[-1][0]):
-        entries.pop()
-    if not entries and not is_internal(caller):
-        entries = [(caller, caller.f_lasti, caller.f_lineno)]
-    shortened = None
-    for frame, instruction, line in reversed(entries):
-        shortened = TracebackType(shortened, frame, instruction, line)
-    return shortened
+    frames = [frame for frame, _ in walk_tb(traceback)]
+    below = set(itertools.takewhile(lambda frame: is_internal(frame) or _package(frame) in BELOW, frames[::-1]))
+    if not below.issuperset(frames) or is_internal(caller):
+        return filter_traceback(traceback, lambda frame: frame not in below)
+    return TracebackType(None, caller, caller.f_lasti, caller.f_lineno)
 
 
 def _is_below(frame: FrameType) -> bool:
-    return is_internal(frame) or frame.f_globals.get("__name__", "").split(".")[0] in BELOW
+    return is_internal(frame) or _package(frame) in BELOW
+
+
+def _package(frame: FrameType) -> str:
+    return str(frame.f_globals.get("__name__", "")).split(".")[0]

@@ -1,9 +1,9 @@
 """Which rows of a value belong to which invoke of a batch.
 
-nnsight counts the rows that each invoke brings. Two kinds of value have others. Beam search and
-``num_return_sequences`` make several rows of each prompt (`ExpandedRows`). And A, of shape [E,N], has no
-rows at all, so that an edit by one invoke would reach all of them: every invoke gets a copy of its own, and
-what goes on has a batch axis if they differ (`PerInvoke`).
+nnsight counts the rows that each invoke brings. Two kinds of value have other rows. Beam search and
+``num_return_sequences`` make several rows of each prompt (`ExpandedRows`). And A, of shape [E,N], has no rows
+at all, so an edit by one invoke would reach all of them: every invoke gets a copy of its own, and if the
+copies differ, the run continues with a value that has a batch axis (`PerInvoke`).
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from transformers.utils import ModelOutput
 
 
 class ExpandedRows(Batcher):
-    """nnsight's batcher, which knows how many rows generation makes of each prompt.
+    """nnsight's batcher, which also knows how many rows generation makes of each prompt.
 
-    The model runs on ``expansion`` rows of each, one behind the other, and ``returned`` of them come back.
-    Both are read off the arguments of the call before the model runs, and each invoke's group of rows grows
-    with them.
+    The model runs on ``expansion`` rows of each prompt, one after the other, and returns ``returned`` of
+    them. Both are read from the arguments of the call before the model runs, and each invoke's group of rows
+    grows with them.
     """
 
     def __init__(self, envoy: Any, kwargs: dict | None = None) -> None:
@@ -32,14 +32,14 @@ class ExpandedRows(Batcher):
         self.expansion = self.returned = 1
 
     def add(self, *inputs: Any, **kwargs: Any) -> list[int] | None:
-        """Take up the inputs of an invoke; the group returned is changed when the rows are expanded."""
+        """Add the inputs of an invoke; the group of rows that is returned changes when rows are expanded."""
         group = super().add(*inputs, **kwargs)
         if group is not None:
             self.groups.append(group)
         return group
 
     def assemble(self, fn: Any) -> tuple:
-        """The arguments of the call; from here on rows are those that the model runs on.
+        """The arguments of the call; from here on, rows are the rows that the model runs on.
 
         Raises:
             PromptError: for an argument that the call does not have.
@@ -53,8 +53,8 @@ class ExpandedRows(Batcher):
             group[:] = [count * self.expansion for count in group]
         return args, kwargs
 
-    # nnsight copies an output of transformers before it fills it in, which one with a field that it needs
-    # refuses.
+    # nnsight copies an output of transformers before it fills it in; an output class that needs a field
+    # refuses that.
 
     def narrow(self, value: Any, group: list[int] | None) -> Any:
         """The rows of an invoke of every tensor in ``value``."""
@@ -63,7 +63,7 @@ class ExpandedRows(Batcher):
         return type(value)(**{name: self.narrow(part, group) for name, part in value.items()})
 
     def widen(self, full: Any, group: list[int] | None, edited: Any) -> Any:
-        """``full`` with the rows of an invoke as it edited them."""
+        """``full`` with the rows of an invoke as the invoke edited them."""
         if not isinstance(full, ModelOutput) or not self.batching or group is None:
             return super().widen(full, group, edited)
         return type(full)(**{name: self.widen(part, group, edited[name]) for name, part in full.items()})
@@ -71,24 +71,22 @@ class ExpandedRows(Batcher):
     def _narrow_tensor(self, tensor: Tensor, group: list[int]) -> Tensor:
         if not tensor.dim():
             return tensor
-        if not self._of_what_is_returned(tensor):
-            return super()._narrow_tensor(tensor, group)
-        first, size = self._returned_rows(group)
-        return tensor.narrow(0, first, size)
+        rows = self._returned_rows(tensor, group)
+        return super()._narrow_tensor(tensor, group) if rows is None else tensor.narrow(0, *rows)
 
     def _widen_tensor(self, full: Tensor, group: list[int], edited: Tensor) -> Tensor:
-        if not full.dim():
-            return edited
-        if not self._of_what_is_returned(full):
-            return super()._widen_tensor(full, group, edited)
-        first, size = self._returned_rows(group)
+        rows = self._returned_rows(full, group) if full.dim() else None
+        if rows is None:
+            return super()._widen_tensor(full, group, edited) if full.dim() else edited
+        first, size = rows
         return torch.cat([full[:first], edited, full[first + size :]])
 
-    def _of_what_is_returned(self, tensor: Tensor) -> bool:
-        return self.returned != self.expansion and len(tensor) == self.total // self.expansion * self.returned
-
-    def _returned_rows(self, group: list[int]) -> list[int]:
-        return [count // self.expansion * self.returned for count in group]
+    def _returned_rows(self, tensor: Tensor, group: list[int]) -> tuple[int, int] | None:
+        # The rows of an invoke, if the tensor has other rows than the model ran on: those that are returned.
+        if self.returned == self.expansion or len(tensor) != self.total // self.expansion * self.returned:
+            return None
+        first, size = (count // self.expansion * self.returned for count in group)
+        return first, size
 
 
 def rows_of_a_prompt(model: Any, fn: Any, kwargs: Mapping[str, Any]) -> tuple[int, int]:
@@ -102,26 +100,26 @@ def rows_of_a_prompt(model: Any, fn: Any, kwargs: Mapping[str, Any]) -> tuple[in
     name = getattr(fn, "__name__", None)
     if name not in ("generate", "pipe"):
         return 1, 1
-    settings = [kwargs.get("generation_config")]
+    configs = [kwargs.get("generation_config")]
     if name == "pipe":
-        settings.append(getattr(model.pipeline, "generation_config", None))
-    settings.append(getattr(model._module, "generation_config", None))
+        configs.append(getattr(model.pipeline, "generation_config", None))
+    configs.append(getattr(model._module, "generation_config", None))
 
     def setting(argument: str) -> int:
-        # As transformers looks for it: an argument, else the first configuration that has one.
-        found = [kwargs.get(argument), *(getattr(config, argument, None) for config in settings)]
-        return next((int(value) for value in found if value is not None), 1)
+        # As transformers looks for it: the argument, or else the first configuration that has it.
+        values = [kwargs.get(argument), *(getattr(config, argument, None) for config in configs)]
+        return next((int(value) for value in values if value is not None), 1)
 
     returned = setting("num_return_sequences")
     return max(setting("num_beams"), returned), returned
 
 
 class PerInvoke:
-    """Stands in for nnsight's batcher while such a value is served.
+    """Stands in for nnsight's batcher while a value without rows is served.
 
     Args:
         value: the value, the same for every invoke.
-        interleaver: the running interleaver, whose workers say which rows are whose.
+        interleaver: the running interleaver, whose workers know which rows belong to which invoke.
     """
 
     batching = True
@@ -159,7 +157,7 @@ class PerInvoke:
         return value
 
     def merged(self) -> Tensor:
-        """The value that goes on: the shared one, or [B,...] if an invoke has edited its own."""
+        """The value with which the run continues: the shared one, or [B,...] if an invoke edited its copy."""
         if not self.edited:
             return self.shared
         rows = [self.own[start] if self._edited(start) else self.shared for start, _ in self.groups]
@@ -168,7 +166,7 @@ class PerInvoke:
 
     @property
     def edited(self) -> bool:
-        """Whether an invoke has edited its own."""
+        """Whether an invoke has edited its copy."""
         return any(self._edited(start) for start, _ in self.groups)
 
     def _edited(self, start: int) -> bool:

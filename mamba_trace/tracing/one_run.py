@@ -1,21 +1,19 @@
 """One run of a model at a time: a second thread waits, and a run inside a run is refused.
 
-While a trace runs, nnsight keeps its workers, its batch and its visit counts on the interleaver of the
-model, and the workers are greenlets, which belong to one thread. A second trace that began meanwhile would
-share all of it. Nothing is kept there before the end of the ``with``, when the captured body starts to run,
-so a run is claimed from there (`only_run`) until it is over, however it ends.
-
-Contract:
+While a trace runs, nnsight keeps its workers, its batch and its visit counts on the interleaver of the model,
+and the workers are greenlets, which belong to one thread. A second trace that began meanwhile would share all
+of it. nnsight keeps nothing there before the end of the ``with``, when the captured body starts to run, so a
+run claims its model (`only_run`) from there until it is over, however it ends.
 
 * Models that have a module in common (two wrappers of one module, an edited copy) never run at the same time.
-* Another thread's run waits for its turn. If waiting could never end, since the other thread waits for the
-  model of this one, it is refused.
-* A run that is started inside another of the same model, from its body or from a hook, is refused before it
-  has touched anything: the outer one goes on.
-* A run is seen by its own thread alone (`OneThreadInterleaver`). A module that another thread calls
-  meanwhile, as in ``model._module(tokens)``, computes what it does outside of traces.
+* A run in another thread waits for its turn. If it would wait for ever, since the other thread waits for a
+  model that this thread is running, it is refused.
+* A run that is started inside another run of the same model, from its body or from a hook, is refused before
+  it has touched anything, and the outer run continues.
+* Only a run's own thread sees it (`OneThreadInterleaver`). A module that another thread calls meanwhile, as
+  in ``model._module(tokens)``, computes what it computes outside of traces.
 
-Sessions and edits are no runs: the traces in a session take turns like any others.
+Sessions and edits do not claim a model: the traces in a session take turns like any others.
 """
 
 from __future__ import annotations
@@ -44,11 +42,11 @@ PATIENCE = 60.0
 
 
 class Run:
-    """A run under way.
+    """A run under way in the thread that makes this object.
 
     Attributes:
-        envoy: what runs: a model, or a part of one.
-        thread: the thread it runs in.
+        envoy: what runs: a model, or a part of a model.
+        thread: the thread that it runs in.
         over: whether it has ended.
     """
 
@@ -58,12 +56,10 @@ class Run:
         self.over = False
 
     def excludes(self, envoy: Any) -> bool:
-        """Whether a run of ``envoy`` cannot begin before this one has ended."""
+        """Whether a run of ``envoy`` cannot begin before this run has ended."""
         if self.over or not self.thread.is_alive():
             return False
-        if self.envoy.interleaver is envoy.interleaver:
-            return True
-        return not modules(self.envoy).isdisjoint(modules(envoy))
+        return self.envoy.interleaver is envoy.interleaver or not modules(self.envoy).isdisjoint(modules(envoy))
 
 
 def modules(envoy: Any) -> set[int]:
@@ -73,7 +69,7 @@ def modules(envoy: Any) -> set[int]:
 
 #: Guards the two below, and is notified when a run ends.
 _turn = threading.Condition()
-#: The runs under way. Weak, so that one whose end was itself interrupted blocks nobody.
+#: The runs under way. The references are weak, so that a run whose end was interrupted blocks nobody.
 _runs: weakref.WeakSet[Run] = weakref.WeakSet()
 #: What each waiting thread waits to run.
 _waiting: dict[threading.Thread, Any] = {}
@@ -88,7 +84,7 @@ def only_run(envoy: Any, what: str) -> Iterator[None]:
         what: what is about to run, for messages.
 
     Raises:
-        TraceError: if this thread is inside a run of it already, or if waiting would never end.
+        TraceError: if this thread is already inside a run of it, or if it would wait for ever.
     """
     run = Run(envoy)
     try:
@@ -103,7 +99,7 @@ def only_run(envoy: Any, what: str) -> Iterator[None]:
 
 
 def _take_turn(run: Run, what: str) -> None:
-    # Holding `_turn`: add `run` to `_runs` as soon as nothing that runs excludes it.
+    # Called with `_turn` held: add `run` to `_runs` as soon as no run under way excludes it.
     began, told = time.monotonic(), False
     try:
         while (other := _in_the_way(run.envoy)) is not None:
@@ -149,7 +145,7 @@ def _waits_for(thread: threading.Thread, target: threading.Thread) -> bool:
 
 
 def nested(what: str) -> TraceError:
-    """The error for a run that is started inside another of the same model."""
+    """The error for a run that is started inside another run of the same model."""
     return TraceError(
         f"{what} inside a trace of the same model, which runs one trace at a time: put it before or after "
         f"that `with`, or, for another prompt in the same run, give each its own `with "
@@ -158,14 +154,23 @@ def nested(what: str) -> TraceError:
 
 
 def in_a_run(envoy: Any) -> bool:
-    """Whether this thread is inside a run that excludes one of ``envoy``: in its body, or in a hook."""
+    """Whether this thread is inside a run that excludes a run of ``envoy``: in its body, or in a hook."""
     thread = threading.current_thread()
     with _turn:
         return any(run.thread is thread and run.excludes(envoy) for run in _runs)
 
 
+def refuse_inside_a_trace(envoy: Any, what: str) -> None:
+    """Raises `TraceError` inside a trace of ``envoy``: ``what``, a function's name, starts its own."""
+    if in_a_run(envoy):
+        raise TraceError(
+            f"{what} is a trace of its own, and this model is in one: call it before or after it, or ask for "
+            f"the sites in it"
+        )
+
+
 def in_the_body(interleaver: Any) -> bool:
-    """Whether the code that asks is the body of a trace of ``interleaver``, not the model that it runs."""
+    """Whether the caller runs in the body of a trace of ``interleaver``, not in the model that it runs."""
     worker = getcurrent()
     while worker is not None:
         mediator = getattr(worker, "mediator", None)
@@ -176,13 +181,14 @@ def in_the_body(interleaver: Any) -> bool:
 
 
 def run_method(method: Callable[..., Any], doc: str) -> Callable[..., Any]:
-    """A method that runs the model, which is called, or traced in a ``with``: nnsight's ``traceable``.
+    """A method that runs the model: it is called, or traced in a ``with``. This is nnsight's ``traceable``.
 
-    nnsight calls the method at once where the model is in a trace; here only the run itself does, and not
-    its body.
+    Inside a trace of the model nnsight calls the method at once. Here only the running model may call it, and
+    the body of the trace may not.
 
-    Raises:
-        TraceError: in the body of a trace of the same model.
+    Args:
+        method: the method as nnsight decorates it.
+        doc: its docstring.
     """
 
     @functools.wraps(method)
@@ -214,7 +220,7 @@ class OneRun(InterleavingTracer):
 
 
 class OneThreadInterleaver(Interleaver):
-    """nnsight's interleaver, whose run is seen by the thread that runs it alone."""
+    """nnsight's interleaver; only the thread that runs it sees the run."""
 
     _thread: int | None = None
 
@@ -225,7 +231,7 @@ class OneThreadInterleaver(Interleaver):
 
     @property
     def interleaving(self) -> bool:
-        """Whether a run of this thread is under way: what every module asks before it serves anybody."""
+        """Whether this thread has a run under way, which every module asks before it serves a worker."""
         return self._thread is not None and self._thread == threading.get_ident()
 
     @interleaving.setter
@@ -237,7 +243,7 @@ class OneThreadInterleaver(Interleaver):
         return super().__enter__()
 
     def check_dangling_mediators(self) -> None:
-        """End the blocks that still wait when the run is over, each with an error in words at its line.
+        """End the blocks that still wait when the run is over, each with an error in words at its own line.
 
         Raises:
             SiteOrderError: for a place that the run had gone past, or never came to.
@@ -264,8 +270,8 @@ def never_reached(location: str, skipped: Iterable[str]) -> SiteOrderError:
     """The error for a location that a block still waits for when the run is over.
 
     Args:
-        location: as nnsight names it.
-        skipped: the paths of what was skipped in the run.
+        location: as nnsight spells it.
+        skipped: the paths of the modules that were skipped in the run.
     """
     place, _, value = location.rpartition(".")
     path = public_path(place or location)

@@ -1,13 +1,13 @@
 """Where a model runs whose weights accelerate has spread over devices, main memory and disk.
 
-The device of a parameter does not tell: weights that are offloaded stand on the meta device, without numbers,
-until a hook of accelerate's brings them to the device that their module runs on, for as long as it runs. What
-asks a parameter for its device, as nnsight does for where inputs go and transformers for its pipelines, then
-sends everything to the meta device.
+The device of a parameter does not tell. Offloaded weights are on the meta device, without numbers, until a
+hook of accelerate brings them to the device that their module runs on, for as long as the module runs. Code
+that asks a parameter for its device, as nnsight does to place inputs and transformers does for its pipelines,
+would then send everything to the meta device.
 
-Contract: `full_device_map` and `usable_device_map` refuse a device map before anything is loaded;
-`input_device` is where the inputs of a run go; `check_weights` refuses weights that nothing brings;
-`one_device` and `ShapeTracer` set the hooks aside where they cannot run.
+`full_device_map` and `usable_device_map` refuse a device map before anything is loaded; `input_device` is
+where the inputs of a run go; `check_weights` refuses weights that nothing loads; `one_device` and
+`ShapeTracer` set accelerate's hooks aside where they cannot run.
 """
 
 from __future__ import annotations
@@ -20,29 +20,32 @@ from typing import Any
 
 import torch
 from accelerate.hooks import AlignDevicesHook, SequentialHook
+from accelerate.utils import align_module_device
 from nnsight.intervention.tracer import ScanningTracer
-from torch import nn
+from torch import Tensor, nn
 from transformers import MambaConfig, MambaForCausalLM
 
 from ..errors import CheckpointError
 from ..names import nearest
-from . import GuardedTracer
+from .saving import GuardedTracer
 
 #: This package's names in a device map, and Hugging Face's, as patterns.
 OURS = {r"^(?=(embeddings|layers|norm_f)(\.|$))": "backbone.", r"\.ssm(?=\.|$)": ".mixer"}
 DISK = "disk"
+#: What a scan of shapes replaces in a module.
+REPLACED = ("_parameters", "_buffers", "_hf_hook")
 
 
 def full_device_map(device_map: Any, model: Any) -> Any:
     """A device map under Hugging Face's names, which gives every weight of ``model`` a place.
 
     Args:
-        device_map: as ``from_pretrained`` takes it; what is no mapping is returned as it is.
-        model: of the same configuration, on any device.
+        device_map: as ``from_pretrained`` takes it; anything but a mapping is returned as it is.
+        model: a model of the same configuration, on any device.
 
     Raises:
-        CheckpointError: for a name that is no module of the model, a weight that is left out, or weights that
-            are tied and only one of which is on disk.
+        CheckpointError: for a name that the model does not have, a weight without a place, or tied weights of
+            which only one is on disk.
     """
     if not isinstance(device_map, Mapping):
         return device_map
@@ -54,7 +57,7 @@ def full_device_map(device_map: Any, model: Any) -> Any:
             name = re.sub(pattern, theirs, name)
         if name not in names:
             raise CheckpointError(
-                f"device_map places {given!r}, which is no part of the model. It has backbone.embeddings, "
+                f"device_map places {given!r}, which is not a part of the model. It has backbone.embeddings, "
                 f"backbone.layers.0 and so on, backbone.norm_f and lm_head{nearest(name, sorted(names))}"
             )
         places[name] = place
@@ -71,7 +74,7 @@ def full_device_map(device_map: Any, model: Any) -> Any:
 
 
 def _tie(places: dict[str, Any]) -> None:
-    # Give a tied lm_head that has no place that of the embedding.
+    # A tied lm_head without a place gets the place of the embedding.
     embedding = place_of("backbone.embeddings.weight", places)
     head = place_of("lm_head.weight", places)
     if head is None and embedding is not None:
@@ -84,7 +87,7 @@ def _tie(places: dict[str, Any]) -> None:
 
 
 def _apart(module: nn.Module, name: str, places: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    # Entries that do not overlap, which is how accelerate needs them; None for what has no place.
+    # Entries that do not overlap, as accelerate needs them; None as the place of what the map leaves out.
     prefix = f"{name}." if name else ""
     if not any(place.startswith(prefix) for place in places if place not in ("", name)):
         yield name, place_of(name, places)
@@ -107,7 +110,7 @@ def usable_device_map(device_map: Any, config: MambaConfig) -> Any:
     """`full_device_map` for a model that is about to be loaded here.
 
     Raises:
-        CheckpointError: as there, and for a device that this machine does not have, naming those it has.
+        CheckpointError: as there, and for a device that this machine does not have.
     """
     if not isinstance(device_map, Mapping):
         return device_map
@@ -127,10 +130,9 @@ def usable_device_map(device_map: Any, config: MambaConfig) -> Any:
 
 
 def input_device(model: nn.Module) -> torch.device:
-    """The device that a run of ``model`` starts on: that of its first parameter, once it is there.
+    """The device that a run of ``model`` starts on: where its first parameter is while it is used.
 
-    Returns:
-        The meta device where no weights are loaded.
+    This is the meta device if no weights are loaded.
     """
     for module in model.modules():
         for parameter in module._parameters.values():
@@ -143,11 +145,7 @@ def input_device(model: nn.Module) -> torch.device:
 
 
 def check_weights(model: nn.Module) -> None:
-    """Refuse to run with weights on the meta device that no hook brings from where they are.
-
-    Raises:
-        CheckpointError: naming the first of them.
-    """
+    """Refuse to run with weights on the meta device that no hook loads. Raises `CheckpointError`."""
     if not _on_meta(model):
         return
     if absent := list(_absent(model, "", False)):
@@ -160,7 +158,7 @@ def check_weights(model: nn.Module) -> None:
 
 
 def _on_meta(model: nn.Module) -> bool:
-    # At every trace, so without generators and without a look into what has no parameters.
+    # Called in every trace, so it is written without generators.
     stack: list[nn.Module | None] = [model]
     while stack:
         module = stack.pop()
@@ -175,7 +173,7 @@ def _on_meta(model: nn.Module) -> bool:
 
 
 def _absent(module: nn.Module, path: str, brought: bool) -> Iterator[str]:
-    # The names of parameters on the meta device that neither their module's hooks nor those above it bring.
+    # The names of parameters on the meta device that no hook of their module or of one above it loads.
     offloading = [hook for hook in hooks_of(module) if hook.offload]
     if not (brought or offloading):
         for name, parameter in module._parameters.items():
@@ -188,7 +186,7 @@ def _absent(module: nn.Module, path: str, brought: bool) -> Iterator[str]:
 
 
 def hooks_of(module: nn.Module) -> list[AlignDevicesHook]:
-    """The hooks of accelerate's on a module that bring weights or inputs to a device, outermost first."""
+    """accelerate's hooks on a module that bring weights or inputs to a device, outermost first."""
     hook = module.__dict__.get("_hf_hook")
     hooks = hook.hooks if isinstance(hook, SequentialHook) else (hook,)
     return [hook for hook in hooks if isinstance(hook, AlignDevicesHook)]
@@ -196,15 +194,15 @@ def hooks_of(module: nn.Module) -> list[AlignDevicesHook]:
 
 @contextlib.contextmanager
 def one_device(model: Any) -> Iterator[None]:
-    """Show transformers a model with accelerate's hooks as one that stays where it is, for a pipeline.
+    """Let a pipeline of transformers be built around a model with accelerate's hooks without moving it.
 
-    A pipeline takes the first entry of the device map for where inputs go, which may be "disk", and moves a
-    model that has hooks and no map.
+    A pipeline sends inputs to the first entry of the device map, which may be "disk", and moves a model that
+    has hooks and no map. Here it sees a map with a single entry.
     """
-    own = model.__dict__
     if getattr(model, "hf_device_map", None) is None and not any(map(hooks_of, model.modules())):
         yield
         return
+    own = model.__dict__
     before = {name: own[name] for name in ("hf_device_map",) if name in own}
     own["hf_device_map"] = {"": input_device(model)}
     try:
@@ -226,29 +224,37 @@ class ShapeTracer(GuardedTracer, ScanningTracer):
 
 @contextlib.contextmanager
 def as_shapes(model: nn.Module) -> Iterator[None]:
-    """Put every weight of an offloaded model on the meta device and its hooks aside, for a scan of shapes.
+    """Move all weights of an offloaded model to the meta device and set its hooks aside, for a scan.
 
-    accelerate cannot load weights under fake tensors, and a scan needs none.
+    accelerate cannot load weights under fake tensors, and a scan needs no numbers.
     """
-    modules = list(model.modules())
-    if not any(parameter.is_meta for parameter in model.parameters()):
+    if not _on_meta(model):
         yield
         return
-    hooks = [(module, module.__dict__["_hf_hook"]) for module in modules if "_hf_hook" in module.__dict__]
-    tensors = [(module, dict(module._parameters), dict(module._buffers)) for module in modules]
+    before: list[tuple[dict[str, Any], dict[str, Any]]] = []  # a module's __dict__, and what it had there
     try:
-        for module, _ in hooks:
-            del module.__dict__["_hf_hook"]
-        for module, parameters, buffers in tensors:
-            for name, parameter in parameters.items():
-                if parameter is not None and not parameter.is_meta:
-                    module._parameters[name] = nn.Parameter(parameter.to("meta"), parameter.requires_grad)
-            for name, buffer in buffers.items():
-                module._buffers[name] = None if buffer is None else buffer.to("meta")
+        for module in list(model.modules()):
+            own = module.__dict__
+            before.append((own, {name: own[name] for name in REPLACED if name in own}))
+            own.pop("_hf_hook", None)
+            own["_parameters"] = {
+                name: nn.Parameter(tensor.to("meta"), tensor.requires_grad) if tensor is not None else None
+                for name, tensor in module._parameters.items()
+            }
+            own["_buffers"] = {
+                name: tensor.to("meta") if tensor is not None else None for name, tensor in module._buffers.items()
+            }
         yield
     finally:
-        for module, parameters, buffers in tensors:
-            module._parameters.update(parameters)
-            module._buffers.update(buffers)
-        for module, hook in hooks:
-            module.__dict__["_hf_hook"] = hook
+        for own, kept in before:
+            own.update(kept)
+
+
+def parameter_of(module: nn.Module, name: str) -> Tensor:
+    """A parameter of a module, detached; accelerate fetches it if it is offloaded."""
+    parameter = getattr(module, name).detach()
+    # While the module runs its parameters are at hand, and fetching them would take them away from it.
+    if parameter.is_meta:
+        with align_module_device(module):
+            parameter = getattr(module, name).detach()
+    return parameter

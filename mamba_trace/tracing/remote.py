@@ -1,13 +1,15 @@
 """A trace that runs on a server is a request to a model that somebody else built, in another process.
 
 Three things go wrong on the way, each with an error about something else. The server finds the model by a
-key, and nnsight asks the hub for it, which knows no folders; a package that is installed from a checkout is
-taken for the caller's own code and sent along, classes and all; and another release of this package on the
-server has other sites. On top, a value cut out of a larger one comes back with the larger one's memory.
+key, and nnsight asks the hub for it, which knows no folders. nnsight takes a package that is installed from a
+checkout for the caller's own code, and sends it along, classes and all. And another release of this package
+on the server may have other sites. Besides, a value cut out of a larger tensor comes back with the memory of
+the larger one.
 
-Contract of `Remote`: a key for hub ids and folders alike; this package is looked up on the server and never
-sent; a request says the release it was written for and a server of another refuses it with both names; what
-comes back is the size of what was saved. Everything else is nnsight's: ``remote=True``, a URL or ``"local"``.
+So `Remote` gives hub ids and folders alike a key; this package is looked up on the server and never sent; a
+request names the release it was written for, and a server with another release refuses it with both names;
+what comes back has the size of what was saved. Everything else is nnsight's: ``remote=True``, a URL or
+``"local"``.
 """
 
 from __future__ import annotations
@@ -24,11 +26,13 @@ from nnsight.intervention.backends.local import LocalSimulationBackend
 from nnsight.intervention.backends.remote import RemoteBackend
 from nnsight.intervention.cache import CacheView
 from nnsight.ndif import pull_env
-from nnsight.tracing.tracer import Tracer, _saves, mark
+from nnsight.tracing.tracer import Tracer
 from torch import Tensor
 
 from .._version import __version__
 from ..errors import CheckpointError, MambaTraceError
+from .saving import is_saved
+from .served import nnsight_mark
 
 PACKAGE = __name__.split(".")[0]
 TASK = "text-generation"
@@ -49,14 +53,14 @@ class Remote:
     kwargs: dict[str, Any]
 
     def session(self, *args: Any, **kwargs: Any) -> Tracer:
-        """Several traces that share values; with ``remote=`` one request, of which only saves come back.
+        """Several traces that share values; with ``remote=`` a single request, of which only saves come back.
 
         Args:
             *args, **kwargs: as for nnsight's ``session``; ``remote`` is ``True``, the URL of an NDIF server,
                 or ``"local"`` for the round trip without a server.
 
         Raises:
-            CheckpointError: if ``remote`` is a server and this model is no checkpoint that it could load.
+            CheckpointError: if ``remote`` is a server and this model is not a checkpoint that it could load.
 
         Example::
 
@@ -94,7 +98,7 @@ class Remote:
             return self._key(self.repo_id)
 
     def _key(self, name: str) -> str:
-        # Servers compare keys as strings, so this is spelled as nnsight spells one.
+        # Servers compare keys as strings, so this is spelled as nnsight spells a key.
         trusted = {"trust_remote_code": True} if self.kwargs.get("trust_remote_code") else {}
         return json.dumps({"repo_id": name, "revision": self.revision, **trusted, "task": TASK})
 
@@ -107,7 +111,7 @@ class Remote:
     def _remoteable_set_env(self, env: dict[str, Any] | None) -> None:
         env = dict(env or {})
         check_version(env.pop(VERSION, __version__))
-        # The model is shared, so a request that names no kernels must not get the last one's.
+        # The model is shared, so a request that names no kernels must not get those of the last request.
         kernels = env.pop(KERNELS, "auto")
         if kernels != self._kernels:
             self.kernels = kernels
@@ -115,10 +119,10 @@ class Remote:
 
 
 def check_task(task: str) -> str:
-    """The task that a server's model key asks for, if it is the one that there is.
+    """The task in a server's model key, which must be the only one that there is.
 
     Raises:
-        CheckpointError: for any other.
+        CheckpointError: for any other task.
     """
     if task != TASK:
         raise CheckpointError(f"a Mamba language model is there for task={TASK!r}, not {task!r}")
@@ -142,11 +146,11 @@ def check_version(theirs: str) -> None:
 def never_by_value() -> None:
     """Keep nnsight from sending this package along: servers have it.
 
-    nnsight sends every module that it finds outside of site-packages, a checkout of this one included.
+    nnsight sends every module that it finds outside of site-packages, a checkout of this package included.
     """
     from cloudpickle.cloudpickle import _PICKLE_BY_VALUE_MODULES
 
-    pull_env()  # once per process; nnsight calls it again before each request
+    pull_env()  # which registers them, once in a process; nnsight calls it again before each request
     _PICKLE_BY_VALUE_MODULES.discard(PACKAGE)
 
 
@@ -167,7 +171,7 @@ class ServerBackend(RemoteBackend):
         return super()._serialize(tracer)
 
     def finalize(self, content: bytes) -> dict[str, Any]:
-        """The saved values; a cache among them can be navigated as one of a local run."""
+        """The saved values; a cache among them can be navigated like that of a local run."""
         result: dict[str, Any] = super().finalize(content)
         for value in result.values():
             if isinstance(value, CacheView):
@@ -178,8 +182,8 @@ class ServerBackend(RemoteBackend):
 class LocalBackend(LocalSimulationBackend):
     """``remote="local"``: nnsight hides what no server has and runs the request here.
 
-    This package stays in sight, as on a server: imported anew it would register its kernels twice. The
-    order of ``sys.path``, which nnsight does not restore, is.
+    This package stays importable, as on a server: imported anew it would register its kernels twice. Unlike
+    nnsight, this also restores the order of ``sys.path``.
     """
 
     def __call__(self, tracer: Any) -> None:
@@ -198,13 +202,10 @@ class LocalBackend(LocalSimulationBackend):
         sys.path[:] = hidden["path"]
 
 
-# -- results -----------------------------------------------------------------------------------------------
-
-
 class SmallResults(Tracer):
-    """A tracer whose saved values take no more memory than they show, where they are sent back.
+    """A tracer whose saved values take no more memory than they show, when a server sends them back.
 
-    A saved tensor that is a part of another one is written with all of the other's memory:
+    A saved tensor that is part of a larger one is written with all of the larger one's memory:
     ``lm_head.output[:, -1].save()`` would send the logits of every position.
     """
 
@@ -213,8 +214,8 @@ class SmallResults(Tracer):
         super().execute(code)
         if self.node is None and self.info is not None and self.info.frame is not None:  # came as a request
             scope = self.info.frame.f_locals
-            saved = {name: value for name, value in scope.items() if id(value) in _saves()}
-            scope.update({name: mark(compact(value)) for name, value in saved.items()})
+            saved = {name: value for name, value in scope.items() if is_saved(value)}
+            scope.update({name: nnsight_mark(compact(value)) for name, value in saved.items()})
 
 
 class SessionTracer(SmallResults):
@@ -222,10 +223,10 @@ class SessionTracer(SmallResults):
 
 
 def compact(value: Any) -> Any:
-    """A value whose tensors fill their memory: those that do are themselves, the others copies.
+    """A value with copies of those of its tensors that do not fill their memory.
 
     Args:
-        value: a tensor, or lists, tuples and dictionaries of them; anything else is returned as it is.
+        value: a tensor, or lists, tuples and dictionaries of tensors; anything else is returned as it is.
     """
     if type(value) in (list, tuple):
         return type(value)(compact(part) for part in value)

@@ -1,4 +1,4 @@
-"""The tracer of a `MambaTrace`: nnsight's, which knows the sites by all their names."""
+"""The tracers that a ``with`` binds: nnsight's, which know the sites by all their names."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from nnsight.intervention.interleaver import Mediator
 from nnsight.intervention.iterator import Iterations
 
 from ..errors import MambaTraceError, PositionError, SiteValueError, UnknownSiteError
-from . import GuardedTracer
 from .edits import let_edits_go
 from .frames import up_to_the_user
 from .one_run import OneRun
 from .placement import ShapeTracer
 from .remote import SmallResults
+from .saving import GuardedTracer
 
 
 class PlaceTracer(OneRun, GuardedTracer):
@@ -78,7 +78,7 @@ class SiteTracer(SmallResults, PlaceTracer):
         return super().cache(modules, *args, **kwargs)
 
     def stop(self) -> None:
-        """End the run here, as nnsight's ``tracer.stop`` does; lasting edits of what lies behind are let go.
+        """End the run here, as nnsight's ``tracer.stop``; lasting edits of later places are let go.
 
         Example::
 
@@ -93,7 +93,7 @@ class SiteTracer(SmallResults, PlaceTracer):
         """A meeting point for ``n`` of this trace's invokes, as nnsight's ``tracer.barrier``.
 
         Raises:
-            SiteValueError: if ``n`` is no number of invokes.
+            SiteValueError: if ``n`` is not a number of invokes.
 
         Example::
 
@@ -114,24 +114,22 @@ class SiteTracer(SmallResults, PlaceTracer):
     def _envoy_path(self, module: Any) -> Any:
         if isinstance(module, Envoy):
             return module
-        if not isinstance(module, str):
-            self.envoy.hook(module)  # which says what names a place
-        if module in {path for path, _ in self.envoy.named_modules()}:
+        if isinstance(module, str) and module in {path for path, _ in self.envoy.named_modules()}:
             return module
-        return self.envoy.hook(module).path
+        return self.envoy.hook(module).path  # refuses what is not a string, too
 
 
 class Steps(Iterations):
-    """nnsight's steps of a run, which are checked where they are asked for."""
+    """nnsight's steps of a run, which are checked as soon as they are asked for."""
 
-    #: So many steps in a row in which a loop without an end asks for nothing, and it would never end.
+    #: A loop without an end is refused after this many steps in a row in which it asked for nothing.
     IDLE = 100_000
 
     def __iter__(self) -> Iterator[int]:
         """The steps in turn.
 
         Raises:
-            PositionError: for a loop without an end whose body asks the run for nothing any more.
+            PositionError: for a loop without an end whose body no longer asks the run for anything.
         """
         mediator, idle = Mediator.current("tracer.iter"), 0
         for step in super().__iter__():
@@ -151,32 +149,31 @@ class Steps(Iterations):
         Raises:
             PositionError: for steps that no run has, or not in this order.
         """
-        asked = f"tracer.iter[{_shown(key)}]"
         if isinstance(key, slice):
+            ends = ["" if end is None else repr(end) for end in (key.start, key.stop, key.step)]
+            asked = f"tracer.iter[{':'.join(ends if key.step is not None else ends[:2])}]"
             _steps(asked, [end for end in (key.start, key.stop) if end is not None])
-            if key.step not in (None, 1):
-                _steps(asked, [key.step])
-                if key.stop is None:
-                    raise PositionError(
-                        f"{asked}: an open range has no step here; name its end, "
-                        f"tracer.iter[:n:{key.step}], or "
-                        f"pass over the other steps in the loop"
-                    )
-                return Steps(steps=list(range(key.start or 0, key.stop, key.step)))
-            return Steps(key.start or 0, key.stop)
+            if key.step in (None, 1):
+                return Steps(key.start or 0, key.stop)
+            _steps(asked, [key.step])
+            if key.stop is None:
+                raise PositionError(
+                    f"{asked}: an open range has no step here; name its end, tracer.iter[:n:{key.step}], or "
+                    f"pass over the other steps in the loop"
+                )
+            return Steps(steps=list(range(key.start or 0, key.stop, key.step)))
+        asked = f"tracer.iter[{key!r}]"
         if isinstance(key, (list, tuple)):
             steps = _steps(asked, key)
             if any(later <= earlier for earlier, later in itertools.pairwise(steps)):
-                raise PositionError(
-                    f"{asked}: a run goes through its steps in order, so name each once and ascending"
-                )
+                raise PositionError(f"{asked}: a run goes through its steps in order, so name each once and ascending")
             return Steps(steps=steps)
         (step,) = _steps(asked, [key])
         return Steps(step, step + 1)
 
 
 def _steps(asked: str, steps: Any) -> list[int]:
-    # Checked: integers from 0.
+    # The steps as integers from 0, which they must be.
     try:
         numbers = [-1 if isinstance(step, bool) else operator.index(step) for step in steps]
     except TypeError:
@@ -188,10 +185,3 @@ def _steps(asked: str, steps: Any) -> list[int]:
             f"from the end"
         )
     return numbers
-
-
-def _shown(key: Any) -> str:
-    if not isinstance(key, slice):
-        return repr(key)
-    ends = ["" if end is None else repr(end) for end in (key.start, key.stop, key.step)]
-    return ":".join(ends if key.step is not None else ends[:2])

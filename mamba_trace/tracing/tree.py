@@ -1,20 +1,13 @@
-"""The tree of envoys as a thing that is copied, saved, and kept in step with the modules that it mirrors.
+"""The tree of envoys: copied, saved, and kept in step with the modules that it mirrors.
 
-nnsight builds the tree once, and installs on each module the way to it. Two things come undone later. A copy
-of a model, or one that was read from a file, has modules that know no way to any tree, and an interleaver
-that still knows the original's envoys. And a module that somebody puts in the place of another after the
-model was wrapped (an adapter, a new ``lm_head``) has no envoy, while the envoy of that place goes on standing
-for the old module, which then runs inside the new one or not at all.
+nnsight builds the tree once, and puts into each module the way to the tree. Two things go wrong later. A copy
+of a model, or a model read from a file, has modules that know no tree, and an interleaver that still knows
+the original's envoys. And when somebody replaces a module of a wrapped model (by an adapter, a new
+``lm_head``), the new module has no envoy, and the envoy of that place goes on standing for the old module,
+which then runs inside the new one or not at all.
 
-Contract: `SiteInterleaver` can be copied and pickled, without anything of a run; `reconnect` makes a copied
-tree work; `is_current` says, in microseconds, whether a tree is still that of its modules, and `follow` makes
-it so.
-
-The facts about nnsight 0.8 that this file rests on, held by tests/test_copies.py and tests/test_adapters.py:
-``Envoy._update(module)`` re-points the envoys below at the modules of the same names, drops and adds envoys
-where there are fewer or more, and registers all of them; ``interleaver.envoys`` has the envoy of each module
-by its ``id``; an envoy whose module is in the tree twice has one path, and the other name is an alias of it;
-``rename=`` binds its aliases only when an envoy is made.
+`SiteInterleaver` can be copied and pickled, and takes nothing of a run along; `reconnect` makes a copied tree
+work; `is_current` says, in microseconds, whether a tree still mirrors its modules, and `follow` makes it so.
 """
 
 from __future__ import annotations
@@ -28,23 +21,21 @@ from nnsight.modeling.tp import TPFragments
 from torch import nn
 
 from .one_run import OneThreadInterleaver
-from .visit import CURSOR
-
-#: The submodules of each module, as they are whenever one looks, and all of them as they were.
-Known = tuple[list[Iterable[Any]], list[Any]]
+from .positions import CURSOR
 
 
 class SiteInterleaver(OneThreadInterleaver):
-    """nnsight's interleaver, of which a copy begins as a new one does: no workers, no visits, no envoys.
+    """nnsight's interleaver; a copy of it begins without workers, visits or envoys, as if it were new.
 
     Attributes:
-        known: the modules that the tree was last brought up to date with.
+        known: the modules that the tree mirrored when it was last brought up to date: the submodules of each
+            module, as collections that change with the module, and all of them as they were then.
         copied: whether this is a copy, or was read from a file.
     """
 
     def __init__(self) -> None:
         super().__init__(fragments=TPFragments())
-        self.known: Known = ([], [None])  # of no tree
+        self.known: tuple[list[Iterable[Any]], list[Any]] = ([], [None])  # of no tree
         self.copied = False
 
     def __reduce__(self) -> tuple:
@@ -59,14 +50,9 @@ def copied_interleaver() -> SiteInterleaver:
 
 
 def reconnect(root: Envoy) -> None:
-    """Make a copied tree of envoys work: its modules get to know the way to its interleaver.
-
-    Args:
-        root: the model's envoy, whose whole tree is there already.
-    """
+    """Make a copied tree of envoys work: show its modules the way to its interleaver."""
     for envoy in root.modules():
-        # Where a run that was going on when the copy was made stood.
-        envoy._module.__dict__.pop(CURSOR, None)
+        envoy._module.__dict__.pop(CURSOR, None)  # of a run that was going on when the copy was made
         root.interleaver.instrument(envoy)
     register(root)
 
@@ -79,9 +65,9 @@ def register(root: Envoy) -> None:
 
 
 def is_current(root: Envoy) -> bool:
-    """Whether the modules of a tree are those that it was last brought up to date with.
+    """Whether a tree mirrors its modules as they are now.
 
-    At every run, so nothing is looked at but which object is in which place.
+    This runs before every run, so it only compares which object is in which place.
     """
     places, modules = root.interleaver.known
     return [*chain.from_iterable(places)] == modules
@@ -92,19 +78,18 @@ def remember(root: Envoy, leaves: tuple[type[nn.Module], ...]) -> None:
 
     Args:
         root: the model's envoy.
-        leaves: modules of these classes are taken to have no submodules.
+        leaves: classes of modules that are known to have no submodules.
     """
+    modules = root._module.modules()
     places: list[Iterable[Any]] = [(root._module,)]
-    places += [
-        module._modules.values() for module in root._module.modules() if not isinstance(module, leaves)
-    ]
+    places += [module._modules.values() for module in modules if not isinstance(module, leaves)]
     root.interleaver.known = (places, [*chain.from_iterable(places)])
 
 
 def follow(root: Envoy) -> None:
     """Bring a tree of envoys up to date with its modules.
 
-    An envoy stays the envoy of its place, with its edits, its class and its other names, whatever module is
+    An envoy remains the envoy of its place, with its edits, its class and its other names, whatever module is
     there by now.
     """
     for envoy in root.modules():
@@ -115,20 +100,15 @@ def follow(root: Envoy) -> None:
     root._update(root._module)
     register(root)
     for envoy in root.modules():
-        bind_names(envoy)
+        _bind_names(envoy)
 
 
-def bind_names(envoy: Envoy) -> None:
-    """Point an envoy's other names (nnsight's ``rename=``) at the envoys that have the places now."""
+def _bind_names(envoy: Envoy) -> None:
+    # Point an envoy's other names (nnsight's `rename=`) at the envoys that have the places now.
     for place, names in (envoy._rename or {}).items():
-        target = below(envoy, place.split(".")) if isinstance(place, str) else None
+        target: Envoy | None = envoy if isinstance(place, str) else None
+        for part in place.split(".") if isinstance(place, str) else ():
+            target = None if target is None else target._child_map.get(part)
         for name in [names] if isinstance(names, str) else names:
             if target is not None and envoy.__dict__.get(name, target) is not target:
                 object.__setattr__(envoy, name, target)
-
-
-def below(envoy: Envoy | None, names: Iterable[str]) -> Envoy | None:
-    """The envoy at a path below another, or ``None``."""
-    for name in names:
-        envoy = None if envoy is None else envoy._child_map.get(name)
-    return envoy

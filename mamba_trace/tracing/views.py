@@ -1,8 +1,7 @@
-"""Tensors as parts of memory: which are the same part, which overlap, and where a part is in a copy."""
+"""Tensors as parts of memory: which share memory, and which part of a copy is which part of the original."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -11,15 +10,10 @@ from torch import Tensor
 
 
 def tensors_of(value: Any) -> list[Tensor]:
-    """The tensors of a value that nnsight serves: a tensor, or a container of them."""
-    found: list[Tensor] = []
-    apply(value, lambda tensor: found.append(tensor) or tensor, Tensor)  # type: ignore[func-returns-value]
-    return found
-
-
-def among(tensor: Tensor, others: Iterable[Tensor]) -> bool:
-    """Whether a tensor is one of others, the same object."""
-    return any(tensor is other for other in others)
+    """The tensors in a value that nnsight serves: a tensor, or a container of tensors."""
+    tensors: list[Tensor] = []
+    apply(value, lambda tensor: tensors.append(tensor) or tensor, Tensor)  # type: ignore[func-returns-value]
+    return tensors
 
 
 def same_view(tensor: Tensor, other: Tensor) -> bool:
@@ -31,10 +25,10 @@ def same_view(tensor: Tensor, other: Tensor) -> bool:
 
 
 def same_part(target: Tensor, old: Tensor, new: Tensor) -> Tensor | None:
-    """The part of ``new`` that ``target`` is of ``old``, a tensor of the same shape in another layout.
+    """The part of ``new`` that ``target`` is of ``old``; ``new`` has the shape of ``old``, in another layout.
 
     Returns:
-        A view of ``new``, or ``None`` where ``target`` is no slice of ``old``, its axes in whatever order.
+        A view of ``new``; ``None`` if ``target`` is not a slice of ``old``, with its axes in any order.
     """
     axes = sorted((axis for axis in range(old.dim()) if old.shape[axis] > 1), key=old.stride, reverse=True)
     rest = int(target.storage_offset()) - int(old.storage_offset())
@@ -50,10 +44,10 @@ def same_part(target: Tensor, old: Tensor, new: Tensor) -> Tensor | None:
             if stride and not stride % old.stride(axis)
             if (size - 1) * (stride // old.stride(axis)) < old.shape[axis]
         )
-        found = next(fitting, None)
-        if found is None and size != 1:
+        axis_of_old = next(fitting, None)
+        if axis_of_old is None and size != 1:
             return None
-        strides.append(1 if found is None else stride // old.stride(found) * new.stride(found))
+        strides.append(1 if axis_of_old is None else stride // old.stride(axis_of_old) * new.stride(axis_of_old))
     return None if rest else new.as_strided(target.shape, strides, offset)
 
 
@@ -71,7 +65,7 @@ def span(tensor: Tensor) -> tuple[int, int]:
 
 
 def has_memory(tensor: Tensor) -> bool:
-    """Whether a tensor has a storage that can be looked at: one in a transform of torch.func has not."""
+    """Whether a tensor has a storage to look at; a tensor in a transform of torch.func does not."""
     return tensor.layout == torch.strided and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
 
@@ -81,8 +75,8 @@ def same_memory(tensor: Tensor, other: Tensor) -> bool:
 
 
 def memory_of(tensor: Tensor) -> int:
-    """What tells the storage of a tensor from others as long as it is there; 0 where it has none."""
+    """A number that identifies the tensor's storage as long as the storage exists; 0 if it has none."""
     if not has_memory(tensor):
         return 0
-    with torch._C.DisableTorchFunction():  # a guard on duty would take the look for an escape
+    with torch._C.DisableTorchFunction():  # a `Guard` would take this for an attempt to write to the memory
         return int(tensor.untyped_storage()._cdata)

@@ -1,72 +1,51 @@
-"""The model's side: one call of one module, and what is wanted inside it."""
+"""The model's side of a trace: one call of one module, and what the running trace wants inside it."""
 
 from __future__ import annotations
 
 import contextlib
-import re
-import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain
 from typing import Any
 
 from greenlet import getcurrent
 from nnsight.intervention.interleaver import EarlyStopException, Mediator
 from nnsight.intervention.source import STATE as CONTROLLER_STATE
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook as has_global_hooks
 
-from ..errors import PositionError, SiteValueError
-from ..modeling.past import told_of_padding
+from ..errors import SiteValueError
 from ..names import public_path
-from ..sites import STATE
-from .frames import users_frame
+from .forwards import has_global_hooks, has_hooks_of_its_own, listened_to
 from .invokes import PerInvoke
+from .positions import CURSOR, position_error, position_of, site_of_position, warn_if_padded
 
-#: The three locations nnsight counts for every module call.
+#: The three locations that nnsight counts for every call of a module.
 LOCATIONS = ("input", "skip", "output")
 
-#: The attention mask of the forward call that runs, kept on the interleaver.
-CALL_MASK = "_mamba_trace_mask"
+#: The names under which the interleaver keeps, for the workers: the attention mask of the running forward
+#: call, and the number of positions of the run's first forward call.
+CALL_MASK, FIRST_LENGTH = "_mamba_trace_mask", "_mamba_trace_first_length"
 
-#: Set on a worker that goes through every position, so that one of padding is no reason to warn.
-EVERY_POSITION = "_mamba_trace_every_position"
-
-#: Where a pass over positions stands, kept on the site's module: (interleaver, next position, length).
-CURSOR = "_mamba_trace_cursor"
-
-#: The number of positions of the first forward call of a run, kept on the interleaver.
-FIRST_LENGTH = "_mamba_trace_first_length"
-
-#: The lines that a worker was warned at.
-TOLD = "_mamba_trace_told"
-
-#: Set on a worker while what it asks for is not going to be edited.
+#: Set on a worker while it only reads what it asks for.
 READING = "_mamba_trace_reading"
 
 
-def listened_to(module: nn.Module | None) -> bool:
-    """Whether PyTorch hooks are registered on a module, or on all, so that it must be called to fire them."""
-    return module is not None and (has_hooks_of_its_own(module) or has_global_hooks())
-
-
-def has_hooks_of_its_own(module: nn.Module) -> bool:
-    """Whether PyTorch hooks are registered on a module itself."""
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-    )
-
-
 def take_note_of_mask(interleaver: Any, mask: Any) -> None:
-    """Keep the attention mask of a forward call [B,L], for the workers to ask for (`worker.mask_of_call`)."""
+    """Keep the attention mask [B,L] of a forward call, for the workers to ask for (`worker.mask_of_call`)."""
     if interleaver is not None:
         interleaver.__dict__[CALL_MASK] = mask
 
 
-def take_note_of_length(interleaver: Any, length: int | None) -> None:
-    """Keep the number of positions of a run's first forward call, if known (`worker.length_of_call`)."""
-    interleaver.__dict__[FIRST_LENGTH] = length
+def take_note_of_prompt(interleaver: Any, inputs: Mapping[str, Any]) -> None:
+    """Keep the mask and the number of positions of a run's first forward call, for `worker.length_of_call`.
+
+    Args:
+        interleaver: the model's.
+        inputs: the keyword arguments of the call.
+    """
+    take_note_of_mask(interleaver, inputs.get("attention_mask"))
+    prompt = inputs.get("input_ids", inputs.get("inputs_embeds"))
+    known = isinstance(prompt, Tensor) and prompt.dim() > 1
+    interleaver.__dict__[FIRST_LENGTH] = prompt.shape[1] if known else None
 
 
 class Visit:
@@ -91,78 +70,77 @@ class Visit:
 
     @property
     def trace(self) -> int | None:
-        """What tells one running trace from another; ``None`` outside of traces."""
+        """A number that identifies the running trace; ``None`` outside of traces."""
         return None if self.interleaver is None else id(self.interleaver.mediators[0].worker)
 
     @property
     def batching(self) -> bool:
         """Whether several invokes share the batch, so that each is handed a view of its rows."""
-        if self.interleaver is None or self.interleaver.batcher is None:
-            return False
-        return self.interleaver.batcher.batching
+        return bool(self.interleaver and self.interleaver.batcher and self.interleaver.batcher.batching)
+
+    # -- what is wanted ------------------------------------------------------------------------------------
 
     def inside(self, names: Iterable[str]) -> bool:
         """Whether anything inside this module is wanted: a site of ``names``, or any other location."""
         modules: dict[str, Any] = self.module._modules
         if has_global_hooks() or any(has_hooks_of_its_own(modules[name]) for name in names):
             return True
-        if self.interleaver is None:
-            return False
-        own = {f"{self.path}.{key}" for key in LOCATIONS}
-        self._count_positions()
-        if any(location not in own for _, location in self._parked(f"{self.path}.")):
-            return True
-        return bool(self.interleaver.observers) and any(
-            location not in own and location.startswith(f"{self.path}.")
-            for location in self.interleaver.observers
-        )
+        return self._wants_below("", besides={f"{self.path}.{key}" for key in LOCATIONS})
 
     def wants(self, name: str) -> bool:
-        """Whether site ``name`` is wanted now: a worker waits for it, a cache or a PyTorch hook takes it."""
-        if listened_to(self.module._modules[name]):
-            return True
-        if self.interleaver is None:
-            return False
-        locations = {f"{self.path}.{name}.{key}" for key in LOCATIONS}
-        if not locations.isdisjoint(self.interleaver.observers):
-            return True
-        return any(location in locations for _, location in self._parked(f"{self.path}.{name}."))
+        """Whether site ``name`` is wanted now: by a worker that waits for it, a cache or a PyTorch hook."""
+        return listened_to(self.module._modules[name]) or self._wants(f"{name}.", LOCATIONS)
 
     def may_edit(self, name: str) -> bool:
         """Whether somebody waits for site ``name`` who may edit it in place: a cache, for one, does not."""
         if listened_to(self.module._modules[name]):
             return True
-        if self.interleaver is None:
-            return False
-        prefix = f"{self.path}.{name}."
-        return any(not mediator.__dict__.get(READING) for mediator, _ in self._parked(prefix))
+        return any(not mediator.__dict__.get(READING) for mediator, _ in self._parked(f"{name}."))
 
     def wants_within(self, name: str) -> bool:
         """Whether anything at or below ``name`` is wanted now, such as one position of a site."""
-        if listened_to(self.module._modules.get(name)):
-            return True
-        if self.interleaver is None:
-            return False
-        prefix = f"{self.path}.{name}."
-        self._count_positions()
-        if any(location.startswith(prefix) for location in self.interleaver.observers):
-            return True
-        return any(self._parked(prefix))
+        return listened_to(self.module._modules.get(name)) or self._wants_below(f"{name}.")
 
     def wants_output(self) -> bool:
         """Whether the output of the module itself is wanted, now that it is about to be returned."""
+        return self._wants("", ["output"])
+
+    def _wants(self, below: str, keys: Iterable[str]) -> bool:
+        # Whether a cache or a worker at this visit wants one of the locations `keys`.
         if self.interleaver is None:
             return False
-        location = f"{self.path}.output"
-        return location in self.interleaver.observers or any(
-            parked == location for _, parked in self._parked(location)
-        )
+        locations = {f"{self.path}.{below}{key}" for key in keys}
+        if not locations.isdisjoint(self.interleaver.observers):
+            return True
+        return any(location in locations for _, location in self._parked(below))
+
+    def _wants_below(self, below: str, besides: Iterable[str] = ()) -> bool:
+        # Whether a cache or a worker at this visit wants any location that begins so, `besides` excepted.
+        if self.interleaver is None:
+            return False
+        self._count_positions()
+        prefix = f"{self.path}.{below}"
+        parked = (location for _, location in self._parked(below))
+        observed = (location for location in self.interleaver.observers if location.startswith(prefix))
+        return any(location not in besides for location in chain(parked, observed))
+
+    def _parked(self, below: str) -> Iterator[tuple[Mediator, str]]:
+        # The workers that wait for a location which begins so, at this visit of it, and what they wait for.
+        prefix = f"{self.path}.{below}"
+        for mediator in self.interleaver.mediators if self.interleaver is not None else ():
+            pending = mediator.pending
+            if pending is None or pending.provider is None or not pending.provider.startswith(prefix):
+                continue
+            if pending.iteration == mediator.occurrence(pending.provider):
+                yield mediator, pending.provider
+
+    # -- what is served ------------------------------------------------------------------------------------
 
     def pass_on(self, value: Tensor) -> Tensor:
-        """A served value on its way on: in a batch of invokes its gradient comes back contiguous.
+        """A served value on its way on: in a batch of invokes, its gradient comes back contiguous.
 
-        nnsight cuts an invoke's rows out of a gradient by the strides of the value, whatever the gradient's
-        own are.
+        nnsight cuts an invoke's rows out of a gradient by the strides of the value, even if the gradient has
+        other strides.
         """
         if not (self.batching and value.requires_grad):
             return value
@@ -181,10 +159,10 @@ class Visit:
                 counts[location] = counts.get(location, 0) + 1
 
     def serve_whole(self, module: Any, value: Tensor) -> Tensor:
-        """Offer a value without a batch axis at ``module``: whole to each invoke, which may edit its own.
+        """Offer a value without a batch axis at ``module``: whole to each invoke, which may edit its copy.
 
         Returns:
-            ``value`` or what replaced it; with a batch axis in front where invokes made it differ.
+            ``value`` or its replacement, with a batch axis in front if invokes made their copies differ.
         """
         if self.interleaver is None:
             return module(value)
@@ -206,19 +184,19 @@ class Visit:
             )
         return returned
 
-    # -- the state after a position --------------------------------------------------------------------
+    # -- the state after a position --------------------------------------------------------------------------
 
     def next_position(self, name: str, start: int, length: int, mask: Tensor | None = None) -> int | None:
         """The first position from ``start`` on whose state is wanted, or ``None``.
 
         Args:
             name: the site with positions.
-            start: the first position not run yet.
+            start: the first position that has not run yet.
             length: the number of positions of this call.
-            mask: attention mask [B,L], to warn whoever counts columns of a left-padded prompt.
+            mask: the attention mask [B,L], to warn a user who counts the columns of a padded prompt.
 
         Raises:
-            PositionError: at the user's line, for a position this call does not have.
+            PositionError: at the user's line, for a position that this call does not have.
         """
         if self.interleaver is None:
             return None
@@ -226,14 +204,14 @@ class Visit:
         self.stand_at(name, start, length)
         self._count_positions()
         wanted = []
-        for mediator, location in list(self._parked(prefix)):
+        for mediator, location in list(self._parked(f"{name}.")):
             position = position_of(location, prefix)
             if position is None:
                 continue
             if not -length <= position < length:
                 self._refuse(mediator, position_error(public_path(location), length))
                 return self.next_position(name, start, length, mask)
-            _warn_if_padded(mediator, location, position, mask)
+            warn_if_padded(mediator, location, position, mask)
             wanted.append(position % length)
         for location, observers in self.interleaver.observers.items():
             position = position_of(location, prefix)
@@ -261,8 +239,8 @@ class Visit:
         return self.pass_on(value)
 
     def _serve_workers(self, names: list[str], value: Tensor) -> tuple[Tensor, EarlyStopException | None]:
-        # Interleaver.handle for a place of several names: whichever of them workers use, they are served in
-        # their own order, edits of the model before the trace. A stop is held back until all are.
+        # What Interleaver.handle does, for a place that has several names: workers are served in their own
+        # order (the model's edits before the trace) under any of the names. An early stop waits until then.
         stopped = None
         while asking := [mediator for mediator in self.interleaver.mediators if self._asks(mediator, names)]:
             for mediator in asking:
@@ -275,7 +253,7 @@ class Visit:
         return value, stopped
 
     def _asks(self, mediator: Mediator, names: list[str]) -> bool:
-        # Whether a worker waits for this visit of a place of several names.
+        # Whether a worker waits for this visit of a place that has several names.
         self._count_positions()
         pending = mediator.pending
         if pending is None or pending.provider not in names:
@@ -284,41 +262,34 @@ class Visit:
 
     @contextlib.contextmanager
     def positions(self, name: str) -> Iterator[None]:
-        """A pass over the positions of site ``name``: forgotten however it ends."""
+        """A pass over the positions of site ``name``, which leaves nothing behind however it ends."""
         try:
             yield
         finally:
             self.module._modules[name].__dict__.pop(CURSOR, None)
 
     def stand_at(self, name: str, position: int, length: int) -> None:
-        """Remember that every position before ``position`` has been run."""
+        """Remember that every position before ``position`` has run."""
         self.module._modules[name].__dict__[CURSOR] = (self.interleaver, position, length)
 
     def _count_positions(self) -> None:
-        # A position below this module was visited as often as its site, in whatever mixer that is.
+        # A position below this module was visited as often as its site, whichever mixer that is in.
         counts = self.interleaver.counts
         for waiting in self.interleaver.mediators:
             location = None if waiting.pending is None else waiting.pending.provider
-            whole = None if location is None else site_of_position(location)
-            if location is None or whole is None or not location.startswith(f"{self.path}."):
+            if location is None or not location.startswith(f"{self.path}."):
+                continue
+            whole = site_of_position(location)
+            if whole is None:
                 continue
             counts[location] = counts.get(whole, 0)
-            # A worker in NDIF's sandbox, another process, cannot say what it began at: `expect_position`.
+            # For a worker in NDIF's sandbox, another process, which cannot do it in `expect_position`.
             for mediator in self.interleaver.mediators:
                 mediator.counts_at_start[location] = mediator.counts_at_start.get(whole, 0)
 
-    def _parked(self, prefix: str) -> Iterator[tuple[Mediator, str]]:
-        # The workers this visit will serve: parked on a location under `prefix`, at this occurrence of it.
-        for mediator in self.interleaver.mediators:
-            pending = mediator.pending
-            if pending is None or pending.provider is None or not pending.provider.startswith(prefix):
-                continue
-            if pending.iteration == mediator.occurrence(pending.provider):
-                yield mediator, pending.provider
-
     def _refuse(self, mediator: Mediator, error: Exception) -> None:
-        # Raise `error` at the line the worker is parked on. If its block catches it, the worker goes on.
-        if mediator.worker is None:  # it runs in NDIF's sandbox, another process
+        # Raise `error` at the line where the worker waits. If its block catches the error, it goes on.
+        if mediator.worker is None:  # the worker is in NDIF's sandbox, another process
             raise error
         mediator.worker.parent = getcurrent()
         try:
@@ -327,54 +298,3 @@ class Visit:
             raised.__intervention_tb__ = raised.__traceback__  # type: ignore[attr-defined]
             raise
         self.interleaver._reindex_parked()
-
-
-def position_of(location: str, prefix: str) -> int | None:
-    """The p of ``"<prefix><p>.output"``, or ``None`` for any other location."""
-    if not location.startswith(prefix):
-        return None
-    match = re.fullmatch(r"(-?\d+)\.output", location[len(prefix) :])
-    return None if match is None else int(match[1])
-
-
-def site_of_position(location: str) -> str | None:
-    """The location of the site that a position belongs to, or ``None`` for any other location."""
-    match = re.fullmatch(rf"(.+\.{STATE})\.-?\d+\.output", location)
-    return None if match is None else f"{match[1]}.output"
-
-
-def position_error(path: str, length: int) -> PositionError:
-    """The error for a position outside a call of ``length`` positions."""
-    return PositionError(
-        f"{path}: this forward call has {length} position{'s' * (length != 1)}, so h[p] needs "
-        f"{-length} <= p < {length}. Positions count the tokens of one call: every decode step of "
-        f"generate has 1, which is h[0] or h[-1]"
-    )
-
-
-def _warn_if_padded(mediator: Mediator, location: str, position: int, mask: Tensor | None) -> None:
-    if mask is None or mediator.__dict__.get(EVERY_POSITION):
-        return
-    told = told_of_padding(public_path(location), position, rows_of(mediator, mask))
-    if told is None:
-        return
-    message = f"{told}. Where it is padding, the state is the one before it, and an edit has no effect"
-    if mediator.worker is None:  # it runs in NDIF's sandbox, another process
-        warnings.warn(message, UserWarning, stacklevel=2)
-        return
-    frame = users_frame(mediator.worker.gr_frame)
-    # Once for each line, which may be in a loop over all positions.
-    told_at = mediator.__dict__.setdefault(TOLD, set())
-    if (frame.f_code.co_filename, frame.f_lineno) in told_at:
-        return
-    told_at.add((frame.f_code.co_filename, frame.f_lineno))
-    warnings.warn_explicit(message, UserWarning, frame.f_code.co_filename, frame.f_lineno)
-
-
-def rows_of(mediator: Mediator, mask: Tensor) -> Tensor:
-    """The rows of a worker's invoke of a mask [B,L] of the whole batch."""
-    batcher = mediator.interleaver.batcher
-    if batcher is None or not batcher.batching or mediator.batch_group is None or len(mask) != batcher.total:
-        return mask
-    first, size = mediator.batch_group
-    return mask[first : first + size]
