@@ -4,67 +4,28 @@ from __future__ import annotations
 
 import json
 import pickle
-import warnings
-from collections.abc import Callable
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from huggingface_hub import errors as hub_errors
-from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, models, pre_tokenizers
+from checkpoint_folders import ORIGINAL, edit, fails, hub, loaded, logits, refused, tiny_model
+from safetensors.torch import load_file
 from torch import Tensor
-from transformers import MambaConfig, MambaForCausalLM, PreTrainedTokenizerFast
+from transformers import MambaConfig, MambaForCausalLM
 
 from mamba_trace import MambaTrace
-from mamba_trace.conversion import checkpoint_files, checkpoints, convert_config, convert_state_dict
-from mamba_trace.conversion.checkpoints import (
-    find_checkpoint,
-    load_tokenizer,
-    read_state_dict,
-    save_original,
-)
-from mamba_trace.conversion.initialization import initialize
-from mamba_trace.errors import CheckpointError
+from mamba_trace.conversion import convert_config, convert_state_dict
+from mamba_trace.conversion.checkpoints import find_checkpoint, save_original
 
-ORIGINAL = {  # a vocabulary of 21 is padded to 24
-    "d_model": 12,
-    "n_layer": 2,
-    "vocab_size": 21,
-    "ssm_cfg": {"d_state": 3, "dt_rank": 2},
-    "rms_norm": True,
-    "residual_in_fp32": True,
-    "fused_add_norm": True,
-    "pad_vocab_size_multiple": 8,
-}
+pytestmark = pytest.mark.filterwarnings("ignore:no tokenizer")
 TOKENS = torch.arange(21)[None]
-
-
-def tiny_model(**changes: Any) -> MambaForCausalLM:
-    model = MambaForCausalLM(convert_config(ORIGINAL | changes, "huggingface", trained=True)).eval()
-    initialize(model, seed=5)
-    return model
 
 
 def logits_of(model: MambaForCausalLM) -> Tensor:
     with torch.no_grad():
         return model(TOKENS).logits
-
-
-def loaded(folder: Path) -> MambaForCausalLM:
-    """A model with the weights of a folder in the original format."""
-    checkpoint = find_checkpoint(folder)
-    assert checkpoint.format == "original"
-    model = MambaForCausalLM(checkpoint.config).eval()
-    model.load_state_dict(read_state_dict(checkpoint), strict=False)
-    return model
-
-
-def fails(action: Callable[[], Any]) -> str:
-    with pytest.raises(CheckpointError) as caught:
-        action()
-    return str(caught.value)
 
 
 # ---------------------------------------------------------------- reading the original format
@@ -91,36 +52,8 @@ def test_original_folder_gives_equal_logits(tmp_path: Path, safe: bool, lm_head:
 def test_dtypes_of_the_file_are_kept(tmp_path: Path, dtype: torch.dtype) -> None:
     model = torch.nn.Module.to(tiny_model(), dtype)
     save_original(model, tmp_path)
-    found = read_state_dict(find_checkpoint(tmp_path))
-    assert all(
-        found[name].dtype == dtype and torch.equal(found[name], t) for name, t in model.state_dict().items()
-    )
-
-
-@pytest.mark.parametrize("safe", [True, False])
-def test_shards(tmp_path: Path, safe: bool) -> None:
-    model = tiny_model()
-    save_original(model, tmp_path)
-    weights = torch.load(tmp_path / "pytorch_model.bin", weights_only=True)
-    weights.pop("lm_head.weight")
-    (tmp_path / "pytorch_model.bin").unlink()
-    stem, suffix = ("model", "safetensors") if safe else ("pytorch_model", "bin")
-    files = {name: f"{stem}-0000{1 + i % 2}-of-00002.{suffix}" for i, name in enumerate(weights)}
-    for file in set(files.values()):
-        part = {name: weights[name] for name in files if files[name] == file}
-        (save_file if safe else torch.save)(part, tmp_path / file)
-    (tmp_path / f"{stem}.{suffix}.index.json").write_text(json.dumps({"weight_map": files}))
-    assert torch.equal(logits_of(loaded(tmp_path)), logits_of(model))
-    (tmp_path / f"{stem}-00002-of-00002.{suffix}").unlink()
-    assert f"names 2 files, of which {stem}-00002-of-00002.{suffix} is not there" in fails(
-        lambda: loaded(tmp_path)
-    )
-
-
-def test_safetensors_come_before_pickles(tmp_path: Path) -> None:
-    save_original(tiny_model(), tmp_path, safe_serialization=True)
-    (tmp_path / "pytorch_model.bin").write_bytes(b"not read")
-    loaded(tmp_path)
+    found = loaded(tmp_path).state_dict()
+    assert all(found[name].dtype == dtype and torch.equal(found[name], t) for name, t in model.state_dict().items())
 
 
 def test_old_torch_files_without_zip_are_read(tmp_path: Path) -> None:
@@ -161,11 +94,17 @@ def test_weights_that_do_not_fit_the_config(tmp_path: Path) -> None:
     save_original(tiny_model(), tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(ORIGINAL | {"n_layer": 3, "vocab_size": 30}))
     words = fails(lambda: loaded(tmp_path))
-    assert (
-        f"cannot load the weights of {tmp_path}: the state dict does not fit. 10 missing: backbone.layers.2."
-        in words
-    )
-    assert "backbone.embeddings.weight [24, 12], expected [32, 12]" in words
+    assert f"the weights of {tmp_path} do not fit its config.json: it declares num_hidden_layers 3 and" in words
+    assert "it declares vocab_size 32 and the weights have 24" in words
+    assert "vocab_size counts the padding" in words
+
+
+@pytest.mark.parametrize("safe", [True, False])
+def test_a_tied_head_that_differs(tmp_path: Path, safe: bool) -> None:
+    model = tiny_model(tie_embeddings=False)
+    save_original(model, tmp_path, safe_serialization=safe)
+    (tmp_path / "config.json").write_text(json.dumps(ORIGINAL))
+    assert "have another lm_head.weight; set tie_word_embeddings=False" in fails(lambda: loaded(tmp_path))
 
 
 # ---------------------------------------------------------------- recognising a folder
@@ -188,9 +127,7 @@ def test_original_checkpoints_are_not_rescaled_by_transformers(tmp_path: Path) -
     save_original(model, tmp_path / "original")
     again = loaded(tmp_path / "original")
     again.save_pretrained(tmp_path / "ported")
-    assert torch.equal(
-        logits_of(MambaForCausalLM.from_pretrained(tmp_path / "ported").eval()), logits_of(model)
-    )
+    assert torch.equal(logits_of(MambaForCausalLM.from_pretrained(tmp_path / "ported").eval()), logits_of(model))
     assert convert_config(MambaConfig.from_pretrained(tmp_path / "ported"), "original") == ORIGINAL
 
 
@@ -246,182 +183,14 @@ def test_what_can_only_be_a_folder_is_not_looked_for_on_the_hub(
     assert not asked
 
 
-@pytest.mark.parametrize("name", ["a/b/c", "a--b", "x" * 300])
-def test_other_names_that_are_no_hub_ids_keep_the_hub_s_words(name: str) -> None:
-    assert f"{name!r} is neither a folder that exists nor a hub id: " in fails(lambda: find_checkpoint(name))
-
-
 @pytest.mark.parametrize("name", [None, 3, b"a/b", MambaConfig()], ids=lambda name: type(name).__name__)
-def test_what_is_no_name_is_refused_without_asking_the_hub(
-    monkeypatch: pytest.MonkeyPatch, name: Any
-) -> None:
+def test_what_is_no_name_is_refused_without_asking_the_hub(monkeypatch: pytest.MonkeyPatch, name: Any) -> None:
     asked = hub(monkeypatch, lambda name, file: AssertionError("the hub was asked"))
-    words = (
-        "takes a hub id, a folder or a loaded MambaForCausalLM; "
-        "for a configuration use MambaTrace.from_config"
-    )
+    words = "takes a hub id, a folder or a loaded MambaForCausalLM; for a configuration use MambaTrace.from_config"
     for take in (find_checkpoint, MambaTrace):
         assert words in fails(lambda take=take: take(name))  # type: ignore[misc]
     assert fails(lambda: find_checkpoint(name)).endswith(f"This is a {type(name).__name__}")
     assert not asked
-
-
-def test_folder_without_weights(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps(ORIGINAL))
-    assert f"{tmp_path} has no weights; it has config.json" in fails(lambda: loaded(tmp_path))
-
-
-# ---------------------------------------------------------------- the hub, replaced
-
-
-def response_error(kind: type[Exception]) -> Exception:
-    error = kind.__new__(kind)
-    error.args = ("the hub says no",)
-    return error
-
-
-def hub(
-    monkeypatch: pytest.MonkeyPatch, answer: Callable[[str, str], Path | Exception]
-) -> list[dict[str, Any]]:
-    """Replace fetching from the hub; returns the list of what will be asked of it."""
-    asked: list[dict[str, Any]] = []
-
-    def download(name: str, file: str, **options: Any) -> str:
-        asked.append({"name": name, "file": file} | options)
-        found = answer(name, file)
-        if isinstance(found, Exception):
-            raise found
-        return str(found)
-
-    monkeypatch.setattr(checkpoint_files, "hf_hub_download", download)
-    return asked
-
-
-def test_original_checkpoint_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = tiny_model()
-    save_original(model, tmp_path)
-    absent = response_error(hub_errors.RemoteEntryNotFoundError)
-
-    def answer(name: str, file: str) -> Path | Exception:
-        return tmp_path / file if (tmp_path / file).exists() else absent
-
-    asked = hub(monkeypatch, answer)
-    options = {
-        "revision": "v1",
-        "cache_dir": tmp_path / "cache",
-        "token": "secret",
-        "local_files_only": False,
-    }
-    checkpoint = find_checkpoint("someone/mamba", **options)  # type: ignore[arg-type]
-    assert (checkpoint.format, checkpoint.path) == ("original", None)
-    assert asked == [{"name": "someone/mamba", "file": "config.json"} | options]
-    assert "secret" not in repr(checkpoint)
-    weights = read_state_dict(checkpoint)
-    assert all(torch.equal(weights[name], tensor) for name, tensor in model.state_dict().items())
-    assert [question["file"] for question in asked[1:]] == [
-        "model.safetensors",
-        "model.safetensors.index.json",
-        "pytorch_model.bin",
-    ]
-    assert all(question["revision"] == "v1" for question in asked)
-    (tmp_path / "pytorch_model.bin").unlink()
-    assert "someone/mamba has no weights on the hub" in fails(lambda: read_state_dict(checkpoint))
-
-
-@pytest.mark.parametrize(
-    ("kind", "words"),
-    [
-        (
-            hub_errors.LocalEntryNotFoundError,
-            r"the hub was not reached .*MambaTrace.demo\(\) needs no network",
-        ),
-        (hub_errors.RepositoryNotFoundError, "'a/b' is neither a folder that exists nor a model on the hub"),
-        (hub_errors.GatedRepoError, "a/b is gated: ask for access"),
-        (hub_errors.RevisionNotFoundError, "a/b has no revision 'v1' on the hub"),
-        (hub_errors.RemoteEntryNotFoundError, "a/b has no config.json on the hub at revision 'v1'"),
-        (ConnectionError, r"config.json of a/b at revision 'v1' could not be fetched .*MambaTrace.demo\(\)"),
-    ],
-)
-def test_failures_of_the_hub(monkeypatch: pytest.MonkeyPatch, kind: type[Exception], words: str) -> None:
-    hub(monkeypatch, lambda name, file: response_error(kind))
-    with pytest.raises(CheckpointError, match=words):
-        find_checkpoint("a/b", revision="v1")
-
-
-def test_offline_and_not_cached(tmp_path: Path) -> None:
-    words = fails(lambda: find_checkpoint("someone/mamba", cache_dir=tmp_path, local_files_only=True))
-    assert "'someone/mamba' is no local folder, its config.json is not in the local cache" in words
-    assert "local_files_only or HF_HUB_OFFLINE is set" in words
-    assert "MambaTrace.demo()" in words
-
-
-# ---------------------------------------------------------------- tokenizers
-
-
-def word_tokenizer(n_words: int = 4, **special: Any) -> PreTrainedTokenizerFast:
-    words = {"<end>": 0} | {f"w{i}": i for i in range(1, n_words)}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<end>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", **special)
-
-
-def default_tokenizer(monkeypatch: pytest.MonkeyPatch, result: Any) -> list[tuple[str, dict[str, Any]]]:
-    """Replace fetching the default tokenizer; returns the list of what will be asked."""
-    asked: list[tuple[str, dict[str, Any]]] = []
-
-    def from_pretrained(name: str, **options: Any) -> Any:
-        asked.append((name, options))
-        if isinstance(result, Exception):
-            raise result
-        return result
-
-    monkeypatch.setattr(checkpoints.AutoTokenizer, "from_pretrained", from_pretrained)
-    return asked
-
-
-@pytest.mark.parametrize("padding", [{}, {"pad_token": "w1"}])
-def test_own_tokenizer_with_padding(tmp_path: Path, padding: dict[str, Any]) -> None:
-    save_original(tiny_model(), tmp_path)
-    word_tokenizer(**padding).save_pretrained(tmp_path)
-    tokenizer = load_tokenizer(find_checkpoint(tmp_path))
-    assert tokenizer is not None
-    assert tokenizer("w2 w3")["input_ids"] == [2, 3]
-    assert tokenizer.pad_token == padding.get("pad_token", "<end>")
-    (tmp_path / "tokenizer.json").write_text("{")
-    (tmp_path / "tokenizer_config.json").unlink()
-    with pytest.raises(CheckpointError, match=r"the tokenizer in .* cannot be loaded"):
-        load_tokenizer(find_checkpoint(tmp_path))
-
-
-def test_default_tokenizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    save_original(tiny_model(), tmp_path)
-    checkpoint = find_checkpoint(tmp_path, revision="v1")
-    asked = default_tokenizer(monkeypatch, word_tokenizer(24))
-    monkeypatch.setattr(checkpoints, "DEFAULT_TOKENIZER_SIZE", 24)
-    tokenizer = load_tokenizer(checkpoint, use_fast=True)
-    assert tokenizer is not None
-    assert tokenizer.pad_token == "<end>"
-    expected = {"cache_dir": None, "token": None, "local_files_only": True, "use_fast": True}
-    assert asked == [("EleutherAI/gpt-neox-20b", expected)]  # not the revision, which is the checkpoint's
-
-
-def test_no_tokenizer_warns_once_and_gives_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    save_original(tiny_model(), tmp_path)
-    monkeypatch.setattr(checkpoints, "offline", lambda options: False)  # whatever HF_HUB_OFFLINE says
-    for size, words, requests in (
-        (24, "gpt-neox-20b is neither cached nor within reach", 2),
-        (25, "gpt-neox-20b has 25 tokens, the model 24", 0),
-    ):
-        asked = default_tokenizer(monkeypatch, OSError("no"))
-        monkeypatch.setattr(checkpoints, "DEFAULT_TOKENIZER_SIZE", size)
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            assert load_tokenizer(find_checkpoint(tmp_path)) is None
-        assert len(caught) == 1
-        message = str(caught[0].message)
-        assert words in message
-        assert "Strings cannot be used until tokenizer= is given; token tensors work" in message
-        assert len(asked) == requests
 
 
 # ---------------------------------------------------------------- writing
@@ -444,3 +213,84 @@ def test_weights_written_are_those_of_the_model(tmp_path: Path) -> None:
     expected = convert_state_dict(model.state_dict(), "original")
     assert written.keys() == expected.keys()
     assert all(torch.equal(written[name], tensor) for name, tensor in expected.items())
+
+
+# ---------------------------------------------------------------- configurations
+
+CONFIGS = {
+    "": "is not JSON: it is empty",
+    "{": "is not JSON",
+    "[]": "must hold a JSON object, found a list",
+    "[" * 100_000: "is not JSON",
+    '{"model_type": "mamba", "hidden_size": ' + "9" * 5000 + "}": "is not JSON",
+    '{"model_type": 5}': "model_type 5",
+}
+
+
+@pytest.mark.parametrize("text", CONFIGS, ids=lambda text: text[:12])
+def test_a_config_that_is_none(folder: Path, text: str) -> None:
+    (folder / "config.json").write_text(text)
+    said = refused(folder)
+    assert CONFIGS[text] in said
+    assert str(folder) in said
+
+
+def test_a_config_that_is_a_folder_or_no_text(folder: Path) -> None:
+    (folder / "config.json").write_bytes(b"\xff\xfe{}")
+    assert f"{folder / 'config.json'} is not JSON" in refused(folder)
+    (folder / "config.json").unlink()
+    (folder / "config.json").mkdir()
+    assert f"{folder / 'config.json'} is a folder" in refused(folder)
+
+
+VALUES: list[tuple[str, Any]] = [
+    *(("hidden_size", value) for value in ("12", -1, 0, 12.0, True, None, [12])),
+    *(("num_hidden_layers", value) for value in ("3", -1, 0)),
+    *(("vocab_size", value) for value in ("31", -1, 0, 31.0)),
+    ("layer_norm_epsilon", "x"),
+    ("layer_norm_epsilon", -1.0),
+    ("layer_norm_epsilon", float("nan")),
+    ("tie_word_embeddings", "no"),
+]
+
+
+@pytest.mark.parametrize(("field", "value"), VALUES)
+def test_values_that_a_field_does_not_take(folder: Path, field: str, value: Any) -> None:
+    edit(folder, **{field: value})
+    said = refused(folder)
+    assert "config.json" in said
+    assert str(folder) in said
+    names = json.loads((folder / "config.json").read_text())
+    assert any(re.search(rf"\b{name}\b", said) for name in names)
+    assert repr(value) in said
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"hidden_act": "zzz"}, "hidden_act 'zzz' is no activation of transformers"),
+        ({"hidden_act": "slu"}, "did you mean silu"),
+        ({"dtype": "zz"}, "zz"),
+        ({"dtype": "int64"}, "dtype 'int64' is no dtype of weights"),
+        ({"eos_token_id": "x"}, "eos_token_id"),
+        ({"quantization_config": "abc"}, "MambaConfig rejects"),
+        ({"id2label": 5}, "MambaConfig rejects"),
+        ({"transformers_weights": 5}, "transformers_weights in the config of .* must name a file, found 5"),
+        ({"transformers_weights": "x.safetensors"}, "has no x.safetensors, which its config names"),
+        ({"transformers_weights": "../x.safetensors"}, "which is not in the folder"),
+    ],
+)
+def test_hugging_face_configs_on_which_transformers_stumbles(tiny_hf, tmp_path, change, words) -> None:
+    tiny_hf().save_pretrained(tmp_path)
+    edit(tmp_path, **change)
+    said = refused(tmp_path)
+    assert re.search(words, said), said
+    assert str(tmp_path) in said
+
+
+def test_a_config_helps_where_the_checkpoint_has_none(folder: Path, tokens: Tensor, tiny_config) -> None:
+    want = logits(MambaTrace(folder, config=tiny_config), tokens)
+    for spoil in (lambda file: file.write_text("{"), lambda file: file.unlink()):
+        spoil(folder / "config.json")
+        refused(folder)
+        assert torch.equal(logits(MambaTrace(folder, config=tiny_config), tokens), want)

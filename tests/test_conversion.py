@@ -241,16 +241,12 @@ HUGGINGFACES = st.builds(
 MAMBA_LENSES = st.builds(
     lambda n_ctx, auto, left_out: {
         key: value
-        for key, value in (
-            MAMBA_LENS | {"n_ctx": n_ctx} | ({"d_inner": -1, "dt_rank": "auto"} if auto else {})
-        ).items()
+        for key, value in (MAMBA_LENS | {"n_ctx": n_ctx} | ({"d_inner": -1, "dt_rank": "auto"} if auto else {})).items()
         if key not in left_out
     },
     n_ctx=st.integers(1, 9),
     auto=st.booleans(),
-    left_out=st.sets(
-        st.sampled_from(["initializer_cfg", "device", "d_inner", "d_state", "pad_vocab_size_multiple"])
-    ),
+    left_out=st.sets(st.sampled_from(["initializer_cfg", "device", "d_inner", "d_state", "pad_vocab_size_multiple"])),
 )
 ROUTES = st.lists(st.sampled_from(FORMATS), min_size=1, max_size=4)
 
@@ -262,9 +258,7 @@ def test_config_round_trip_by_any_route_is_exact(config: Any, route: list[str], 
     start = detect_config_format(config)
     before, found = deepcopy(plain(config)), config
     for to in route:
-        if (
-            to == start
-        ):  # a Hugging Face config that is to be loaded may have lost its rescaling: not on the way
+        if to == start:  # a Hugging Face config that is to be loaded may have lost its rescaling: not on the way
             continue
         found = convert_config(found, to, trained=trained)
         found = MambaConfig.from_dict(json.loads(json.dumps(plain(found)))) if to == "huggingface" else found
@@ -316,7 +310,7 @@ def test_trained_concerns_rescaling_only() -> None:
         ({"attn_layer_idx": [3]}, r"attn_layer_idx is \[3\]: some layers are attention"),
         ({"d_intermediate": 64}, "d_intermediate is 64: the blocks have an MLP"),
         ({"rms_norm": False}, "rms_norm is False: the norms are LayerNorm"),
-        ({"ssm_cfg": {"headdim": 64}}, "options that Mamba-1 has not: headdim"),
+        ({"ssm_cfg": {"headdim": 64}}, "options that Mamba-1 does not have: headdim"),
         ({"ssm_cfg": {"dt_init": "zero"}}, "dt_init must be 'random' or 'constant', found 'zero'"),
         ({"ssm_cfg": {"d_state": 0}}, "ssm_cfg.d_state must be a whole number of at least 1, found 0"),
         (
@@ -350,9 +344,7 @@ def test_configurations_of_nothing_known_are_rejected() -> None:
         detect_config_format({"hidden_size": 3})
     with pytest.raises(CheckpointError, match="found int"):
         detect_config_format(3)
-    with pytest.raises(
-        CheckpointError, match="unknown format 'hf'; the formats are 'original', 'huggingface'"
-    ):
+    with pytest.raises(CheckpointError, match="unknown format 'hf'; the formats are 'original', 'huggingface'"):
         convert_config(MAMBA_130M, "hf")
     with pytest.raises(CheckpointError, match="the original configuration has no n_layer"):
         convert_config({"d_model": 3, "vocab_size": 8}, "huggingface", source="original")
@@ -361,9 +353,17 @@ def test_configurations_of_nothing_known_are_rejected() -> None:
 def test_configurations_that_mamba_lens_wrote() -> None:
     with safe_open(RECORDED, "pt") as file:
         spec = json.loads(file.metadata()["spec"])
-    from_lens, from_original = (
-        convert_config(spec[key], "huggingface") for key in ("config", "original_config")
-    )
+    from_lens, from_original = (convert_config(spec[key], "huggingface") for key in ("config", "original_config"))
     assert convert_config(from_lens, "mamba_lens") == spec["config"]
     del from_lens.mamba_trace_source, from_original.mamba_trace_source
     assert plain(from_lens) == plain(from_original)
+
+
+@pytest.mark.parametrize("source", [5, {}, {"format": "zz", "trained": False, "config": {}}])
+def test_a_source_that_conversion_did_not_write(source: Any) -> None:
+    config = MAMBA_130M | {"attn_cfg": {"mamba_trace_source": source}}
+    if not source:
+        assert convert_config(config, "huggingface").hidden_size == 768
+        return
+    with pytest.raises(CheckpointError, match="mamba_trace_source is not what convert_config put there"):
+        convert_config(config, "huggingface")

@@ -172,9 +172,7 @@ def test_a_fresh_model_is_close_to_uniform_and_finite() -> None:
 def test_what_cannot_be_initialized_is_said() -> None:
     with torch.device("meta"):
         model = small()
-    with pytest.raises(
-        InitializationError, match=r"embeddings.weight is on the meta device: call model.to_empty"
-    ):
+    with pytest.raises(InitializationError, match=r"embeddings.weight is on the meta device: call model.to_empty"):
         initialize(model, seed=0)
     model = small()
     model.extra = torch.nn.Linear(2, 2)

@@ -1,11 +1,22 @@
 """`MambaTrace(...)`: every way to get a model gives the same logits, or says what is wrong."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
-from transformers import AutoTokenizer, FalconMambaConfig, GPT2Config, GPT2LMHeadModel, MambaForCausalLM
+from checkpoint_folders import SAFE, logits, refused
+from conftest import agree
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import (
+    AutoTokenizer,
+    FalconMambaConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    MambaConfig,
+    MambaForCausalLM,
+)
 
 from mamba_trace import MambaTrace
 from mamba_trace.conversion import FORMATS, convert_config, convert_state_dict
@@ -15,17 +26,6 @@ from mamba_trace.model import DEMO
 
 pytestmark = pytest.mark.filterwarnings("ignore:no tokenizer")
 PROMPT = "Lately, Emma and Shelby had fun at school. Shelby gave an apple to"
-
-
-def logits(model: MambaTrace, tokens: torch.Tensor) -> torch.Tensor:
-    with torch.no_grad(), model.trace(tokens):
-        out = model.lm_head.output.save()
-    return out
-
-
-def close(actual: torch.Tensor, expected: torch.Tensor) -> None:
-    """Agreement to 1e-5 of the largest value."""
-    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
 
 
 @pytest.fixture
@@ -46,7 +46,7 @@ def test_a_hugging_face_folder(plain, tokens, expected, tmp_path, safe):
     else:
         plain.config.save_pretrained(tmp_path)
         torch.save(plain.state_dict(), tmp_path / "pytorch_model.bin")
-    close(logits(MambaTrace(tmp_path), tokens), expected)
+    agree(logits(MambaTrace(tmp_path), tokens), expected)
 
 
 @pytest.mark.parametrize("safe", [True, False], ids=["safetensors", "bin"])
@@ -85,7 +85,7 @@ def test_dtype(plain, tokens, tmp_path, dtype, original):
 def test_device_map(plain, tokens, expected, tmp_path, device_map, original):
     save_original(plain, tmp_path) if original else plain.save_pretrained(tmp_path)
     model = MambaTrace(tmp_path, device_map=device_map)
-    close(logits(model, tokens), expected)
+    agree(logits(model, tokens), expected)
 
 
 def test_layers_offloaded_to_disk(plain, tokens, expected, tmp_path):
@@ -94,7 +94,7 @@ def test_layers_offloaded_to_disk(plain, tokens, expected, tmp_path):
     device_map |= {f"backbone.layers.{i}": "disk" for i in range(1, len(plain.backbone.layers))}
     device_map["backbone.layers.0"] = "cpu"
     model = MambaTrace(tmp_path / "model", device_map=device_map, offload_folder=tmp_path / "offload")
-    close(logits(model, tokens), expected)
+    agree(logits(model, tokens), expected)
     with torch.no_grad(), model.trace(tokens):
         model.layers[1].ssm.h[2].output[:] = 0
         y = model.layers[1].ssm.y.output.save()
@@ -113,9 +113,7 @@ def test_arguments_reach_from_pretrained(plain, tmp_path, monkeypatch):
 
     monkeypatch.setattr(MambaForCausalLM, "from_pretrained", from_pretrained)
     quantization = object()
-    MambaTrace(
-        tmp_path, revision="v2", quantization_config=quantization, max_memory={0: "1GB"}, dispatch=True
-    )
+    MambaTrace(tmp_path, revision="v2", quantization_config=quantization, max_memory={0: "1GB"}, dispatch=True)
     assert seen["revision"] == "v2"
     assert seen["quantization_config"] is quantization
     assert seen["max_memory"] == {0: "1GB"}
@@ -127,7 +125,7 @@ def test_a_rescaled_config_does_not_rescale_loaded_weights(plain, tokens, expect
     model = MambaTrace(tmp_path, dispatch=True)
     assert torch.equal(model.layers[0].ssm.out_proj.weight, plain.backbone.layers[0].mixer.out_proj.weight)
     assert model.config.rescale_prenorm_residual
-    close(logits(model, tokens), expected)
+    agree(logits(model, tokens), expected)
 
 
 def test_a_loaded_module_is_made_hookable_in_place(plain, tokens):
@@ -203,7 +201,7 @@ def test_adapted_inner_layers_are_called(tiny_hf, tokens):
         weight = getattr(merged.backbone.layers[1].mixer, name).weight
         weight.data += (adapter.up @ adapter.down).detach()
     with torch.no_grad():
-        close(logits(MambaTrace(adapted), tokens), merged(tokens).logits)
+        agree(logits(MambaTrace(adapted), tokens), merged(tokens).logits)
 
 
 def test_the_demo_model_answers():
@@ -258,12 +256,12 @@ def test_an_architecture_that_is_no_mamba(tmp_path):
     [
         (
             lambda weights: weights.pop("backbone.layers.1.mixer.x_proj.weight"),
-            "lack backbone.layers.1.mixer.x_proj",
+            "1 missing: backbone.layers.1.mixer.x_proj",
         ),
-        (lambda weights: weights.update({"surplus.weight": torch.zeros(2)}), "have besides surplus.weight"),
+        (lambda weights: weights.update({"surplus.weight": torch.zeros(2)}), "1 unexpected: surplus.weight"),
         (
             lambda weights: weights.update({"backbone.norm_f.weight": torch.zeros(2)}),
-            r"norm_f.weight \(\(2,\) and not \(12,\)\)",
+            r"1 of the wrong shape: backbone.norm_f.weight \[2\], expected \[12\]",
         ),
     ],
     ids=["missing", "extra", "wrong shape"],
@@ -280,9 +278,7 @@ def test_hugging_face_weights_that_do_not_fit(plain, tmp_path, change, words):
 @pytest.mark.parametrize("original", [True, False])
 def test_torch_dtype_is_understood(plain, tmp_path, original):
     save_original(plain, tmp_path) if original else plain.save_pretrained(tmp_path)
-    assert (
-        MambaTrace(tmp_path, torch_dtype=torch.bfloat16, dispatch=True).lm_head.weight.dtype == torch.bfloat16
-    )
+    assert MambaTrace(tmp_path, torch_dtype=torch.bfloat16, dispatch=True).lm_head.weight.dtype == torch.bfloat16
 
 
 def test_weights_that_do_not_fit_the_config(plain, tmp_path):
@@ -297,3 +293,71 @@ def test_no_hub_names_the_demo_model(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(CheckpointError, match=r"MambaTrace\.demo\(\)"):
         MambaTrace("state-spaces/no-such-mamba", local_files_only=True)
+
+
+def test_names_are_compared_before_anything_is_loaded(folder: Path) -> None:
+    weights = load_file(folder / SAFE)
+    save_file({name: t for name, t in weights.items() if "layers.1.mixer.D" not in name}, folder / SAFE)
+    assert f"the weights of {folder} do not fit its config.json. 1 missing: backbone.layers.1.mixer.D" in refused(
+        folder
+    )
+    save_file(weights | {"surplus": torch.zeros(1)}, folder / SAFE)
+    assert "1 unexpected: surplus" in refused(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("generation_config.json", "{", "generation_config.json is not JSON"),
+        ("generation_config.json", "[]", "generation_config.json must hold a JSON object"),
+        ("generation_config.json", '{"max_new_tokens": "a"}', "generation_config.json holds no settings"),
+        ("generation_config.json", '{"cache_implementation": "zz"}', "Invalid `cache_implementation`"),
+        ("tokenizer.json", "", "tokenizer.json is not JSON: it is empty"),
+        ("tokenizer.json", "{", "tokenizer.json is not JSON"),
+        ("tokenizer.json", "[]", "tokenizer.json must hold a JSON object"),
+        ("tokenizer.json", "{}", "the tokenizer in"),
+        ("tokenizer_config.json", "[]", "tokenizer_config.json must hold a JSON object"),
+        ("tokenizer_config.json", '{"tokenizer_class": 5}', "the tokenizer in"),
+        ("vocab.json", "{", "vocab.json is not JSON"),
+    ],
+)
+def test_broken_files_beside_the_weights(folder: Path, name: str, text: str, words: str) -> None:
+    (folder / name).write_text(text)
+    said = refused(folder)
+    assert words in said
+    assert str(folder) in said
+
+
+def test_good_checkpoints_load_as_before(folder: Path, tokens: Tensor, tiny_hf) -> None:
+    want = logits(MambaTrace(tiny_hf()), tokens)
+    torch.testing.assert_close(logits(MambaTrace(folder), tokens), want)
+    assert MambaTrace(DEMO, dispatch=True).dispatched
+    assert isinstance(MambaTrace.demo().config, MambaConfig)
+
+
+def test_a_config_with_fewer_layers_takes_the_first(folder: Path, tokens: Tensor) -> None:
+    whole = MambaTrace(folder, dispatch=True)
+    config = convert_config(whole.config, "huggingface")
+    config.num_hidden_layers = 2
+    state = {k: v for k, v in whole._module.state_dict().items() if "layers.2." not in k}
+    want = logits(MambaTrace.from_state_dict(config, state), tokens)
+    for options in ({"config": config}, {"num_hidden_layers": 2}):
+        model = MambaTrace(folder, **options)
+        assert len(model.layers) == 2
+        assert torch.equal(logits(model, tokens), want)
+        assert len(model.layers) == 2
+
+
+def test_an_original_folder_is_loaded_with_all_that_transformers_offers(folder, tokens, tmp_path) -> None:
+    want = logits(MambaTrace(folder), tokens)
+    (folder / "below").mkdir()
+    (folder / SAFE).rename(folder / "below" / "model.fp16.safetensors")
+    (folder / "generation_config.json").write_text('{"max_new_tokens": 3}')
+    model = MambaTrace(folder, subfolder="below", variant="fp16")
+    assert torch.equal(logits(model, tokens), want)
+    (folder / "below" / "model.fp16.safetensors").rename(folder / SAFE)
+    model = MambaTrace(folder, dispatch=True)
+    assert model._module.generation_config.max_new_tokens == 3
+    model._module.save_pretrained(tmp_path / "saved")
+    again = MambaForCausalLM.from_pretrained(tmp_path / "saved")
+    assert torch.equal(logits(MambaTrace(again), tokens), want)

@@ -49,9 +49,7 @@ def assert_identical(found: dict[str, Tensor], expected: dict[str, Tensor]) -> N
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("lm_head", [False, True])
 @pytest.mark.parametrize("start", FORMATS)
-def test_state_dict_round_trips_are_exact(
-    start: str, lm_head: bool, dtype: torch.dtype, use_bias: bool
-) -> None:
+def test_state_dict_round_trips_are_exact(start: str, lm_head: bool, dtype: torch.dtype, use_bias: bool) -> None:
     config = tiny_config(use_bias=use_bias, use_conv_bias=not use_bias)
     weights = {name: tensor.to(dtype) for name, tensor in random_state_dict(config).items()}
     weights["backbone.layers.0.mixer.A_log"] = weights["backbone.layers.0.mixer.A_log"].float()
@@ -129,9 +127,7 @@ def test_other_state_dicts_are_rejected() -> None:
     weights = random_state_dict(tiny_config())
     with pytest.raises(CheckpointError, match=r"found nothing; expected one of 'backbone.embedding.weight'"):
         detect_state_dict_format({})
-    with pytest.raises(
-        CheckpointError, match=r"'model.backbone.embeddings.weight' looks like a Mamba inside"
-    ):
+    with pytest.raises(CheckpointError, match=r"'model.backbone.embeddings.weight' looks like a Mamba inside"):
         detect_state_dict_format({f"model.{name}": tensor for name, tensor in weights.items()})
     with pytest.raises(CheckpointError, match="expected exactly one of"):
         detect_state_dict_format(weights | {"embedding.weight": torch.zeros(1)})
@@ -146,9 +142,7 @@ def test_other_state_dicts_are_rejected() -> None:
         convert_state_dict({"embedding.weight": torch.zeros(8, 4)}, "original")
     lens = convert_state_dict(weights, "mamba_lens")
     lens["blocks.0.skip_proj.weight"] = lens["blocks.0.skip_proj.weight"].half()
-    with pytest.raises(
-        CheckpointError, match=r"in_proj.weight must have one dtype, found torch.float32, torch"
-    ):
+    with pytest.raises(CheckpointError, match=r"in_proj.weight must have one dtype, found torch.float32, torch"):
         convert_state_dict(lens, "original")
 
 

@@ -1,34 +1,47 @@
-"""A checkpoint says itself which files its weights are in, and so may name files that are none of its own.
+"""A checkpoint says itself which files its weights are in, and so may name files that do not belong to it.
 
-An index of shards is a list of paths. `../secrets.safetensors`, `/etc/passwd` or a symbolic link that leads
-out of the folder would all be read, by this package and by transformers, as if they belonged to the
-checkpoint.
+An index of shards is a list of paths. This package and transformers would read `../secrets.safetensors`,
+`/etc/passwd`, or a symbolic link that leads out of the folder, as if they belonged to the checkpoint.
 
-Contract: `shards_of` gives the names in an index, checked to be names of files below its folder; `inside`
-gives the path of such a name, checked to lead to a file in the folder. The snapshots of the hub's cache
-consist of links to `blobs` beside them, and those are followed. Everything else is a `CheckpointError` that
-names the index or the link, what is wrong with it, and what to do.
+Contract: `read_json` gives the object in a JSON file; `shards_of` gives the names in an index, checked to be
+names of files below its folder; `inside` gives the path of such a name, checked to lead to a file in the
+folder. The snapshots in the hub's cache consist of links to `blobs` beside them, and those links are
+followed. Everything else is a `CheckpointError` that names the file, what is wrong with it, and what to do.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
 
 from ..errors import CheckpointError
-from .checkpoint_json import read_json
 
 BLOBS, SNAPSHOTS = "blobs", "snapshots"
 SHARED_BLOBS = ".huggingface-shared-blobs"  # marks the blobs that all repositories of a cache share
 REWRITE = "Download the checkpoint again, or write its index anew: save_pretrained does"
 
 
-def shards_of(index: Path, *, metadata: bool = False) -> list[str]:
-    """The files that an index names, each once, sorted.
+def read_json(file: Path) -> dict[str, Any]:
+    """The object in a JSON file; a `CheckpointError` if the file cannot be read or holds anything else."""
+    again = "Download the file again, or write it anew"
+    text = ""
+    try:
+        text = file.read_text(encoding="utf-8")
+        content = json.loads(text)
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:  # ValueError also for UTF-8 and for endless whole numbers
+        empty = not isinstance(error, UnicodeDecodeError) and not text.strip()
+        raise CheckpointError(f"{file} is not JSON: {'it is empty' if empty else error}. {again}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{file} must hold a JSON object, found a {type(content).__name__}. {again}")
+    return content
 
-    Args:
-        index: a ``*.index.json``.
-        metadata: whether it must have ``metadata``, which transformers asks for.
+
+def shards_of(index: Path) -> list[str]:
+    """The files that a ``*.index.json`` names, each once, sorted.
 
     Raises:
         CheckpointError: if it is no index, or names a file that is not below its folder.
@@ -39,10 +52,9 @@ def shards_of(index: Path, *, metadata: bool = False) -> list[str]:
     content = read_json(index)
     names = content.get("weight_map")
     if not isinstance(names, dict) or not names:
-        found = f"the keys {', '.join(content) or 'nothing'}" if names is None else f"{names!r:.60}"
+        there = f"the keys {', '.join(content) or 'nothing'}" if names is None else f"{names!r:.60}"
         raise CheckpointError(
-            f"{index} has no weight_map, an object that names the file of each weight; found {found}. "
-            f"{REWRITE}"
+            f"{index} has no weight_map, an object that names the file of each weight; found {there}. {REWRITE}"
         )
     for weight, name in names.items():
         if not isinstance(name, str) or not name:
@@ -54,10 +66,9 @@ def shards_of(index: Path, *, metadata: bool = False) -> list[str]:
                 f"{index} says that {weight} is in {name!r}, which is not in the folder of the checkpoint, "
                 "and so is not read. If the file belongs to it, move it there and name it without a path"
             )
-    if metadata and not isinstance(content.get("metadata"), dict):
+    if not isinstance(content.get("metadata"), dict):
         raise CheckpointError(
-            f"{index} has no metadata, an object that transformers asks for. Add it, "
-            f'"metadata": {{}} is enough'
+            f'{index} has no metadata, an object that transformers asks for. Add "metadata": {{}} to it'
         )
     return sorted(set(names.values()))
 
@@ -69,11 +80,9 @@ def _leaves(name: str) -> bool:
 
 
 def inside(folder: Path, name: str) -> Path:
-    """The path of a file in a folder, if it is the folder's own once every link is followed.
+    """The path of a file in a folder, if it still is in that folder once every link is followed.
 
-    Args:
-        folder: of the checkpoint; may itself be a link, and a snapshot in the hub's cache.
-        name: relative to it; a file need not be there.
+    The folder may itself be a link, and a snapshot in the hub's cache. The file need not be there.
 
     Raises:
         CheckpointError: if the name or a link leads out of the folder, or links lead round in a circle.
@@ -85,8 +94,7 @@ def inside(folder: Path, name: str) -> Path:
     except (OSError, RuntimeError, ValueError) as error:
         # RuntimeError is how Python up to 3.12 reports a loop of links, ValueError a zero byte in a name.
         raise CheckpointError(f"{str(file)!r:.200} leads to no file: {error!s:.60}. {REWRITE}") from error
-    own = [root, *_blobs_of(root)]
-    if _leaves(name) or not any(leads_to.is_relative_to(place) for place in own):
+    if _leaves(name) or not any(leads_to.is_relative_to(place) for place in (root, *_blobs_of(root))):
         raise CheckpointError(
             f"{file} leads to {leads_to}, which is not in the folder of the checkpoint, and so is not read. "
             "If the file belongs to it, copy it there in place of the link"
@@ -95,7 +103,7 @@ def inside(folder: Path, name: str) -> Path:
 
 
 def _blobs_of(folder: Path) -> Iterator[Path]:
-    """Where the files are of a snapshot in the hub's cache, ``<repository>/snapshots/<revision>``."""
+    """Where the links in a snapshot of the hub's cache lead, ``<repository>/snapshots/<revision>``."""
     for snapshot in (folder, *folder.parents):
         repository = snapshot.parent.parent
         if snapshot.parent.name == SNAPSHOTS and "--" in repository.name:

@@ -7,9 +7,9 @@
 
 Where each format keeps each value is in config_fields.py.
 
-Contract: `parse` gives a plain dict of any accepted configuration and its format; `read` gives the values
-that such a dict holds, raising `CheckpointError` for models that are not the Mamba of Hugging Face; `write`
-puts values into such a dict, touching only what differs.
+Contract: `parse` turns any accepted configuration into a plain dict and says its format; `read` takes the
+values out of such a dict and raises `CheckpointError` for a model that Hugging Face's Mamba cannot express;
+`write` puts values into such a dict and changes nothing that is equal already.
 """
 
 import dataclasses
@@ -24,26 +24,19 @@ from transformers.activations import ACT2FN
 
 from ..errors import CheckpointError
 from ..names import nearest
-from .config_fields import (
-    BOOLS,
-    DT_INIT,
-    EXPECTED,
-    FIELDS,
-    FLOATS,
-    FORMATS,
-    HARMLESS_SSM_OPTIONS,
-    MOST_LAYERS,
-    POSITIVE_INTS,
-    REQUIRED,
-    Config,
-    KeyPath,
-)
+from .config_fields import FIELDS, FORMATS, HARMLESS_SSM_OPTIONS, MOST_LAYERS, REQUIRED, Config, KeyPath
 
-REASON = 200  # characters of it that are worth repeating
+EXPECTED = (
+    "original: d_model, n_layer and vocab_size, no model_type; huggingface: model_type 'mamba'; "
+    "mamba_lens: d_model, n_layers and vocab_size"
+)
+DT_INIT = ("random", "constant")
+NEEDED = {int: "a whole number of at least 1", bool: "true or false", float: "a number"}
+NEEDED[str] = " or ".join(map(repr, DT_INIT))
 
 
 def parse(config: Any, source: str | None = None) -> tuple[str, Config]:
-    """The format of a configuration (dict, MambaConfig, object with attributes), and a plain copy."""
+    """The format of a configuration (dict, MambaConfig, object with attributes), and a plain copy of it."""
     if isinstance(config, PreTrainedConfig):
         raw = config.to_dict()
     elif dataclasses.is_dataclass(config) and not isinstance(config, type):
@@ -53,8 +46,8 @@ def parse(config: Any, source: str | None = None) -> tuple[str, Config]:
     elif hasattr(config, "__dict__") and not isinstance(config, type):
         raw = deepcopy(vars(config))
     else:
-        found = type(config).__name__
-        raise CheckpointError(f"expected a configuration (dict, MambaConfig or MambaCfg), found {found}")
+        given = type(config).__name__
+        raise CheckpointError(f"expected a configuration (dict, MambaConfig or MambaCfg), found {given}")
     format = check_format(source) if source is not None else detect(raw)
     if format == "huggingface":
         return format, _plain_huggingface(raw)
@@ -62,14 +55,14 @@ def parse(config: Any, source: str | None = None) -> tuple[str, Config]:
 
 
 def check_format(format: str) -> str:
-    """`format` itself, or `CheckpointError` where it is none of FORMATS."""
+    """`format` itself, if it is one of FORMATS; otherwise a `CheckpointError`."""
     if format not in FORMATS:
         raise CheckpointError(f"unknown format {format!r}; the formats are {', '.join(map(repr, FORMATS))}")
     return format
 
 
 def detect(raw: Mapping[str, Any]) -> str:
-    """The format of a configuration given as a mapping; `CheckpointError` where it is none of FORMATS."""
+    """The format of a configuration given as a mapping; a `CheckpointError` if it is none of FORMATS."""
     model_type = raw.get("model_type")
     if model_type == "mamba":
         return "huggingface"
@@ -83,37 +76,36 @@ def detect(raw: Mapping[str, Any]) -> str:
             return "mamba_lens"
         if "n_layer" in raw:
             return "original"
-    found = ", ".join(sorted(map(str, raw))[:12]) or "nothing"
-    hint = ""
-    if "hidden_size" in raw:
-        hint = " If it is a Hugging Face Mamba-1 configuration, add model_type='mamba'."
-    raise CheckpointError(f"not a Mamba configuration. Found the keys {found}. Expected {EXPECTED}.{hint}")
+    keys = ", ".join(sorted(map(str, raw))[:12]) or "nothing"
+    hint = " If it is a Hugging Face Mamba-1 configuration, add model_type='mamba'."
+    raise CheckpointError(
+        f"not a Mamba configuration. Found the keys {keys}. Expected {EXPECTED}.{hint if 'hidden_size' in raw else ''}"
+    )
 
 
 def huggingface(raw: Config) -> MambaConfig:
-    """The MambaConfig of a plain dict; `CheckpointError` where transformers rejects a value."""
+    """The MambaConfig that a plain dict describes; a `CheckpointError` if transformers rejects a value."""
     layers = declared_layers(raw)
     if layers > MOST_LAYERS:
-        raise CheckpointError(
-            f"the configuration declares {layers} layers, and at most {MOST_LAYERS} are built"
-        )
+        raise CheckpointError(f"the configuration declares {layers} layers; at most {MOST_LAYERS} are built")
     try:
         return MambaConfig.from_dict(raw)
-    except Exception as error:  # a dtype of no name is an AttributeError, others KeyError or TypeError
-        reason = " ".join(str(error).split())
-        raise CheckpointError(
-            f"transformers' MambaConfig rejects this configuration: {reason[:REASON]}"
-        ) from error
+    except Exception as error:  # an unknown dtype is an AttributeError, other faults a KeyError or TypeError
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"transformers' MambaConfig rejects this configuration: {reason}") from error
 
 
 def declared_layers(raw: Mapping[str, Any]) -> int:
-    """How many layers a configuration of any format says that it has; 0 where it says none."""
+    """The number of layers that a configuration of any format declares; 0 if it declares none."""
     named = (raw.get(name) for name in ("num_hidden_layers", "n_layer", "n_layers"))
     return max((layers for layers in named if isinstance(layers, int)), default=0)
 
 
 def _plain_huggingface(raw: Config) -> Config:
-    """What differs from a fresh MambaConfig, and FIELDS; not where, or by which version, it was loaded."""
+    """The fields in FIELDS, and those that differ from a fresh MambaConfig's.
+
+    Where and by which version of transformers the configuration was loaded is left out.
+    """
     defaults, fields = MambaConfig().to_dict(), huggingface(raw).to_dict()
     dropped = ("transformers_version", "_name_or_path", "intermediate_size")
     kept = {k: v for k, v in fields.items() if k not in dropped and (k not in defaults or defaults[k] != v)}
@@ -122,9 +114,10 @@ def _plain_huggingface(raw: Config) -> Config:
 
 
 def _plain_mamba_lens(raw: Config) -> Config:
-    """MambaCfg's names and JSON values, also for the dict that MambaLens's own export of a MambaCfg gives.
+    """A dict with MambaCfg's names and JSON values, also from the dict that MambaLens itself exports.
 
-    MambaInitCfg's defaults are tuples of one, by a trailing comma in MambaLens 0.0.4: the one is taken.
+    The defaults in MambaLens 0.0.4's MambaInitCfg are tuples of one element, because of a trailing comma; the
+    element is taken.
     """
     raw = raw | raw.pop("ssm_config", {})
     if "n_layer" in raw:
@@ -144,8 +137,9 @@ def _plain_mamba_lens(raw: Config) -> Config:
 def read(format: str, raw: Config) -> Config:
     """The values that a configuration holds, keyed by Hugging Face names.
 
-    What it leaves out is given its default, but for values that the format has no place for, and the original
-    format's initializer_cfg, which state-spaces/mamba keeps outside of its configuration.
+    A value that it leaves out gets its default. Two kinds of values stay out of the result: those that the
+    format has no place for, and the original format's initializer_cfg, which state-spaces/mamba keeps
+    elsewhere.
     """
     _reject(format, raw)
     values = {}
@@ -153,12 +147,24 @@ def read(format: str, raw: Config) -> Config:
         path = field.path(format)
         if path is None:
             continue
-        found = _get(raw, path)
-        if found is not REQUIRED:
-            values[field.name] = found
+        value = _get(raw, path)
+        if value is not REQUIRED:
+            values[field.name] = value
+        elif field.default is REQUIRED:
+            raise CheckpointError(f"the {format} configuration has no {'.'.join(path)}")
         elif not (format == "original" and path[0] == "initializer_cfg"):
             values[field.name] = field.default
-    return _resolve(format, raw, values)
+    if values["time_step_rank"] == "auto" and isinstance(values["hidden_size"], int):
+        values["time_step_rank"] = math.ceil(values["hidden_size"] / 16)
+    _check_types(format, values)
+    floats = [field.name for field in FIELDS if field.kind is float and field.name in values]
+    values |= {name: float(values[name]) for name in floats}
+    if format != "huggingface":
+        multiple = raw.get("pad_vocab_size_multiple", 8)
+        if isinstance(multiple, bool) or not isinstance(multiple, int) or multiple < 1:
+            raise CheckpointError(f"pad_vocab_size_multiple must be at least 1, found {multiple!r}")
+        values["vocab_size"] = math.ceil(values["vocab_size"] / multiple) * multiple
+    return values
 
 
 def defaults(format: str) -> Config:
@@ -169,7 +175,7 @@ def defaults(format: str) -> Config:
 
 
 def _get(raw: Config, path: KeyPath) -> Any:
-    """The value at a path; REQUIRED where there is none."""
+    """The value at a path; REQUIRED if nothing is there."""
     value: Any = raw
     for key in path:
         if not isinstance(value, Mapping) or key not in value:
@@ -178,103 +184,83 @@ def _get(raw: Config, path: KeyPath) -> Any:
     return value
 
 
-def _resolve(format: str, raw: Config, values: Config) -> Config:
-    """Check the values, pad the vocabulary and compute the automatic dt_rank."""
-    for field in FIELDS:
-        if values.get(field.name) is REQUIRED:
-            raise CheckpointError(f"the {format} configuration has no {'.'.join(field.path(format) or ())}")
-    if values["time_step_rank"] == "auto" and isinstance(values["hidden_size"], int):
-        values["time_step_rank"] = math.ceil(values["hidden_size"] / 16)
-    _check_types(format, values)
-    for name in FLOATS:
-        if name in values:
-            values[name] = float(values[name])
-    if format != "huggingface":
-        multiple = raw.get("pad_vocab_size_multiple", 8)
-        if isinstance(multiple, bool) or not isinstance(multiple, int) or multiple < 1:
-            raise CheckpointError(f"pad_vocab_size_multiple must be at least 1, found {multiple!r}")
-        values["vocab_size"] = math.ceil(values["vocab_size"] / multiple) * multiple
-    return values
-
-
 def _check_types(format: str, values: Config) -> None:
-    """Raise for a value that is not of its field's type, under the name that the format gives the field."""
-    problem = ""
+    """Raise for a value of the wrong type, under the name that the format gives its field."""
     for field in FIELDS:
-        name, path = field.name, ".".join(field.path(format) or (field.name,))
-        if name not in values:
+        if field.name not in values:
             continue
-        value = values[name]
+        value, path = values[field.name], ".".join(field.path(format) or (field.name,))
         whole = isinstance(value, int) and not isinstance(value, bool)
-        if name in POSITIVE_INTS and not (whole and value >= 1):
-            problem = f"{path} must be a whole number of at least 1"
-        elif name in BOOLS and not isinstance(value, bool):
-            problem = f"{path} must be true or false"
-        elif name in FLOATS and not (whole or (isinstance(value, float) and math.isfinite(value))):
-            problem = f"{path} must be a number"
-        elif name == "layer_norm_epsilon" and value < 0:
-            problem = f"{path} must not be negative"
-        elif name == "time_step_init_scheme" and value not in DT_INIT:
-            problem = "dt_init must be 'random' or 'constant'"
-        if problem:
-            raise CheckpointError(f"{problem}, found {value!r:.60}")
+        fits = {
+            int: whole and value >= 1,
+            bool: isinstance(value, bool),
+            float: whole or (isinstance(value, float) and math.isfinite(value)),
+            str: value in DT_INIT,
+        }
+        if not fits[field.kind]:
+            raise CheckpointError(f"{path} must be {NEEDED[field.kind]}, found {value!r:.60}")
+        if field.name == "layer_norm_epsilon" and value < 0:
+            raise CheckpointError(f"{path} must not be negative, found {value!r:.60}")
 
 
 def _reject(format: str, raw: Config) -> None:
-    """Raise for models that Hugging Face's Mamba cannot express."""
-    only = "only Mamba-1 with RMSNorm, as Hugging Face's MambaForCausalLM has it, is supported so far"
+    """Raise for a model that Hugging Face's Mamba cannot express."""
     sections = {"original": ("ssm_cfg", "attn_cfg", "initializer_cfg"), "mamba_lens": ("initializer_cfg",)}
     for section in sections.get(format, ()):
         if not isinstance(raw.get(section) or {}, Mapping):
             raise CheckpointError(f"{section} must be an object of settings, found {raw[section]!r:.60}")
-    act = raw.get("hidden_act", "silu")
-    if format == "huggingface" and (not isinstance(act, str) or act not in ACT2FN):
+    if format == "huggingface":
+        return _reject_huggingface(raw)
+    problem = _beyond_mamba(raw) if format == "original" else None
+    if format == "mamba_lens":
+        inner, expand, width = raw.get("d_inner", -1), raw.get("expand", 2), raw.get("d_model")
+        whole = isinstance(expand, int) and isinstance(width, int)  # if not, `_check_types` says so
+        if whole and inner not in (-1, expand * width):
+            problem = f"d_inner is {inner}, but expand * d_model is {expand * width}"
+    if problem:
+        only = "only Mamba-1 with RMSNorm, as Hugging Face's MambaForCausalLM has it, is supported so far"
+        raise CheckpointError(f"{problem}; {only}")
+
+
+def _reject_huggingface(raw: Config) -> None:
+    """Raise for an activation or a dtype that does not exist."""
+    act, dtype = raw.get("hidden_act", "silu"), raw.get("dtype")
+    if not isinstance(act, str) or act not in ACT2FN:
         raise CheckpointError(
             f"hidden_act {act!r:.60} is no activation of transformers{nearest(str(act), sorted(ACT2FN))}. A "
             "Mamba has 'silu'"
         )
-    dtype = raw.get("dtype")
     known = dtype if isinstance(dtype, torch.dtype) else getattr(torch, str(dtype), None)
-    floating = isinstance(known, torch.dtype) and known.is_floating_point
-    if format == "huggingface" and dtype is not None and not floating:
+    if dtype is not None and not (isinstance(known, torch.dtype) and known.is_floating_point):
         raise CheckpointError(f"dtype {dtype!r:.60} is no dtype of weights, as float32 and bfloat16 are")
+
+
+def _beyond_mamba(raw: Config) -> str | None:
+    """What in a configuration of the original format makes another model of it; None if nothing does."""
     ssm = raw.get("ssm_cfg") or {}
-    problem = None
-    if format == "original":
-        unknown = (
-            set(ssm) - HARMLESS_SSM_OPTIONS - {f.original[1] for f in FIELDS if f.original[0] == "ssm_cfg"}
-        )
-        if ssm.get("layer", "Mamba1") != "Mamba1":
-            problem = f"ssm_cfg.layer is {ssm['layer']!r}"
-        elif raw.get("attn_layer_idx"):
-            problem = f"attn_layer_idx is {raw['attn_layer_idx']!r}: some layers are attention"
-        elif raw.get("d_intermediate"):
-            problem = f"d_intermediate is {raw['d_intermediate']!r}: the blocks have an MLP"
-        elif raw.get("rms_norm", True) is not True:
-            problem = f"rms_norm is {raw['rms_norm']!r}: the norms are LayerNorm"
-        elif unknown:
-            problem = f"ssm_cfg has options that Mamba-1 has not: {', '.join(sorted(unknown))}"
-    elif format == "mamba_lens":
-        inner, expand, width = raw.get("d_inner", -1), raw.get("expand", 2), raw["d_model"]
-        whole = isinstance(expand, int) and isinstance(width, int)  # of which `_check_types` speaks
-        expected = expand * width if whole else inner
-        if inner not in (-1, expected):
-            problem = f"d_inner is {inner}, but expand * d_model is {expected}"
-    if problem:
-        raise CheckpointError(f"{problem}; {only}")
+    known = HARMLESS_SSM_OPTIONS | {field.original[1] for field in FIELDS if field.original[0] == "ssm_cfg"}
+    if ssm.get("layer", "Mamba1") != "Mamba1":
+        return f"ssm_cfg.layer is {ssm['layer']!r}"
+    if raw.get("attn_layer_idx"):
+        return f"attn_layer_idx is {raw['attn_layer_idx']!r}: some layers are attention"
+    if raw.get("d_intermediate"):
+        return f"d_intermediate is {raw['d_intermediate']!r}: the blocks have an MLP"
+    if raw.get("rms_norm", True) is not True:
+        return f"rms_norm is {raw['rms_norm']!r}: the norms are LayerNorm"
+    unknown = sorted(ssm.keys() - known)
+    return f"ssm_cfg has options that Mamba-1 does not have: {', '.join(unknown)}" if unknown else None
 
 
 def template(format: str, values: Config) -> Config:
-    """A configuration with the sizes that every one of that format has, to be completed by `write`."""
+    """A configuration with only what each one of that format must have, for `write` to complete."""
     sizes = {
         "vocab_size": values["vocab_size"],
         "pad_vocab_size_multiple": 1 if values["vocab_size"] % 8 else 8,
     }
     if format == "original":
         sizes |= {"d_model": values["hidden_size"], "n_layer": values["num_hidden_layers"], "ssm_cfg": {}}
-        return sizes | dict.fromkeys(
-            ("rms_norm", "residual_in_fp32", "fused_add_norm", "tie_embeddings"), True
-        )
+        flags = ("rms_norm", "residual_in_fp32", "fused_add_norm", "tie_embeddings")
+        return sizes | dict.fromkeys(flags, True)
     if format == "huggingface":
         return {"model_type": "mamba"}
     known = {field.mamba_lens: values[field.name] for field in FIELDS if field.mamba_lens}
@@ -298,12 +284,8 @@ def write(format: str, base: Config, values: Config) -> Config:
         if len(path) == 2 and out.get(path[0]) is None:
             out[path[0]] = {}
         (out if len(path) == 1 else out[path[0]])[path[-1]] = value
-        if (
-            field.name == "vocab_size"
-            and format != "huggingface"
-            and value % out.get("pad_vocab_size_multiple", 8)
-        ):
-            out["pad_vocab_size_multiple"] = 1
+    if format != "huggingface" and values["vocab_size"] % out.get("pad_vocab_size_multiple", 8):
+        out["pad_vocab_size_multiple"] = 1
     if format == "mamba_lens" and out.get("d_inner", -1) != -1:
         out["d_inner"] = values["expand"] * values["hidden_size"]
     return out

@@ -35,10 +35,10 @@ def initialize(model: MambaForCausalLM, *, seed: int, n_residuals_per_layer: int
     """Initialise every parameter of a Mamba in place, as state-spaces/mamba does.
 
     Args:
-        model: parameters of any dtype on any device but meta; what they hold does not matter. The settings
-            are those of `model.config`: initializer_range, rescale_prenorm_residual and time_step_*.
+        model: has parameters of any dtype on any device but meta; their values do not matter. Its config
+            gives the settings initializer_range, rescale_prenorm_residual and time_step_*.
         seed: equal seeds give equal parameters.
-        n_residuals_per_layer: how often a layer adds to the residual stream; 2 if it had an MLP.
+        n_residuals_per_layer: how many times each layer adds to the residual stream; 2 if it had an MLP.
 
     Raises:
         InitializationError: parameters on the meta device, a setting out of its range, or a parameter that
@@ -62,50 +62,45 @@ def initialize(model: MambaForCausalLM, *, seed: int, n_residuals_per_layer: int
 
 
 def _check(config: MambaConfig, n_residuals_per_layer: int) -> None:
-    """Raise where a setting has no meaning."""
-    low, high = config.time_step_min, config.time_step_max
+    """Raise for a setting that has no meaning."""
+    low, high, floor = config.time_step_min, config.time_step_max, config.time_step_floor
+    scheme, spread, problem = config.time_step_init_scheme, config.initializer_range, ""
     if not 0 < low <= high:
-        raise InitializationError(f"0 < time_step_min <= time_step_max is needed, found {low} and {high}")
-    if config.time_step_floor <= 0:
-        raise InitializationError(f"time_step_floor must be positive, found {config.time_step_floor}")
-    if config.time_step_init_scheme not in ("random", "constant"):
-        found = config.time_step_init_scheme
-        raise InitializationError(f"time_step_init_scheme must be 'random' or 'constant', found {found!r}")
-    if config.initializer_range < 0:
-        raise InitializationError(f"initializer_range must not be negative, found {config.initializer_range}")
-    if n_residuals_per_layer < 1:
-        raise InitializationError(f"n_residuals_per_layer must be at least 1, found {n_residuals_per_layer}")
+        problem = f"0 < time_step_min <= time_step_max is needed, found {low} and {high}"
+    elif floor <= 0:
+        problem = f"time_step_floor must be positive, found {floor}"
+    elif scheme not in ("random", "constant"):
+        problem = f"time_step_init_scheme must be 'random' or 'constant', found {scheme!r}"
+    elif spread < 0:
+        problem = f"initializer_range must not be negative, found {spread}"
+    elif n_residuals_per_layer < 1:
+        problem = f"n_residuals_per_layer must be at least 1, found {n_residuals_per_layer}"
+    if problem:
+        raise InitializationError(problem)
 
 
 def _draw_for(name: str, parameter: nn.Parameter) -> Draw:
-    """How a parameter is drawn, by its name."""
+    """The function that draws a parameter, by the end of its name."""
     if parameter.is_meta:
         raise InitializationError(f"{name} is on the meta device: call model.to_empty(device=...) first")
     for suffix, draw in DRAWS.items():
         if name.endswith(suffix):
             return draw
-    known = ", ".join(DRAWS)
-    raise InitializationError(f"{name} is not a parameter of Mamba; those end in {known}")
-
-
-def _embedding(empty: Tensor, config: MambaConfig, generator: torch.Generator) -> Tensor:
-    return nn.init.normal_(empty, std=config.initializer_range, generator=generator)
+    raise InitializationError(f"{name} is not a parameter of Mamba; those end in {', '.join(DRAWS)}")
 
 
 def _fan_in(empty: Tensor, config: MambaConfig, generator: torch.Generator) -> Tensor:
     return nn.init.kaiming_uniform_(empty, a=math.sqrt(5), generator=generator)
 
 
-def _conv_bias(empty: Tensor, config: MambaConfig, generator: torch.Generator) -> Tensor:
-    bound = 1 / math.sqrt(config.conv_kernel)
+def _within(empty: Tensor, bound: float, generator: torch.Generator) -> Tensor:
     return nn.init.uniform_(empty, -bound, bound, generator=generator)
 
 
 def _dt_weight(empty: Tensor, config: MambaConfig, generator: torch.Generator) -> Tensor:
     size = int(config.time_step_rank) ** -0.5 * config.time_step_scale
-    if config.time_step_init_scheme == "constant":
-        return nn.init.constant_(empty, size)
-    return nn.init.uniform_(empty, -size, size, generator=generator)
+    constant = config.time_step_init_scheme == "constant"
+    return empty.fill_(size) if constant else _within(empty, size, generator)
 
 
 def _dt_bias(empty: Tensor, config: MambaConfig, generator: torch.Generator) -> Tensor:
@@ -124,24 +119,20 @@ def _ones(empty: Tensor, config: MambaConfig, generator: torch.Generator) -> Ten
     return empty.fill_(1)
 
 
-def _zeros(empty: Tensor, config: MambaConfig, generator: torch.Generator) -> Tensor:
-    return empty.zero_()
-
-
 DRAWS: dict[str, Draw] = {
-    "embeddings.weight": _embedding,
+    "embeddings.weight": lambda empty, config, g: empty.normal_(std=config.initializer_range, generator=g),
     "lm_head.weight": _fan_in,
     "norm.weight": _ones,
     "norm_f.weight": _ones,
     "mixer.A_log": _a_log,
     "mixer.D": _ones,
     "conv1d.weight": _fan_in,
-    "conv1d.bias": _conv_bias,
+    "conv1d.bias": lambda empty, config, g: _within(empty, 1 / math.sqrt(config.conv_kernel), g),
     "in_proj.weight": _fan_in,
-    "in_proj.bias": _zeros,
+    "in_proj.bias": lambda empty, config, g: empty.zero_(),
     "x_proj.weight": _fan_in,
     "dt_proj.weight": _dt_weight,
     "dt_proj.bias": _dt_bias,
     "out_proj.weight": _fan_in,
-    "out_proj.bias": _zeros,
+    "out_proj.bias": lambda empty, config, g: empty.zero_(),
 }

@@ -1,9 +1,8 @@
-"""A file of weights says what it holds in its first bytes: it need not be loaded to know that it fits.
+"""A file of weights tells the names and shapes of its tensors without being loaded whole.
 
-Contract: `shapes_in` gives the names and shapes of the tensors in a file without reading their numbers, and
-`load_tensors` gives the tensors. Pickles are loaded under weights_only, so no code is run. A file that is not
-what its name says, holds more than tensors, or ends too early is a `CheckpointError` that names it, the fault
-and what to do.
+Contract: `shapes_of` gives them for a list of files. Reading is transformers' own, pickles under
+weights_only, so no code is run. A file that is not what its name says, holds more than tensors, or ends too
+early is a `CheckpointError` that names the file, the fault and what to do.
 """
 
 from __future__ import annotations
@@ -11,110 +10,49 @@ from __future__ import annotations
 import re
 import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from torch import Tensor
+from transformers.modeling_utils import load_state_dict
 
 from ..errors import CheckpointError
-
-Shapes = dict[str, tuple[int, ...]]
+from .weight_sizes import Shapes
 
 SAFETENSORS = ".safetensors"
-LARGE = (
-    2**28
-)  # bytes; an old pickle has its shapes between its numbers, and only a small one is read for them
+LARGE = 2**28  # bytes; the shapes in a pickle of torch before 1.6 stand between its numbers, so it is read whole
 POINTER = b"version https://git-lfs"
 PICKLE = b"\x80"  # the first byte of a pickle since protocol 2, which torch.save has always written
-AGAIN = "Download it again"
 
 
-def shapes_in(file: Path) -> Shapes | None:
-    """The shape of every tensor in a file, by its name.
+def shapes_of(files: Iterable[Path]) -> Shapes | None:
+    """The shape of every tensor in the files, by its name.
 
-    Returns:
-        ``None`` for a large pickle that torch before 1.6 wrote, which only reading it whole would tell.
+    The result is None if a file is a large pickle of a torch before 1.6: only reading it whole would tell.
 
     Raises:
-        CheckpointError: as `load_tensors`.
+        CheckpointError: if a file cannot be read, is no file of weights, or holds more than tensors.
     """
-    if file.suffix == SAFETENSORS:
-        _refuse_pointer(file)
+    shapes: Shapes = {}
+    for file in files:
+        start = _start(file)
+        pickled = file.suffix != SAFETENSORS
+        if pickled and not zipfile.is_zipfile(file) and file.stat().st_size > LARGE:
+            return None
         try:
-            with safe_open(file, "pt") as content:
-                names = content.keys()
-                return {name: tuple(content.get_slice(name).get_shape()) for name in names}
-        except (SafetensorError, OSError) as error:
-            raise _unreadable(file, error) from error
-    if not zipfile.is_zipfile(file) and file.stat().st_size > LARGE:
-        return None
-    return {name: tuple(tensor.shape) for name, tensor in _unpickled(file, "meta").items()}
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "Detected pickle protocol")
+                tensors = load_state_dict(file, map_location="meta")
+        except Exception as error:  # broken bytes break the unpickler in any way: KeyError, IndexError, EOFError
+            raise _refusal(file, start, error) from error
+        _check_state_dict(file, tensors)
+        shapes |= {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    return shapes
 
 
-def load_tensors(file: Path) -> dict[str, Tensor]:
-    """The tensors in one file, on the CPU, memory-mapped where the file allows it.
-
-    Raises:
-        CheckpointError: if it cannot be read, is no file of weights, or holds more than tensors.
-    """
-    if file.suffix != SAFETENSORS:
-        return _unpickled(file, "cpu")
-    _refuse_pointer(file)
-    try:
-        return load_file(file)
-    except (SafetensorError, OSError) as error:
-        raise _unreadable(file, error) from error
-
-
-def _unpickled(file: Path, device: str) -> dict[str, Tensor]:
-    """The tensors of a file that torch.save wrote; on the meta device without reading their numbers."""
-    _refuse_pointer(file)
-    zipped = zipfile.is_zipfile(file)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Detected pickle protocol")
-            loaded = torch.load(file, map_location=device, weights_only=True, mmap=zipped)
-    except OSError as error:
-        raise _unreadable(file, error) from error
-    except Exception as error:  # broken bytes break the unpickler in any way: KeyError, IndexError, EOFError
-        raise _refused_pickle(file, error) from error
-    return _checked(file, loaded)
-
-
-def _refused_pickle(file: Path, error: Exception) -> CheckpointError:
-    """What to say of a file that torch.load refuses."""
-    with file.open("rb") as content:
-        start = content.read(2)
-    zipped = zipfile.is_zipfile(file)
-    # Of zip files, torch's own reader refuses what is no archive of torch's; the rest is up to the unpickler.
-    if isinstance(error, RuntimeError | EOFError) or not (zipped or start[:1] == PICKLE):
-        if not zipped and start not in (b"PK", b"") and start[:1] != PICKLE:
-            return CheckpointError(
-                f"{file} cannot be read: it is no file of weights that torch.save wrote, it begins with "
-                f"{start!r}. {AGAIN}"
-            )
-        return _unreadable(file, error)
-    reason = re.search(r"WeightsUnpickler error: ([^\n]+?)(?: was not an allowed global|\n|$)", str(error))
-    return CheckpointError(
-        f"{file} is a pickle that holds more than tensors, and loading it could run code, so it is refused"
-        f"{f' ({reason[1].strip()})' if reason else ''}. If you trust it, load it yourself and save its "
-        "tensors alone, as safetensors"
-    )
-
-
-def _unreadable(file: Path, error: Exception) -> CheckpointError:
-    reason = str(error).partition("\n")[0].partition(". This")[0] or "it ends too early"
-    size = file.stat().st_size if file.exists() else 0
-    return CheckpointError(
-        f"{file} cannot be read; it may be incomplete, it has {size} bytes: {reason.rstrip('.')}. {AGAIN}"
-    )
-
-
-def _refuse_pointer(file: Path) -> None:
+def _start(file: Path) -> bytes:
+    """The first bytes of a file, which must not be those of a pointer that Git LFS left in its place."""
     try:
         with file.open("rb") as content:
             start = content.read(len(POINTER))
@@ -125,20 +63,35 @@ def _refuse_pointer(file: Path) -> None:
             f"{file} cannot be read: it is a pointer of Git LFS, which stands for the weights. Run `git lfs "
             "pull` in its folder"
         )
+    return start
 
 
-def _checked(file: Path, loaded: Any) -> dict[str, Tensor]:
-    """What a pickle holds, if that is a state dict."""
+def _refusal(file: Path, start: bytes, error: Exception) -> CheckpointError:
+    """The words for a file that transformers cannot read."""
+    reason = str(error).partition("\n")[0].partition(". This")[0].rstrip(".") or "it ends too early"
+    if file.suffix != SAFETENSORS and not isinstance(error, RuntimeError | EOFError | OSError):
+        if zipfile.is_zipfile(file) or start[:1] == PICKLE:
+            what = re.search(r"WeightsUnpickler error: ([^\n]+?)(?: was not an allowed global|\n|$)", str(error))
+            return CheckpointError(
+                f"{file} is a pickle that holds more than tensors, and loading it could run code, so it is "
+                f"refused{f' ({what[1].strip()})' if what else ''}. If you trust it, load it yourself and "
+                "save its tensors alone, as safetensors"
+            )
+        reason = f"it is no file of weights that torch.save wrote, it begins with {start[:2]!r}"
+    return CheckpointError(
+        f"{file} cannot be read; it may be incomplete, it has {file.stat().st_size} bytes: {reason}. Download it again"
+    )
+
+
+def _check_state_dict(file: Path, loaded: Any) -> None:
+    """Raise unless what a file holds is a dict of tensors by their names."""
     if not isinstance(loaded, Mapping):
         raise CheckpointError(
-            f"{file} must hold a dict of tensors, found a {type(loaded).__name__}. Save the model's "
-            f"state_dict()"
+            f"{file} must hold a dict of tensors, found a {type(loaded).__name__}. Save the model's state_dict()"
         )
-    other = {name: value for name, value in loaded.items() if not isinstance(value, Tensor)}
-    if other or not all(isinstance(name, str) for name in loaded):
-        name, value = next(iter((other or loaded).items()))
-        raise CheckpointError(
-            f"{file} must hold a dict of tensors by their names, found a {type(value).__name__} under "
-            f"{name!r}. Save the model's state_dict() alone"
-        )
-    return dict(loaded)
+    for name, value in loaded.items():
+        if not isinstance(value, Tensor) or not isinstance(name, str):
+            raise CheckpointError(
+                f"{file} must hold a dict of tensors by their names, found a {type(value).__name__} under "
+                f"{name!r}. Save the model's state_dict() alone"
+            )

@@ -1,8 +1,8 @@
 """The parameters of one Mamba go by three sets of names, and MambaLens cuts two of its matrices into pieces.
 
-Hugging Face's names are the ones that conversion goes through. Against them, the original format has
-`backbone.embedding`, and MambaLens drops `backbone.` and `mixer.`, says `blocks`, `norm`, `W_D` and
-`W_delta_2` for `layers`, `norm_f`, `D` and `dt_proj`, and splits (rows, from the top):
+Conversion goes through Hugging Face's names. The original format differs from them in `backbone.embedding`
+only. MambaLens drops `backbone.` and `mixer.`, says `blocks`, `norm`, `W_D` and `W_delta_2` for `layers`,
+`norm_f`, `D` and `dt_proj`, and splits two matrices by rows, from the top:
 
     in_proj [2E,D] -> in_proj [E,D], skip_proj [E,D]
     x_proj [R+2N,E] -> W_delta_1 [R,E], W_B [N,E], W_C [N,E]
@@ -12,9 +12,9 @@ and joined only along rows, `lm_head.weight` present exactly where it was. Every
 the way, and `CheckpointError` lists what is missing, what is unexpected and which shapes differ.
 """
 
-import re
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,20 +22,22 @@ from transformers import MambaConfig
 
 from ..errors import CheckpointError
 from .config_formats import check_format
+from .weight_sizes import (
+    AXES,
+    EMBEDDING,
+    LAYER,
+    LM_HEAD,
+    Shapes,
+    expected_shapes,
+    layers_in,
+    misfits,
+    sizes_in,
+    some,
+)
 
 StateDict = dict[str, Tensor]
-Shapes = dict[str, tuple[int, ...]]
 
-EMBEDDING = {
-    "original": "backbone.embedding.weight",
-    "huggingface": "backbone.embeddings.weight",
-    "mamba_lens": "embedding.weight",
-}
-LM_HEAD = "lm_head.weight"  # in every format
-NAMED_AT_MOST = 8
-LAYER = re.compile(r"(?:backbone\.layers|blocks)\.(\d{1,9})\.(.+)")
-
-# MambaLens's name of every parameter of a layer that it does not split, by Hugging Face's.
+# MambaLens's names for the parameters of a layer that it does not split, by Hugging Face's names.
 RENAMED = {
     "norm.weight": "norm.weight",
     "mixer.A_log": "A_log",
@@ -47,26 +49,12 @@ RENAMED = {
     "mixer.out_proj.weight": "out_proj.weight",
     "mixer.out_proj.bias": "out_proj.bias",
 }
-# ... and of those that it splits, into pieces from the top row down.
+# Its names for the pieces of those that it does split, from the top row down.
 SPLIT = {
     "mixer.in_proj.weight": ("in_proj.weight", "skip_proj.weight"),
     "mixer.in_proj.bias": ("in_proj.bias", "skip_proj.bias"),
     "mixer.x_proj.weight": ("W_delta_1.weight", "W_B.weight", "W_C.weight"),
 }
-
-
-class Sizes(NamedTuple):
-    """Everything that decides which parameters a Mamba has, and their shapes."""
-
-    n_layers: int
-    V: int
-    D: int
-    E: int
-    N: int
-    R: int
-    K: int  # d_conv
-    use_bias: bool
-    use_conv_bias: bool
 
 
 def detect_state_dict_format(state_dict: Mapping[str, object]) -> str:
@@ -75,22 +63,19 @@ def detect_state_dict_format(state_dict: Mapping[str, object]) -> str:
     >>> detect_state_dict_format({"backbone.embedding.weight": torch.zeros(8, 4)})
     'original'
     """
-    found = [format for format, key in EMBEDDING.items() if key in state_dict]
-    if len(found) == 1:
-        return found[0]
+    formats = [format for format, key in EMBEDDING.items() if key in state_dict]
+    if len(formats) == 1:
+        return formats[0]
     expected = ", ".join(f"{key!r} ({format})" for format, key in EMBEDDING.items())
-    if found:
-        keys = " and ".join(repr(EMBEDDING[format]) for format in found)
+    if formats:
+        keys = " and ".join(repr(EMBEDDING[format]) for format in formats)
         raise CheckpointError(f"this state dict has {keys}; expected exactly one of {expected}")
-    hint = ""
-    wrapped = next(
-        (k for k in state_dict if str(k).endswith(tuple(f".{e}" for e in EMBEDDING.values()))), None
-    )
-    if wrapped is not None:
-        hint = f". {wrapped!r} looks like a Mamba inside a wrapper: strip the prefix from every key"
+    ends = tuple(f".{key}" for key in EMBEDDING.values())
+    wrapped = next((key for key in state_dict if str(key).endswith(ends)), None)
+    hint = f". {wrapped!r} looks like a Mamba inside a wrapper: strip the prefix from every key"
     raise CheckpointError(
-        f"not the state dict of a Mamba language model: found {_some(list(map(str, state_dict)))}; "
-        f"expected one of {expected}{hint}"
+        f"not the state dict of a Mamba language model: found {some(state_dict)}; "
+        f"expected one of {expected}{hint if wrapped else ''}"
     )
 
 
@@ -98,9 +83,9 @@ def convert_state_dict(state_dict: Mapping[str, Tensor], to: str, *, source: str
     """The same parameters under the names, and in the pieces, of another format.
 
     Args:
-        state_dict: parameters of a whole Mamba language model, on any device and of any dtype. A tied lm_head
-            may be there or not, and is there or not in the result: mamba_ssm's and MambaLens's own
-            load_state_dict want it, so add `result["lm_head.weight"] = <the embedding>` where it is absent.
+        state_dict: the parameters of a whole Mamba language model, on any device and of any dtype. A tied
+            lm_head is in the result exactly if it is here. mamba_ssm's and MambaLens's own load_state_dict
+            want it: if it is absent, add `result["lm_head.weight"] = <the embedding>`.
         to: "original", "huggingface" or "mamba_lens".
         source: the format of `state_dict`; detected when None.
 
@@ -118,69 +103,37 @@ def convert_state_dict(state_dict: Mapping[str, Tensor], to: str, *, source: str
     check_format(to)
     format = check_format(source) if source is not None else detect_state_dict_format(state_dict)
     _check_tensors(state_dict)
-    sizes = _sizes_of(state_dict, format)
-    expected = _shapes(sizes)
-    native: Shapes = {}
-    for name, shape in expected.items():
-        native |= _pieces(format, name, shape, sizes)
-    _check(state_dict, native, optional={LM_HEAD})
+    shapes = {name: tuple(tensor.shape) for name, tensor in state_dict.items()}
+    model = _sizes_of(shapes)
+    pieces = {name: _pieces(format, name, shape, model) for name, shape in expected_shapes(model).items()}
+    native = {key: shape for parts in pieces.values() for key, shape in parts.items()}
+    _check(shapes, native, optional={LM_HEAD})
     out: StateDict = {}
-    for name, shape in expected.items():
-        given = [state_dict[key] for key in _pieces(format, name, shape, sizes) if key in state_dict]
-        wanted = _pieces(to, name, shape, sizes)
+    for name, shape in expected_shapes(model).items():
+        given = [state_dict[key] for key in pieces[name] if key in state_dict]
         if given:  # lm_head may be absent
+            wanted = _pieces(to, name, shape, model)
             out |= zip(wanted, _repartition(name, given, wanted), strict=True)
     return out
 
 
 def check_state_dict(state_dict: Mapping[str, Tensor], config: MambaConfig) -> None:
-    """Raise `CheckpointError` unless a Hugging Face state dict is what a model of this config needs, exactly.
+    """Raise `CheckpointError` unless a Hugging Face state dict is exactly what a model of this config needs.
 
-    Compares keys and shapes, and where the config ties lm_head to the embedding, in which case lm_head may be
-    absent, that the two are equal. The error lists what is missing, unexpected, or of the wrong shape.
+    Keys and shapes must be the model's. If the config ties lm_head to the embedding, lm_head may be absent,
+    and otherwise must equal it. The error lists what is missing, unexpected, or of the wrong shape.
 
     >>> check_state_dict(model.state_dict(), model.config)    # doctest: +SKIP
     """
     _check_tensors(state_dict)
-    _check_layers(state_dict, config.num_hidden_layers)
     tied = config.tie_word_embeddings
-    _check(state_dict, expected_shapes(config), optional={LM_HEAD} if tied else set())
+    shapes = {name: tuple(tensor.shape) for name, tensor in state_dict.items()}
+    _check(shapes, expected_shapes(config), optional={LM_HEAD} if tied else set())
     if tied and _differ(state_dict[EMBEDDING["huggingface"]], state_dict.get(LM_HEAD)):
         raise CheckpointError(
             "the config ties lm_head.weight to the embedding, but the state dict has another lm_head.weight; "
             "set tie_word_embeddings=False (tie_embeddings=False in the original format)"
         )
-
-
-def expected_shapes(config: MambaConfig) -> Shapes:
-    """Every parameter of a Hugging Face Mamba of this config, by its name, lm_head included.
-
-    >>> expected_shapes(MambaConfig(num_hidden_layers=1))["backbone.norm_f.weight"]
-    (768,)
-    """
-    sizes = Sizes(
-        n_layers=config.num_hidden_layers,
-        V=config.vocab_size,
-        D=config.hidden_size,
-        E=int(config.expand * config.hidden_size),
-        N=config.state_size,
-        R=int(config.time_step_rank),
-        K=config.conv_kernel,
-        use_bias=config.use_bias,
-        use_conv_bias=config.use_conv_bias,
-    )
-    return _shapes(sizes)
-
-
-def first_layers(state_dict: Mapping[str, Any], n_layers: int) -> dict[str, Any]:
-    """A Hugging Face state dict without the layers from the `n_layers`-th on.
-
-    >>> model = MambaForCausalLM(MambaConfig(num_hidden_layers=3))            # doctest: +SKIP
-    >>> sorted(first_layers(model.state_dict(), 2))[-3]                        # doctest: +SKIP
-    'backbone.layers.1.norm.weight'
-    """
-    layers = {name: LAYER.fullmatch(name) for name in state_dict}
-    return {name: state_dict[name] for name, match in layers.items() if not match or int(match[1]) < n_layers}
 
 
 def _differ(embedding: Tensor, head: Tensor | None) -> bool:
@@ -190,98 +143,48 @@ def _differ(embedding: Tensor, head: Tensor | None) -> bool:
     return not torch.equal(embedding.to(head.device, head.dtype), head)
 
 
-def _shapes(sizes: Sizes) -> Shapes:
-    """Every parameter of a Hugging Face Mamba of these sizes, in its order, with its shape."""
-    _, V, D, E, N, R, K, use_bias, use_conv_bias = sizes
-    layer: Shapes = {
-        "mixer.A_log": (E, N),
-        "mixer.D": (E,),
-        "mixer.conv1d.weight": (E, 1, K),
-        "mixer.conv1d.bias": (E,),
-        "mixer.in_proj.weight": (2 * E, D),
-        "mixer.in_proj.bias": (2 * E,),
-        "mixer.x_proj.weight": (R + 2 * N, E),
-        "mixer.dt_proj.weight": (E, R),
-        "mixer.dt_proj.bias": (E,),
-        "mixer.out_proj.weight": (D, E),
-        "mixer.out_proj.bias": (D,),
-        "norm.weight": (D,),
-    }
-    absent = set() if use_bias else {"mixer.in_proj.bias", "mixer.out_proj.bias"}
-    absent |= set() if use_conv_bias else {"mixer.conv1d.bias"}
-    shapes: Shapes = {EMBEDDING["huggingface"]: (V, D)}
-    for i in range(sizes.n_layers):
-        shapes |= {f"backbone.layers.{i}.{k}": shape for k, shape in layer.items() if k not in absent}
-    return shapes | {"backbone.norm_f.weight": (D,), LM_HEAD: (V, D)}
-
-
-def _pieces(format: str, name: str, shape: tuple[int, ...], sizes: Sizes) -> Shapes:
+def _pieces(format: str, name: str, shape: tuple[int, ...], model: Any) -> Shapes:
     """The names and shapes that a Hugging Face parameter has in another format, from the top row down."""
     if name == EMBEDDING["huggingface"]:
         return {EMBEDDING[format]: shape}
     if format != "mamba_lens" or name == LM_HEAD:
         return {name: shape}
-    layer = LAYER.fullmatch(name)
+    layer = LAYER.search(name)
     if layer is None:
         return {"norm.weight": shape}  # the only one left: backbone.norm_f.weight
     block, key = f"blocks.{layer[1]}.", layer[2]
     if key not in SPLIT:
         return {block + RENAMED[key]: shape}
-    rows = (sizes.R, sizes.N, sizes.N) if key == "mixer.x_proj.weight" else (sizes.E, sizes.E)
+    E, N, R = model.intermediate_size, model.state_size, model.time_step_rank
+    rows = (R, N, N) if key == "mixer.x_proj.weight" else (E, E)
     return {block + piece: (n, *shape[1:]) for piece, n in zip(SPLIT[key], rows, strict=True)}
 
 
 def _repartition(name: str, given: list[Tensor], wanted: Shapes) -> list[Tensor]:
-    """The rows of the given tensors in the wanted pieces; the same tensors where there is nothing to do."""
+    """The rows of the given tensors, split or joined into the wanted pieces; the same if they fit."""
     if len(given) == len(wanted):
         return given
     if len(wanted) > 1:
         rows = [shape[0] for shape in wanted.values()]
         return [piece.clone(memory_format=torch.contiguous_format) for piece in given[0].split(rows)]
     if len({tensor.dtype for tensor in given}) > 1:
-        found = ", ".join(str(tensor.dtype) for tensor in given)
-        raise CheckpointError(f"the pieces of {name} must have one dtype, found {found}")
+        dtypes = ", ".join(str(tensor.dtype) for tensor in given)
+        raise CheckpointError(f"the pieces of {name} must have one dtype, found {dtypes}")
     return [torch.cat(given)]
 
 
-def _sizes_of(state_dict: Mapping[str, Tensor], format: str) -> Sizes:
-    """The sizes that a state dict shows, by its embedding and its first layer."""
-    layers = [int(match[1]) for match in map(LAYER.fullmatch, state_dict) if match]
+def _sizes_of(shapes: Shapes) -> SimpleNamespace:
+    """The sizes of the model that a state dict of any format belongs to, under a MambaConfig's names.
+
+    A size that no parameter shows is 0, so that `_check` names the parameters that should show it.
+    """
+    layers = layers_in(shapes)
     if not layers:
-        raise CheckpointError(f"the state dict has no layers: found {_some(list(state_dict))}")
-    _check_layers(state_dict, max(layers) + 1)
-    named = Sizes(max(layers) + 1, 0, 0, 0, 0, 0, 0, False, False)
-
-    def key(name: str) -> str:
-        return next(iter(_pieces(format, name, (0,), named)))
-
-    first = "backbone.layers.0.mixer."
-    biases = [key(first + name) in state_dict for name in ("in_proj.bias", "out_proj.bias", "conv1d.bias")]
-    named = named._replace(use_bias=biases[0] or biases[1], use_conv_bias=biases[2])
-    native: list[str] = [k for name in _shapes(named) for k in _pieces(format, name, (0,), named)]
-    _check(state_dict, dict.fromkeys(native), optional={LM_HEAD})
-
-    def size(name: str, axis: int) -> int:
-        return (*state_dict[key(name)].shape, 0, 0, 0)[axis]
-
-    return named._replace(
-        V=size(EMBEDDING["huggingface"], 0),
-        D=size(EMBEDDING["huggingface"], 1),
-        E=size(first + "A_log", 0),
-        N=size(first + "A_log", 1),
-        R=size(first + "dt_proj.weight", 1),
-        K=size(first + "conv1d.weight", 2),
-    )
-
-
-def _check_layers(state_dict: Mapping[str, Tensor], declared: int) -> None:
-    """Raise where more layers are asked for than there are tensors: naming what is missing takes hours."""
-    layers = {int(match[1]) for match in map(LAYER.fullmatch, state_dict) if match}
-    if declared > len(state_dict) + 1:
-        raise CheckpointError(
-            f"the state dict does not fit: {declared} layers are expected, and it has {len(layers)} layers "
-            f"in {len(state_dict)} tensors"
-        )
+        raise CheckpointError(f"the state dict has no layers: found {some(shapes)}")
+    biased = any(name.endswith(("in_proj.bias", "out_proj.bias")) for name in shapes)
+    conv_biased = any(name.endswith("conv1d.bias") for name in shapes)
+    sizes = dict.fromkeys(AXES, 0) | sizes_in(shapes)
+    return SimpleNamespace(num_hidden_layers=layers, use_bias=biased, use_conv_bias=conv_biased, **sizes)
 
 
 def _check_tensors(state_dict: Mapping[str, Tensor]) -> None:
@@ -290,33 +193,18 @@ def _check_tensors(state_dict: Mapping[str, Tensor]) -> None:
         if not isinstance(value, Tensor):
             raise CheckpointError(f"a state dict maps names to tensors; {name!r} is a {type(value).__name__}")
         if value.is_complex():
-            raise CheckpointError(
-                f"{name!r} is complex ({value.dtype}); Hugging Face's Mamba has real parameters only"
-            )
+            raise CheckpointError(f"{name!r} is complex ({value.dtype}); Hugging Face's Mamba has real parameters only")
 
 
-def _check(
-    state_dict: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...] | None], optional: set[str]
-) -> None:
-    """Raise for missing and unexpected names and wrong shapes, all in one; None fits any shape."""
-    missing = [key for key in expected if key not in state_dict and key not in optional]
-    extra = [key for key in state_dict if key not in expected]
-    wrong = [
-        f"{key} {list(state_dict[key].shape)}, expected {list(shape)}"
-        for key, shape in expected.items()
-        if shape is not None and key in state_dict and tuple(state_dict[key].shape) != shape
-    ]
-    found = (("missing", missing), ("unexpected", extra), ("of the wrong shape", wrong))
-    problems = [f"{len(names)} {what}: {_some(names)}" for what, names in found if names]
-    if any(key.endswith((".dt_bias", "mixer.norm.weight")) for key in extra):
-        problems.append("the layers look like Mamba-2's; only Mamba-1 is supported so far")
-    if any(line.startswith(tuple(EMBEDDING.values())) for line in wrong):
-        problems.append("a Hugging Face vocab_size counts the padding of the vocabulary")
+def _check(shapes: Shapes, expected: Shapes, optional: set[str]) -> None:
+    """Raise for missing and unexpected names and wrong shapes, listing all of them at once."""
+    missing = expected.keys() - shapes.keys() - optional
+    # A shape with an unknown size in it, which is 0, says nothing beyond that a parameter is missing.
+    known = {key: shape for key, shape in expected.items() if key in shapes and (all(shape) or not missing)}
+    problems = misfits(
+        missing=[key for key in expected if key in missing],
+        extra=[key for key in shapes if key not in expected],
+        wrong={key: (shapes[key], shape) for key, shape in known.items() if shapes[key] != shape},
+    )
     if problems:
-        raise CheckpointError("the state dict does not fit. " + ". ".join(problems))
-
-
-def _some(names: list[str]) -> str:
-    """The first names, and how many more there are."""
-    more = f" and {len(names) - NAMED_AT_MOST} more" if len(names) > NAMED_AT_MOST else ""
-    return ("; ".join(names[:NAMED_AT_MOST]) or "nothing") + more
+        raise CheckpointError(f"the state dict does not fit. {problems}")
