@@ -15,8 +15,8 @@ class UnknownSiteError(MambaTraceError, AttributeError, KeyError):
     __str__ = Exception.__str__  # KeyError would show the message quoted
 
 
-class LayerError(MambaTraceError, IndexError):
-    """A layer that the model does not have."""
+class LayerError(UnknownSiteError, IndexError):
+    """A layer that the model does not have or that a run does not compute: no site of it exists there."""
 
 
 class PositionError(MambaTraceError, IndexError):
@@ -29,6 +29,10 @@ class SiteValueError(MambaTraceError, ValueError):
 
 class BackendError(MambaTraceError, RuntimeError):
     """A scan backend that does not exist or cannot run here."""
+
+
+class ArgumentError(MambaTraceError, ValueError):
+    """A number or an option of a call that is of the wrong type or out of range."""
 
 
 class PromptError(MambaTraceError, ValueError):

@@ -52,9 +52,7 @@ def demo() -> MambaTrace:
 def values(model: MambaTrace, tokens: Tensor) -> dict[str, Tensor]:
     """Every value, from the reference."""
     found: dict[str, Tensor] = {}
-    forward(
-        model._module.state_dict(), model.config, tokens, lambda hook, value: found.setdefault(hook, value)
-    )
+    forward(model._module.state_dict(), model.config, tokens, lambda hook, value: found.setdefault(hook, value))
     return found
 
 
@@ -86,9 +84,7 @@ def test_every_spelling_of_every_value(model: MambaTrace, cache: ActivationCache
             assert spelling in cache
 
 
-@pytest.mark.parametrize(
-    "key", ["blocks.1.hook_h", "layers[1].ssm.h", ("h", 1), ("hook_h", 1), ("h", -2)], ids=str
-)
+@pytest.mark.parametrize("key", ["blocks.1.hook_h", "layers[1].ssm.h", ("h", 1), ("hook_h", 1), ("h", -2)], ids=str)
 def test_the_states_of_all_positions(cache: ActivationCache, values: dict[str, Tensor], key: Any) -> None:
     assert key in cache
     agree(cache[key], values["blocks.1.hook_h"], 1e-10)  # [B,L,E,N]
@@ -175,9 +171,7 @@ def test_what_was_left_out_says_so(model: MambaTrace, tokens: Tensor) -> None:
     _, cache = model.run_with_cache(tokens, wanted)
     with pytest.raises(UnknownSiteError, match=r"left it out.*did you mean blocks\.1\.hook_resid_pre"):
         cache["resid_post", 1]
-    with pytest.raises(
-        UnknownSiteError, match=r"all 9 positions.*hook_h\.1: names_filter='blocks\.1\.hook_h'"
-    ):
+    with pytest.raises(UnknownSiteError, match=r"all 9 positions.*hook_h\.1: names_filter='blocks\.1\.hook_h'"):
         cache["h", 1]
     assert ("h", 1) not in cache
     assert ("h", 1, 5) in cache
@@ -266,14 +260,10 @@ def test_the_embedding_and_every_out_proj_add_up_to_the_stream(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_in_other_dtypes_it_is_exact_to_rounding(
-    tiny_hf: ModuleFactory, tokens: Tensor, dtype: torch.dtype
-) -> None:
+def test_in_other_dtypes_it_is_exact_to_rounding(tiny_hf: ModuleFactory, tokens: Tensor, dtype: torch.dtype) -> None:
     model = MambaTrace(tiny_hf(dtype=dtype))
     with torch.no_grad():
-        _, cache = model.run_with_cache(
-            tokens, lambda name: "out_proj" in name or "resid" in name or "embed" in name
-        )
+        _, cache = model.run_with_cache(tokens, lambda name: "out_proj" in name or "resid" in name or "embed" in name)
     agree(cache.decompose_resid().sum(0), cache["resid_post", -1], 1e-6)
 
 
@@ -342,9 +332,7 @@ def test_tokens_and_terms_that_do_not_fit(cache: ActivationCache, tokens: Tensor
         cache.logit_attrs(terms, 31)
 
 
-def test_the_logit_lens(
-    model: MambaTrace, run: tuple[Tensor, ActivationCache], values: dict[str, Tensor]
-) -> None:
+def test_the_logit_lens(model: MambaTrace, run: tuple[Tensor, ActivationCache], values: dict[str, Tensor]) -> None:
     logits, cache = run
     seen, labels = cache.logit_lens(return_labels=True)
     assert labels == ["0_pre", "1_pre", "2_pre", "final_post"]

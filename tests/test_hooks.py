@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import test_mamba_lens as recorded
 import torch
-from conftest import LENGTH, ModuleFactory, agree
+from conftest import LENGTH, agree
 from reference import forward
 from torch import Tensor
 
@@ -38,21 +38,13 @@ def lens() -> MambaTrace:
     return recorded.model_from("weights.", recorded.SPEC["config"])
 
 
-@pytest.fixture
-def exact(tiny_hf: ModuleFactory) -> MambaTrace:
-    """In float64, as the reference is."""
-    return MambaTrace(tiny_hf(dtype=torch.float64))
-
-
 def plain(model: MambaTrace, *inputs: Any) -> Tensor:
     with torch.no_grad(), model.trace(*inputs):
         logits = model.lm_head.output.save()
     return logits
 
 
-def referred(
-    model: MambaTrace, tokens: Tensor, edit: Callable[[str, Tensor], Tensor] | None = None
-) -> Tensor:
+def referred(model: MambaTrace, tokens: Tensor, edit: Callable[[str, Tensor], Tensor] | None = None) -> Tensor:
     return forward(model._module.state_dict(), model.config, tokens, edit)
 
 
@@ -203,9 +195,7 @@ def test_a_hook_is_called_with_its_arguments_by_position_or_name(tiny: MambaTrac
     assert calls == [(name, 0), (name, 1), (name, 2)]
 
 
-def test_a_context_is_shared_by_the_hooks_of_a_name_and_new_in_each_run(
-    tiny: MambaTrace, tokens: Tensor
-) -> None:
+def test_a_context_is_shared_by_the_hooks_of_a_name_and_new_in_each_run(tiny: MambaTrace, tokens: Tensor) -> None:
     def count(value: Tensor, hook: Any) -> None:
         hook.ctx["calls"] = hook.ctx.get("calls", 0) + 1
         found.append(hook.ctx["calls"])
@@ -263,9 +253,7 @@ def test_a_gradient_can_be_replaced(exact: MambaTrace, tokens: Tensor, name: str
     next_token_loss(forward(weights, exact.config, tokens, edit), tokens).backward()
     # The embedding and lm_head are one parameter, under two names in the state dict.
     expected = sum(
-        weights[key].grad
-        for key in ("backbone.embeddings.weight", "lm_head.weight")
-        if weights[key].grad is not None
+        weights[key].grad for key in ("backbone.embeddings.weight", "lm_head.weight") if weights[key].grad is not None
     )
     agree(weight.grad, expected, 1e-9)
 
@@ -321,7 +309,7 @@ def nothing(value: Tensor, hook: Any) -> None:
         ("blocks.1.hook_h5", UnknownSiteError, r"did you mean blocks\.1\.hook_h\.5 or"),
         ("blocks.1.attn.hook_pattern", UnknownSiteError, "hook_pattern': a Mamba has no attention, no MLP"),
         ("blocks.1.hook_q", UnknownSiteError, "hook_q': a Mamba has no attention, no MLP"),
-        ("blocks.3.hook_y", UnknownSiteError, "layers 0 to 2"),
+        ("blocks.3.hook_y", LayerError, "^'blocks.3.hook_y': this model has layers 0 to 2, and no 3$"),
         ("blocks.1.hook_h.9", PositionError, r"blocks\.1\.hook_h\.9.* 9 positions"),
         ("blocks.1.hook_h.-10", PositionError, "9 positions"),
         ("layers[1].ssm.h[12]", PositionError, "9 positions"),
@@ -345,9 +333,7 @@ def test_a_name_that_is_none_is_refused_before_anything_runs(
     agree(tiny.run_with_hooks(tokens).detach(), plain(tiny, tokens))
 
 
-@pytest.mark.parametrize(
-    "wrong", [*"hook_hh hook_h_3 hook_h5 hook_delt hook_ssm_out mixer.hook_write".split()]
-)
+@pytest.mark.parametrize("wrong", [*"hook_hh hook_h_3 hook_h5 hook_delt hook_ssm_out mixer.hook_write".split()])
 def test_a_name_that_is_suggested_is_accepted(tiny: MambaTrace, tokens: Tensor, wrong: str) -> None:
     with pytest.raises(UnknownSiteError, match="did you mean") as error:
         tiny.run_with_hooks(tokens, [(f"blocks.1.{wrong}", nothing)])

@@ -1,4 +1,4 @@
-"""The next-token loss on its own; tests/test_running.py compares it with Hugging Face's."""
+"""The next-token loss on its own; tests/test_run_with.py compares it with Hugging Face's."""
 
 from __future__ import annotations
 

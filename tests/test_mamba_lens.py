@@ -32,9 +32,7 @@ TOKENS = RECORDED["tokens"]
 
 
 def model_from(prefix: str, config: dict[str, Any]) -> MambaTrace:
-    weights = {
-        name.removeprefix(prefix): tensor for name, tensor in RECORDED.items() if name.startswith(prefix)
-    }
+    weights = {name.removeprefix(prefix): tensor for name, tensor in RECORDED.items() if name.startswith(prefix)}
     return MambaTrace.from_state_dict(config, weights)
 
 

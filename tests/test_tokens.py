@@ -81,9 +81,7 @@ class Prepending(PreTrainedTokenizerFast):
 
 
 def test_a_tokenizer_that_prepends_by_itself_does_it_once(demo, bos) -> None:
-    tokenizer = Prepending(
-        tokenizer_object=demo.tokenizer.backend_tokenizer, bos_token=demo.tokenizer.bos_token
-    )
+    tokenizer = Prepending(tokenizer_object=demo.tokenizer.backend_tokenizer, bos_token=demo.tokenizer.bos_token)
     model = MambaTrace(demo._module, tokenizer=tokenizer)
     assert model.tokenizer_prepends_bos
     assert not demo.tokenizer_prepends_bos

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import accelerate
+import numpy as np
 import pytest
 import torch
 from conftest import N_LAYERS, VARIANTS, make_hf
+from einops import rearrange
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from mamba_trace import MambaTrace
 from mamba_trace.conversion import convert_state_dict
@@ -54,10 +60,7 @@ def with_weights(weights: dict[str, Tensor], **changes: object) -> MambaTrace:
 
 
 def pieces(model: MambaTrace) -> dict[str, Tensor]:
-    return {
-        name: value.clone()
-        for name, value in convert_state_dict(model._module.state_dict(), "mamba_lens").items()
-    }
+    return {name: value.clone() for name, value in convert_state_dict(model._module.state_dict(), "mamba_lens").items()}
 
 
 def test_the_shapes_are_those_documented(tiny: MambaTrace) -> None:
@@ -144,9 +147,7 @@ def test_the_embedding_and_the_unembedding(tokens: Tensor) -> None:
     model.norm.weight = torch.full((D,), 0.5)
     weights["lm_head.weight"] *= 2
     weights["norm.weight"][:] = 0.5
-    assert torch.equal(
-        logits(model, tokens), logits(with_weights(weights, tie_word_embeddings=False), tokens)
-    )
+    assert torch.equal(logits(model, tokens), logits(with_weights(weights, tie_word_embeddings=False), tokens))
 
 
 def test_tied_embeddings_are_one_parameter(tiny: MambaTrace) -> None:
@@ -215,6 +216,41 @@ def test_a_weight_stands_for_its_tensor(tiny: MambaTrace) -> None:
     block.A_log += 1
     assert (block.W_C[0] == 0).all()
     assert torch.equal(block.W_C.weight[1:], 2 * plain[1:])
+
+
+#: Operations that no list of this package names.
+OPERATIONS: dict[str, Callable[[Any], Any]] = {
+    "power": lambda w: w**2,
+    "of a number": lambda w: 2**w,
+    "floor": lambda w: w // 0.1,
+    "remainder": lambda w: 0.1 % w,
+    "rows": lambda w: torch.stack(list(w)),
+    "an array": lambda w: torch.from_numpy(np.asarray(w)),
+    "a function": lambda w: torch.linalg.svdvals(w),
+    "by keyword": lambda w: F.linear(input=torch.ones(E), weight=w),
+    "in lists": lambda w: torch.cat([torch.cat((w, w)), w]),
+    "rearranged": lambda w: rearrange(w, "N E -> E N"),
+}
+
+
+@pytest.mark.parametrize("case", OPERATIONS)
+def test_every_operation_of_a_tensor_is_one_of_a_weight(tiny: MambaTrace, case: str) -> None:
+    weights, operation = tiny.blocks[0].W_B, OPERATIONS[case]
+    assert isinstance(weights, Tensor)
+    result = operation(weights)
+    assert type(result) is Tensor
+    assert torch.equal(result, operation(weights.weight))
+
+
+def test_weights_go_where_tensors_go(tiny: MambaTrace, tokens: Tensor) -> None:
+    block, linear = tiny.blocks[0], nn.Linear(E, N)
+    linear.load_state_dict({"weight": block.W_B, "bias": torch.zeros(N)})
+    assert torch.equal(linear.weight, block.W_B)
+    block.W_B //= 0.1
+    assert torch.equal(block.W_B, linear.weight // 0.1)
+    with tiny.scan(tokens):
+        shape = (tiny.layers[0].ssm.ssm_input.output @ tiny.blocks[0].W_B.T).shape.save()
+    assert shape == (3, 9, N)
 
 
 def test_blocks_is_a_sequence_beside_the_layers(tiny: MambaTrace, tokens: Tensor) -> None:
@@ -287,9 +323,7 @@ def test_names_that_do_not_exist(tiny: MambaTrace) -> None:
         tiny.blocks[0].W_B.data = torch.zeros(5, 24)
     with pytest.raises(UnknownSiteError, match=r"has no 'data' .*: write model\.norm\.weight = value"):
         tiny.norm.data = torch.zeros(12)
-    with pytest.raises(
-        UnknownSiteError, match=r"blocks\[0\]\.in_proj has no 'bias' that could be assigned to$"
-    ):
+    with pytest.raises(UnknownSiteError, match=r"blocks\[0\]\.in_proj has no 'bias' that could be assigned to$"):
         tiny.blocks[0].in_proj.bias = torch.zeros(E)
 
 
@@ -304,9 +338,7 @@ def test_weights_are_no_places(tiny: MambaTrace, tokens: Tensor) -> None:
 
 def test_weights_that_are_not_loaded_yet() -> None:
     model = MambaTrace(DEMO)
-    with pytest.raises(
-        CheckpointError, match=r"blocks\[0\]\.W_B\.weight is not loaded yet.*model\.dispatch\(\)"
-    ):
+    with pytest.raises(CheckpointError, match=r"blocks\[0\]\.W_B\.weight is not loaded yet.*model\.dispatch\(\)"):
         _ = model.blocks[0].W_B.weight
     blocks = model.blocks
     assert repr(blocks[0].W_B) == "model.blocks[0].W_B: weight [16, 128]"

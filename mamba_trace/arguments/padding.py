@@ -1,15 +1,16 @@
-"""Which tokens are padding: decided here for every way in which tokens get to a model.
+"""Which tokens are padding: decided here for every way in which tokens reach a model.
 
-A tensor of token ids does not say which of them are padding. Where the padding token ends texts as well, as
-it does for every Mamba that uses the tokenizer of gpt-neox-20b, looking at the ids cannot tell. If padding is
-read as text, every number of that row is wrong and nothing fails. So, in this order:
+A tensor of token ids does not say which of them are padding. Where the padding token also ends texts, as it
+does for every Mamba with the tokenizer of gpt-neox-20b, the ids alone cannot tell. If padding is read as
+text, every number of that row is wrong and nothing fails. So, in this order:
 
-1. An attention mask that is given decides. It is checked first: one row for each prompt, one column for each
-   token, 1 on tokens and 0 on padding before or after them.
+1. An attention mask that the user gives decides. It is checked first: one row for each prompt, one column for
+   each token, 1 on tokens and 0 on padding before or after them.
 2. Tokens made by ``to_tokens`` remember their mask, and so do their views: rows, slices of columns, reshapes.
-3. Other tokens are looked at. A padding token that is never text (no BOS, EOS or unknown token) is padding at
-   either end of a row. Of one that may be text, a row's padding is what it has more of at an end than the row
-   of the batch that has the fewest, and since that is a guess, it warns and says how to tell for sure.
+3. For other tokens the ids decide. A padding token that is never text (not the BOS, EOS or unknown token) is
+   padding at either end of a row. If it may be text, the row with the fewest of them at an end is taken to
+   have no padding there, and what the other rows have more is padding. Since that is a guess, a warning says
+   how to tell for sure.
 
 Strings, encodings and masks of strings come with their own mask and need none of this.
 """
@@ -17,19 +18,17 @@ Strings, encodings and masks of strings come with their own mask and need none o
 from __future__ import annotations
 
 import contextlib
-import sys
-import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from nnsight.modeling.processing import as_encoding, input_key, split
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 
 from ..errors import PromptError
 from ..modeling.past import StartingStates, check_gaps, check_values, ends
-from ..tracing.frames import users_frame
+from ..tracing.frames import warn_user
+from ..tracing.prompts import as_encoding, input_key, split
 
 #: Attribute of a tensor of tokens: (mask [B,L], the ids that padding had when it was made).
 REMEMBERED = "_mamba_trace_mask"
@@ -49,9 +48,9 @@ def remember(tokens: Tensor, mask: Tensor) -> Tensor:
 
 
 def remembered(tokens: Any) -> Tensor | None:
-    """The attention mask that tokens, or the tensor that they are a view of, remember: booleans on the CPU.
+    """The attention mask that tokens remember, or the tensor that they are a view of: booleans on the CPU.
 
-    Forgotten where somebody has overwritten padding in place, since it may be text now.
+    It is forgotten once somebody has overwritten padding in place, since it may be text now.
     """
     if not isinstance(tokens, Tensor) or isinstance(tokens, FakeTensor):
         return None
@@ -64,16 +63,14 @@ def remembered(tokens: Any) -> Tensor | None:
             return None
         if tokens is base:
             return mask
-        if base.dim() > 2:
-            return None
-        return mask.as_strided(tokens.shape, tokens.stride(), tokens.storage_offset())
+        return None if base.dim() > 2 else mask.as_strided(tokens.shape, tokens.stride(), tokens.storage_offset())
 
 
 # -- deciding ----------------------------------------------------------------------------------------------
 
 
 def mask_of(tokens: Any, tokenizer: Any, attention_mask: Any = None) -> Tensor | None:
-    """The attention mask of token ids: what is given, what they remember, or what they look like.
+    """The attention mask of token ids: the one given, the one they remember, or the one their ids suggest.
 
     Args:
         tokens: ids [B,L] or [L].
@@ -84,7 +81,7 @@ def mask_of(tokens: Any, tokenizer: Any, attention_mask: Any = None) -> Tensor |
         Of the shape of ``tokens``, or ``None`` where no token is known to be padding.
 
     Raises:
-        PromptError: if the mask that was given is none, or a row of remembered tokens is nothing but padding.
+        PromptError: if the given mask does not fit, or a row of remembered tokens is nothing but padding.
     """
     if attention_mask is not None:
         return checked_mask(attention_mask, tuple(tokens.shape))
@@ -101,7 +98,7 @@ def mask_of(tokens: Any, tokenizer: Any, attention_mask: Any = None) -> Tensor |
 
 
 def likely_mask(tokens: Any, tokenizer: Any) -> Tensor | None:
-    """The mask of token ids [B,L] that come without one, or ``None``; warns of what is a guess."""
+    """The mask of token ids [B,L] that come without one, or ``None``; warns where it is a guess."""
     pad = getattr(tokenizer, "pad_token_id", None)
     if pad is None or isinstance(tokens, FakeTensor) or (isinstance(tokens, Tensor) and tokens.is_meta):
         return None
@@ -116,45 +113,33 @@ def likely_mask(tokens: Any, tokenizer: Any) -> Tensor | None:
         is_pad = (ids if ids.dim() == 2 else ids[None]) == pad
         if not bool(is_pad[:, :1].any()) and not bool(is_pad[:, -1:].any()):
             return None
-        before, after = ends(is_pad)
-        length = is_pad.shape[1]
-        whole = before == length
-        if not length or bool(whole.all()):
+        length, sides = is_pad.shape[1], ends(is_pad)
+        whole = sides[0] == length
+        if bool(whole.all()):
             return None
         text = {getattr(tokenizer, f"{name}_token_id", None) for name in ("bos", "eos", "unk")}
-        shared = [int(side[~whole].min()) if pad in text else 0 for side in (before, after)]
-        before, after = (
-            (side - least).masked_fill(whole, 0) for side, least in zip((before, after), shared, strict=True)
-        )
+        shared = [int(side[~whole].min()) if pad in text else 0 for side in sides]
+        before, after = ((side - least).masked_fill(whole, 0) for side, least in zip(sides, shared, strict=True))
+        named = f"tokens {pad} ({tokenizer.decode([pad])!r})"
         if not bool(before.any() or after.any()):
             if max(shared) > 1:
-                _warn(
-                    f"every row {'begins' if shared[0] > 1 else 'ends'} with {max(shared)} tokens {pad} "
-                    f"({tokenizer.decode([pad])!r}), which pad as well; they are taken for text"
-                )
+                verb = "begins" if shared[0] > 1 else "ends"
+                _warn(f"every row {verb} with {max(shared)} {named}, which pad as well; they are taken for text")
             return None
         if pad in text:
-            told = [
-                f"{verb} with {side.tolist()}"
-                for verb, side in (("begin", before), ("end", after))
-                if side.any()
-            ]
-            _warn(
-                f"the rows {' and '.join(told)} more tokens {pad} ({tokenizer.decode([pad])!r}) than the row "
-                f"with the fewest; these are taken for padding"
-            )
+            both = (("begin", before), ("end", after))
+            told = " and ".join(f"{verb} with {side.tolist()}" for verb, side in both if side.any())
+            _warn(f"the rows {told} more {named} than the row with the fewest; these are taken for padding")
         columns = torch.arange(length)
         mask = ((columns >= before[:, None]) & (columns < length - after[:, None])).long()
         return mask if ids.dim() == 2 else mask[0]
 
 
 def _warn(what: str) -> None:
-    frame = users_frame(sys._getframe())
-    message = (
+    warn_user(
         f"these tokens come without an attention mask, and {what}. Say which are padding with "
         f"attention_mask=[B,L], torch.ones_like(tokens) if none is; what to_tokens returns knows it by itself"
     )
-    warnings.warn_explicit(message, UserWarning, frame.f_code.co_filename, frame.f_lineno)
 
 
 # -- checking ----------------------------------------------------------------------------------------------
@@ -165,11 +150,11 @@ def checked_mask(mask: Any, shape: tuple[int, ...], cached: bool = False) -> Ten
 
     Args:
         mask: booleans or numbers 0 and 1, in a tensor, an array or lists.
-        shape: of the tokens.
-        cached: whether there are tokens before these in a cache, which the mask may cover too.
+        shape: the shape of the tokens.
+        cached: whether a cache holds tokens before these, which the mask may cover too.
 
     Raises:
-        PromptError: for another shape or other values, or padding between tokens.
+        PromptError: for a mask of another shape or with other values, or padding between tokens.
     """
     wanted = f"1 on each token and 0 on padding, of the shape {list(shape)} of the tokens"
     try:
@@ -196,7 +181,7 @@ def checked_mask(mask: Any, shape: tuple[int, ...], cached: bool = False) -> Ten
 
 
 def checked_side(side: Any) -> str:
-    """A padding side. Raises `PromptError`."""
+    """``side`` if it is ``"left"`` or ``"right"``. Raises `PromptError` otherwise."""
     if side not in SIDES:
         raise PromptError(f"padding_side must be 'left' or 'right', not {side!r}")
     return side
@@ -206,38 +191,34 @@ def checked_side(side: Any) -> str:
 
 
 class Batch:
-    """What the invokes of one trace become together, as far as padding is concerned.
+    """The invokes of one trace as the batch that they become: its masks, and the side it is padded on.
 
     Args:
         tokenizer: the model's own, or ``None``.
         invokes: (args, kwargs) of each invoke.
-        extra: the arguments of the trace itself, which go to the call beside those of the invokes and win.
+        extra: the arguments of the trace itself, which override the arguments of its invokes.
         fn: what the trace calls.
 
     Attributes:
-        invokes: the same, with the attention mask of token ids where one is known.
+        invokes: (args, kwargs) of each invoke, with the attention mask of token ids where it is known.
 
     Raises:
-        PromptError: for a mask that does not fit its tokens, or a side that is none.
+        PromptError: for a mask that does not fit its tokens, or a side that is neither left nor right.
     """
 
-    def __init__(
-        self, tokenizer: Any, invokes: Sequence[tuple[Any, Any]], extra: dict[str, Any], fn: Any
-    ) -> None:
+    def __init__(self, tokenizer: Any, invokes: Sequence[tuple[Any, Any]], extra: dict[str, Any], fn: Any) -> None:
         self.tokenizer, self.extra = tokenizer, extra
-        # Generation goes on behind the last column, where each prompt must end.
+        # Generation continues after the last column, so every prompt must end there.
         self.generates = getattr(fn, "__name__", None) in ("generate", "pipe")
         invokes = [(inputs, dict(kwargs)) for inputs, kwargs in invokes]
-        self.side = side_asked_for([*(kwargs for _, kwargs in invokes), extra])
-        caches = [kwargs.get("cache") for kwargs in [*(kwargs for _, kwargs in invokes), extra]]
-        self.cached = any(is_cached(cache) for cache in caches)
-        self.invokes = [
-            _with_mask(tokenizer, inputs, kwargs, self.cached, len(invokes)) for inputs, kwargs in invokes
-        ]
+        arguments = [*(kwargs for _, kwargs in invokes), extra]
+        self.side = side_asked_for(arguments)
+        self.cached = any(is_cached(kwargs.get("cache")) for kwargs in arguments)
+        self.invokes = [_with_mask(tokenizer, *invoke, self.cached, len(invokes)) for invoke in invokes]
 
     @contextlib.contextmanager
     def padded(self) -> Iterator[None]:
-        """Let the tokenizer, which is the model's own copy, pad on the side that this trace asks for."""
+        """A context in which the tokenizer (the model's own copy) pads on the side the trace asks for."""
         side = "left" if self.generates else self.side
         if self.tokenizer is None or side is None:
             yield
@@ -249,7 +230,7 @@ class Batch:
             self.tokenizer.padding_side = before
 
     def masked(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """The model's inputs with the mask that counts, checked. Raises `PromptError`."""
+        """The model's inputs with the attention mask to use, checked. Raises `PromptError`."""
         tokens = inputs.get("input_ids", inputs.get("inputs_embeds"))
         if not isinstance(tokens, Tensor) or tokens.dim() < 2:
             return inputs
@@ -261,15 +242,10 @@ class Batch:
         self.extra.pop("attention_mask", None)
         if self.generates:
             return aligned_right({**inputs, "attention_mask": mask})
-        if (
-            self.cached
-            and not isinstance(mask, FakeTensor)
-            and mask.device.type == "cpu"
-            and bool(mask.all())
-        ):
-            # A layer on a GPU could not look, and would have to reckon with padding.
-            return {**inputs, "attention_mask": None}
-        return {**inputs, "attention_mask": mask}
+        known = not isinstance(mask, FakeTensor) and mask.device.type == "cpu"
+        # A layer on a GPU could not look at the mask, and would have to assume that there is padding.
+        no_padding = self.cached and known and bool(mask.all())
+        return {**inputs, "attention_mask": None if no_padding else mask}
 
 
 def is_cached(cache: Any) -> bool:
@@ -304,18 +280,15 @@ def _with_mask(tokenizer: Any, inputs: Any, kwargs: Any, cached: bool, n_invokes
         if isinstance(given, Tensor) and given.dim() == 1 and not batched:
             given = given[None]
         return inputs, {**kwargs, "attention_mask": checked_mask(given, shape, cached)}
-    checked = [
-        checked_mask(mask, tuple(row.shape[:2]), cached) for mask, row in zip(masks, rows, strict=True)
-    ]
-    return inputs, {**kwargs, "attention_mask": [mask[0] for mask in checked]}
+    pairs = zip(masks, rows, strict=True)
+    return inputs, {
+        **kwargs,
+        "attention_mask": [checked_mask(m, tuple(r.shape[:2]), cached)[0] for m, r in pairs],
+    }
 
 
 def side_asked_for(arguments: Sequence[dict[str, Any]]) -> str | None:
-    """The ``padding_side`` of a trace and its invokes, which is taken out of their arguments.
-
-    Raises:
-        PromptError: if it is no side, or invokes of one batch name both.
-    """
+    """The ``padding_side`` of a trace and its invokes, removed from their arguments. Raises `PromptError`."""
     asked = [kwargs.pop("padding_side", None) for kwargs in arguments]
     sides = {checked_side(side) for side in asked if side is not None}
     if len(sides) > 1:
@@ -324,7 +297,7 @@ def side_asked_for(arguments: Sequence[dict[str, Any]]) -> str | None:
 
 
 def aligned_right(inputs: dict[str, Any]) -> dict[str, Any]:
-    """Model inputs whose padding stands before the tokens, so that generation goes on from the last token."""
+    """The model's inputs with all padding moved to the left: generation continues the last token."""
     mask = inputs.get("attention_mask")
     if not isinstance(mask, Tensor) or isinstance(mask, FakeTensor) or mask.dim() != 2 or not mask.shape[1]:
         return inputs

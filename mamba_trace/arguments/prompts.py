@@ -1,44 +1,72 @@
-"""Prompts and answers, checked before anything runs.
+"""Prompts, tokens and answers given to this package's own functions, checked before anything runs.
 
 An experiment that compares two prompts position by position is meaningless if the positions do not
-correspond, and one that measures an answer of several tokens measures its first. Both are refused here, with
-the tokenisations that show why. Prompts are strings or token ids [1,L].
+correspond, and an experiment that measures an answer of several tokens measures its first. Both are refused
+here, and the message shows the tokenisations. Prompts are strings or token ids.
 """
 
 from __future__ import annotations
 
 import difflib
 import operator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import PromptError
+from .model import ArgumentModel
 from .padding import mask_of
-
-if TYPE_CHECKING:
-    from ..model import MambaTrace
+from .prompt_forms import check_id, check_ids
 
 
-def single_token(model: MambaTrace, token: str | int) -> int:
+def prompt_of(model: ArgumentModel, input: Any, prepend_bos: bool | None) -> Any:
+    """The prompt to give to a trace: ``input``, with BOS tokens before its strings where they are wanted.
+
+    Args:
+        model: the model that will run.
+        input: a string, a list of strings, or token ids [B,L] or [L].
+        prepend_bos: ``None`` for ``model.default_prepend_bos``.
+
+    Raises:
+        PromptError: if ``input`` is no prompt, or there is no BOS token to prepend.
+    """
+    if isinstance(input, Tensor) and (input.is_floating_point() or input.dim() not in (1, 2)):
+        raise PromptError(
+            f"token ids are an integer tensor [B,L] or [L], not {input.dtype} {tuple(input.shape)}. "
+            f"A residual stream [B,L,D] goes in with start_at_layer"
+        )
+    if input is None or (isinstance(input, (Tensor, list, tuple)) and not len(input)):
+        raise PromptError(f"a run needs a prompt: a string, a list of strings or token ids, not {input!r}")
+    texts = [input] if isinstance(input, str) else input
+    are_texts = isinstance(texts, (list, tuple)) and all(isinstance(text, str) for text in texts)
+    if prepend_bos is None:
+        prepend_bos = are_texts and model.default_prepend_bos
+    if not prepend_bos or (are_texts and model.tokenizer_prepends_bos):
+        return input
+    if not are_texts:
+        raise PromptError("prepend_bos is for strings: put the token before the others yourself")
+    bos = model.tokenizer.bos_token if model.tokenizer is not None else None
+    if bos is None:
+        raise PromptError("prepend_bos=True, but this model's tokenizer has no beginning-of-sequence token")
+    return [bos + text for text in texts]
+
+
+def single_token(model: ArgumentModel, token: str | int) -> int:
     """The id of one token of the vocabulary. Raises `PromptError`."""
     if isinstance(token, str):
         return model.to_single_token(token)
     size = model.config.vocab_size
     try:
-        index = operator.index(token)
+        return check_id(operator.index(token), size)
     except TypeError:
         raise PromptError(
             f"a token is a string that is one token, or its id, 0 to {size - 1}, not {describe(token)}"
         ) from None
-    if not 0 <= index < size:
-        raise PromptError(f"token {index} is not in the vocabulary, whose ids are 0 to {size - 1}")
-    return index
 
 
-def matching_tokens(model: MambaTrace, prompt: str | Tensor, source: str | Tensor) -> tuple[Tensor, Tensor]:
-    """Both prompts' token ids [1,L], if they have one length. Raises `PromptError`."""
+def matching_tokens(model: ArgumentModel, prompt: str | Tensor, source: str | Tensor) -> tuple[Tensor, Tensor]:
+    """The token ids [1,L] of two prompts of one length. Raises `PromptError` where the lengths differ."""
     tokens, source_tokens = prompt_tokens(model, "prompt", prompt), prompt_tokens(model, "source", source)
     if tokens.shape != source_tokens.shape:
         ours, theirs = token_strings(model, tokens), token_strings(model, source_tokens)
@@ -49,8 +77,8 @@ def matching_tokens(model: MambaTrace, prompt: str | Tensor, source: str | Tenso
     return tokens, source_tokens
 
 
-def prompt_tokens(model: MambaTrace, role: str, prompt: str | Tensor) -> Tensor:
-    """The token ids [1,L] of one prompt, on the CPU. Raises `PromptError`, which calls it by its ``role``."""
+def prompt_tokens(model: ArgumentModel, role: str, prompt: str | Tensor) -> Tensor:
+    """The token ids [1,L] of one prompt, on the CPU. Raises `PromptError`, naming the argument ``role``."""
     if isinstance(prompt, str):
         tokens = model.to_tokens(prompt)
         unknown = getattr(model.tokenizer, "unk_token", None)
@@ -62,7 +90,7 @@ def prompt_tokens(model: MambaTrace, role: str, prompt: str | Tensor) -> Tensor:
     elif isinstance(prompt, Tensor) and prompt.dtype != torch.bool and not prompt.is_floating_point():
         tokens = prompt.cpu()
         mask = mask_of(prompt, model.tokenizer) if prompt.dim() == 2 and len(prompt) == 1 else None
-        if mask is not None:  # positions are those of the prompt
+        if mask is not None:  # without its padding, so that positions count the prompt's own tokens
             tokens = tokens[:, mask[0] != 0]
     else:
         raise PromptError(f"{role} must be one string or a tensor of token ids [1,L], not {describe(prompt)}")
@@ -70,12 +98,11 @@ def prompt_tokens(model: MambaTrace, role: str, prompt: str | Tensor) -> Tensor:
         raise PromptError(f"{role} must be one prompt [1,L], not {describe(tokens)}; make a grid for each")
     if tokens.shape[1] == 0:
         raise PromptError(f"{role} is empty: {prompt!r} has no tokens")
-    for token in (int(tokens.min()), int(tokens.max())):
-        single_token(model, token)
+    check_ids(tokens, model.config.vocab_size)
     return tokens.long()
 
 
-def token_strings(model: MambaTrace, tokens: Tensor) -> list[str]:
+def token_strings(model: ArgumentModel, tokens: Tensor) -> list[str]:
     """The string of each token of [1,L]; its id where the model has no tokenizer."""
     if model.tokenizer is None:
         return [str(token) for token in tokens[0].tolist()]
@@ -83,14 +110,14 @@ def token_strings(model: MambaTrace, tokens: Tensor) -> list[str]:
 
 
 def describe(value: Any) -> str:
-    """What a value is, for messages."""
+    """The kind of a value, for messages: ``"a float"``, or a tensor with its shape and dtype."""
     if isinstance(value, Tensor):
         return f"a tensor of shape {list(value.shape)} and dtype {str(value.dtype).removeprefix('torch.')}"
     return f"a {type(value).__name__}"
 
 
 def aligned(ours: list[str], theirs: list[str], before: int = 3, columns: int = 12) -> str:
-    """Two tokenisations above each other, from shortly before their first difference.
+    """Two tokenisations, one above the other, from shortly before their first difference.
 
     >>> print(aligned(["a", " b", " c"], ["a", " c"]))
       prompt:  'a'  ' b'  ' c'

@@ -1,31 +1,29 @@
-"""Which layers, tokens and channels a function is to act on, checked before it acts.
+"""Which site, layers, tokens and channels a function acts on, checked before it acts.
 
 Functions that edit a run take positions as an int, a slice or several ints, channels as indices, a mask or a
-group by how fast they forget, and layers as numbers. What they are given is checked here against the model
-and the forward call, as early as these are known, so that nothing is ever cut that does not exist.
+group by how fast they forget, and layers as numbers. They are checked here against the model and the forward
+call as soon as both are known, so that a function never acts on something that does not exist.
 """
 
 from __future__ import annotations
 
 import operator
-import sys
-import warnings
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 
 import torch
-from accelerate.utils import align_module_device
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from ..errors import LayerError, MambaTraceError, PositionError, SiteValueError
 from ..modeling.past import ends
+from ..names import layer_index
 from ..scan.reference import accumulation_dtype
+from ..sites import BY_HOOK, BY_NAME, Site
 from ..tracing import SiteOrderError, expect
-from ..tracing.frames import users_frame
-
-if TYPE_CHECKING:
-    from ..model import MambaTrace
+from ..tracing.frames import warn_user
+from ..tracing.placement import parameter_of
+from .model import ArgumentModel
 
 #: Indices: one, a slice, several, or a boolean mask of all. Negative ones count from the end.
 Indices = int | slice | Sequence[int] | Sequence[bool] | Tensor
@@ -36,53 +34,49 @@ Channels = Indices | str | None
 #: Layers: all, one, or several; negative counts from the end.
 Layers = None | int | Sequence[int]
 
-#: The thirds of a layer's channels, beginning with those that keep their state longest.
+#: The thirds of a layer's channels, beginning with the channels that keep their state longest.
 GROUPS = ("slow", "medium", "fast")
 
 
-# -- layers ------------------------------------------------------------------------------------------------
+# -- sites and layers --------------------------------------------------------------------------------------
 
 
-def layer_numbers(model: MambaTrace, layers: Layers) -> list[int]:
+def site_named(name: Any) -> Site | None:
+    """The site with this name or hook name, such as ``"y"`` or ``"hook_y"``; ``None`` if there is none."""
+    return (BY_NAME.get(name) or BY_HOOK.get(name)) if isinstance(name, str) else None
+
+
+def layer_numbers(model: ArgumentModel, layers: Layers) -> list[int]:
     """The layers in ascending order, each once. Raises `LayerError`."""
-    n_layers = len(model.layers)
+    n_layers, asked = len(model.layers), f"layers={layers!r}"
     if layers is None:
         return list(range(n_layers))
-    given = _listed(layers)
-    if not all(hasattr(layer, "__index__") and not isinstance(layer, bool) for layer in given):
-        raise LayerError(
-            f"layers={layers!r}: give one integer or several, from 0 to {n_layers - 1}; None is all"
-        )
-    for layer in given:
-        if not -n_layers <= layer < n_layers:
-            raise LayerError(f"layers={layers!r}: this model has layers 0 to {n_layers - 1}, and no {layer}")
-    if not given:
-        raise LayerError(f"layers={layers!r} names no layer; this model has layers 0 to {n_layers - 1}")
-    return sorted({layer % n_layers for layer in given})
+    several = "one integer or several; None is all"
+    numbers = {layer_index(layer, n_layers, asked, named_by=several) for layer in _listed(layers)}
+    if not numbers:
+        raise LayerError(f"{asked} names no layer; this model has layers 0 to {n_layers - 1}")
+    return sorted(numbers)
 
 
-def layer_number(model: MambaTrace, layer: int) -> int:
+def layer_number(model: ArgumentModel, layer: int) -> int:
     """One layer, counted from 0. Raises `LayerError`."""
-    n_layers = len(model.layers)
-    plain: Any = layer.tolist() if hasattr(layer, "tolist") else layer
-    if not isinstance(plain, int) or isinstance(plain, bool):
-        raise LayerError(f"layer={layer!r}: give one layer, an integer from 0 to {n_layers - 1}")
-    return layer_numbers(model, layer)[0]
+    plain = layer.tolist() if hasattr(layer, "tolist") else layer
+    return layer_index(plain, len(model.layers), f"layer={layer!r}", named_by="one integer")
 
 
 # -- positions ---------------------------------------------------------------------------------------------
 
 
 def position_numbers(role: str, positions: Positions, length: int) -> list[int]:
-    """The positions of a call of ``length``, as `chosen_indices`.
+    """The positions of a forward call of ``length`` tokens, as `chosen_indices` returns them.
 
     Args:
-        role: what messages call them.
+        role: the name of the argument, for messages.
         positions: an int, a slice, several ints or a boolean mask [L].
         length: L.
 
     Raises:
-        PositionError: for one that the call does not have or that is no integer, or if there is none.
+        PositionError: if one is not an integer or outside the call, or if there is none.
     """
     counted = f"Positions count the tokens of one forward call, and this one has {length}"
     return chosen_indices(positions, length, lambda reason: PositionError(f"{role}={reason}. {counted}"))
@@ -92,10 +86,10 @@ def call_inputs(*envoys: Any) -> tuple[int, Tensor | None] | None:
     """The length L and the attention mask [B,L] of the forward call, inside a trace.
 
     Args:
-        envoys: the model or blocks, of whose inputs the first that can still be served are read.
+        envoys: the model or blocks. The inputs of the first that the run has not passed are read.
 
     Returns:
-        ``(L, mask or None)``, or ``None`` if the run has gone past all of them.
+        ``(L, mask or None)``, or ``None`` if the run has passed all of them.
     """
     for envoy in envoys:
         try:
@@ -112,10 +106,10 @@ def call_inputs(*envoys: Any) -> tuple[int, Tensor | None] | None:
 
 
 def check_padding(role: str, positions: Positions, mask: Tensor | None) -> None:
-    """Warn, at the user's line, of positions that are padding where tokens may be meant; mask [B,L].
+    """Warn, at the user's line, about positions that are padding where tokens may be meant; mask [B,L].
 
-    These are columns of a left-padded prompt counted from 0, of a right-padded one counted from the end, and
-    of either those that are further from where it is counted than a row has tokens.
+    Such positions count from the padded end of a prompt, or reach further from the other end than a row has
+    tokens.
 
     Raises:
         PositionError: for a position that is padding in every row.
@@ -123,83 +117,68 @@ def check_padding(role: str, positions: Positions, mask: Tensor | None) -> None:
     if mask is None or isinstance(mask, FakeTensor) or mask.is_meta:
         return
     length = mask.shape[-1]
-    rows = [
-        (left, right)
-        for left, right in zip(*(side.tolist() for side in ends(mask == 0)), strict=True)
-        if left < length
-    ]
-    message = None
+    padding = zip(*(side.tolist() for side in ends(mask == 0)), strict=True)
+    rows = [(left, right) for left, right in padding if left < length]
+    tokens = [length - left - right for left, right in rows]
     for side, offsets in (("left", [left for left, _ in rows]), ("right", [right for _, right in rows])):
-        if any(offsets):
-            tokens = [length - left - right for left, right in rows]
-            told = str(offsets[0]) if len(set(offsets)) == 1 else str(offsets)
-            padded = f"{role}={positions!r}: this invoke is {side}-padded by {told}"
-            message = message or _told(padded, side, _reach(positions, length), tokens)
-    if message is not None:
-        frame = users_frame(sys._getframe())
-        warnings.warn_explicit(message, UserWarning, frame.f_code.co_filename, frame.f_lineno)
+        if not any(offsets):
+            continue
+        told = str(offsets[0]) if len(set(offsets)) == 1 else str(offsets)
+        warning = _misread(
+            side, positions, length, tokens, f"{role}={positions!r}: this invoke is {side}-padded by {told}"
+        )
+        if warning is not None:
+            warn_user(warning)
+            return
 
 
-def _told(padded: str, side: str, reach: Reach, tokens: list[int]) -> str | None:
-    # What to warn of, for one side of padding.
-    ends_here = reach.back if side == "left" else reach.forth
-    if ends_here > max(tokens):
+def _misread(side: str, positions: Positions, length: int, tokens: list[int], padded: str) -> str | None:
+    """What to warn about ``positions`` in rows of so many ``tokens``, padded on ``side``; or ``None``."""
+    counts_from, tokens_needed = _reach(positions, length)
+    needed = tokens_needed["end" if side == "left" else "start"]
+    if needed > max(tokens):
         raise PositionError(f"{padded}, and its longest prompt has {max(tokens)} tokens")
-    if side == "left" and reach.from_start:
+    if side == "left" and "start" in counts_from:
         return (
             f"{padded}, so column p is not its token p. Add the padding to the position, or count from the "
             f"end with a negative one"
         )
-    if side == "right" and reach.from_end:
+    if side == "right" and "end" in counts_from:
         return (
             f"{padded}, so column -p is not its token p from the end. Subtract the padding from the "
             f"position, or count from the start"
         )
-    if ends_here > min(tokens):
+    if needed > min(tokens):
         return (
-            f"{padded}, and where a prompt has fewer than {ends_here} tokens this is padding. The shortest "
-            f"has {min(tokens)}"
+            f"{padded}, and where a prompt has fewer than {needed} tokens this is padding. The shortest has "
+            f"{min(tokens)}"
         )
     return None
 
 
-class Reach(NamedTuple):
-    """How positions are counted.
-
-    Attributes:
-        from_start, from_end: whether any is counted from 0, or from the end.
-        back, forth: how many tokens a prompt must have to have all of them that are counted from the end, and
-            those that are counted from the start.
-    """
-
-    from_start: bool
-    from_end: bool
-    back: int
-    forth: int
-
-
-def _reach(positions: Positions, length: int) -> Reach:
-    if not isinstance(positions, slice):
-        listed = _listed(positions)
-        if listed and all(isinstance(one, bool) for one in listed):
-            listed = [at for at, chosen in enumerate(listed) if chosen]
-        return Reach(
-            any(one >= 0 for one in listed), any(one < 0 for one in listed), -min(listed), max(listed) + 1
-        )
-    bounds = (positions.start or None, positions.stop)
-    from_start = any(bound is not None and bound >= 0 for bound in bounds)
-    from_end = any(bound is not None and bound < 0 for bound in bounds)
-    # A slice is clipped, as Python's are: that one token of it is there is enough.
-    chosen = range(length)[positions]
-    back = 0 if from_start else length - max(chosen)
-    forth = 0 if from_end else min(chosen) + 1
-    return Reach(from_start, from_end, back, forth)
+def _reach(positions: Positions, length: int) -> tuple[set[str], dict[str, int]]:
+    """Where positions count from ("start", "end"), and how many tokens a prompt needs counted from each."""
+    if isinstance(positions, slice):
+        bounds = [bound for bound in (positions.start or None, positions.stop) if bound is not None]
+        counted = {"start" if bound >= 0 else "end" for bound in bounds}
+        # A slice is clipped, as Python's are, so it is enough that one of its tokens is there.
+        chosen = range(length)[positions]
+        needed = {
+            "end": 0 if "start" in counted else length - max(chosen),
+            "start": 0 if "end" in counted else min(chosen) + 1,
+        }
+        return counted, needed
+    listed = _listed(positions)
+    if listed and all(isinstance(item, bool) for item in listed):
+        listed = [at for at, chosen in enumerate(listed) if chosen]
+    counted = {"start" if position >= 0 else "end" for position in listed}
+    return counted, {"end": -min(listed), "start": max(listed) + 1}
 
 
 # -- channels ----------------------------------------------------------------------------------------------
 
 
-def decay_rate(model: MambaTrace, layer: int) -> Tensor:
+def decay_rate(model: ArgumentModel, layer: int) -> Tensor:
     """How fast each channel of a layer forgets: the mean over its states of -A.
 
     A state is multiplied by exp(delta A) at each token, so this is per unit of delta.
@@ -223,17 +202,11 @@ def decay_rate(model: MambaTrace, layer: int) -> Tensor:
     """
     layer = layer_number(model, layer)
     model.dispatch()
-    mixer = model.layers[layer].ssm._module
-    A_log = mixer.A_log.detach()  # [E,N]
-    # Where weights are offloaded. Not if they are at hand since the mixer is running: to fetch them then
-    # would take them away from it.
-    if A_log.is_meta:
-        with align_module_device(mixer):
-            A_log = mixer.A_log.detach()
+    A_log = parameter_of(model.layers[layer].ssm._module, "A_log")  # [E,N]
     return A_log.to(accumulation_dtype(A_log)).exp().mean(-1)
 
 
-def decay_groups(model: MambaTrace, layer: int) -> dict[str, Tensor]:
+def decay_groups(model: ArgumentModel, layer: int) -> dict[str, Tensor]:
     """The channels of a layer in thirds by `decay_rate`.
 
     Args:
@@ -253,8 +226,8 @@ def decay_groups(model: MambaTrace, layer: int) -> dict[str, Tensor]:
     return {name: part.sort().values for name, part in zip(GROUPS, order.tensor_split(3), strict=True)}
 
 
-def check_channels(model: MambaTrace, channels: Channels) -> None:
-    """Refuse what are no channels of this model. Raises `SiteValueError`."""
+def check_channels(model: ArgumentModel, channels: Channels) -> None:
+    """Refuse channels that this model does not have. Raises `SiteValueError`."""
     if not isinstance(channels, str):
         _channel_flags(model, channels)
     elif channels not in GROUPS:
@@ -264,8 +237,8 @@ def check_channels(model: MambaTrace, channels: Channels) -> None:
         )
 
 
-def channel_mask(model: MambaTrace, layer: int, channels: Channels) -> Tensor:
-    """Channels of a layer, which `check_channels` let pass, as a boolean mask [E]."""
+def channel_mask(model: ArgumentModel, layer: int, channels: Channels) -> Tensor:
+    """Channels of a layer, already accepted by `check_channels`, as a boolean mask [E]."""
     if not isinstance(channels, str):
         return torch.tensor(_channel_flags(model, channels), device="cpu")
     index = decay_groups(model, layer)[channels]
@@ -273,14 +246,13 @@ def channel_mask(model: MambaTrace, layer: int, channels: Channels) -> Tensor:
     return mask.index_fill(0, index, True)
 
 
-def _channel_flags(model: MambaTrace, channels: Any) -> list[bool]:
-    # For each channel, whether it is one of them. Numbers and not tensors: under fake tensors there are none.
+def _channel_flags(model: ArgumentModel, channels: Any) -> list[bool]:
+    """For each channel, whether it is chosen; no tensor, since under fake tensors there are no numbers."""
     width = model.config.intermediate_size
     if channels is None:
         return [True] * width
     counted = f"Channels count along E (d_inner), of size {width}"
-    found = chosen_indices(channels, width, lambda reason: SiteValueError(f"channels={reason}. {counted}"))
-    chosen = set(found)
+    chosen = set(chosen_indices(channels, width, lambda reason: SiteValueError(f"channels={reason}. {counted}")))
     return [channel in chosen for channel in range(width)]
 
 
@@ -288,32 +260,32 @@ def _channel_flags(model: MambaTrace, channels: Any) -> list[bool]:
 
 
 def chosen_indices(asked: Indices, size: int, error: Callable[[str], MambaTraceError]) -> list[int]:
-    """The indices along an axis that were asked for, from 0, in the order given and none twice.
+    """The chosen indices along an axis, counted from 0, in the order given and each once.
 
     Args:
         asked: an integer, a slice, several integers or a boolean mask; lists, tensors and arrays alike.
-        size: how many there are.
-        error: makes the exception that is raised, from what was asked and what is wrong with it.
+        size: the size of the axis.
+        error: makes the exception to raise from a text that quotes what was asked and says what is wrong.
     """
     several = list(range(size)[asked]) if isinstance(asked, slice) else _listed(asked)
     wanted = f"{asked!r}: give an integer, a slice, several integers or a boolean mask of {size}"
-    flags = [isinstance(one, bool) for one in several]
+    flags = [isinstance(item, bool) for item in several]
     if any(flags) and not all(flags):
         raise error(wanted)
     if any(flags):
         if len(several) != size:
             raise error(f"a boolean mask of {len(several)}, but there are {size}")
-        several = [at for at, one in enumerate(several) if one]
+        several = [at for at, item in enumerate(several) if item]
     try:
-        found = [operator.index(one) for one in several]
+        numbers = [operator.index(item) for item in several]
     except TypeError as wrong:
         raise error(wanted) from wrong
-    if not found:
+    if not numbers:
         raise error(f"{asked!r}, which is none of the {size} that there are")
-    for one in found:
-        if not -size <= one < size:
-            raise error(f"{one}, but there are {size}, from {-size} to {size - 1}")
-    return list(dict.fromkeys(one % size for one in found))
+    for number in numbers:
+        if not -size <= number < size:
+            raise error(f"{number}, but there are {size}, from {-size} to {size - 1}")
+    return list(dict.fromkeys(number % size for number in numbers))
 
 
 def _listed(asked: Any) -> list[Any]:

@@ -1,41 +1,42 @@
-"""The activations of one run, found under any of their names.
+"""The activations of one run, which can be looked up under any of their names.
 
 `ActivationCache` is a mapping from hook names to tensors that also understands paths
-(``cache["layers[3].ssm.h[5]"]``) and TransformerLens's shorthand (``cache["resid_post", -1]``), puts the
-states of all positions together (``cache["h", 3]`` is [B,L,E,N]), and says of what it does not have whether
-there is no such place or it was left out. Its analyses of the residual stream are in `residual`.
+(``cache["layers[3].ssm.h[5]"]``) and TransformerLens's shorthand (``cache["resid_post", -1]``). It stacks the
+states of all positions (``cache["h", 3]`` is [B,L,E,N]). For a missing value the error says whether there is
+no such place or whether the run left it out. The analyses of the residual stream are in `residual`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import names
-from ..errors import PromptError, UnknownSiteError
-from ..names import Place
+from ..errors import LayerError, PromptError, UnknownSiteError
+from ..names import Place, layer_index
 from ..sites import BY_HOOK, BY_NAME, STATE, Site
 from .hooks import key_of
 from .residual import ResidualAnalyses
 
-#: What a cache adds to the name of a value for that of its gradient.
+#: The suffix that makes the name of a gradient from the name of its value.
 GRADIENT = "_grad"
 
 
-class ActivationCache(ResidualAnalyses, Mapping[str, Tensor]):
+class ActivationCache(ResidualAnalyses):
     """Tensors by hook name, in execution order; `run_with_cache` returns one.
 
     A key is a hook name, a path, or a pair of a site and a layer: ``("resid_post", -1)``, ``("hook_h", 3)``;
-    a site of the whole model goes by its name alone, ``"embed"``. The names of gradients end in ``"_grad"``.
+    a site of the whole model has its name alone as key, ``"embed"``. Names of gradients end in ``"_grad"``.
 
     Args:
         values: tensors by hook name, or by path where there is no hook name.
-        model: the model they are of.
-        has_batch_dim: whether they have their batch axis.
-        n_positions: the length of the prompt, if it is known, for negative positions.
+        model: the model that ran.
+        has_batch_dim: whether the values have their batch axis.
+        n_positions: the length of the prompt, if it is known, from which negative positions are counted.
 
     Example::
 
@@ -62,11 +63,12 @@ class ActivationCache(ResidualAnalyses, Mapping[str, Tensor]):
 
         Raises:
             UnknownSiteError: also a ``KeyError``; if there is no such place, or it is not in this cache.
+            LayerError: also a ``KeyError``; if the model has no such layer.
         """
-        found = self._names(key)
-        if isinstance(found, str):
-            return self.cache_dict[found]
-        return torch.stack([self.cache_dict[name] for name in found], dim=-3)  # [B,L,E,N]
+        kept_as = self._names(key)
+        if isinstance(kept_as, str):
+            return self.cache_dict[kept_as]
+        return torch.stack([self.cache_dict[name] for name in kept_as], dim=-3)  # [B,L,E,N]
 
     def __contains__(self, key: object) -> bool:
         try:
@@ -88,7 +90,7 @@ class ActivationCache(ResidualAnalyses, Mapping[str, Tensor]):
     # -- keys ------------------------------------------------------------------------------------------
 
     def _names(self, key: Any) -> str | list[str]:
-        """The name of a key's value, or those of the states that make up a trajectory; they are there."""
+        """The name of a key's value, or the names of the states that make up a trajectory; all are here."""
         if isinstance(key, str) and key in self.cache_dict:
             return key
         place, suffix = self._place(key)
@@ -104,32 +106,22 @@ class ActivationCache(ResidualAnalyses, Mapping[str, Tensor]):
         name, layer, position = parts_of(key)
         suffix = GRADIENT if name.endswith(GRADIENT) else ""
         name = name.removesuffix(GRADIENT)
-        if layer is not None:
-            place = self._of_layer(name, layer, position)
-        else:
-            site = shorthand(name, "model")
+        site = shorthand(name, "model" if layer is None else "layer")
+        if layer is None:
             place = names.parse(name) if site is None else Place(site)
+        elif site is None or (position is not None and site.name != STATE):
+            known = sorted(site.name for site in BY_NAME.values() if site.scope != "model")
+            hint = names.lacked(f"hook_{name.removeprefix('hook_')}") or names.nearest(name, known)
+            positions = "" if site is None else " has positions of its own"
+            hint = hint or f"; there are {', '.join(known)}"
+            raise UnknownSiteError(f"no site {name!r} of a layer{positions}{hint}")
+        else:
+            place = Place(site, layer, position)
+        if place.layer is not None:
+            place = replace(place, layer=layer_index(place.layer, len(self.model.layers), repr(key)))
         if place.position is not None and place.position < 0 and self.n_positions is not None:
-            place = Place(place.site, place.layer, place.position + self.n_positions)
+            place = replace(place, position=place.position + self.n_positions)
         return place, suffix
-
-    def _of_layer(self, name: str, layer: int, position: int | None) -> Place:
-        site = shorthand(name, "layer")
-        if site is None or (position is not None and site.name != STATE):
-            known = sorted(one.name for one in BY_NAME.values() if one.scope != "model")
-            raise UnknownSiteError(
-                f"no site {name!r} of a layer"
-                + ("" if site is None else " has positions of its own")
-                + (
-                    names.lacked(f"hook_{name.removeprefix('hook_')}")
-                    or names.nearest(name, known)
-                    or f"; there are {', '.join(known)}"
-                )
-            )
-        n_layers = len(self.model.layers)
-        if not -n_layers <= layer < n_layers:
-            raise UnknownSiteError(f"({name!r}, {layer}): this model has layers 0 to {n_layers - 1}")
-        return Place(site, layer % n_layers, position)
 
     def _positions(self, place: Place, suffix: str) -> list[str]:
         """The names of the states of a layer. Raises `UnknownSiteError` unless every position is there."""
@@ -138,20 +130,17 @@ class ActivationCache(ResidualAnalyses, Mapping[str, Tensor]):
         there = [name for name in self.cache_dict if name.startswith(prefix)]
         if length is None:
             length = len({name.removesuffix(GRADIENT) for name in there})
-        wanted = [f"{prefix}{position}{suffix}" for position in range(length)]
-        missing = [name for name in wanted if name not in self.cache_dict]
-        if missing or not wanted:
+        states = [f"{prefix}{position}{suffix}" for position in range(length)]
+        missing = [name for name in states if name not in self.cache_dict]
+        if missing or not states:
             raise UnknownSiteError(
                 f"{place.path} is the states of all {length} positions, and this cache is without "
                 f"{missing[0] if missing else 'any'}: names_filter={prefix[:-1]!r} keeps them all"
             )
-        return wanted
+        return states
 
     def _left_out(self, kept_as: str, place: Place, suffix: str) -> UnknownSiteError:
         name = kept_as + suffix
-        n_layers = len(self.model.layers)
-        if place.layer is not None and place.layer >= n_layers:
-            return UnknownSiteError(f"{name!r}: this model has layers 0 to {n_layers - 1}")
         length = self.n_positions
         if place.position is not None and length is not None and not 0 <= place.position < length:
             return UnknownSiteError(f"{name!r}: the prompt of this run has {length} positions")
@@ -192,7 +181,7 @@ class ActivationCache(ResidualAnalyses, Mapping[str, Tensor]):
             This cache.
 
         Raises:
-            PromptError: if it is of more than one prompt.
+            PromptError: if the cache holds more than one prompt.
 
         Example::
 
@@ -203,9 +192,7 @@ class ActivationCache(ResidualAnalyses, Mapping[str, Tensor]):
         batched = {name: value for name, value in self.cache_dict.items() if has_rows(name)}
         sizes = {value.shape[0] for value in batched.values()}
         if sizes - {1}:
-            raise PromptError(
-                f"the batch axis of {max(sizes)} prompts cannot be removed: index it, cache[name][row]"
-            )
+            raise PromptError(f"the batch axis of {max(sizes)} prompts cannot be removed: index it, cache[name][row]")
         self.cache_dict.update({name: value[0] for name, value in batched.items()})
         self.has_batch_dim = False
         return self
@@ -215,28 +202,28 @@ class ActivationCache(ResidualAnalyses, Mapping[str, Tensor]):
 
         Args:
             activation_name: a site of the layers, e.g. ``"resid_post"``, ``"h"`` or ``"hook_y"``.
-            layer: stack the layers before this one; -1 or ``None`` for all.
+            layer: stack the layers before this one; -1 or ``None`` stacks all.
 
         Returns:
             [n_layers, ...], e.g. [n_layers,B,L,D].
 
         Raises:
-            UnknownSiteError: if one of them is not in this cache.
+            UnknownSiteError: if the value of one of the layers is not in this cache.
+            LayerError: if the model has no such layer.
 
         Example::
 
             cache.stack_activation("h")  # [n_layers,B,L,E,N]
         """
-        n_layers = len(self.model.layers)
-        last = n_layers if layer in (None, -1) else layer
-        if not 0 < last <= n_layers:
-            raise UnknownSiteError(f"layer={layer}: this model has 1 to {n_layers} layers to stack")
-        values = [self[activation_name, one] for one in range(last)]
+        stop = self._layer(layer)
+        if not stop:
+            raise LayerError("layer=0: there are no layers before layer 0 to stack")
+        values = [self[activation_name, number] for number in range(stop)]
         return torch.stack([value.to(values[-1].device) for value in values])  # layers may be on several
 
 
 def shorthand(name: str, scope: str) -> Site | None:
-    """The site of a short name: its own, or its hook's with or without ``hook_``.
+    """The site of a short name: its own name, or its hook's name with or without ``hook_``.
 
     >>> shorthand("embed", "model").name, shorthand("norm", "layer").name, shorthand("norm", "model").name
     ('embeddings', 'norm', 'norm_f')

@@ -1,9 +1,9 @@
 """Analysis code asks ``model.cfg.n_layers`` and ``model.cfg.E``; Hugging Face says ``num_hidden_layers``.
 
-Contract: `LensConfig` is a view. It holds nothing of its own: every attribute is looked up in the model's
-Hugging Face configuration (or in its parameters: device and dtype) when it is asked for, so it follows
-changes of either, and it cannot be assigned to. The names are those of MambaLens's `MambaCfg`, read off the
-table of configuration fields, and its one-letter sizes.
+Contract: `LensConfig` is a view. It stores nothing: every attribute is looked up in the model's Hugging Face
+configuration (device and dtype in its parameters) at the moment it is read, so it follows changes of either,
+and it cannot be assigned to. It has the names of MambaLens's `MambaCfg`, taken from the table of
+configuration fields, and MambaLens's one-letter sizes.
 """
 
 from __future__ import annotations
@@ -12,28 +12,21 @@ from collections import namedtuple
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from ..conversion.config_fields import FIELDS, N_RESIDUALS
+from ..conversion.config_fields import FIELDS, LENS_ALIASES, N_RESIDUALS
 from ..conversion.formats import residuals_per_layer
-from ..modeling.architectures import axis_sizes
 from ..names import nearest
 
 Read = Callable[[Any], Any]
 
 # MambaLens's name -> Hugging Face's, of the values at the top level of a MambaCfg and of its initializer_cfg.
 _TOP, _INITIALIZER = (
-    {
-        field.mamba_lens[-1]: field.name
-        for field in FIELDS
-        if field.mamba_lens and len(field.mamba_lens) == depth
-    }
+    {field.mamba_lens[-1]: field.name for field in FIELDS if field.mamba_lens and len(field.mamba_lens) == depth}
     for depth in (1, 2)
 )
 InitializerConfig = namedtuple("InitializerConfig", _INITIALIZER)  # type: ignore[misc]
-InitializerConfig.__doc__ = (
-    "How a model made from scratch is initialised; read-only, under MambaLens's names."
-)
+InitializerConfig.__doc__ = "How a model made from scratch is initialised: read-only, under MambaLens's names."
 
-#: What other models have and a Mamba has not, with what there is instead.
+#: Names that other models have and a Mamba does not, with the reason.
 ABSENT = {
     **dict.fromkeys(("n_heads", "d_head", "n_key_value_heads"), "a Mamba has no attention heads"),
     "d_mlp": "a Mamba block has no MLP; its inner width is d_inner",
@@ -42,10 +35,6 @@ ABSENT = {
 
 def _field(name: str) -> Read:
     return lambda model: getattr(model.config, name)
-
-
-def _size(axis: str) -> Read:
-    return lambda model: axis_sizes(model.config)[axis]
 
 
 def _initializer(model: Any) -> Any:
@@ -57,22 +46,13 @@ def _initializer(model: Any) -> Any:
 
 #: Name -> how it is read from a model, in the order of `LensConfig.to_dict`.
 READ: dict[str, Read] = {
-    **{name: _field(theirs) for name, theirs in _TOP.items()},
-    "n_layer": _field("num_hidden_layers"),
-    "d_inner": _size("E"),
-    "dt_rank": _size("R"),
-    "d_vocab": _size("V"),
+    **{name: _field(theirs) for name, theirs in (_TOP | LENS_ALIASES).items()},
     "n_ctx": lambda model: None,
-    "eps": _field("layer_norm_epsilon"),
     "device": lambda model: model.device,
     "dtype": lambda model: model._module.dtype,
     "default_prepend_bos": lambda model: model.default_prepend_bos,
     "tokenizer_prepends_bos": lambda model: model.tokenizer_prepends_bos,
     "initializer_cfg": _initializer,
-    **{axis: _size(axis) for axis in "DEN"},
-    "D_delta": _size("R"),
-    "D_conv": _field("conv_kernel"),
-    "V": _size("V"),
 }
 
 
@@ -91,13 +71,13 @@ class LensConfig:
                                                      ``use_conv_bias``, ``layer_norm_epsilon``
     ``n_ctx``                                        ``None``: a Mamba has no longest prompt
     ``device``, ``dtype``                            of the first parameter; the meta device before loading
-    ``default_prepend_bos``                          what `to_tokens` does where it is not told
+    ``default_prepend_bos``                          what `to_tokens` does by default
     ``tokenizer_prepends_bos``                       whether the tokenizer itself puts it before every text
     ``initializer_cfg``                              ``initializer_range``, ``dt_min``, ``dt_max``, ...
     ===============================================  =======================================================
 
     Raises:
-        AttributeError: for a name that is none of these, naming the nearest, and for every assignment.
+        AttributeError: for any other name, with the nearest in the message, and for every assignment.
 
     Example::
 
@@ -121,7 +101,7 @@ class LensConfig:
         return self._model.config
 
     def to_dict(self) -> dict[str, Any]:
-        """Every name with its value now; ``initializer_cfg`` as a dict.
+        """Every name with its current value; ``initializer_cfg`` as a dict.
 
         Example::
 

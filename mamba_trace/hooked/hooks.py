@@ -1,15 +1,14 @@
 """Hooks as TransformerLens has them: which function runs at which place, and how it is called.
 
-A hook is a pair of a name and a function, where the name is a hook name, a path, or a predicate over hook
-names. Before anything is computed, `resolve` turns names into places of the model and `Extent` says whether
-the run gets there, so a hook that could never fire is an error and not a silence.
+A hook is a pair of a name and a function. The name is a hook name, a path, or a predicate over hook names.
+Before anything is computed, `resolve` turns names into places of the model and `Extent` says whether the run
+gets there, so a hook that could never fire is an error instead of silently doing nothing.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import inspect
-import operator
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,16 +23,17 @@ from ..tracing.visit import position_error
 NameOrFilter = str | Callable[[str], bool]
 #: ``fn(value, hook)``.
 HookFunction = Callable[..., Any]
-#: Inner modules of the mixer whose output is no site, and the site that follows it.
+#: The inner modules of the mixer whose output is not a site, with the site that follows each.
 BEFORE = {"in_proj": "skip", "conv1d": "conv", "x_proj": "delta_1", "dt_proj": "delta_2"}
-#: What TransformerLens's models have to keep hooks with.
+#: The attributes with which TransformerLens's models keep hooks.
 KEEPING_HOOKS = frozenset(
     "hooks hook_dict hook_points add_hook add_perma_hook add_caching_hooks get_caching_hooks cache_all "
-    "cache_some "
-    "check_and_add_hook remove_all_hook_fns".split()
+    "cache_some check_and_add_hook remove_all_hook_fns".split()
 )
-#: Where a place stands in a run: which of the layers that it goes through, then site, then position.
+#: Where a place stands in a run: the number of the layer among those that run, the site, the position.
 Order = tuple[int, float, int]
+#: The position, in an `Order`, of values that come after all positions.
+WHOLE = 1 << 62
 
 _INDEX = {site.name: index for index, site in enumerate(SITES)}
 _FIRST_INNER = next(index for index, site in enumerate(SITES) if site.scope != "model")
@@ -44,9 +44,9 @@ class Hook:
     """What a hook function is told about its place: the second argument of ``fn(value, hook)``.
 
     Attributes:
-        name: the hook name, e.g. ``"blocks.3.hook_h.5"``; the path of a place that has no hook name.
+        name: the hook name, e.g. ``"blocks.3.hook_h.5"``; the path if the place has no hook name.
         path: the same place under the model, e.g. ``"layers[3].ssm.h[5]"``.
-        ctx: a dict for the functions of this name to share, forward and backward ones; new in every run.
+        ctx: a dict that the forward and backward functions of this name share; new in every run.
     """
 
     name: str
@@ -69,8 +69,8 @@ class Extent:
         n_layers: how many layers the model has.
         start: the layer that the input, a residual stream, goes into; ``None`` for tokens.
         stop: the layer before which the run ends; ``None`` to run to the logits.
-        only: the layers that are computed, in the order in which they are, some perhaps more than once;
-            ``None`` for all, in the model's own order.
+        only: the layers that are computed, in this order and perhaps more than once; ``None`` for all, in the
+            model's own order.
     """
 
     n_layers: int
@@ -81,26 +81,24 @@ class Extent:
     @classmethod
     def of(cls, n_layers: int, start: int | None, stop: int | None, only: Sequence[int] | None) -> Extent:
         """From a user's arguments, whose negative layers count from the end. Raises `LayerError`."""
+
+        def index(argument: str, layer: Any, last: int) -> int:
+            allowed = range(-n_layers, last + 1)
+            return names.layer_index(layer, n_layers, f"{argument}={layer!r}", allowed)
+
         if not isinstance(only, Iterable | None):
             raise LayerError(f"only_use_these_layers={only!r}: it takes a list of layers")
-        return cls(
-            n_layers,
-            None if start is None else _layer("start_at_layer", start, n_layers, n_layers - 1),
-            None if stop is None else _layer("stop_at_layer", stop, n_layers, n_layers),
-            None
-            if only is None
-            else tuple(_layer("only_use_these_layers", one, n_layers, n_layers - 1) for one in only),
-        ).checked()
-
-    def checked(self) -> Extent:
-        """Itself. Raises `LayerError` if it ends before it starts."""
-        if self.start is not None and self.stop is not None and self.stop < self.start:
-            raise LayerError(f"start_at_layer={self.start} comes after stop_at_layer={self.stop}")
-        return self
+        start = None if start is None else index("start_at_layer", start, n_layers - 1)
+        stop = None if stop is None else index("stop_at_layer", stop, n_layers)
+        if only is not None:
+            only = tuple(index("only_use_these_layers", layer, n_layers - 1) for layer in only)
+        if start is not None and stop is not None and stop < start:
+            raise LayerError(f"start_at_layer={start} comes after stop_at_layer={stop}")
+        return cls(n_layers, start, stop, only)
 
     @property
     def layers(self) -> list[int]:
-        """The layers that the run goes through, in order: those of ``only`` that are in its range."""
+        """The layers that the run goes through, in order: the layers of ``only`` that are in its range."""
         inside = range(self.start or 0, self.n_layers if self.stop is None else self.stop)
         return [layer for layer in (inside if self.only is None else self.only) if layer in inside]
 
@@ -112,7 +110,7 @@ class Extent:
         return self.start is None if _INDEX[place.site.name] < _FIRST_INNER else self.stop is None
 
     def orders_of(self, place: Place) -> list[Order]:
-        """Where a place stands in the run, each time that the run comes to it.
+        """Where a place stands in the run, once for each time that the run comes to it.
 
         The whole trajectory comes after its positions.
         """
@@ -124,22 +122,9 @@ class Extent:
         return [(number, index, WHOLE if place.position is None else place.position) for number in numbers]
 
     def __str__(self) -> str:
-        said = {"start_at_layer": self.start, "stop_at_layer": self.stop}
-        said["only_use_these_layers"] = None if self.only is None else list(self.only)  # type: ignore[assignment]
-        return ", ".join(f"{name}={value}" for name, value in said.items() if value is not None)
-
-
-def _layer(argument: str, layer: Any, n_layers: int, last: int) -> int:
-    number: Any = None if isinstance(layer, bool) else layer
-    try:
-        layer = operator.index(number)
-    except TypeError:
-        raise LayerError(
-            f"{argument}={layer!r}: a layer is an integer, and this model has 0 to {n_layers - 1}"
-        ) from None
-    if not -n_layers <= layer <= last:
-        raise LayerError(f"{argument}={layer}: this model has layers 0 to {n_layers - 1}; -1 is the last")
-    return layer % n_layers if layer < 0 else layer
+        only = None if self.only is None else list(self.only)
+        given = {"start_at_layer": self.start, "stop_at_layer": self.stop, "only_use_these_layers": only}
+        return ", ".join(f"{name}={value}" for name, value in given.items() if value is not None)
 
 
 def none_kept(name: str) -> UnknownSiteError:
@@ -156,22 +141,18 @@ def none_kept(name: str) -> UnknownSiteError:
 
 
 def key_of(place: Place) -> str:
-    """What a place is called in a cache and to a hook: its hook name, or its path if it has none."""
+    """The name of a place in a cache and for a hook: its hook name, or its path if it has none."""
     if place.site is None or (place.site.name == STATE and place.position is None):
         return place.path
     return place.hook_name
 
 
-#: The position of what comes after all positions.
-WHOLE = 1 << 62
-
-
 def check_name(model: Any, name: NameOrFilter, extent: Extent) -> None:
-    """Refuse a name that no place of this run has, as far as it can be told without the prompt's length.
+    """Refuse a name without a place in this run, as far as that can be told without the prompt's length.
 
     Raises:
         UnknownSiteError: if the model has no such place.
-        LayerError: if the run does not reach it.
+        LayerError: if the model has no such layer, or the run does not reach the place.
         TypeError: if it is neither a string nor a predicate.
     """
     if callable(name):
@@ -184,15 +165,15 @@ def check_name(model: Any, name: NameOrFilter, extent: Extent) -> None:
 
 
 def resolve(name: NameOrFilter, known: Callable[[], dict[str, Place]], length: int) -> list[Place]:
-    """The places of a name, or those whose hook names a predicate holds for.
+    """The place of a name, or the places whose hook names a predicate accepts.
 
     Args:
         name: checked by `check_name`.
         known: the places that the run reaches, by hook name, in execution order.
-        length: the number of positions, to check and to count negative ones.
+        length: the number of positions; negative positions are counted from it.
 
     Raises:
-        PositionError: if the prompt is too short for it.
+        PositionError: if the prompt is too short for the position.
     """
     if callable(name):
         return [place for hook_name, place in known().items() if name(hook_name)]
@@ -211,7 +192,7 @@ def checked_hooks(model: Any, hooks: Any, extent: Extent, argument: str) -> list
     """A user's list of hooks, with functions that are called as ``fn(value, hook)``.
 
     Raises:
-        TypeError: if it is no list of pairs, or a function cannot be called like that.
+        TypeError: if it is not a list of pairs, or a function cannot be called like that.
         UnknownSiteError, LayerError: as `check_name`.
     """
     checked = []
@@ -236,7 +217,7 @@ def callable_by_position(fn: Any, argument: str) -> HookFunction:
     """``fn`` as a function of (value, hook). TransformerLens passes the second by name, so both ways work.
 
     Raises:
-        TypeError: if it takes neither.
+        TypeError: if it can be called in neither way.
     """
     if not callable(fn):
         raise TypeError(f"{argument} takes functions fn(value, hook), not {fn!r}")
@@ -244,10 +225,10 @@ def callable_by_position(fn: Any, argument: str) -> HookFunction:
         signature = inspect.signature(fn)
     except (TypeError, ValueError):  # a builtin
         return fn
-    for named in (True, False):
+    for args, kwargs in (((None,), {"hook": None}), ((None, None), {})):
         try:
-            signature.bind(*((None,) if named else (None, None)), **({"hook": None} if named else {}))
+            signature.bind(*args, **kwargs)
         except TypeError:
             continue
-        return (lambda value, hook: fn(value, hook=hook)) if named else fn
+        return (lambda value, hook: fn(value, hook=hook)) if kwargs else fn
     raise TypeError(f"{argument}: {fn!r} cannot be called as fn(value, hook); its signature is {signature}")

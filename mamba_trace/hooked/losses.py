@@ -1,7 +1,7 @@
-"""The language-modelling loss of logits somebody already has, counted over real tokens alone.
+"""The language-modelling loss of given logits, averaged over real tokens only.
 
-Logits at one position predict the token at the next. In a padded batch some of these pairs are not of the
-text: a pair counts where both of its tokens are real.
+Logits at one position predict the token at the next. In a padded batch some of these pairs contain padding: a
+pair counts only if both of its tokens are real.
 """
 
 from __future__ import annotations
@@ -13,23 +13,21 @@ from ..arguments.padding import checked_mask, remembered
 from ..errors import PromptError
 
 
-def next_token_loss(
-    logits: Tensor, tokens: Tensor, mask: Tensor | None = None, per_token: bool = False
-) -> Tensor:
+def next_token_loss(logits: Tensor, tokens: Tensor, mask: Tensor | None = None, per_token: bool = False) -> Tensor:
     """Cross entropy, in nats, of each next token.
 
     Args:
         logits: [B,L,V], any floating dtype; half precision is computed in float32.
-        tokens: token ids [B,L] that the logits were made from.
-        mask: attention mask [B,L], 1 on tokens and 0 on padding. Tokens that ``to_tokens`` made know theirs;
-            of others all are text where there is none.
-        per_token: return every pair's loss instead of their mean.
+        tokens: the token ids [B,L] that the logits were computed from.
+        mask: attention mask [B,L], 1 on tokens and 0 on padding. Tokens from ``to_tokens`` know theirs; other
+            tokens without a mask all count.
+        per_token: return the loss of every pair instead of their mean.
 
     Returns:
         The mean over pairs of real tokens, a scalar; or [B,L-1], which is 0 where either token is padding.
 
     Raises:
-        PromptError: if the shapes disagree, or no token has a next one.
+        PromptError: if the shapes disagree, or no prompt has two tokens.
 
     Example::
 
@@ -38,8 +36,7 @@ def next_token_loss(
     """
     if logits.dim() != 3 or tokens.shape != logits.shape[:2]:
         raise PromptError(
-            f"a loss takes logits [B,L,V] and their tokens [B,L], not {tuple(logits.shape)} and "
-            f"{tuple(tokens.shape)}"
+            f"a loss takes logits [B,L,V] and their tokens [B,L], not {tuple(logits.shape)} and {tuple(tokens.shape)}"
         )
     if mask is not None and mask.shape != tokens.shape:
         raise PromptError(f"the mask {tuple(mask.shape)} of tokens {tuple(tokens.shape)} has another shape")

@@ -1,4 +1,4 @@
-"""Configurations and state dicts as MambaLens's functions take and give them.
+"""Configurations and state dicts as MambaLens's functions take and return them.
 
 Contract: the conversions are those of `mamba_trace.conversion`, under MambaLens's names with its arguments;
 `MambaCfg` has the fields and defaults of MambaLens's, and converts back to what it was made from.
@@ -14,20 +14,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..conversion.formats import convert_config, convert_state_dict
+from ..conversion import convert_config, convert_state_dict
 from .cfg import LensConfig
 
 # -- configurations ----------------------------------------------------------------------------------------
 
 
 def best_device() -> str:
-    """``"cuda"`` where there is one, else ``"cpu"``."""
+    """``"cuda"`` where there is a GPU, else ``"cpu"``."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @dataclass
 class MambaInitCfg:
-    """How a model is initialised: MambaLens's names, and the values its authors mean.
+    """How a model is initialised: MambaLens's names, with the values of Mamba's authors.
 
     ``n_residuals_per_layer`` is how often a layer adds to the residual stream; ``dt_init`` is ``"random"`` or
     ``"constant"``.
@@ -74,11 +74,11 @@ class _Fields:
 
 
 class MambaCfg(_Fields):
-    """The configuration of a model: MambaLens's names and defaults, sizes completed when it is made.
+    """The configuration of a model: MambaLens's names and defaults, with sizes completed when it is made.
 
     ``dt_rank="auto"`` becomes ceil(d_model / 16), ``d_inner=-1`` becomes expand times d_model, and
-    ``vocab_size`` is padded. ``n_layer`` and ``initializer_config``, which MambaLens's README says, are taken
-    for ``n_layers`` and ``initializer_cfg``. ``device`` is a GPU where there is one.
+    ``vocab_size`` is padded. ``n_layer`` and ``initializer_config``, the names in MambaLens's README, are
+    accepted for ``n_layers`` and ``initializer_cfg``. ``device`` is a GPU where there is one.
 
     Example::
 
@@ -86,13 +86,11 @@ class MambaCfg(_Fields):
         model = HookedMamba(cfg=cfg, initialize_params=True)
     """
 
-    def __init__(
-        self, *args: Any, n_layer: int | None = None, initializer_config: Any = None, **kwargs: Any
-    ) -> None:
-        if n_layer is not None:
-            kwargs["n_layers"] = n_layer
-        if initializer_config is not None:
-            kwargs["initializer_cfg"] = initializer_config
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        for theirs, ours in (("n_layer", "n_layers"), ("initializer_config", "initializer_cfg")):
+            if kwargs.get(theirs) is not None:
+                kwargs[ours] = kwargs[theirs]
+            kwargs.pop(theirs, None)
         super().__init__(*args, **kwargs)
 
     n_layer = property(lambda self: self.n_layers)
@@ -105,22 +103,19 @@ class MambaCfg(_Fields):
 
 
 def plain(cfg: Any) -> Any:
-    """A configuration that can be converted: what is behind ``model.cfg``, or ``cfg`` itself."""
+    """A configuration that can be converted: the one behind ``model.cfg``, or ``cfg`` itself."""
     return cfg.huggingface if isinstance(cfg, LensConfig) else cfg
 
 
 def convert_original_config_to_hooked_mamba_config(cfg: Any, device: Any = None) -> MambaCfg:
-    """A `MambaCfg` of a configuration in the original format.
+    """A new `MambaCfg`, which keeps what it has no field for: converted back, it is ``cfg`` again.
 
     Args:
-        cfg: the ``config.json`` of state-spaces/mamba as a dict; any other format will do, too.
-        device: for the model to be made; a GPU where there is one.
-
-    Returns:
-        A new one, which remembers what it has no field for: converted back, it is ``cfg`` again.
+        cfg: the ``config.json`` of state-spaces/mamba as a dict, or a configuration in any other format.
+        device: the device of the model to be made; a GPU where there is one.
 
     Raises:
-        CheckpointError: if it is no configuration of a Mamba-1.
+        CheckpointError: if it is not the configuration of a Mamba-1.
 
     Example::
 
@@ -129,7 +124,7 @@ def convert_original_config_to_hooked_mamba_config(cfg: Any, device: Any = None)
     if isinstance(cfg, MambaCfg):
         return cfg
     converted = convert_config(plain(cfg), "mamba_lens")
-    known = {one.name: converted[one.name] for one in fields(MambaCfg) if one.name in converted}
+    known = {each.name: converted[each.name] for each in fields(MambaCfg) if each.name in converted}
     return MambaCfg(**known | {"device": best_device() if device is None else device})
 
 
@@ -140,7 +135,7 @@ def convert_hooked_mamba_config_to_original_config(hooked_mamba_cfg: Any) -> dic
         hooked_mamba_cfg: ``model.cfg``, or a `MambaCfg`.
 
     Raises:
-        CheckpointError: if it is no configuration of a Mamba-1.
+        CheckpointError: if it is not the configuration of a Mamba-1.
 
     Example::
 
@@ -155,14 +150,11 @@ def convert_hooked_mamba_config_to_original_config(hooked_mamba_cfg: Any) -> dic
 def convert_original_state_dict_to_hooked_state_dict(
     cfg: Any = None, state_dict: Mapping[str, Tensor] | None = None
 ) -> dict[str, Tensor]:
-    """A state dict under MambaLens's names, in_proj and x_proj taken apart.
+    """A new state dict with the same values under MambaLens's names, in_proj and x_proj split.
 
     Args:
-        cfg: not needed; a state dict in its place is taken for one.
+        cfg: not needed; a state dict given here is converted.
         state_dict: in the original format, or Hugging Face's.
-
-    Returns:
-        A new dict, whose values are those given, bit for bit.
 
     Raises:
         CheckpointError: if keys or shapes do not fit together.
@@ -177,14 +169,11 @@ def convert_original_state_dict_to_hooked_state_dict(
 def convert_hooked_state_dict_to_original_state_dict(
     cfg: Any = None, state_dict: Mapping[str, Tensor] | None = None
 ) -> dict[str, Tensor]:
-    """A state dict under the original names, in_proj and x_proj put together.
+    """A new state dict with the same values under the original names, in_proj and x_proj joined.
 
     Args:
-        cfg: not needed; a state dict in its place is taken for one.
+        cfg: not needed; a state dict given here is converted.
         state_dict: under MambaLens's names: ``model.state_dict()`` of a `HookedMamba`.
-
-    Returns:
-        A new dict, whose values are those given, bit for bit.
 
     Raises:
         CheckpointError: if keys or shapes do not fit together.

@@ -1,40 +1,86 @@
-"""What the layers write into the residual stream, and what it says on the way, from a cache.
+"""What the layers write into the residual stream, and what the stream says on the way, from a cache.
 
 The stream out of a Mamba is a sum: the embedding and every layer's ``out_proj``. The logits are linear in it
-but for one number at each position, the scale of the final RMSNorm. With that number frozen to what it was in
+but for one number at each position, the scale of the final RMSNorm. With that number frozen at its value in
 the run, every term has a logit of its own, and these add up to the logits (direct logit attribution). The
-logit lens reads the partial sums instead, each with a norm of its own, as if the model ended there.
+logit lens reads the partial sums instead, each with its own norm, as if the model ended there.
 
 Source: TransformerLens's ActivationCache, whose method names and shapes these are; logit lens: nostalgebraist
-(2020). A block of Mamba adds to the stream once, so there is no middle of a block.
+(2020). A block of Mamba adds to the stream once, so a block has no middle.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from ..errors import LayerError, PromptError, UnknownSiteError
-from ..modeling.effective import epsilon_of, input_dtype, norm_weight
+from ..modeling.effective import epsilon_of, input_dtype, n_outputs, norm_weight, token_directions
+from ..names import layer_index
 from ..tracing.placement import input_device
 
-#: Which positions: all, one (whose axis goes), a range as (start, stop), a slice, or several.
+#: Which positions: all, one (whose axis is dropped), a range as (start, stop), a slice, or several.
 PositionSlice = int | slice | Sequence[int] | None
 
 
-class ResidualAnalyses:
-    """Mixed into `ActivationCache`. C is the number of components stacked in front of B, L and D."""
+class Directions:
+    """The directions of tokens in the residual stream; mixed into the model class."""
+
+    def tokens_to_residual_directions(self: Any, tokens: Any) -> Tensor:
+        """The direction in the residual stream, after the final norm, that raises each token's logit.
+
+        Args:
+            tokens: token ids of any shape, one id, or a string that is one token.
+
+        Returns:
+            Rows of ``lm_head``'s weight, with an adapter's part of it: the shape of ``tokens``, then [D].
+
+        Raises:
+            PromptError: if a string is not one token, an id is not in the vocabulary, or these are no ids.
+
+        Example::
+
+            model.tokens_to_residual_directions(" Emma")  # [D]
+        """
+        if isinstance(tokens, str):
+            tokens = self.to_single_token(tokens)
+        try:
+            ids = torch.as_tensor(tokens, device="cpu")
+        except (TypeError, ValueError, RuntimeError):
+            raise PromptError(
+                f"tokens are ids of any shape, or a string that is one token, not {tokens!r}; of several "
+                f"strings give the ids, [model.to_single_token(string) for string in strings]"
+            ) from None
+        self.dispatch()
+        self._follow()
+        head, width = self.lm_head._module, self.config.hidden_size
+        size = n_outputs(head, width)
+        known = ids.numel() == 0 or 0 <= int(ids.min()) <= int(ids.max()) < size
+        if ids.is_floating_point() or not known:
+            raise PromptError(f"token ids are integers from 0 to {size - 1}, not {tokens!r}")
+        return token_directions(head, ids, width)
+
+
+class ResidualAnalyses(Mapping[Any, Tensor]):
+    """Mixed into `ActivationCache`. C is the number of components stacked in front of B, L and D.
+
+    These arguments mean the same in every method:
+
+    * ``layer``: the stream into this layer; ``None``, -1 or ``n_layers`` for the stream out of the last;
+    * ``pos_slice``: which positions; a single int drops the axis L;
+    * ``apply_ln``: apply the norm before ``layer``, as `apply_ln_to_stack` does;
+    * ``return_labels``: return the pair of the tensor and the names of its components.
+
+    Every method raises `UnknownSiteError` if a value that it needs is not in this cache.
+    """
 
     model: Any
     has_batch_dim: bool
-
-    if TYPE_CHECKING:
-
-        def __getitem__(self, key: Any) -> Tensor: ...
 
     def accumulated_resid(
         self,
@@ -47,17 +93,11 @@ class ResidualAnalyses:
         """The residual stream before each layer up to ``layer``, and after the last one.
 
         Args:
-            layer: the last stream is the one into this layer; ``None``, -1 or ``n_layers``: out of the last.
             incl_mid: must be false: a block of Mamba has no middle.
-            apply_ln: as `apply_ln_to_stack`.
-            pos_slice: which positions; one as an int has no axis L.
-            return_labels: return their names too.
+            layer, apply_ln, pos_slice, return_labels: see the class.
 
         Returns:
-            [C,B,L,D] where C is ``layer + 1``, in float32 or better; or the pair of it and the labels.
-
-        Raises:
-            UnknownSiteError: if a stream is not in this cache.
+            [C,B,L,D] where C is ``layer + 1``, in float32 or better.
 
         Example::
 
@@ -66,9 +106,10 @@ class ResidualAnalyses:
         if incl_mid:
             raise UnknownSiteError("a block of Mamba adds to the residual stream once: it has no resid_mid")
         last, n_layers = self._layer(layer), len(self.model.layers)
-        streams = [self._stream(one) for one in range(last + 1)]
-        labels = [f"{one}_pre" if one < n_layers else "final_post" for one in range(last + 1)]
-        return self._stacked(streams, labels, last, apply_ln, pos_slice, return_labels)
+        streams = {f"{number}_pre": self._stream(number) for number in range(min(last + 1, n_layers))}
+        if last == n_layers:
+            streams["final_post"] = self._stream(last)
+        return self._stacked(streams, last, apply_ln, pos_slice, return_labels)
 
     def decompose_resid(
         self,
@@ -83,45 +124,38 @@ class ResidualAnalyses:
         The sum is exact, to rounding, in a run where nobody edited the stream itself.
 
         Args:
-            layer: the stream into this layer; ``None``, -1 or ``n_layers``: out of the last.
-            apply_ln: as `apply_ln_to_stack`.
-            pos_slice: which positions; one as an int has no axis L.
-            incl_embeds: whether the embedding is among them.
-            return_labels: return their names too.
+            incl_embeds: whether the embedding is one of the terms.
+            layer, apply_ln, pos_slice, return_labels: see the class.
 
         Returns:
-            [C,B,L,D] where C is ``layer + 1``, in float32 or better; or the pair of it and the labels.
-
-        Raises:
-            UnknownSiteError: if a term is not in this cache.
+            [C,B,L,D] where C is ``layer + 1``, in float32 or better.
 
         Example::
 
             cache.decompose_resid().sum(0)  # cache["resid_post", -1]
         """
         last = self._layer(layer)
-        terms = [self["embed"]] * incl_embeds + [self["out_proj", one] for one in range(last)]
-        labels = ["embed"] * incl_embeds + [f"{one}_out_proj" for one in range(last)]
+        terms = {"embed": self["embed"]} if incl_embeds else {}
+        terms |= {f"{number}_out_proj": self["out_proj", number] for number in range(last)}
         if not terms:
             raise LayerError("nothing but the embedding goes into layer 0: incl_embeds=False leaves nothing")
-        return self._stacked(terms, labels, last, apply_ln, pos_slice, return_labels)
+        return self._stacked(terms, last, apply_ln, pos_slice, return_labels)
 
     def apply_ln_to_stack(
         self, residual_stack: Tensor, layer: int | None = None, pos_slice: PositionSlice = None
     ) -> Tensor:
-        """The norm before ``layer`` with its scale as it was in the run: linear, unlike the norm itself.
+        """Apply the norm before ``layer`` with its scale as in the run: linear, unlike the norm itself.
 
         Args:
             residual_stack: terms of the stream [C,B,L,D], or a single position of them [C,B,D].
-            layer: whose norm; ``None``, -1 or ``n_layers``: the final one.
-            pos_slice: which positions ``residual_stack`` is of.
+            layer, pos_slice: see the class.
 
         Returns:
-            Its shape.
+            A tensor of the shape of ``residual_stack``.
 
         Raises:
-            PromptError: if it is not of the positions and prompts of this cache.
-            CheckpointError: if the norm was replaced by something that is no RMSNorm.
+            PromptError: if ``residual_stack`` does not have the positions and prompts of this cache.
+            CheckpointError: if the norm was replaced by something that is not an RMSNorm.
 
         Example::
 
@@ -130,8 +164,7 @@ class ResidualAnalyses:
         """
         last = self._layer(layer)
         self.model._follow()
-        norms = [block.norm for block in self.model.layers] + [self.model.norm_f]
-        norm = norms[last]._module
+        norm = [*(block.norm for block in self.model.layers), self.model.norm_f][last]._module
         stream = positions_of(self._stream(last), pos_slice)
         if residual_stack.shape[-stream.dim() :] != stream.shape:
             raise PromptError(
@@ -153,13 +186,13 @@ class ResidualAnalyses:
         """Direct logit attribution: what each term of the final residual stream adds to a token's logit.
 
         Args:
-            residual_stack: terms of the stream [C,B,L,D], e.g. `decompose_resid`, before any norm.
+            residual_stack: terms of the stream [C,B,L,D], e.g. from `decompose_resid`, before any norm.
             tokens: one token for all (a string or an id), one for each prompt [B], or [B,L].
-            incorrect_tokens: likewise; then it is the difference of the two logits.
-            pos_slice: which positions ``residual_stack`` is of.
+            incorrect_tokens: tokens in the same forms, whose logits are subtracted.
+            pos_slice: see the class.
 
         Returns:
-            [C,B,L]. Over the terms of `decompose_resid` they add up to the logits, less the bias of an
+            [C,B,L]. Over the terms of `decompose_resid` they add up to the logits, without the bias of an
             ``lm_head`` that has one.
 
         Raises:
@@ -176,21 +209,15 @@ class ResidualAnalyses:
             directions = directions - self._directions(incorrect_tokens, scaled)
         return (scaled * directions).sum(-1)
 
-    def logit_lens(
-        self, layer: int | None = None, pos_slice: PositionSlice = None, return_labels: bool = False
-    ) -> Any:
+    def logit_lens(self, layer: int | None = None, pos_slice: PositionSlice = None, return_labels: bool = False) -> Any:
         """The logits that the model would have if it ended before each layer: streams, norm_f, lm_head.
 
         Args:
-            layer: as in `accumulated_resid`.
-            pos_slice: which positions; with a large vocabulary, -1 keeps this small.
-            return_labels: return the names of the streams too.
+            layer, pos_slice, return_labels: see the class. With a large vocabulary, ``pos_slice=-1`` keeps
+                this small.
 
         Returns:
-            [C,B,L,V], of which the last are the model's logits; or the pair of it and the labels.
-
-        Raises:
-            UnknownSiteError: if a stream is not in this cache.
+            [C,B,L,V], the last of which are the model's logits.
 
         Example::
 
@@ -206,41 +233,34 @@ class ResidualAnalyses:
     # -- parts -----------------------------------------------------------------------------------------
 
     def _layer(self, layer: int | None) -> int:
+        """The number of a layer into which a stream goes; ``n_layers`` for the stream out of the last."""
         n_layers = len(self.model.layers)
-        last = n_layers if layer in (None, -1) else int(layer)
-        if not 0 <= last <= n_layers:
-            raise LayerError(
-                f"layer={layer}: this model has layers 0 to {n_layers - 1}; -1 is after the last"
-            )
-        return last
+        if layer in (None, -1):
+            return n_layers
+        return layer_index(layer, n_layers, f"layer={layer}", range(n_layers + 1))
 
     def _stream(self, layer: int) -> Tensor:
         n_layers = len(self.model.layers)
         return self["resid_pre", layer] if layer < n_layers else self["resid_post", n_layers - 1]
 
     def _stacked(
-        self,
-        parts: list[Tensor],
-        labels: list[str],
-        layer: int,
-        apply_ln: bool,
-        pos_slice: PositionSlice,
-        return_labels: bool,
+        self, parts: dict[str, Tensor], layer: int, apply_ln: bool, pos_slice: PositionSlice, labels: bool
     ) -> Any:
-        # At least float32: in half precision the stream itself is kept in it, and a sum of terms must be too.
-        dtype = functools.reduce(torch.promote_types, (part.dtype for part in parts), torch.float32)
-        device = parts[-1].device  # layers may be on several
-        stack = torch.stack([positions_of(part, pos_slice).to(device, dtype) for part in parts])
+        """Components of the stream, by label, as one tensor [C,...], with the list of labels if asked for."""
+        # At least float32: a half precision model keeps its stream in float32, so sums of terms must be too.
+        dtype = functools.reduce(torch.promote_types, (part.dtype for part in parts.values()), torch.float32)
+        device = list(parts.values())[-1].device  # layers may be on several
+        stack = torch.stack([positions_of(part, pos_slice).to(device, dtype) for part in parts.values()])
         if apply_ln:
             stack = self.apply_ln_to_stack(stack, layer, pos_slice)
-        return (stack, labels) if return_labels else stack
+        return (stack, list(parts)) if labels else stack
 
     def _directions(self, tokens: Any, stack: Tensor) -> Tensor:
-        # What can be multiplied with the stack [C,B,L,D], or [C,B,D], or [C,L,D].
+        """The directions of tokens, in a shape that multiplies a stack [C,B,L,D], [C,B,D] or [C,L,D]."""
         directions = self.model.tokens_to_residual_directions(tokens).to(stack)
         axes, inner = directions.dim() - 1, stack.shape[1:-1]
         if axes == 1 and len(inner) == 2 and self.has_batch_dim and len(directions) == inner[0]:
-            directions = directions.unsqueeze(1)  # one for each prompt
+            directions = rearrange(directions, "B D -> B 1 D")  # one for each prompt, at every position
         elif axes and directions.shape[:-1] != inner:
             raise PromptError(
                 f"tokens are one for all, one for each of the prompts, or of shape {tuple(inner)}, not "
@@ -250,7 +270,7 @@ class ResidualAnalyses:
 
 
 def positions_of(value: Tensor, pos_slice: PositionSlice) -> Tensor:
-    """Some positions of a value [...,L,D]; one given as an int has no axis."""
+    """Some positions of a value [...,L,D]; a single int drops the axis."""
     if pos_slice is None:
         return value
     if isinstance(pos_slice, int):

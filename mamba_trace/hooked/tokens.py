@@ -1,10 +1,10 @@
 """Text and tokens, under TransformerLens's names, and the loss of predicting them.
 
-Contract: what a prompt becomes here is what a trace of the same prompt sees, unless a beginning-of-sequence
-token is asked for. Every string of a token is decoded from that token alone. Wrong input raises `PromptError`
-before anything is tokenised.
+Contract: a prompt becomes here what a trace of the same prompt sees, unless a beginning-of-sequence token is
+asked for. The string of a token is decoded from that token alone. Wrong input raises `PromptError` before
+anything is tokenised.
 
-`Tokens` is mixed into the model class; it needs ``self.tokenizer``.
+`Tokens` is mixed into the model class.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from ..arguments.padding import checked_side, mask_of, remember
+from ..arguments.prompt_forms import check_ids
+from ..arguments.prompts import describe
 from ..errors import PromptError
 from .losses import next_token_loss
 
@@ -23,9 +25,9 @@ class Tokens:
     """Conversions between strings, tokens and the strings of single tokens."""
 
     tokenizer: Any
-    #: Whether `to_tokens` puts the beginning-of-sequence token first where it is not told.
+    #: Whether `to_tokens` puts the beginning-of-sequence token first unless it is told otherwise.
     default_prepend_bos = False
-    #: On which side a new model's tokenizer pads where it is not told.
+    #: On which side a new model's tokenizer pads unless it is told otherwise.
     default_padding_side = "left"
 
     @property
@@ -39,18 +41,17 @@ class Tokens:
     ) -> Tensor:
         """Token ids of one or several strings.
 
-        Where prompts have different lengths the shorter are padded, and the tensor remembers where: every
-        run, loss and mean that is given it leaves the padding out. So do its views, such as ``tokens[:1]``,
-        ``tokens[:, :-1]`` or a row. A copy (``tokens.clone()``, ``torch.cat``, a move to another device) does
-        not remember. Of such tokens, those by which a row has more padding tokens at an end than the row with
-        the fewest are taken for padding, with a warning where the padding token may be text, since ids alone
-        cannot tell: give them an ``attention_mask=``.
+        Shorter prompts are padded, and the tensor remembers where, so every run, loss and mean of it leaves
+        the padding out. Its views remember too, such as ``tokens[:1]``, ``tokens[:, :-1]`` or a row; copies
+        (``tokens.clone()``, ``torch.cat``, a move to another device) do not. For a copy the ids decide: if a
+        row has more padding tokens at an end than the row with the fewest, the excess is taken for padding,
+        with a warning if the padding token may be text. Give a copy its ``attention_mask=``.
 
         Args:
             text: a string, or a list of strings, padded where lengths differ.
             prepend_bos: put the beginning-of-sequence token first, if the tokenizer does not do so already;
                 ``None`` for ``model.default_prepend_bos``, which is ``False``: as a trace sees the same text.
-            padding_side: ``"left"`` or ``"right"``; the tokenizer's where it is not given.
+            padding_side: ``"left"`` or ``"right"``; by default the tokenizer's.
 
         Returns:
             [B,L], int64, on the CPU: a plain tensor.
@@ -64,14 +65,10 @@ class Tokens:
         """
         tokenizer = self._need_tokenizer()
         texts = [text] if isinstance(text, str) else text
-        if (
-            not isinstance(texts, (list, tuple))
-            or not all(isinstance(one, str) for one in texts)
-            or not texts
-        ):
+        if not isinstance(texts, (list, tuple)) or not texts or not all(isinstance(t, str) for t in texts):
             raise PromptError(
-                f"to_tokens takes a string or a list of strings, not {_kind(text)}; token ids go to a model "
-                f"as they are"
+                f"to_tokens takes a string or a list of strings, not {_described(text)}; token ids go to a "
+                f"model as they are"
             )
         side = {} if padding_side is None else {"padding_side": checked_side(padding_side)}
         prepend_bos = self.default_prepend_bos if prepend_bos is None else prepend_bos
@@ -81,7 +78,7 @@ class Tokens:
                     "this tokenizer has no beginning-of-sequence token: set model.tokenizer.bos_token, or "
                     "pass prepend_bos=False"
                 )
-            texts = [tokenizer.bos_token + one for one in texts]
+            texts = [tokenizer.bos_token + plain for plain in texts]
         with torch.device("cpu"):  # whatever the default device
             encoding = tokenizer(
                 list(texts), return_tensors="pt", padding=len(texts) > 1, return_attention_mask=True, **side
@@ -102,19 +99,14 @@ class Tokens:
             model = MambaTrace.demo()
             model.to_string(model.to_tokens("Emma gave an apple to"))  # ['Emma gave an apple to']
         """
-        self._need_tokenizer()
-        ids = self._known(_ids(tokens, "to_string"))
-        if ids.dim() > 2:
-            raise PromptError(f"to_string takes ids of shape [L] or [B,L], not {list(ids.shape)}")
+        ids = self._known(tokens, "to_string")
         return [self._decode(row) for row in ids] if ids.dim() == 2 else self._decode(ids)
 
-    def to_str_tokens(
-        self, text: Any, prepend_bos: bool | None = None, padding_side: str | None = None
-    ) -> Any:
+    def to_str_tokens(self, text: Any, prepend_bos: bool | None = None, padding_side: str | None = None) -> Any:
         """The string of each token.
 
         Args:
-            text: one prompt: a string, or token ids [L] or [1,L]; or several: a list of such, or ids [B,L].
+            text: one prompt: a string, or token ids [L] or [1,L]; or several: a list of these, or ids [B,L].
             prepend_bos, padding_side: for strings, as in `to_tokens`. Strings of a list are not padded.
 
         Returns:
@@ -130,24 +122,12 @@ class Tokens:
         self._need_tokenizer()
         if isinstance(text, str):
             text = self.to_tokens(text, prepend_bos, padding_side)
-        elif isinstance(text, (list, tuple)) and any(isinstance(one, (str, list, Tensor)) for one in text):
-            return [self.to_str_tokens(one, prepend_bos, padding_side) for one in text]
-        ids = self._known(_ids(text, "to_str_tokens"))
-        if ids.dim() > 2:
-            raise PromptError(f"to_str_tokens takes ids of shape [L] or [B,L], not {list(ids.shape)}")
+        elif isinstance(text, (list, tuple)) and any(isinstance(item, (str, list, Tensor)) for item in text):
+            return [self.to_str_tokens(item, prepend_bos, padding_side) for item in text]
+        ids = self._known(text, "to_str_tokens")
         if ids.dim() == 2 and len(ids) != 1:
             return [self.to_str_tokens(row) for row in ids]
         return [self._decode(token) for token in ids.reshape(-1)]
-
-    def _known(self: Any, ids: Tensor) -> Tensor:
-        """``ids``. Raises `PromptError` if one is in neither the model's vocabulary nor the tokenizer's."""
-        size = max(len(self.tokenizer), self.config.vocab_size)
-        for extreme in ids.aminmax() if ids.numel() else ():
-            if not 0 <= int(extreme) < size:
-                raise PromptError(
-                    f"token {int(extreme)} is not in the vocabulary, whose ids are 0 to {size - 1}"
-                )
-        return ids
 
     def to_single_token(self, text: str) -> int:
         """The id of a string that is one token.
@@ -161,9 +141,9 @@ class Tokens:
         """
         tokenizer = self._need_tokenizer()
         if not isinstance(text, str):
-            raise PromptError(f"to_single_token takes a string, not {_kind(text)}")
+            raise PromptError(f"to_single_token takes a string, not {_described(text)}")
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-        pieces = [self._decode(one) for one in ids]
+        pieces = [self._decode(token) for token in ids]
         hint = "" if text.startswith(" ") else f"; a word inside a sentence carries its space: {' ' + text!r}"
         if len(ids) != 1:
             raise PromptError(f"{text!r} is {len(ids)} tokens, {pieces}, not one{hint}")
@@ -178,7 +158,7 @@ class Tokens:
             token: an integer, or a tensor that holds one.
 
         Raises:
-            PromptError: if it is no single id, or none of the tokenizer's.
+            PromptError: if it is not a single id, or the tokenizer has no such token.
 
         Example::
 
@@ -206,7 +186,7 @@ class Tokens:
         Args:
             single_token: a string that is one token, or a token id.
             input: one prompt: a string, or token ids [L] or [1,L].
-            mode: ``"first"`` or ``"last"``, where it occurs more than once.
+            mode: ``"first"`` or ``"last"``, if it occurs more than once.
             prepend_bos, padding_side: for a string, as in `to_tokens`.
 
         Returns:
@@ -228,17 +208,13 @@ class Tokens:
         if ids.dim() == 2 and ids.shape[0] == 1:
             ids = ids[0]
         if ids.dim() != 1:
-            raise PromptError(
-                f"get_token_position takes one prompt, ids of shape [L] or [1,L], not {list(ids.shape)}"
-            )
+            raise PromptError(f"get_token_position takes one prompt, ids of shape [L] or [1,L], not {list(ids.shape)}")
         token = self.to_single_token(single_token) if isinstance(single_token, str) else int(single_token)
-        found = (ids == token).nonzero()[:, 0].tolist()
-        if not found:
+        positions = (ids == token).nonzero()[:, 0].tolist()
+        if not positions:
             here = ids.tolist() if self.tokenizer is None else self.to_str_tokens(ids)
-            raise PromptError(
-                f"{single_token!r} (token {token}) does not occur in the prompt, which is {here}"
-            )
-        return found[0 if mode == "first" else -1]
+            raise PromptError(f"{single_token!r} (token {token}) does not occur in the prompt, which is {here}")
+        return positions[0 if mode == "first" else -1]
 
     def loss_fn(
         self, logits: Tensor, tokens: Tensor, attention_mask: Tensor | None = None, per_token: bool = False
@@ -248,8 +224,7 @@ class Tokens:
         Args:
             logits: [B,L,V], of a run on ``tokens``.
             tokens: [B,L]. The logits at the last position predict none of them.
-            attention_mask: [B,L], 0 on padding, which then does not count. Tokens that `to_tokens` made know
-                theirs.
+            attention_mask: [B,L], 0 on padding, which does not count. Tokens from `to_tokens` know theirs.
             per_token: the loss of each token instead of their mean.
 
         Returns:
@@ -263,11 +238,18 @@ class Tokens:
                 loss = model.loss_fn(model.lm_head.output, tokens).save()
         """
         if not isinstance(tokens, Tensor):
-            raise PromptError(
-                f"loss_fn takes the tokens [B,L] of the logits, not {_kind(tokens)}: to_tokens(...)"
-            )
+            raise PromptError(f"loss_fn takes the tokens [B,L] of the logits, not {_described(tokens)}: to_tokens(...)")
         mask = mask_of(tokens, self.tokenizer, attention_mask)
         return next_token_loss(logits, tokens.to(logits.device), mask=mask, per_token=per_token)
+
+    def _known(self: Any, tokens: Any, asked: str) -> Tensor:
+        """Token ids [L] or [B,L] that the model or its tokenizer knows. Raises `PromptError`."""
+        self._need_tokenizer()
+        ids = _ids(tokens, asked)
+        check_ids(ids, max(len(self.tokenizer), self.config.vocab_size))
+        if ids.dim() > 2:
+            raise PromptError(f"{asked} takes ids of shape [L] or [B,L], not {list(ids.shape)}")
+        return ids
 
     def _decode(self, ids: Any) -> str:
         return self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
@@ -283,13 +265,11 @@ def _ids(tokens: Any, asked: str) -> Tensor:
     try:
         ids = torch.as_tensor(tokens, device="cpu")
     except (TypeError, ValueError, RuntimeError) as error:
-        raise PromptError(f"{asked} takes token ids, not {_kind(tokens)}: {error}") from error
+        raise PromptError(f"{asked} takes token ids, not {_described(tokens)}: {error}") from error
     if ids.is_floating_point() and ids.numel():
         raise PromptError(f"{asked} takes token ids, which are integers, not {ids.dtype}")
-    return ids.cpu()
+    return ids
 
 
-def _kind(value: Any) -> str:
-    if isinstance(value, Tensor):
-        return f"a tensor of shape {list(value.shape)}"
-    return f"a {type(value).__name__}" + (" that is empty" if value == [] else "")
+def _described(value: Any) -> str:
+    return describe(value) + (" that is empty" if isinstance(value, list) and not value else "")

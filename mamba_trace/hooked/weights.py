@@ -10,33 +10,36 @@ be kept in step:
 
 Contract: which parameter and which rows a name stands for comes from the table that converts state dicts
 (weight_pieces.py). A view shares the parameter's memory, device and dtype and is detached: it can be edited
-without ``torch.no_grad()``, and its ``grad`` is those rows of the parameter's. Shapes are checked before
-anything is written. Weights that are not there to be edited (not loaded yet, offloaded, quantised, made of a
-weight and an adapter) raise `CheckpointError`; calling one applies all that the module does.
+without ``torch.no_grad()``, and its ``grad`` is the same rows of the parameter's gradient. Shapes are checked
+before anything is written. Weights that cannot be edited (not loaded yet, offloaded, quantised, put together
+from a weight and an adapter) raise `CheckpointError`; calling one still applies the whole module.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import copy
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.nn import functional as F
 
-from ..errors import LayerError, UnknownSiteError
-from ..names import lacked, nearest, public_path
+from ..errors import UnknownSiteError
+from ..names import lacked, layer_index, nearest, public_path
 from ..sites import BY_HOOK
 from ..tracing import is_itself
 from .cfg import LensConfig
 from .weight_pieces import OF_BLOCK, Owner, assign
 
 
-class Weights:
+class Weights(Tensor):
     """A weight and its bias, where MambaLens has a module: ``model.blocks[3].W_B``.
 
     ``weight`` and ``bias`` are views of the model's parameters (``bias`` is ``None`` where there is none),
-    and can be assigned to. Calling it applies it. Wherever a tensor is expected it stands for ``weight``:
-    ``W_B[0] = 0``, ``W_B.shape``, ``x @ W_B.T``, ``W_B *= 2``.
+    and can be assigned to. Calling it applies it. As a tensor it is ``weight``, which every operation on it
+    is given in its place: ``W_B[0] = 0``, ``W_B.shape``, ``x @ W_B.T``, ``W_B *= 2``.
 
     Example::
 
@@ -44,17 +47,31 @@ class Weights:
         model.blocks[0].W_C.weight[:] = 0  # the state of layer 0 is no longer read
     """
 
-    __slots__ = ("_name", "_owner")
-
     _owner: Owner
     _name: str
 
-    def __init__(self, owner: Owner, name: str) -> None:
-        object.__setattr__(self, "_owner", owner)
-        object.__setattr__(self, "_name", name)
+    @staticmethod
+    def __new__(cls, owner: Owner, name: str) -> Weights:
+        # A tensor without numbers, so that it can be made, printed and called even if no view can be made.
+        with unset_fake_temporarily():  # in `model.scan`
+            self = torch.empty(0, device="meta").as_subclass(cls)
+        self.__dict__.update(_owner=owner, _name=name)
+        return self
 
-    def __reduce__(self) -> tuple:
+    @classmethod
+    def __torch_function__(cls, function: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        def plain(value: Any) -> Any:
+            if isinstance(value, (list, tuple)):
+                return type(value)(map(plain, value))
+            return value.weight if isinstance(value, cls) else value
+
+        return function(*plain(args), **{name: plain(value) for name, value in (kwargs or {}).items()})
+
+    def __reduce_ex__(self, protocol: Any) -> tuple:
         return Weights, (self._owner, self._name)
+
+    def __deepcopy__(self, memo: Any) -> Weights:
+        return Weights(copy.deepcopy(self._owner, memo), self._name)
 
     @property
     def weight(self) -> Tensor:
@@ -73,70 +90,29 @@ class Weights:
             whole = place if self._owner.layer is not None else f"{place}.weight"
             hint = f": write {whole} = value, which copies it into the model" if name == "data" else ""
             raise UnknownSiteError(f"{place} has no {name!r} that could be assigned to{hint}")
-        value = value.weight if isinstance(value, Weights) else value
         self._owner.assign(f"{self._name}.{name}", value)
 
     def __call__(self, x: Tensor) -> Tensor:
         """Apply it to ``x``, as MambaLens's module of this name would; parameters get their gradients."""
-        name = f"{self._name}.weight"
-        piece = self._owner.pieces[name]
-        if not (piece.above or piece.below):
-            return self._owner.envoy(name)(x)
-        envoy = self._owner.envoy(name)
+        owner, name, bias = self._owner, f"{self._name}.weight", f"{self._name}.bias"
+        envoy = owner.envoy(name)
+        if len(owner.pieces[name].rows) == 1:
+            return envoy(x)
         if not is_itself(envoy._module, nn.Linear):  # adapted, quantised, hooked or offloaded
-            return envoy(x)[..., self._owner.span(name)]
-        whole, rows = self._owner.rows(name)
-        name = f"{self._name}.bias"
-        bias = self._owner.rows(name)[0][rows] if self._owner.has(name) else None
-        return F.linear(x, whole[rows], bias)
-
-    def __getitem__(self, key: Any) -> Tensor:
-        return self.weight[key]
-
-    def __setitem__(self, key: Any, value: Any) -> None:
-        self.weight[key] = value
-
-    def __len__(self) -> int:
-        return len(self.weight)
+            return owner.cut(name, envoy(x), dim=-1)
+        return F.linear(x, owner.rows(name), owner.rows(bias) if owner.has(bias) else None)
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        try:
-            return getattr(self.weight, name)
-        except AttributeError as error:
-            path = public_path(self._owner.envoy(f"{self._name}.weight").path).removeprefix("model.")
-            raise UnknownSiteError(
-                f"{self._owner.place}{self._name} holds weights, and has no {name!r}. The values in a trace "
-                f"are those of model.{path}"
-            ) from error
+        path = public_path(self._owner.envoy(f"{self._name}.weight").path).removeprefix("model.")
+        raise UnknownSiteError(
+            f"{self._owner.place}{self._name} holds weights, and has no {name!r}. The values in a trace are "
+            f"those of model.{path}"
+        )
 
-    @classmethod
-    def __torch_function__(cls, function: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        def plain(value: Any) -> Any:
-            if isinstance(value, (list, tuple)):
-                return type(value)(map(plain, value))
-            return value.weight if isinstance(value, cls) else value
-
-        return function(*plain(args), **{name: plain(value) for name, value in (kwargs or {}).items()})
-
-    def __repr__(self) -> str:
+    def __repr__(self) -> str:  # type: ignore[override]
         names = [name for name in ("weight", "bias") if self._owner.has(f"{self._name}.{name}")]
         shapes = (f"{name} {self._owner.shape(f'{self._name}.{name}')}" for name in names)
         return f"{self._owner.place}{self._name}: {', '.join(shapes)}"
-
-
-def _operator(name: str) -> Callable:
-    def apply(self: Weights, *others: Any) -> Any:
-        return getattr(self.weight, name)(*others)
-
-    apply.__name__ = name
-    return apply
-
-
-ARITHMETIC = "add radd iadd sub rsub isub mul rmul imul truediv rtruediv itruediv matmul rmatmul pow neg abs"
-for _name in f"{ARITHMETIC} eq ne lt le gt ge".split():
-    setattr(Weights, f"__{_name}__", _operator(f"__{_name}__"))
 
 
 class LensBlock:
@@ -193,7 +169,7 @@ class LensBlock:
         full = name if name in OF_BLOCK else f"{name}.weight"
         if full not in OF_BLOCK:
             raise self._unknown(name)
-        self._owner.assign(full, value.weight if isinstance(value, Weights) else value)
+        self._owner.assign(full, value)
 
     def named_weights(self) -> dict[str, Tensor]:
         """Every parameter of the block by MambaLens's name (``"W_B.weight"``), as views."""
@@ -204,9 +180,7 @@ class LensBlock:
         hint = lacked(f"{name}.") or nearest(name, known)
         if name in BY_HOOK or name == "hook_h":
             hint = f": blocks holds weights. The hook is model.hook('blocks.{self._owner.layer}.{name}')"
-        return UnknownSiteError(
-            f"{self._owner.place.rstrip('.')} has no {name!r}{hint}. It has: {', '.join(known)}"
-        )
+        return UnknownSiteError(f"{self._owner.place.rstrip('.')} has no {name!r}{hint}. It has: {', '.join(known)}")
 
     def __dir__(self) -> list[str]:
         return sorted({full.split(".")[0] for full in OF_BLOCK})
@@ -216,7 +190,7 @@ class LensBlock:
         return "\n".join([f"{self._owner.place.rstrip('.')}, views of the weights:", *lines])
 
 
-class Blocks:
+class Blocks(Sequence[LensBlock]):
     """``model.blocks``: a sequence of one `LensBlock` for each layer."""
 
     def __init__(self, model: Any) -> None:
@@ -228,12 +202,7 @@ class Blocks:
     def __getitem__(self, key: Any) -> Any:
         if isinstance(key, slice):
             return [self[layer] for layer in range(len(self))[key]]
-        if not -len(self) <= key < len(self):
-            raise LayerError(f"blocks[{key}]: this model has layers 0 to {len(self) - 1}")
-        return LensBlock(Owner(self._model, key % len(self)))
-
-    def __iter__(self) -> Iterator[LensBlock]:
-        return (self[layer] for layer in range(len(self)))
+        return LensBlock(Owner(self._model, layer_index(key, len(self), f"blocks[{key!r}]")))
 
     def __repr__(self) -> str:
         return f"{len(self)} blocks; model.blocks[0] lists the weights of one"
