@@ -1,22 +1,22 @@
-"""Which tokens each token reads through the state of a layer: the attention matrix that a Mamba has hidden.
+"""Which tokens each token reads through the state of a layer: the attention matrix hidden in a Mamba.
 
 The scan is linear in its input x, so y_i = sum over j <= i of alpha[i,j] x_j in every channel, with
 
     alpha[i,j] = C_i (A_bar_i ... A_bar_{j+1}) B_bar_j
 
-a causal attention matrix for each channel. `hidden_attention` computes it, `contributions` the parts
-alpha[i,j] x_j that y_i is the sum of, by their norm or along a direction.
+a causal attention matrix for each channel. `hidden_attention` computes it. `contributions` computes the terms
+alpha[i,j] x_j that add up to y_i, by their norm or along a direction.
 
-One trace that stops after the layer reads the parameters of its scan; `scan_pairs` makes the matrix of them
-in blocks. The [E,N,L,L] tensor of the formula never exists, nor one of more than 32 MiB but for [L,E], the
-result, and one channel's [L,N]. The result is [L,L], and [L,L,E] only where every channel is asked for.
+One trace, which stops after the layer, reads the parameters of its scan; `scan.pairs` makes the matrix of
+them in blocks. The [E,N,L,L] tensor of the formula is never made. No tensor exceeds 32 MiB except those of
+[L,E], the result, and the [L,N] of one channel. The result is [L,L]; only where every channel is asked for is
+it [L,L,E].
 
 Source: The Hidden Attention of Mamba Models (Ali et al., arXiv 2403.01590).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -26,7 +26,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .arguments.prompts import describe, prompt_tokens, token_strings
-from .arguments.run_arguments import refuse_inside_a_trace
 from .arguments.selection import (
     Channels,
     Positions,
@@ -35,18 +34,20 @@ from .arguments.selection import (
     layer_number,
     position_numbers,
 )
-from .errors import SiteValueError
+from .errors import ArgumentError, SiteValueError
 from .results.heatmap import Heatmap
-from .results.results import Result
+from .results.result import Result
 from .scan.pairs import ScanPairs
+from .tracing.one_run import refuse_inside_a_trace
 
 if TYPE_CHECKING:
     from .model import MambaTrace
 
 __all__ = ["Contributions", "HiddenAttention", "contributions", "hidden_attention"]
 
-#: What the attention matrices of several channels are made into, by name, and what they then are.
+#: What the numbers are, in words, by how the attention matrices of several channels are reduced.
 MEASURES = {"mean": "mean of alpha", "abs_mean": "mean of |alpha|", None: "alpha"}
+NORM = "norm of alpha x"
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,7 +58,7 @@ class TokenPairs(Result):
         values: [rows, columns], or [rows, columns, channels]; 0 where the column is after the row.
         layer: the layer.
         measure: what the numbers are, in words.
-        channels: the channels of d_inner that they are of, ascending.
+        channels: the channels of d_inner that they cover, ascending.
         rows: the positions i that read, ascending.
         columns: the positions j that are read, ascending.
         tokens: the string of the token at each position of the prompt.
@@ -72,10 +73,6 @@ class TokenPairs(Result):
     tokens: list[str]
     _title: ClassVar[str]
 
-    def _labels(self, positions: Sequence[int]) -> list[str]:
-        """A label for each position: ``" school_8"``."""
-        return [f"{self.tokens[position]}_{position}" for position in positions]
-
     def heatmaps(self) -> list[Heatmap]:
         """One picture: each row's number for each column; the mean over channels where they were kept.
 
@@ -83,32 +80,35 @@ class TokenPairs(Result):
 
             hidden_attention(model, prompt, 1).heatmaps()[0].values  # [L,L]
         """
-        values = self.values if self.values.dim() == 2 else self.values.mean(-1)
-        measure = self.measure if self.values.dim() == 2 else f"mean of {self.measure}"
-        count = len(self.channels)
+        apart = self.values.dim() == 3
+        measure, count = f"mean of {self.measure}" if apart else self.measure, len(self.channels)
+        rows, columns = (
+            [f"{self.tokens[position]}_{position}" for position in positions] for positions in (self.rows, self.columns)
+        )
         return [
             Heatmap(
-                values=values,
+                values=self.values.mean(-1) if apart else self.values,
                 title=f"{self._title}, layer {self.layer}\n{measure}, {count} channel{'s' * (count != 1)}",
                 row_title="token that reads",
-                row_labels=self._labels(self.rows),
+                row_labels=rows,
                 column_title="Token that is read",
-                column_labels=self._labels(self.columns),
+                column_labels=columns,
                 value_title=measure,
+                signed=measure not in (MEASURES["abs_mean"], NORM),
             )
         ]
 
 
 @dataclass(frozen=True, eq=False)
 class HiddenAttention(TokenPairs):
-    """The result of `hidden_attention`: alpha[i,j]. Attributes as of `TokenPairs`."""
+    """The result of `hidden_attention`: alpha[i,j]. See `TokenPairs`."""
 
     _title = "Hidden attention"
 
 
 @dataclass(frozen=True, eq=False)
 class Contributions(TokenPairs):
-    """The result of `contributions`: what of y_i comes from x_j. Attributes as of `TokenPairs`."""
+    """The result of `contributions`: the part of y_i that comes from x_j. See `TokenPairs`."""
 
     _title = "Contributions to y"
 
@@ -133,8 +133,8 @@ def hidden_attention(
         layer: the layer; negative counts from the end.
         channels: ``None`` for all, ``"slow"``, ``"medium"`` or ``"fast"`` (see `flow.decay_groups`), indices,
             or a boolean mask [E].
-        rows: the positions i that read: an int, a slice, several ints or a boolean mask [L]; all by default.
-        columns: the positions j that are read, likewise.
+        rows, columns: the positions i that read and the positions j that are read: an int, a slice, several
+            ints or a boolean mask [L]; all by default.
         reduce: over channels: ``"mean"``, ``"abs_mean"`` (of absolute values), or ``None`` to keep them all.
 
     Returns:
@@ -143,10 +143,10 @@ def hidden_attention(
 
     Raises:
         PromptError: if the prompt is not one prompt.
-        LayerError: if there is no such layer, or not one.
+        LayerError: if there is no such layer, or ``layer`` is not one layer.
         PositionError: for rows or columns that the prompt does not have.
         SiteValueError: for channels that the layer does not have.
-        ValueError: for another ``reduce``.
+        ArgumentError: for another ``reduce``.
         RuntimeError: inside a trace.
 
     Source:
@@ -160,16 +160,16 @@ def hidden_attention(
     """
     refuse_inside_a_trace(model, "hidden_attention")
     if reduce not in MEASURES:
-        raise ValueError(f"reduce={reduce!r} is none of {', '.join(map(repr, MEASURES))}")
-    asked = Asked.of(model, prompt, layer, channels, rows, columns)
-    pairs, _ = asked.run(model, of_x=False)
+        raise ArgumentError(f"reduce={reduce!r} is none of {', '.join(map(repr, MEASURES))}")
+    ids, asked = what_is_asked(model, prompt, layer, channels, rows, columns)
+    pairs, _ = scan_pairs(model, ids, asked, of_x=False)
     if reduce is None:
         values = pairs.each()
     elif reduce == "mean":
-        values = pairs.along(torch.full_like(pairs.delta, 1 / len(asked.channels)))
+        values = pairs.along(torch.full_like(pairs.delta, 1 / len(asked["channels"])))
     else:
-        values = pairs.summed(torch.abs) / len(asked.channels)
-    return HiddenAttention(values=values.cpu(), measure=MEASURES[reduce], **asked.described(model))
+        values = pairs.summed(torch.abs) / len(asked["channels"])
+    return HiddenAttention(values=values.cpu(), measure=MEASURES[reduce], **asked)
 
 
 def contributions(
@@ -183,14 +183,14 @@ def contributions(
     rows: Positions | None = None,
     columns: Positions | None = None,
 ) -> Contributions:
-    """What of each token's y comes from each token: alpha[i,j] x_j, of which y_i is the sum over j.
+    """How much of each token's y comes from each token: alpha[i,j] x_j, which summed over j is y_i.
 
     Args:
         model, prompt, layer, channels, rows, columns: as for `hidden_attention`.
         y_direction: measure contributions by their dot product with this direction [E]; summed over j that is
-            the dot product of y_i.
+            the dot product of y_i with it.
         residual_direction: measure them by what they write to the residual stream along this direction [D],
-            by way of the token's gate and out_proj. Summed over j that is what y_i writes: out_proj's output
+            through the token's gate and out_proj. Summed over j that is what y_i writes: out_proj's output
             less what the D term and a bias write.
 
     Returns:
@@ -215,105 +215,86 @@ def contributions(
     """
     refuse_inside_a_trace(model, "contributions")
     if y_direction is not None and residual_direction is not None:
-        raise SiteValueError(
-            "contributions are measured along one direction: y_direction or residual_direction"
-        )
+        raise SiteValueError("contributions are measured along one direction: y_direction or residual_direction")
     check_direction("y_direction", y_direction, "E d_inner", model.config.intermediate_size)
     check_direction("residual_direction", residual_direction, "D d_model", model.config.hidden_size)
-    asked = Asked.of(model, prompt, layer, channels, rows, columns)
-    pairs, skip = asked.run(model, of_x=True)
+    ids, asked = what_is_asked(model, prompt, layer, channels, rows, columns)
+    pairs, skip = scan_pairs(model, ids, asked, of_x=True)
+    chosen = asked["channels"]
     if residual_direction is not None:
-        written = through_out_proj(model, asked.layer, residual_direction, skip)[asked.channels]
-        gate = F.silu(skip[:, asked.channels].to(pairs.delta.dtype))
+        written = through_out_proj(model, asked["layer"], residual_direction, skip)[chosen]
+        gate = F.silu(skip[:, chosen].to(pairs.delta.dtype))
         values, measure = pairs.along(gate * written), "alpha x along a direction of the residual stream"
     elif y_direction is not None:
-        along = y_direction.to(pairs.delta)[asked.channels]
+        along = y_direction.to(pairs.delta)[chosen]
         values, measure = pairs.along(along.expand_as(pairs.delta)), "alpha x along a direction of y"
     else:
-        values, measure = pairs.summed(torch.square).sqrt(), "norm of alpha x"
-    return Contributions(values=values.cpu(), measure=measure, **asked.described(model))
+        values, measure = pairs.summed(torch.square).sqrt(), NORM
+    return Contributions(values=values.cpu(), measure=measure, **asked)
 
 
-# -- what was asked for ------------------------------------------------------------------------------------
+# -- one layer's scan --------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Asked:
-    """The pairs and channels of one layer that are wanted.
+def what_is_asked(
+    model: MambaTrace,
+    prompt: str | Tensor,
+    layer: int,
+    channels: Channels,
+    rows: Positions | None,
+    columns: Positions | None,
+) -> tuple[Tensor, dict[str, Any]]:
+    """The token ids [1,L], and the fields of `TokenPairs` that say what its values belong to.
 
-    Attributes:
-        tokens: [1,L].
-        layer: its number.
-        channels, rows, columns: ascending.
+    Raises:
+        PromptError, LayerError, PositionError, SiteValueError: as `hidden_attention`.
     """
+    ids = prompt_tokens(model, "prompt", prompt)
+    layer = layer_number(model, layer)
+    check_channels(model, channels)
+    some, others = (slice(None) if positions is None else positions for positions in (rows, columns))
+    return ids, {
+        "layer": layer,
+        "channels": channel_mask(model, layer, channels).nonzero().flatten().tolist(),
+        "rows": sorted(position_numbers("rows", some, ids.shape[1])),
+        "columns": sorted(position_numbers("columns", others, ids.shape[1])),
+        "tokens": token_strings(model, ids),
+    }
 
-    tokens: Tensor
-    layer: int
-    channels: list[int]
-    rows: list[int]
-    columns: list[int]
 
-    @classmethod
-    def of(
-        cls,
-        model: MambaTrace,
-        prompt: str | Tensor,
-        layer: int,
-        channels: Channels,
-        rows: Positions | None,
-        columns: Positions | None,
-    ) -> Asked:
-        """What `hidden_attention` was asked for. Raises what it raises."""
-        tokens = prompt_tokens(model, "prompt", prompt)
-        layer = layer_number(model, layer)
-        check_channels(model, channels)
-        mask = channel_mask(model, layer, channels)
-        rows, columns = (slice(None) if positions is None else positions for positions in (rows, columns))
-        return cls(
-            tokens,
-            layer,
-            mask.nonzero().flatten().tolist(),
-            sorted(position_numbers("rows", rows, tokens.shape[1])),
-            sorted(position_numbers("columns", columns, tokens.shape[1])),
-        )
+def scan_pairs(model: MambaTrace, ids: Tensor, asked: dict[str, Any], of_x: bool) -> tuple[ScanPairs, Tensor]:
+    """The pairs of a layer's scan on token ids [1,L], and the site skip [L,E].
 
-    def run(self, model: MambaTrace, of_x: bool) -> tuple[ScanPairs, Tensor]:
-        """The pairs of the layer's scan on the prompt, of alpha x or of alpha, and the site skip [L,E]."""
-        ssm = model.layers[self.layer].ssm
-        with torch.no_grad(), model.trace(self.tokens) as tracer:
-            skip, x, delta = (site.output[0] for site in (ssm.skip, ssm.ssm_input, ssm.delta))  # [L,E]
-            A, B, C = ssm.A.output, ssm.B.output[0], ssm.C.output[0]  # [E,N], [L,N], [L,N]
-            read = nnsight.save([skip, x, delta, A, B, C])
-            tracer.stop()
-        skip, x, delta, A, B, C = read
-        x, delta, A = x[:, self.channels].to(delta.dtype), delta[:, self.channels], A[self.channels]
-        x = x if of_x else torch.ones_like(x)
-        return ScanPairs(delta, x, A, B.to(delta.dtype), C.to(delta.dtype), self.rows, self.columns), skip
-
-    def described(self, model: MambaTrace) -> dict[str, Any]:
-        """The fields of a result that say what it is of."""
-        return {
-            "layer": self.layer,
-            "channels": self.channels,
-            "rows": self.rows,
-            "columns": self.columns,
-            "tokens": token_strings(model, self.tokens),
-        }
+    Args:
+        model: the model.
+        ids: the token ids.
+        asked: what `what_is_asked` returned.
+        of_x: whether each pair is alpha x; otherwise it is alpha.
+    """
+    ssm, channels = model.layers[asked["layer"]].ssm, asked["channels"]
+    with torch.no_grad(), model.trace(ids) as tracer:
+        skip, x, delta = (site.output[0] for site in (ssm.skip, ssm.ssm_input, ssm.delta))  # [L,E]
+        A, B, C = ssm.A.output, ssm.B.output[0], ssm.C.output[0]  # [E,N], [L,N], [L,N]
+        read = nnsight.save([skip, x, delta, A, B, C])
+        tracer.stop()
+    skip, x, delta, A, B, C = read
+    x, delta, A = x[:, channels].to(delta.dtype), delta[:, channels], A[channels]
+    x = x if of_x else torch.ones_like(x)
+    B, C = B.to(delta.dtype), C.to(delta.dtype)
+    return ScanPairs(delta, x, A, B, C, asked["rows"], asked["columns"]), skip
 
 
 def check_direction(name: str, direction: Any, axis: str, size: int) -> None:
-    """Refuse what is no direction of ``size``. Raises `SiteValueError`."""
+    """Raise a `SiteValueError` unless a direction is ``None`` or a floating tensor [size]."""
     if direction is None:
         return
     if not isinstance(direction, Tensor) or direction.shape != (size,) or not direction.is_floating_point():
-        raise SiteValueError(
-            f"{name} takes a floating tensor of shape [{size}] [{axis}], not {describe(direction)}"
-        )
+        raise SiteValueError(f"{name} takes a floating tensor of shape [{size}] [{axis}], not {describe(direction)}")
 
 
 def through_out_proj(model: MambaTrace, layer: int, direction: Tensor, skip: Tensor) -> Tensor:
     """What each channel of out_proj's input writes along a direction [D] of the residual stream: [E]."""
-    # By way of the module itself, which may be adapted, quantised or offloaded.
+    # Through the module itself, which may be adapted, quantised or offloaded.
     out_proj = model.layers[layer].ssm.out_proj._module
     with torch.enable_grad():
         gated = torch.zeros_like(skip[:1]).requires_grad_()  # [1,E]

@@ -1,12 +1,11 @@
 """Ablation and steering: what a model does without a part of itself, or with a direction added to it.
 
-Whether a part matters is asked by taking it away: by setting it to zero, to its mean over other prompts, or
-to its value in another run. Whether a direction means something is asked by adding it. Each is an edit of one
-site, in which it is easy to be wrong without noticing: positions and channels are an outer product, some
-sites have no positions, and PyTorch broadcasts a vector along whatever axis is last. `ablate` and `steer`
-make the edit inside a trace and refuse what does not fit the place. They are edits like any other, in every
-invoke, at every step of ``generate`` and under ``model.edit``, and carry on what an edit of that place
-carries on. The means to ablate to are made by `means.mean_activation`.
+To ask whether a part matters, set it to zero, to its mean over other prompts, or to its value in another run.
+To ask whether a direction means something, add it. Each is an edit of one site that is easy to get wrong
+without noticing: positions and channels are an outer product, some sites have no positions, and PyTorch
+broadcasts a vector along whatever axis is last. `ablate` and `steer` make the edit inside a trace and refuse
+what does not fit the site. They work like any other edit: in every invoke, at every step of ``generate`` and
+under ``model.edit``. `means.mean_activation` computes the means for mean ablation.
 
 Source: zero, mean and resample ablation as in Wang et al. (arXiv 2211.00593), section 2; steering by adding a
 direction as in Turner et al. (arXiv 2308.10248).
@@ -17,6 +16,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from numbers import Real
 from typing import Any
 
@@ -33,7 +33,7 @@ from .tracing.envoys import PositionEnvoy, SiteEnvoy
 
 __all__ = ["ablate", "steer"]
 
-#: Which axis of a site is its channels: the first of these that it has.
+#: The axis of channels is the first of these that a site has.
 CHANNEL_AXES = "EDRNV"
 
 
@@ -49,21 +49,21 @@ def ablate(
     Call it inside a trace, where the place would be edited by hand.
 
     Args:
-        place: a site, ``model.layers[3].ssm.y``, ``model.layers[1].ssm.h[5]`` or ``model.hook("...")``. What
-            is done to ``h[p]`` is carried on; to the whole ``h`` it is not, and changes ``y`` there alone.
-        value: a number; or a floating tensor that broadcasts to the site's shape, from the last axis as in
-            PyTorch, of which the part that is replaced is taken: a mean [E] from `means.mean_activation`, or
-            the same site of another run [B,L,E] (resample ablation).
+        place: a site, ``model.layers[3].ssm.y``, ``model.layers[1].ssm.h[5]`` or ``model.hook("...")``. An
+            edit of ``h[p]`` changes all later states; an edit of the whole ``h`` only changes ``y`` there.
+        value: a number, or a floating tensor that broadcasts to the site's shape, from the last axis as in
+            PyTorch: a mean [E] from `means.mean_activation`, or the same site of another run [B,L,E]
+            (resample ablation). Only the part at these positions and channels is used.
         positions: an integer, a slice, several integers or a boolean mask [L]; ``None`` for all. They count
-            the tokens of this forward call: a decode step of ``generate`` has one, and in a prompt padded on
-            the left those from 0 on count the padding, while negative ones are the same token in every row.
-        channels: likewise, along the axis E of the site, or D, R, N or V where it has no E; all n of a state.
-            `flow.decay_groups` has those of a layer that are slow or fast.
+            the tokens of this forward call; a decode step of ``generate`` has one. In a prompt padded on the
+            left, positions from 0 on count the padding; negative ones are the same token in every row.
+        channels: in the same forms, along the axis E of the site, or D, R, N or V if it has no E. Of a state
+            they take all n. `flow.decay_groups` has the slow and the fast channels of a layer.
 
     Raises:
-        SiteValueError: if ``place`` is no site, ``value`` does not broadcast, there is no such channel, or
+        SiteValueError: if ``place`` is not a site, ``value`` does not broadcast, there is no such channel, or
             outside of a trace.
-        PositionError: if there is no such position, or the site has no positions (``h[p]`` is of one).
+        PositionError: if there is no such position, or the site has no positions (as ``h[p]``).
         SiteOrderError: if the run has gone past this site.
 
     Example::
@@ -92,27 +92,25 @@ def ablate(
         current[index] = float(value)
 
 
-def steer(
-    place: Any, direction: Tensor, scale: float | Tensor = 1.0, *, positions: Indices | None = None
-) -> None:
+def steer(place: Any, direction: Tensor, scale: float | Tensor = 1.0, *, positions: Indices | None = None) -> None:
     """Add a direction to a site, at every position or at some.
 
     Call it inside a trace. In ``generate`` a line of a trace acts on the first forward call, which reads the
-    prompt; under ``tracer.iter`` it acts at every step, on the prompt and on each new token. An open
-    ``tracer.iter[:]`` ends with the generation, lines after it do not run and nnsight warns of that, so for a
-    fixed number of steps give it. A state is steered at ``h[-1]``, and carries on what was added to it.
+    prompt; under ``tracer.iter`` it acts at every step, on the prompt and on each new token. If you know the
+    number of steps, give it: lines after an open ``tracer.iter[:]`` do not run, and nnsight warns of that. To
+    steer a state, take ``h[-1]``: what is added there is carried on to later states.
 
     Args:
         place: as in `ablate`.
         direction: a floating tensor of the site's axes without B and L: [D] for the residual stream, [E] for
             ``ssm.y``, [E,N] for ``ssm.h[p]``.
-        scale: its factor: a number, or a tensor of one.
+        scale: its factor: a number, or a tensor with one element.
         positions: as in `ablate`.
 
     Raises:
-        SiteValueError: if ``place`` is no site, the direction has another shape, ``scale`` is not one number,
-            or outside of a trace.
-        PositionError: if there is no such position, or the site has no positions (``h[p]`` is of one).
+        SiteValueError: if ``place`` is not a site, the direction has another shape, ``scale`` is not one
+            number, or outside of a trace.
+        PositionError: if there is no such position, or the site has no positions (as ``h[p]``).
         SiteOrderError: if the run has gone past this site.
 
     Example::
@@ -141,19 +139,14 @@ def steer(
 
 @dataclass(frozen=True)
 class Target:
-    """The place that an intervention is made at.
-
-    Attributes:
-        path: what users call it.
-        axes: the axes of its value.
-    """
+    """The site that an intervention edits: its path as users write it, and the axes of its value."""
 
     path: str
     axes: str
 
     @classmethod
     def of(cls, place: Any, verb: str) -> Target:
-        """The target of a user's ``place``. Raises `SiteValueError` where that is no site."""
+        """The target of a user's ``place``. Raises `SiteValueError` if that is not a site."""
         if isinstance(place, PositionEnvoy):
             return cls(public_path(place.path), place._site.site.axes.replace("L", ""))
         if isinstance(place, SiteEnvoy):
@@ -169,19 +162,17 @@ class Target:
         return f"{self.path} {describe_axes(self.axes)}"
 
     def check_value(self, value: Any) -> None:
-        """Raises `SiteValueError` unless a value is a number or a floating tensor."""
+        """Raise a `SiteValueError` unless a value is a number or a floating tensor."""
         if isinstance(value, Real) and not isinstance(value, bool):
             return
         if not isinstance(value, Tensor) or not value.is_floating_point():
-            hint = "; of means take that of one layer, means[layer]" if isinstance(value, dict) else ""
-            raise SiteValueError(
-                f"{self} is ablated to a number or a floating tensor, not {describe(value)}{hint}"
-            )
+            hint = "; take the mean of one layer, means[layer]" if isinstance(value, dict) else ""
+            raise SiteValueError(f"{self} is ablated to a number or a floating tensor, not {describe(value)}{hint}")
 
     def broadcast(self, value: Tensor, current: Tensor) -> Tensor:
         """``value`` in the shape, dtype and place of ``current``. Raises `SiteValueError`."""
         fits = len(value.shape) <= len(current.shape) and all(
-            one in (1, size) for one, size in zip(value.shape[::-1], current.shape[::-1], strict=False)
+            given in (1, size) for given, size in zip(value.shape[::-1], current.shape[::-1], strict=False)
         )
         if not fits:
             raise SiteValueError(
@@ -191,27 +182,26 @@ class Target:
         return value.to(current).expand(current.shape)
 
     def check_scale(self, scale: Any) -> None:
-        """Raises `SiteValueError` unless a scale is a number, or a tensor of one."""
+        """Raise a `SiteValueError` unless a scale is a number, or a tensor with one element."""
         if isinstance(scale, Tensor):
-            one = scale.shape in ((), (1,)) and scale.dtype != torch.bool
+            fits, given = scale.shape in ((), (1,)) and scale.dtype != torch.bool, describe(scale)
         else:
-            one = isinstance(scale, Real) and not isinstance(scale, bool)
-        if not one:
-            found = describe(scale) if isinstance(scale, Tensor) else repr(scale)
-            raise SiteValueError(f"{self}: scale= is one number, the factor of the direction, not {found}")
+            fits, given = isinstance(scale, Real) and not isinstance(scale, bool), repr(scale)
+        if not fits:
+            raise SiteValueError(f"{self}: scale= is one number, the factor of the direction, not {given}")
 
     def check_direction(self, direction: Tensor, shape: Sequence[int]) -> None:
-        """Raises `SiteValueError` unless a direction has the axes of a site of ``shape`` without B and L."""
+        """Raise a `SiteValueError` unless a direction has the axes of the site but B and L."""
         kept = "".join(axis for axis in self.axes if axis not in "BL")
         wanted = tuple(size for axis, size in zip(self.axes, shape, strict=True) if axis in kept)
         if tuple(direction.shape) != wanted:
             raise SiteValueError(
                 f"{self} is steered by a direction of shape {wanted} {describe_axes(kept)}, not "
-                f"{tuple(direction.shape)}. One and the same is added in every row and at every position"
+                f"{tuple(direction.shape)}. The same direction is added in every row and at every position"
             )
 
     def index(self, current: Tensor, positions: Indices | None, channels: Indices | None) -> tuple[Any, ...]:
-        """What picks positions, channels or their outer product out of the site's value ``current``.
+        """The index of positions, channels or their outer product in the site's value ``current``.
 
         Raises:
             PositionError, SiteValueError: if there are no such positions or channels.
@@ -221,18 +211,17 @@ class Target:
             if "L" not in self.axes:
                 raise PositionError(f"{self} has no axis of positions: leave positions= out")
             axis = self.axes.index("L")
-            found = chosen_indices(positions, current.shape[axis], self.no_position)
-            check_padding("positions", positions, mask_of_call(current.shape[axis]))
-            index[axis] = torch.tensor(found, dtype=torch.long, device=current.device)  # [P]
+            length = current.shape[axis]
+            chosen = chosen_indices(positions, length, self.no_position)
+            check_padding("positions", positions, mask_of_call(length))
+            index[axis] = torch.tensor(chosen, dtype=torch.long, device=current.device)  # [P]
         if channels is not None:
-            letter = next(one for one in CHANNEL_AXES if one in self.axes)
+            letter = next(axis for axis in CHANNEL_AXES if axis in self.axes)
             axis = self.axes.index(letter)
             if isinstance(channels, str):
                 raise self.no_channel(letter, self.named_channels(letter, channels))
-            found = chosen_indices(
-                channels, current.shape[axis], lambda reason: self.no_channel(letter, reason)
-            )
-            index[axis] = torch.tensor(found, dtype=torch.long, device=current.device)  # [C]
+            chosen = chosen_indices(channels, current.shape[axis], partial(self.no_channel, letter))
+            index[axis] = torch.tensor(chosen, dtype=torch.long, device=current.device)  # [C]
             if positions is not None:
                 index[self.axes.index("L")].unsqueeze_(-1)  # [P,1]
         return tuple(index)
@@ -249,7 +238,7 @@ class Target:
         return SiteValueError(f"{self}: channels={reason}. Channels count along {letter} ({AXES[letter]})")
 
     def named_channels(self, letter: str, channels: str) -> str:
-        """Why channels are not chosen by name, and how those of a group by decay are."""
+        """Why channels are not chosen by name, and how to choose the channels of a group by decay."""
         layer = re.search(r"layers\[(\d+)\]", self.path)
         if channels not in GROUPS or letter != "E" or layer is None:
             return f"{channels!r}: give an integer, a slice, several integers or a boolean mask"

@@ -1,8 +1,8 @@
 """The mean of a site over prompts, which is what mean ablation puts in its place.
 
-A mean is wrong without notice where padding is counted, where short prompts weigh as much as long ones, or
-where half precision rounds a long sum away. `mean_activation` counts every token once and padding never, adds
-up in float64, and holds one batch of one layer at a time: any number of prompts, in the memory of a forward.
+A mean is silently wrong if padding is counted, if short prompts weigh as much as long ones, or if half
+precision rounds a long sum away. `mean_activation` counts every token once and padding never, and adds up in
+float64. It holds one batch of one layer at a time, so any number of prompts fits in the memory of a forward.
 
 Source: mean ablation as in Wang et al. (arXiv 2211.00593), section 2.
 """
@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 
 from .arguments.padding import mask_of
-from .arguments.run_arguments import prompt_of, refuse_inside_a_trace
-from .arguments.selection import layer_numbers
-from .errors import LayerError, PromptError, SiteValueError, UnknownSiteError
+from .arguments.prompts import prompt_of
+from .arguments.selection import Layers, layer_numbers
+from .errors import ArgumentError, LayerError, PromptError, SiteValueError, UnknownSiteError
 from .names import nearest
 from .sites import BY_HOOK, BY_NAME, Site, describe_axes
+from .tracing.one_run import refuse_inside_a_trace
 
 if TYPE_CHECKING:
     from .model import MambaTrace
@@ -32,7 +33,7 @@ def mean_activation(
     model: MambaTrace,
     prompts: str | Sequence[str] | Tensor,
     site: str,
-    layers: int | Sequence[int] | None = None,
+    layers: Layers = None,
     *,
     over: str = "positions",
     attention_mask: Tensor | None = None,
@@ -45,23 +46,23 @@ def mean_activation(
         prompts: a string, a list of strings, or token ids [B,L] or [L].
         site: a site's name or hook name: ``"y"``, ``"resid_post"``, ``"h"``, ``"hook_conv"``, ...
         layers: one or several; ``None`` for all. A site of the whole model (``"embeddings"``) has none.
-        over: ``"positions"``: over all tokens of all prompts, each with the same weight. ``"prompts"``: at
-            each position apart, for prompts of one length.
-        attention_mask: [B,L], 0 on the padding of token ids; strings bring their own, and so do tokens that
+        over: ``"positions"``: over all tokens of all prompts, each with the same weight. ``"prompts"``: for
+            each position separately, for prompts of one length.
+        attention_mask: [B,L], 0 on the padding of token ids. Not needed for strings, nor for tokens that
             ``to_tokens`` made.
-        batch_size: how many prompts one forward runs. A site with axes B, L, E and N is held for one layer
-            and one batch at a time.
+        batch_size: how many prompts one forward runs. One batch of one layer of the site is held at a time.
 
     Returns:
         The mean by layer, counted from 0 (by ``None`` for a site of the whole model), on the CPU and in
-        float32 or better: the site's axes without B and L, such as [E]; with ``over="prompts"`` without B,
-        such as [L,E], of which ``means[1][5]`` is for ``h[5]``.
+        float32 or better. It has the site's axes without B and L, such as [E]; with ``over="prompts"`` only B
+        is gone, such as [L,E], and ``means[1][5]`` is the mean for ``h[5]``.
 
     Raises:
-        UnknownSiteError: before anything runs, if there is no such site.
-        LayerError: likewise, if the model has no such layer.
-        SiteValueError: likewise, if the site is the same for every prompt.
-        PromptError: likewise, if these are no prompts, or not of one length where they must be.
+        UnknownSiteError: if there is no such site. Like the others, before anything runs.
+        LayerError: if the model has no such layer.
+        SiteValueError: if the site is the same for every prompt.
+        PromptError: if there are no prompts, or they have several lengths with ``over="prompts"``.
+        ArgumentError: for another ``over``, or a ``batch_size`` below 1.
         RuntimeError: inside a trace.
 
     Example::
@@ -78,11 +79,11 @@ def mean_activation(
     averaged = averaged_site(site)
     sums = {layer: Sum() for layer in averaged_layers(model, averaged, layers)}
     if over not in ("positions", "prompts"):
-        raise ValueError(f"over={over!r} is neither 'positions' nor 'prompts'")
+        raise ArgumentError(f"over={over!r} is neither 'positions' nor 'prompts'")
     if batch_size < 1:
-        raise PromptError(f"batch_size={batch_size}: a forward runs at least one prompt")
+        raise ArgumentError(f"batch_size={batch_size}: a forward runs at least one prompt")
     rows = prompt_rows(model, prompts)
-    if isinstance(rows, Tensor):  # of all of them at once: how long one is says what is padding of another
+    if isinstance(rows, Tensor):  # for all rows at once: the longest says what is padding in the others
         attention_mask = row_mask(model, prompts, attention_mask)
     if over == "prompts":
         check_one_length(model, rows, attention_mask)
@@ -90,7 +91,7 @@ def mean_activation(
         part = slice(start, start + batch_size)
         mask = None if attention_mask is None else attention_mask[part]
         add_batch(model, rows[part], mask, averaged, over, sums)
-    return {layer: one.mean() for layer, one in sums.items()}
+    return {layer: total.mean() for layer, total in sums.items()}
 
 
 class Sum:
@@ -117,21 +118,21 @@ class Sum:
 def add_batch(
     model: MambaTrace, rows: Any, mask: Tensor | None, site: Site, over: str, sums: dict[int | None, Sum]
 ) -> None:
-    """Run some prompts, and add what a site holds to the sum of each layer."""
+    """Run some prompts, and add the values of a site to the sum of each layer."""
     inputs = {} if mask is None else {"attention_mask": mask}
     with torch.no_grad(), model.trace(rows, use_cache=False, **inputs) as tracer:
         kept = model.inputs[1].get("attention_mask")  # [B,L] or None
-        for layer, one in sums.items():
+        for layer, total in sums.items():
             value = model.hook(site.path(layer)).output
             if over == "positions" and "L" in site.axes:
                 everything = torch.ones(value.shape[:2], dtype=torch.bool, device=value.device)
                 value = value[everything if kept is None else kept.to(value.device) != 0]  # [n,...]
-            one.add(value)
+            total.add(value)
         tracer.stop()
 
 
 def averaged_site(name: str) -> Site:
-    """The site of a name or hook name. Raises `UnknownSiteError`, and `SiteValueError` where it has no B."""
+    """The site with a name or hook name. Raises `UnknownSiteError`, or `SiteValueError` if it has no B."""
     site = BY_NAME.get(name) or BY_HOOK.get(name)
     if site is None:
         raise UnknownSiteError(
@@ -143,9 +144,7 @@ def averaged_site(name: str) -> Site:
     return site
 
 
-def averaged_layers(
-    model: MambaTrace, site: Site, layers: int | Sequence[int] | None
-) -> list[int] | list[None]:
+def averaged_layers(model: MambaTrace, site: Site, layers: Layers) -> list[int] | list[None]:
     """The layers in ascending order, counted from 0. Raises `LayerError`."""
     if site.scope != "model":
         return layer_numbers(model, layers)
@@ -160,25 +159,25 @@ def prompt_rows(model: MambaTrace, prompts: Any) -> list[str] | Tensor:
     if isinstance(rows, Tensor):
         return rows if rows.dim() == 2 else rows[None]
     rows = [rows] if isinstance(rows, str) else list(rows)
-    if not all(isinstance(one, str) for one in rows):
+    if not all(isinstance(row, str) for row in rows):
         raise PromptError(f"prompts are strings or a tensor of token ids [B,L], not a list of {rows[0]!r}")
     return rows
 
 
 def row_mask(model: MambaTrace, prompts: Any, mask: Any) -> Tensor | None:
-    """The attention mask [B,L] of token ids [B,L] or [L], or ``None`` where all are tokens: `PromptError`."""
+    """The attention mask [B,L] of token ids [B,L] or [L]; ``None`` without padding. Raises `PromptError`."""
     if mask is not None and prompts.dim() == 1:
         prompts = prompts[None]
-    found = mask_of(prompts, model.tokenizer, mask)
-    return found if found is None or found.dim() == 2 else found[None]
+    mask = mask_of(prompts, model.tokenizer, mask)
+    return mask if mask is None or mask.dim() == 2 else mask[None]
 
 
 def check_one_length(model: MambaTrace, rows: list[str] | Tensor, mask: Tensor | None) -> None:
-    """Raises `PromptError` where prompts have several lengths, or padding."""
+    """Raise a `PromptError` if prompts have several lengths, or padding."""
     if isinstance(rows, Tensor):
         lengths = {rows.shape[1]} if mask is None else {rows.shape[1], *mask.sum(-1).tolist()}
     else:
-        lengths = {model.to_tokens(one).shape[1] for one in rows}
+        lengths = {model.to_tokens(row).shape[1] for row in rows}
     if len(lengths) > 1:
         raise PromptError(
             f"over='prompts' averages at each position, and these prompts have {min(lengths)} to "

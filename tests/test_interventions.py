@@ -56,9 +56,7 @@ def by_hand(model: MambaTrace, tokens: Tensor, edits: Edits) -> Tensor:
 def values_of(model: MambaTrace, tokens: Tensor) -> dict[str, Tensor]:
     """Every value of the reference by hook name."""
     found: dict[str, Tensor] = {}
-    forward(
-        model._module.state_dict(), model.config, tokens, lambda hook, value: found.setdefault(hook, value)
-    )
+    forward(model._module.state_dict(), model.config, tokens, lambda hook, value: found.setdefault(hook, value))
     return found
 
 
@@ -89,9 +87,7 @@ def put(part: Any, replacement: Any) -> Callable[[Tensor], Tensor]:
 
 
 @pytest.mark.parametrize(("path", "hook", "axes"), PLACES, ids=ids(PLACES))
-def test_zero_ablation_of_every_site(
-    model: MambaTrace, tokens: Tensor, path: str, hook: str, axes: str
-) -> None:
+def test_zero_ablation_of_every_site(model: MambaTrace, tokens: Tensor, path: str, hook: str, axes: str) -> None:
     logits = logits_with(model, tokens, lambda: ablate(model.hook(path)))
     agree(logits, by_hand(model, tokens, {hook: torch.zeros_like}), 1e-10)
 
@@ -108,9 +104,7 @@ def test_positions_and_channels_are_an_outer_product(
                     value[row, position, channel] = 0.5  # of a state, every n
         return value
 
-    logits = logits_with(
-        model, tokens, lambda: ablate(model.hook(path), 0.5, positions=[1, -2], channels=[0, 2, 3])
-    )
+    logits = logits_with(model, tokens, lambda: ablate(model.hook(path), 0.5, positions=[1, -2], channels=[0, 2, 3]))
     agree(logits, by_hand(model, tokens, {hook: edit}), 1e-10)
 
 
@@ -205,9 +199,7 @@ def test_the_user_s_tensor_is_left_alone(model: MambaTrace, tokens: Tensor) -> N
     assert torch.equal(mine, copy)
 
 
-def test_resample_ablation_of_states_takes_them_from_another_invoke(
-    model: MambaTrace, tokens: Tensor
-) -> None:
+def test_resample_ablation_of_states_takes_them_from_another_invoke(model: MambaTrace, tokens: Tensor) -> None:
     with torch.no_grad(), model.trace() as tracer:
         barrier = tracer.barrier(2)
         with tracer.invoke(tokens[:1]):
@@ -232,9 +224,7 @@ def direction_of(axes: str) -> Tensor:
 
 
 @pytest.mark.parametrize(("path", "hook", "axes"), PLACES, ids=ids(PLACES))
-def test_a_direction_is_added_at_every_site(
-    model: MambaTrace, tokens: Tensor, path: str, hook: str, axes: str
-) -> None:
+def test_a_direction_is_added_at_every_site(model: MambaTrace, tokens: Tensor, path: str, hook: str, axes: str) -> None:
     direction = direction_of(axes)
     logits = logits_with(model, tokens, lambda: steer(model.hook(path), direction, -0.5))
     agree(logits, by_hand(model, tokens, {hook: lambda value: value - 0.5 * direction}), 1e-10)
@@ -256,15 +246,38 @@ def test_a_direction_is_added_at_some_positions_once(
     agree(logits, by_hand(model, tokens, {hook: edit}), 1e-10)
 
 
-def test_a_direction_of_another_dtype_is_cast_and_the_site_keeps_its_own(
-    tiny: MambaTrace, tokens: Tensor
-) -> None:
+def test_a_direction_of_another_dtype_is_cast_and_the_site_keeps_its_own(tiny: MambaTrace, tokens: Tensor) -> None:
     direction = noise(D)
     with torch.no_grad(), tiny.trace(tokens):
         before = tiny.layers[0].resid_post.output.save()
         steer(tiny.layers[0].resid_post, direction, torch.tensor(2.0))
         after = tiny.layers[0].resid_post.output.save()
     agree(after, before + 2 * direction.float(), 1e-6)
+
+
+#: Places that end a fused scan in each of the ways there are, and one after which it stays whole.
+ENDING = [p for p in PLACES if p[0].split(".")[-1] in ("conv", "A_bar", "h[2]", "y", "resid_post")]
+
+
+@pytest.mark.parametrize(("path", "hook", "axes"), ENDING, ids=ids(ENDING))
+def test_every_backend_is_ablated_and_steered_the_same(
+    tiny_hf: ModuleFactory, tokens: Tensor, each_backend: str, path: str, hook: str, axes: str
+) -> None:
+    """In float32, whose rounding (6e-8) grows to about 1e-6 over the layers and steps of a run."""
+    model, tokens = MambaTrace(tiny_hf(), kernels=each_backend), tokens[:1]
+    direction = direction_of(axes)
+
+    def act() -> None:
+        ablate(model.hook(path), 0.5, channels=[0, 2, 3])
+        steer(model.hook(path), direction)
+
+    def edit(value: Tensor) -> Tensor:
+        value = value.clone()
+        axis = next(axes.index(one) for one in "EDRNV" if one in axes)
+        value.index_fill_(axis, torch.tensor([0, 2, 3]), 0.5)
+        return value + direction
+
+    agree(logits_with(model, tokens, act), by_hand(model, tokens, {hook: edit}).float(), 1e-5)
 
 
 # -- in every kind of trace --------------------------------------------------------------------------------
@@ -307,9 +320,7 @@ def generated(model: MambaTrace, tokens: Tensor, act: Callable[[], None]) -> tup
     return ids, last
 
 
-def test_steering_at_every_step_of_generate_is_a_loop_of_whole_forwards(
-    model: MambaTrace, tokens: Tensor
-) -> None:
+def test_steering_at_every_step_of_generate_is_a_loop_of_whole_forwards(model: MambaTrace, tokens: Tensor) -> None:
     direction = 2 * noise(D)
     ids, last = generated(model, tokens, lambda: steer(model.layers[1].resid_post, direction))
     edits = {"blocks.1.hook_resid_post": lambda value: value + direction}
@@ -331,9 +342,7 @@ def test_a_state_steered_at_every_step_is_carried_on(model: MambaTrace, tokens: 
     agree(last, by_hand(model, expected[:, :-1], edits(LENGTH + STEPS - 1))[:, -1], 1e-10)
 
 
-def test_ablation_at_every_step_of_generate_is_a_loop_of_whole_forwards(
-    model: MambaTrace, tokens: Tensor
-) -> None:
+def test_ablation_at_every_step_of_generate_is_a_loop_of_whole_forwards(model: MambaTrace, tokens: Tensor) -> None:
     mean = noise(E)
     ids, last = generated(model, tokens, lambda: ablate(model.layers[1].ssm.y, mean, channels=range(12)))
     edits = {"blocks.1.hook_y": put((..., slice(0, 12)), mean[:12])}
@@ -379,9 +388,7 @@ def test_gradients_flow_past_an_ablation_and_into_a_direction(model: MambaTrace,
         "blocks.1.hook_h.4": put((slice(None), slice(9)), 0.0),
         "blocks.1.hook_resid_post": lambda x: torch.cat((x[:, :-1], x[:, -1:] + 0.5 * direction), dim=1),
     }
-    logits = forward(
-        weights, model.config, tokens, lambda hook, value: edits[hook](value) if hook in edits else value
-    )
+    logits = forward(weights, model.config, tokens, lambda hook, value: edits[hook](value) if hook in edits else value)
     logits.square().sum().backward()
     for actual, expected in zip(found, [direction.grad, mean.grad, A_log.grad], strict=True):
         assert actual is not None

@@ -6,6 +6,8 @@ import json
 import math
 import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from html.parser import HTMLParser
@@ -100,9 +102,7 @@ TENSORS = {
 
 @pytest.mark.parametrize("suffix", FORMATS)
 @pytest.mark.parametrize("values", TENSORS.values(), ids=TENSORS.keys())
-def test_a_tensor_of_any_dtype_comes_back_to_the_last_bit(
-    values: Tensor, suffix: str, tmp_path: Path
-) -> None:
+def test_a_tensor_of_any_dtype_comes_back_to_the_last_bit(values: Tensor, suffix: str, tmp_path: Path) -> None:
     loaded = Everything.load(Everything(values).save(tmp_path / f"a{suffix}")).values
     assert same(values.detach().resolve_conj(), loaded)
     assert not loaded.requires_grad
@@ -138,7 +138,7 @@ def test_json_is_strict_and_says_what_is_in_it(tmp_path: Path) -> None:
 
     path = patch_grid([[1.0, NAN, INF]]).save(tmp_path / "a.json")
     content = json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
-    assert content["class"] == "mamba_trace.patching.result.PatchGrid"
+    assert content["class"] == "PatchGrid", "where the module lies is no part of a file"
     assert content["site"] == "h"
     expected = {"dtype": "float32", "shape": [1, 3], "values": [[1.0, "nan", "inf"]]}
     assert content["values"] == {"tensor": expected}
@@ -196,31 +196,39 @@ def test_files_that_hold_no_result_are_refused(tmp_path: Path) -> None:
     broken.write_bytes(b"\x08")
     assert "is no result" in refusal(FileError, lambda: Result.load(broken))
     for name in ("none.json", "none.safetensors"):
-        assert "cannot be read: No such file" in refusal(
-            FileError, lambda name=name: Result.load(tmp_path / name)
-        )
+        assert "cannot be read: No such file" in refusal(FileError, lambda name=name: Result.load(tmp_path / name))
     assert "is loaded from .json or .safetensors; pictures hold no data" in refusal(
         FileError, lambda: Result.load(tmp_path / "a.png")
     )
 
 
-def test_a_class_of_this_package_is_found_without_importing_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = patch_grid().save(tmp_path / "a.json")
-    imported: list[str] = []
+def test_a_class_of_this_package_is_found_without_importing_it(tmp_path: Path) -> None:
+    """Also by the name of the module that it lay in when the file was written."""
+    from mamba_trace.hidden_attention import HiddenAttention
 
-    def find(module: str) -> None:
-        imported.append(module)
-        monkeypatch.setitem(Result._classes, "PatchGrid", PatchGrid)
+    attention = HiddenAttention(torch.eye(2), 1, "m", [0], [0, 1], [0, 1], ["a", "b"])
+    paths = [patch_grid().save(tmp_path / "grid.json"), attention.save(tmp_path / "attention.safetensors")]
+    content = json.loads(paths[0].read_text(encoding="utf-8"))
+    paths.append(tmp_path / "old.json")
+    paths[-1].write_text(json.dumps({**content, "class": "mamba_trace.grids.PatchGrid"}), encoding="utf-8")
+    code = (
+        "import sys; from mamba_trace.results import Result; "
+        "assert 'mamba_trace.patching' not in sys.modules; "
+        "print(*(type(Result.load(path)).__name__ for path in sys.argv[1:]))"
+    )
+    ran = subprocess.run([sys.executable, "-c", code, *paths], capture_output=True, text=True, timeout=300)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.split() == ["PatchGrid", "HiddenAttention", "PatchGrid"]
 
-    monkeypatch.delitem(Result._classes, "PatchGrid")
-    monkeypatch.setattr("mamba_trace.results.results.importlib.import_module", find)
-    assert isinstance(Result.load(path), PatchGrid)
-    assert imported == ["mamba_trace.patching.result"]
-    path.write_text('{"class": "os.path.PatchGrids"}', encoding="utf-8")
-    refusal(FileError, lambda: Result.load(path))
-    assert imported == ["mamba_trace.patching.result"], "no file makes anything else be imported"
+
+def test_no_file_makes_anything_be_imported(tmp_path: Path) -> None:
+    (tmp_path / "named_in_a_file.py").write_text("class Thing: pass", encoding="utf-8")
+    path = tmp_path / "a.json"
+    path.write_text('{"class": "named_in_a_file.Thing"}', encoding="utf-8")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(tmp_path)
+        refusal(FileError, lambda: Result.load(path))
+    assert "named_in_a_file" not in sys.modules
 
 
 # -- writing -----------------------------------------------------------------------------------------------

@@ -18,20 +18,23 @@ from types import ModuleType
 
 from ..errors import FileError, MissingExtraError
 
-#: The file endings a result can be saved under.
+#: The file endings under which a result can be saved.
 SUFFIXES = (".html", ".png", ".json", ".safetensors")
 
 
 def check_writable(path: str | Path, suffixes: tuple[str, ...] = SUFFIXES) -> Path:
-    """``path``, if a result can be saved there: to be asked before the hours that lead to the result.
+    """Check that a result can be saved, before the hours of work that lead to it, and return the path.
+
+    The check opens the file for appending and makes another beside it, since permissions alone do not tell:
+    the file system may be read-only, the name too long or a folder's. It leaves everything as it was.
 
     Args:
-        path: where to.
+        path: where the result will be saved.
         suffixes: the endings that are possible.
 
     Raises:
-        FileError: if the suffix is none of ``suffixes``, the folder does not exist, or the file cannot be
-            written. A file that is there is left as it is; none is made.
+        FileError: if the suffix is not in ``suffixes``, the folder does not exist, or the file cannot be
+            written, with the system's reason.
         MissingExtraError: if the library that writes this kind of file is not installed.
     """
     path = Path(path)
@@ -40,7 +43,15 @@ def check_writable(path: str | Path, suffixes: tuple[str, ...] = SUFFIXES) -> Pa
         raise FileError(f"{path}: a result is saved as {', '.join(suffixes)}, not {ending}")
     if not path.parent.is_dir():
         raise FileError(f"{path}: there is no folder {path.parent}; create it first")
-    try_opening(path)
+    with system_errors(path):
+        file = destination(path)  # of a link, what it leads to may be removed, and not the link
+        existed = file.exists()
+        file.open("ab").close()
+        if not existed:
+            file.unlink()
+        beside = neighbour(file)
+        beside.touch()
+        beside.unlink()
     if path.suffix == ".html":
         optional("plotly.graph_objects", "an interactive figure")
     if path.suffix == ".png":
@@ -48,32 +59,12 @@ def check_writable(path: str | Path, suffixes: tuple[str, ...] = SUFFIXES) -> Pa
     return path
 
 
-def try_opening(path: Path) -> None:
-    """Open a file for appending, make another beside it, and leave everything as it was.
-
-    Permissions alone do not tell: the file system may be read-only, the name too long or a folder's.
-
-    Raises:
-        FileError: if it cannot be opened, with the system's reason.
-    """
-    with system_errors(path):
-        file = destination(path)  # it is not the link that is to be removed
-        existed = file.exists()
-        with file.open("ab"):
-            pass
-        if not existed:
-            file.unlink()
-        beside = neighbour(file)
-        beside.touch()
-        beside.unlink()
-
-
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A new file's path to write to, which takes the place of ``path`` at once when the block ends.
+    """A path to write a new file to, which takes the place of ``path`` at once when the block ends.
 
-    Whoever reads ``path`` meanwhile finds the old content or the new, whole. After an exception the old is
-    left as it was. A symbolic link stays one: what it leads to is replaced.
+    A program that reads ``path`` meanwhile finds the whole old content or the whole new content. After an
+    exception the old file is left as it was. A symbolic link stays a link: the file it leads to is replaced.
 
     Raises:
         FileError: if the system refuses, with its reason.
@@ -91,7 +82,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def neighbour(file: Path) -> Path:
-    """A path in the same folder, and so on the same file system, that nothing has."""
+    """An unused path in the same folder, and so on the same file system."""
     return file.with_name(f".{secrets.token_hex(8)}{file.suffix}")
 
 
@@ -101,13 +92,11 @@ def system_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise FileError(
-            f"{path} cannot be written: {error.strerror or error}. Choose another place"
-        ) from error
+        raise FileError(f"{path} cannot be written: {error.strerror or error}. Choose another place") from error
 
 
 def destination(path: Path) -> Path:
-    """Where a symbolic link leads; ``path`` itself if it is none."""
+    """The file that a symbolic link leads to; of another path, the path itself."""
     try:
         return path.resolve()
     except RuntimeError as error:  # how Python up to 3.12 reports a loop of links
@@ -118,7 +107,7 @@ def optional(name: str, purpose: str) -> ModuleType:
     """Import a module of the ``plot`` extra.
 
     Raises:
-        MissingExtraError: if it is not installed, with the line that installs it.
+        MissingExtraError: if it is not installed, with the command that installs it.
     """
     try:
         return importlib.import_module(name)

@@ -1,46 +1,70 @@
 """What there is to draw: one matrix of numbers with everything that its picture says.
 
-The drawings differ in what they can show, and must not differ in what they mean, so the colour scale, the
-words of a cell and the spelling of labels are decided here, once.
+The interactive figure, the PNG and the terminal's table differ in what they can show but must not differ in
+what they mean. So the colour scale, the words of a cell, the spelling of labels and the size of the picture
+are decided here, once.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Container
+import textwrap
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from rich.cells import cell_len, set_cell_size
 from torch import Tensor
 
-#: What a cell without a number says.
-NOT_COMPUTED = "not computed"
+__all__ = ["Heatmap"]
+
+#: Width in terminal columns beyond which a label, or a text inside a cell, is cut.
+LONGEST, LONGEST_TEXT = 24, 12
+#: Pixels (100 to the inch): the average character, a line of labels, a line of a title, the room for the
+#: colour bar and its labels.
+CHARACTER, LINE, TITLE_LINE, COLOUR_BAR = 7, 14, 20, 120
+
+
+class Size(NamedTuple):
+    """Pixels for the cells of a picture, and on each side for its title, labels and colour bar.
+
+    An estimate: plotly and matplotlib lay out the parts, and shrink the cells where a part needs more.
+    """
+
+    width: int
+    height: int
+    left: int
+    right: int
+    above: int
+    below: int
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Heatmap:
-    """A matrix to draw, its labels and its words.
+    """A matrix to draw, with its labels and its words.
 
     Attributes:
-        values: [rows, columns], any real dtype. nan is a cell that was never computed.
-        title: of the figure; lines are separated by newlines.
+        values: [rows, columns], any real dtype. nan marks a cell that was never computed.
+        title: the title of the picture; lines are separated by newlines.
         row_title: what the rows are, e.g. ``"layer"``.
-        row_labels: one for each row.
+        row_labels: one label for each row.
         column_title: what the columns are.
-        column_labels: one for each column.
+        column_labels: one label for each column.
         texts: what is written inside each cell, e.g. the top token of a lens.
-        hover: what each cell says when pointed at, in plain text whose lines are separated by newlines. By
-            default the row, the column and the value.
+        hover: what each cell says when the mouse points at it, in plain text with newlines. By default the
+            row, the column and the value.
         prompt_tokens, source_tokens: the strings of the tokens that the columns stand for, in one run or two.
-            They head the terminal's table and are in the default ``hover``.
+            They head the terminal's table and appear in the default ``hover``.
         value_title: what the numbers are.
-        resolution: values this close to 0 print as nothing, and the scale never gets finer: for numbers whose
-            size is known, so that what is left is rounding.
+        resolution: values this close to 0 are printed as nothing, and the colour scale never gets finer. For
+            numbers of a known size, where anything smaller is rounding.
+        signed: whether values may be negative. Colours then diverge from white at 0 to red and blue; for
+            norms and probabilities they run from white at 0 to blue.
 
     Raises:
-        ValueError: if the labels, texts or tokens are not as many as the rows and columns.
+        ValueError: if there are not as many labels, texts or tokens as rows and columns.
 
     Example::
 
@@ -60,22 +84,16 @@ class Heatmap:
     source_tokens: list[str] | None = None
     value_title: str = "value"
     resolution: float = 0.0
+    signed: bool = True
 
     def __post_init__(self) -> None:
         """Raise a `ValueError` that names what does not fit."""
         if self.values.dim() != 2:
-            raise ValueError(
-                f"a heatmap's values are [rows, columns], not a tensor of shape {[*self.values.shape]}"
-            )
+            raise ValueError(f"a heatmap's values are [rows, columns], not a tensor of shape {[*self.values.shape]}")
         rows, columns = self.values.shape
-        for name, expected in (
-            ("row_labels", rows),
-            ("column_labels", columns),
-            ("prompt_tokens", columns),
-            ("source_tokens", columns),
-        ):
+        for name in ("row_labels", "column_labels", "prompt_tokens", "source_tokens"):
             given = getattr(self, name)
-            if given is not None and len(given) != expected:
+            if given is not None and len(given) != (rows if name == "row_labels" else columns):
                 raise ValueError(f"{len(given)} {name} for values of shape [{rows}, {columns}]")
         for name in ("texts", "hover"):
             given = getattr(self, name)
@@ -83,58 +101,62 @@ class Heatmap:
                 raise ValueError(f"{name} must hold one string for each of the [{rows}, {columns}] values")
 
     @property
-    def numbers(self) -> list[list[float]]:
-        """The values as plain numbers."""
-        return self.values.detach().to("cpu", torch.float64).tolist()
+    def numbers(self) -> Tensor:
+        """The values in float64 on the CPU."""
+        return self.values.detach().to("cpu", torch.float64)
 
     @property
     def shades(self) -> Tensor:
-        """The values as they are coloured, float64 on the CPU: an infinity is at the end of the scale."""
-        values = self.values.detach().to("cpu", torch.float64)
-        return values.nan_to_num(nan=math.nan, posinf=self.scale, neginf=-self.scale)
+        """The values as they are coloured: an infinite value has the colour at the end of the scale."""
+        return self.numbers.nan_to_num(nan=math.nan, posinf=self.scale, neginf=-self.scale)
 
     @property
     def scale(self) -> float:
-        """The value at which colours saturate, in either direction."""
-        finite = self.values.detach()[self.values.isfinite()].double()
-        largest = finite.abs().max().item() if finite.numel() else 0.0
-        return max(largest, self.resolution) or 1.0
+        """The absolute value at which colours saturate."""
+        finite = self.numbers[self.numbers.isfinite()].abs()
+        return max(finite.max().item() if finite.numel() else 0.0, self.resolution) or 1.0
 
     @property
     def square(self) -> bool:
-        """Whether there are as many rows as columns, token by token, say, so that cells should be squares."""
+        """Whether there are as many rows as columns, as for pairs of tokens: cells should then be squares."""
         return len(self.row_labels) == len(self.column_labels) > 1
 
+    @property
+    def size(self) -> Size:
+        """The size of the picture: comfortable cells, as far as a screen holds them."""
+        rows, columns = self.values.shape
+        texts = [spelt(text, LONGEST_TEXT) for row in self.texts or [] for text in row]
+        cell = max(26 if self.square else 40, CHARACTER * longest(texts) + 8)
+        width = min(max(columns * cell, 420), 1300 if self.texts is None else 4000)
+        height = min(max(rows * 24, 90, min(8 * len(self.value_title), 200)), 900)
+        if self.square:
+            width = height = width if self.texts else min(width, 900)
+        left = CHARACTER * longest(self.row_labels) + 3 * LINE
+        above = TITLE_LINE * (len(wrapped(self.title, width + COLOUR_BAR)) + 1)
+        below = CHARACTER * longest(self.column_labels) + 4 * LINE
+        return Size(width, height, left, COLOUR_BAR, above, below)
+
     def hover_texts(self) -> list[list[str]]:
-        """What each cell says when pointed at, in plain text."""
+        """What each cell says when the mouse points at it, in plain text."""
         if self.hover is not None:
             return self.hover
         rows = [f"{self.row_title} {spelt(label)}" for label in self.row_labels]
-        columns = [self.place(column) for column in range(len(self.column_labels))]
-        scale = self.scale
+        title, scale = self.column_title.lower(), self.scale
+        columns = [f"{title} {spelt(label)}\n{self.value_title}" for label in self.column_labels]
+        if self.prompt_tokens is not None:
+            pairs = zip(self.prompt_tokens, self.source_tokens or self.prompt_tokens, strict=True)
+            tokens = [f"token {p!r}" if p == s else f"prompt {p!r}, source {s!r}" for p, s in pairs]
+            columns = [f"{title} {at}: {words}\n{self.value_title}" for at, words in enumerate(tokens)]
         return [
-            [
-                f"{row}\n{column}\n{self.value_title} {in_words(value, scale)}"
-                for column, value in zip(columns, values, strict=True)
-            ]
-            for row, values in zip(rows, self.numbers, strict=True)
+            [f"{row}\n{column} {in_words(value, scale)}" for column, value in zip(columns, values, strict=True)]
+            for row, values in zip(rows, self.numbers.tolist(), strict=True)
         ]
-
-    def place(self, column: int) -> str:
-        """A column in words, e.g. ``"position 10: prompt ' Shelby', source ' Emma'"``."""
-        title = self.column_title.lower()
-        if self.prompt_tokens is None:
-            return f"{title} {spelt(self.column_labels[column])}"
-        ours = self.prompt_tokens[column]
-        theirs = ours if self.source_tokens is None else self.source_tokens[column]
-        tokens = f"token {ours!r}" if ours == theirs else f"prompt {ours!r}, source {theirs!r}"
-        return f"{title} {column}: {tokens}"
 
 
 def in_words(value: float, scale: float) -> str:
     """A cell's value with its sign, to about the 10000th part of ``scale``."""
     if math.isnan(value):
-        return NOT_COMPUTED
+        return "not computed"
     if math.isinf(value) or not 1e-4 <= scale < 1e6:
         return f"{value:+.4g}"
     digits = max(0, 4 - math.floor(math.log10(scale)))
@@ -146,18 +168,37 @@ def spelt(text: str, longest: int | None = None, known: Container[int] | None = 
 
     Args:
         text: the label.
-        longest: how wide it may be, in characters (those of Chinese, say, count as two). A longer one is cut,
-            but for the position that it ends in.
-        known: the code points of the characters that can be shown; all that are printable by default. Others
-            are spelt out: a newline is ``\\n``.
+        longest: the largest width in terminal columns (a Chinese character takes two). A wider label is cut,
+            but keeps the position that it ends in.
+        known: the code points of the characters that can be shown; by default all that are printable. Other
+            characters are spelt out: a newline is shown as ``\\n``.
     """
     shown = "".join(
-        one
-        if one == " " or (one.isprintable() and (known is None or ord(one) in known))
-        else one.encode("unicode_escape").decode()
-        for one in text
+        char
+        if char == " " or (char.isprintable() and (known is None or ord(char) in known))
+        else char.encode("unicode_escape").decode()
+        for char in text
     )
     if longest is None or cell_len(shown) <= longest:
         return shown
     token, position = re.fullmatch(r"(.*?)((?:_\d+)?)", shown).groups()  # type: ignore[union-attr]
     return f"{set_cell_size(token, longest - 1 - len(position)).rstrip()}…{position}"
+
+
+def longest(labels: Sequence[str]) -> int:
+    """The width of the widest label as it is shown, in terminal columns."""
+    return max((cell_len(spelt(label, LONGEST)) for label in labels), default=0)
+
+
+def wrapped(title: str, width: int) -> list[str]:
+    """The lines of a title, broken where one would be longer than ``width`` pixels. Never empty."""
+    room = max(width // 8, 20)
+    return [part for line in title.split("\n") for part in textwrap.wrap(line, room) or [""]]
+
+
+def as_stack(heatmaps: Heatmap | Sequence[Heatmap]) -> list[Heatmap]:
+    """One or several heatmaps as a list. Raises `ValueError` if there are none."""
+    stack = [heatmaps] if isinstance(heatmaps, Heatmap) else list(heatmaps)
+    if not stack:
+        raise ValueError("there is no heatmap to draw; give at least one")
+    return stack

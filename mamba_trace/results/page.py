@@ -1,7 +1,7 @@
-"""One page for the results of an investigation: what is sent to a colleague, or kept beside a paper.
+"""One page for the results of an investigation: to send to a colleague, or to keep beside a paper.
 
-Each figure as a page of its own is megabytes of the same drawing library. A `Report` has it once, needs no
-network, and gives every result a heading, its figure and its caption.
+A page for each figure would hold megabytes of the same drawing library each time. A `Report` holds it once,
+needs no network, and gives every result a heading, its figure and its caption.
 """
 
 from __future__ import annotations
@@ -12,16 +12,38 @@ from pathlib import Path
 
 from ..errors import FileError
 from .files import check_writable, optional, replacing
-from .results import Result
+from .result import Result
 
-STYLE = """
-body { font-family: system-ui, sans-serif; line-height: 1.5; color: #222; margin: 2rem auto;
-  padding: 0 1.5rem; max-width: 1500px; }
-h1, h2 { line-height: 1.25; }
-section { margin-top: 3rem; }
-.figure { overflow-x: auto; }
-.caption { color: #444; max-width: 60rem; overflow-wrap: anywhere; }
+__all__ = ["Report"]
+
+PAGE = """<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<title>{title}</title>
+<style>
+body {{ font-family: system-ui, sans-serif; line-height: 1.5; color: #222; margin: 2rem auto;
+  padding: 0 1.5rem; max-width: 1500px; }}
+h1, h2 {{ line-height: 1.25; }}
+section {{ margin-top: 3rem; }}
+.figure {{ overflow-x: auto; }}
+.caption {{ color: #444; max-width: 60rem; overflow-wrap: anywhere; }}
+</style>
+<script>{library}</script>
+</head>
+<body>
+<h1>{title}</h1>
+<nav><ol>{links}</ol></nav>
+{sections}
+</body>
+</html>
 """
+LINK = '<li><a href="#section-{number}">{heading}</a></li>'
+SECTION = """<section id="section-{number}">
+<h2>{heading}</h2>
+<div class="figure">{figure}</div>
+<p class="caption">{caption}</p>
+</section>"""
 
 
 class Report(Mapping[str, Result]):
@@ -29,10 +51,10 @@ class Report(Mapping[str, Result]):
 
     Args:
         results: the results by their headings.
-        title: of the page.
+        title: the title of the page.
 
     Raises:
-        TypeError: for what is no `Result`.
+        TypeError: for a value that is not a `Result`.
 
     Example::
 
@@ -43,8 +65,7 @@ class Report(Mapping[str, Result]):
         for heading, result in results.items():
             if not isinstance(result, Result):
                 raise TypeError(
-                    f"{heading!r} is a {type(result).__name__}; a report holds results, "
-                    f"such as patch_grid returns"
+                    f"{heading!r} is a {type(result).__name__}; a report holds results, such as patch_grid returns"
                 )
         self.title = title
         self._results = dict(results)
@@ -62,16 +83,13 @@ class Report(Mapping[str, Result]):
         return f"Report({self.title!r}: {', '.join(map(repr, self)) or 'empty'})"
 
     def save(self, path: str | Path) -> Path:
-        """Write the report as one self-contained page.
+        """Write the report as one self-contained page and return the path.
 
         Args:
-            path: where to, with the suffix ``.html``. A file that is there is replaced at once.
-
-        Returns:
-            The path.
+            path: where to write, with the suffix ``.html``. An existing file is replaced at once.
 
         Raises:
-            FileError: for another suffix, where the file cannot be written, or if there are no results.
+            FileError: for another suffix, if the file cannot be written, or if there are no results.
             MissingExtraError: if plotly is not installed.
 
         Example::
@@ -81,39 +99,16 @@ class Report(Mapping[str, Result]):
         path = check_writable(path, (".html",))
         if not self:
             raise FileError(f"{path}: the report has no results; give it at least one")
-        page = self._page()
+        library = optional("plotly.offline", "an interactive figure").get_plotlyjs()
+        links, sections = [], []
+        for number, (heading, result) in enumerate(self.items(), 1):
+            options = {"full_html": False, "include_plotlyjs": False, "div_id": f"figure-{number}"}
+            figure = result.figure().to_html(default_width="auto", default_height="auto", **options)
+            names = {"number": number, "heading": escape(heading), "caption": escape(result.caption())}
+            links.append(LINK.format(**names))
+            sections.append(SECTION.format(figure=figure, **names))
+        parts = {"links": "\n".join(links), "sections": "\n".join(sections)}
         with replacing(path) as file:
+            page = PAGE.format(title=escape(self.title), library=library, **parts)
             file.write_text(page, encoding="utf-8")
         return path
-
-    def _page(self) -> str:
-        """The page's HTML."""
-        library = optional("plotly.offline", "an interactive figure").get_plotlyjs()
-        title = escape(self.title)
-        links = "\n".join(
-            f'<li><a href="#section-{number}">{escape(heading)}</a></li>'
-            for number, heading in enumerate(self, 1)
-        )
-        sections = "\n".join(
-            section(number, heading, result) for number, (heading, result) in enumerate(self.items(), 1)
-        )
-        return (
-            f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{title}</title>\n'
-            f"<style>{STYLE}</style>\n<script>{library}</script>\n</head>\n<body>\n<h1>{title}</h1>\n"
-            f"<nav>\n<ol>\n{links}\n</ol>\n</nav>\n{sections}\n</body>\n</html>\n"
-        )
-
-
-def section(number: int, heading: str, result: Result) -> str:
-    """The HTML of one result."""
-    figure = result.figure().to_html(
-        full_html=False,
-        include_plotlyjs=False,
-        div_id=f"figure-{number}",
-        default_width="auto",
-        default_height="auto",
-    )
-    return (
-        f'<section id="section-{number}">\n<h2>{escape(heading)}</h2>\n<div class="figure">{figure}</div>\n'
-        f'<p class="caption">{escape(result.caption())}</p>\n</section>'
-    )

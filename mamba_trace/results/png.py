@@ -1,7 +1,8 @@
 """Heatmaps as a PNG file, one above the other, without a display, a browser or matplotlib's global state.
 
-matplotlib reads a dollar sign as the beginning of a formula and draws an empty box for a character that its
-font lacks, so labels are spelt in what it can show.
+matplotlib lays the figure out, but draws every label that it is given, so of a long axis it gets every k-th.
+It reads a dollar sign as the beginning of a formula and draws an empty box for a character that its font
+lacks, so labels are spelt in what it can show.
 """
 
 from __future__ import annotations
@@ -11,19 +12,21 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
 from .files import optional, replacing
-from .heatmap import Heatmap, spelt
-from .layout import BAR, BAR_GAP, LONGEST, Panel, stacked
+from .heatmap import CHARACTER, LINE, LONGEST, Heatmap, Size, as_stack, spelt, wrapped
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+__all__ = ["write_png"]
+
 #: Points: 11 and 14 pixels of 100 to the inch.
 SMALL, LARGE = 8, 10
+#: The colour of a cell without a number.
 BLANK = (0.75, 0.75, 0.75)
-#: The share of the scale from which a cell is so dark that its text is white.
+#: Pixels between labels at an angle of 45 degrees that do not touch.
+SLANTED = 20
+#: The share of the scale above which a cell is so dark that its text is white.
 DARK = 0.6
 
 
@@ -31,12 +34,12 @@ def write_png(heatmaps: Heatmap | Sequence[Heatmap], path: str | Path) -> None:
     """Draw the heatmaps into a PNG file.
 
     Args:
-        heatmaps: one or several, which are stacked, each with its own title and colour scale.
-        path: where to. A file that is there is replaced at once, when the new one is complete.
+        heatmaps: one or several; several are stacked, each with its own title and colour scale.
+        path: where to write. An existing file is replaced at once, when the new one is complete.
 
     Raises:
         MissingExtraError: if matplotlib is not installed.
-        ValueError: if there are none.
+        ValueError: if there are no heatmaps.
         FileError: if the file cannot be written.
 
     Example::
@@ -45,58 +48,55 @@ def write_png(heatmaps: Heatmap | Sequence[Heatmap], path: str | Path) -> None:
     """
     figure = static_figure(heatmaps)
     with replacing(Path(path)) as file:
-        figure.savefig(file, dpi=150, format="png", bbox_inches="tight", pad_inches=0.1)
+        figure.savefig(file, dpi=150, format="png")
 
 
 def static_figure(heatmaps: Heatmap | Sequence[Heatmap]) -> Figure:
     """The heatmaps as a matplotlib figure."""
-    drawing, stack = optional("matplotlib.figure", "a PNG"), stacked(heatmaps)
-    figure = drawing.Figure(figsize=(stack.width / 100, stack.height / 100), dpi=100)
+    stack = as_stack(heatmaps)
+    sizes = [heatmap.size for heatmap in stack]
+    width = max(size.left + size.width + size.right for size in sizes)
+    height = sum(size.above + size.height + size.below for size in sizes)
+    drawing: Any = optional("matplotlib.figure", "a PNG")
+    figure = drawing.Figure(figsize=(width / 100, height / 100), dpi=100)
+    figure.set_layout_engine("constrained", w_pad=0.15, h_pad=0.15)  # inches
+    rows = figure.subplots(len(stack), squeeze=False, height_ratios=[size.height for size in sizes])[:, 0]
     known = characters_of_font()
-
-    def axes(left: float, top: float, width: float, height: float) -> Any:
-        bottom = stack.height - top - height
-        return figure.add_axes(
-            (left / stack.width, bottom / stack.height, width / stack.width, height / stack.height)
-        )
-
-    for heatmap, panel, top in zip(stack.heatmaps, stack.panels, stack.tops, strict=True):
-        cells = axes(stack.left, top, panel.width, panel.height)
-        bar = axes(stack.left + panel.width + BAR_GAP, top, BAR, panel.height)
-        draw(cells, bar, heatmap, panel, known)
+    for cells, heatmap, size in zip(rows, stack, sizes, strict=True):
+        draw(cells, heatmap, size, known)
     return figure
 
 
-def draw(cells: Any, bar: Any, heatmap: Heatmap, panel: Panel, known: Container[int]) -> None:
-    """Draw one heatmap into its axes, and its colour bar into others."""
+def draw(cells: Any, heatmap: Heatmap, size: Size, known: Container[int]) -> None:
+    """Draw one heatmap and its colour bar."""
     scale, plain = heatmap.scale, partial(literal, known=known)
-    colours = optional("matplotlib", "a PNG").colormaps["RdBu"].with_extremes(bad=BLANK)
-    image = cells.imshow(
-        heatmap.shades.numpy(), cmap=colours, vmin=-scale, vmax=scale, aspect="auto", interpolation="nearest"
-    )
-    labels = [plain(label, LONGEST) for label in panel.columns.labels]
-    cells.set_xticks(panel.columns.places, labels, rotation=45, ha="right", rotation_mode="anchor")
-    cells.set_yticks(panel.rows.places, [plain(label, LONGEST) for label in panel.rows.labels])
+    name, least = ("RdBu", -scale) if heatmap.signed else ("Blues", 0)
+    colours = optional("matplotlib", "a PNG").colormaps[name].with_extremes(bad=BLANK)
+    aspect = "equal" if heatmap.square else "auto"
+    shades = heatmap.shades.numpy()
+    image = cells.imshow(shades, cmap=colours, vmin=least, vmax=scale, aspect=aspect, interpolation="nearest")
+    for labels, set_ticks, most in (
+        (heatmap.column_labels, partial(cells.set_xticks, rotation=45, ha="right"), size.width / SLANTED),
+        (heatmap.row_labels, cells.set_yticks, size.height / LINE),
+    ):
+        some = range(0, len(labels), max(1, -int(-len(labels) // most)))
+        set_ticks(some, [plain(labels[at], LONGEST) for at in some])
     cells.tick_params(labelsize=SMALL)
     cells.set_xlabel(plain(heatmap.column_title[:1].upper() + heatmap.column_title[1:]), fontsize=LARGE)
     cells.set_ylabel(plain(heatmap.row_title[:1].upper() + heatmap.row_title[1:]), fontsize=LARGE)
-    cells.set_title("\n".join(plain(line) for line in panel.title), fontsize=LARGE, loc="left")
-    if heatmap.texts is not None and panel.room:
-        texts = [[plain(text, panel.room) for text in row] for row in heatmap.texts]
-        write_texts(cells, texts, heatmap.shades / scale)
-    values = cells.figure.colorbar(image, cax=bar)
-    values.set_label(plain(heatmap.value_title), fontsize=LARGE)
-    values.formatter.set_powerlimits((-2, 4))
-    bar.tick_params(labelsize=SMALL)
-    bar.yaxis.get_offset_text().set(size=SMALL, horizontalalignment="left")
-
-
-def write_texts(cells: Any, texts: list[list[str]], shares: Tensor) -> None:
-    """Write texts into cells whose values are ``shares`` (-1 to 1) of the scale."""
-    for row, (line, values) in enumerate(zip(texts, shares.tolist(), strict=True)):
-        for column, (text, share) in enumerate(zip(line, values, strict=True)):
-            colour = "white" if abs(share) > DARK else "black"
-            cells.text(column, row, text, ha="center", va="center", color=colour, fontsize=SMALL)
+    title = "\n".join(plain(line) for line in wrapped(heatmap.title, size.width + size.right))
+    cells.set_title(title, fontsize=LARGE, loc="left")
+    room = int(size.width / max(shades.shape[1], 1) / CHARACTER)
+    if heatmap.texts is not None and room >= 3:
+        for row, (texts, shares) in enumerate(zip(heatmap.texts, (shades / scale).tolist(), strict=True)):
+            for column, (text, share) in enumerate(zip(texts, shares, strict=True)):
+                colour = "white" if abs(share) > DARK else "black"
+                place = {"ha": "center", "va": "center", "color": colour, "fontsize": SMALL}
+                cells.text(column, row, plain(text, room), **place)
+    beside = cells.inset_axes((1 + 12 / size.width, 0, 14 / size.width, 1))
+    bar = cells.figure.colorbar(image, cax=beside, label=plain(heatmap.value_title))
+    beside.tick_params(labelsize=SMALL)
+    bar.formatter.set_powerlimits((-2, 4))
 
 
 def characters_of_font() -> Container[int]:
