@@ -1,8 +1,8 @@
 """``mamba-trace``: the main job from a shell.
 
-One function per command. A body reads its options, calls the library and prints; whatever takes thought
-lives in the library. torch and transformers take seconds to import, so every command imports what it uses
-when it runs: ``--help`` needs neither.
+There is one function for each command. It reads its options, calls the library and prints; everything that
+takes thought is in the library. torch and transformers take seconds to import, so a command imports what it
+uses when it runs, and ``--help`` needs neither.
 
 Results go to stdout; progress bars, warnings and errors go to stderr. An error of this package is one message
 without a traceback, and the exit code is 2.
@@ -14,57 +14,40 @@ import contextlib
 import json
 import sys
 from dataclasses import asdict
-from enum import StrEnum
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from typer.core import TyperGroup
 
 from ._version import __version__
-from .errors import MambaTraceError
+from .errors import MambaTraceError, PromptError
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from .model import MambaTrace
 
 PROMPT = "Lately, Emma and Shelby had fun at school. Shelby gave an apple to"
 SOURCE = "Lately, Emma and Shelby had fun at school. Emma gave an apple to"
 DEMO = "demo"
-
-
-class MetricName(StrEnum):
-    """What ``patch`` can measure."""
-
-    LOGIT_DIFF = "logit-diff"
-    LOGIT = "logit"
-    LOG_PROB = "log-prob"
-    PROB = "prob"
-
-
-class Dtype(StrEnum):
-    """The dtypes that a model can be loaded in."""
-
-    FLOAT32 = "float32"
-    FLOAT64 = "float64"
-    FLOAT16 = "float16"
-    BFLOAT16 = "bfloat16"
+#: What ``patch`` can measure, and the dtypes that it can load a model in.
+MetricName = Literal["logit-diff", "logit", "log-prob", "prob"]
+Dtype = Literal["float32", "float64", "float16", "bfloat16"]
+#: Options of several commands.
+ModelName = Annotated[str, typer.Option(help="A hub id or a folder; 'demo' is the model that ships.")]
+Kernels = Annotated[str, typer.Option(help="The backend of the scan: auto or its name.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 
 
 class PlainErrors(TyperGroup):
-    """A group of commands that prints this package's errors instead of a traceback."""
+    """A group of commands that prints this package's and the system's errors instead of a traceback."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
-        except MambaTraceError as error:
-            typer.echo(f"error: {error}", err=True)
-            raise typer.Exit(2) from error
         except BrokenPipeError:
-            raise  # whoever reads the output has closed it, which typer ends quietly
-        except OSError as error:  # a full disk, a folder that went away
+            raise  # the program that reads the output has closed it; typer ends quietly
+        except (MambaTraceError, OSError) as error:  # OSError: a full disk, a folder that went away
             typer.echo(f"error: {error}", err=True)
             raise typer.Exit(2) from error
 
@@ -84,7 +67,7 @@ def main() -> None:
 
 
 def print_version(wanted: bool) -> None:
-    """Print the version and stop, where ``--version`` is given."""
+    """Print the version and stop, if the user gave ``--version``."""
     if wanted:
         typer.echo(f"mamba-trace {__version__}")
         raise typer.Exit
@@ -96,86 +79,92 @@ def options(
         bool, typer.Option("--version", callback=print_version, is_eager=True, help="Show the version.")
     ] = False,
 ) -> None:
-    """What can be given before a command."""
+    """Take the options that come before a command."""
 
 
 @app.command()
 def patch(
-    model: Annotated[str, typer.Option(help="A hub id or a folder; 'demo' is the model that ships.")] = DEMO,
-    prompt: Annotated[str, typer.Option(help="The run that is patched.")] = PROMPT,
-    source: Annotated[str, typer.Option(help="The run that values are taken from.")] = SOURCE,
-    answer: Annotated[str, typer.Option(help="The token prompt calls for; mind its space.")] = " Emma",
-    wrong: Annotated[str, typer.Option(help="The token source calls for.")] = " Shelby",
-    site: Annotated[str, typer.Option(help="What is patched, or several: h,conv; see `sites`.")] = "h",
-    metric: Annotated[MetricName, typer.Option(help="What is measured.")] = MetricName.LOGIT_DIFF,
-    window: Annotated[int, typer.Option(min=1, help="Layers patched together.")] = 1,
+    model: ModelName = DEMO,
+    prompt: Annotated[str, typer.Option(help="The prompt of the run that is patched.")] = PROMPT,
+    source: Annotated[str, typer.Option(help="The prompt of the run that values are taken from.")] = SOURCE,
+    answer: Annotated[str, typer.Option(help="The token that prompt calls for; mind its space.")] = " Emma",
+    wrong: Annotated[str, typer.Option(help="The token that source calls for.")] = " Shelby",
+    site: Annotated[str, typer.Option(help="The site to patch, or several: h,conv; see `sites`.")] = "h",
+    metric: Annotated[MetricName, typer.Option(help="What is measured.")] = "logit-diff",
+    window: Annotated[int, typer.Option(min=1, help="How many layers are patched together.")] = 1,
     attribution: Annotated[
         bool, typer.Option("--attribution", help="Estimate to first order, too, and correlate.")
     ] = False,
     out: Annotated[
-        Path | None, typer.Option(help="Save: .html (a page, of several too), .png, .json, .safetensors.")
+        Path | None,
+        typer.Option(help="Save as .html (one page, also of several), .png, .json, .safetensors."),
     ] = None,
     keep: Annotated[Path | None, typer.Option(help="A folder to keep cells in and go on from.")] = None,
-    kernels: Annotated[str, typer.Option(help="Which scan runs: auto or a backend.")] = "auto",
-    dtype: Annotated[Dtype | None, typer.Option(help="Of the model; its checkpoint's by default.")] = None,
+    kernels: Kernels = "auto",
+    dtype: Annotated[Dtype | None, typer.Option(help="The model's dtype; by default its checkpoint's.")] = None,
     device: Annotated[str | None, typer.Option(help="Where it runs: cpu, cuda, cuda:1, auto.")] = None,
     batch_size: Annotated[
-        int | None, typer.Option(min=1, help="The most cells in one forward; as memory permits by default.")
+        int | None, typer.Option(min=1, help="The most cells in one forward; by default as memory permits.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")] = False,
+    as_json: AsJson = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress bars.")] = False,
 ) -> None:
     """Patch a site from one prompt's run into another's, at every layer and position.
 
     Prints a metric of both runs, the logit difference ANSWER - WRONG unless another is named, and for each
-    cell how far patching it alone moves that from the prompt's (0) to the source's (1).
+    cell how far patching only this cell moves the metric from the prompt's (0) to the source's (1).
     """
-    from .patching import command as command
+    from rich.console import Console
+
+    from .patching.command import METRICS, PatchCommand
+    from .patching.processes import in_the_first_process
 
     options = {"window": window, "batch_size": batch_size, "keep": keep, "progress": not quiet}
-    named = [name for name in site.replace(",", " ").split() if name]
+    named = site.replace(",", " ").split()
     check_text(**{"--prompt": prompt, "--source": source, "--answer": answer, "--wrong": wrong})
-    asked = command.Asked(prompt, source, named, attribution, out, options)
+    command = PatchCommand(model, prompt, source, named, attribution, out, options)
     loaded = load_model(model, kernels, quiet, dtype, device)
     warn_of_spaces(loaded, answer, wrong)
-    grids = asked.grids(loaded, command.METRICS[metric.value](loaded, answer, wrong))
-    with command.in_the_first_process() as first:
+    grids = command.grids(loaded, METRICS[metric](loaded, answer, wrong))
+    with in_the_first_process() as first:
         if not first:
             return
         if as_json:
-            typer.echo(command.as_json(grids, asked, model))
+            typer.echo(command.as_json(grids))
         else:
-            command.print_grids(grids, asked, model, console())
-        if (written := asked.save(grids)) is not None:
+            if hasattr(sys.stdout, "reconfigure"):  # a terminal that lacks a character shows a question mark
+                sys.stdout.reconfigure(errors="replace")
+            command.print(grids, Console())
+        if (written := command.save(grids)) is not None:
             typer.echo(f"wrote {written}", err=as_json)
 
 
 @app.command()
-def sites(
-    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
-) -> None:
+def sites(as_json: AsJson = False) -> None:
     """List every place that can be read or edited, in execution order."""
-    from .sites import rows
+    from .sites import AXES, rows
 
-    table = list(rows())
+    columns = ("path", "shape", "hook", "meaning")
+    table = [{column: getattr(row, column) for column in columns} for row in rows()]
     if as_json:
-        keys = ("path", "shape", "hook", "meaning")
-        typer.echo(json.dumps([{key: getattr(row, key) for key in keys} for row in table], indent=1))
+        typer.echo(json.dumps(table, indent=1))
         return
-    lines = [("path", "shape", "hook name", "meaning")]
-    lines += [(row.path, row.shape, row.hook or "(none)", row.meaning) for row in table]
+    lines = [
+        ["path", "shape", "hook name", "meaning"],
+        *([cell or "(none)" for cell in row.values()] for row in table),
+    ]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     for line in lines:
         typer.echo("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
-    typer.echo(f"\n{axes_legend()}")
+    typer.echo("\n" + ", ".join(f"{axis} {meaning}" for axis, meaning in AXES.items()))
 
 
 @app.command()
 def info(
-    model: Annotated[str, typer.Option(help="A hub id or a folder; 'demo' is the model that ships.")] = DEMO,
-    prompt: Annotated[str, typer.Option(help="What is run.")] = PROMPT,
-    kernels: Annotated[str, typer.Option(help="Which scan runs: auto or a backend.")] = "auto",
-    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
+    model: ModelName = DEMO,
+    prompt: Annotated[str, typer.Option(help="The prompt to run.")] = PROMPT,
+    kernels: Kernels = "auto",
+    as_json: AsJson = False,
 ) -> None:
     """Say which kernels this machine has, how to install the others, and what a forward of a model runs."""
     import torch
@@ -186,24 +175,23 @@ def info(
     loaded = load_model(model, kernels, quiet=True)
     with torch.no_grad(), loaded.trace(prompt):
         loaded.lm_head.output.save()
-    found, run = availability(), loaded.last_run
+    backends, run = availability(), loaded.last_run
     if as_json:
-        layers = [asdict(layer) for layer in run.layers]
-        typer.echo(json.dumps({"kernels": [asdict(one) for one in found], "layers": layers}, indent=1))
+        content = {"kernels": list(map(asdict, backends)), "layers": list(map(asdict, run.layers))}
+        typer.echo(json.dumps(content, indent=1))
         return
     typer.echo(f"{versions()}\n")
     for what in ("scan", "convolution"):
         typer.echo(what)
-        for one in found:
-            reason = getattr(one, what)
-            typer.echo(f"  {one.backend:<10} {'yes' if reason is None else f'no: {reason}'}")
+        for backend in backends:
+            reason = getattr(backend, what)
+            typer.echo(f"  {backend.backend:<10} {'yes' if reason is None else f'no: {reason}'}")
     typer.echo(f"\n{model}: {loaded.kernels} kernels, {run}")
 
 
 @app.command()
 def port(
-    what: Annotated[str, typer.Argument(help="A hook name, or a script FILE.py.")],
-    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
+    what: Annotated[str, typer.Argument(help="A hook name, or a script FILE.py.")], as_json: AsJson = False
 ) -> None:
     """Say what a hook name, or a script of MambaLens or TransformerLens, is here. Never runs the script."""
     from .porting import is_file, port_file, port_name
@@ -216,42 +204,20 @@ def port(
     typer.echo(json.dumps({"found": what, "becomes": path}) if as_json else path)
 
 
-# -- what the commands print -------------------------------------------------------------------------------
+# -- what the commands need --------------------------------------------------------------------------------
 
 
 def versions() -> str:
     """``"mamba_trace 0.1.0, torch 2.13.0, ..."``."""
-    packages = ("torch", "nnsight", "transformers", "mamba-ssm", "causal-conv1d", "triton", "numba")
-    found = [f"mamba_trace {__version__}"]
-    for package in packages:
+    installed = [f"mamba_trace {__version__}"]
+    for package in ("torch", "nnsight", "transformers", "mamba-ssm", "causal-conv1d", "triton", "numba"):
         with contextlib.suppress(PackageNotFoundError):
-            found.append(f"{package} {version(package)}")
-    return ", ".join(found)
+            installed.append(f"{package} {version(package)}")
+    return ", ".join(installed)
 
 
-def axes_legend() -> str:
-    """``"B batch, L positions, ..."``."""
-    from .sites import AXES
-
-    return ", ".join(f"{axis} {meaning}" for axis, meaning in AXES.items())
-
-
-def console() -> Console:
-    """Where results are printed. A terminal that cannot show a character gets a question mark."""
-    from rich.console import Console
-
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")
-    return Console()
-
-
-# -- what the commands need --------------------------------------------------------------------------------
-
-
-def load_model(
-    name: str, kernels: str, quiet: bool, dtype: str | None = None, device: str | None = None
-) -> MambaTrace:
-    """The shipped model for ``"demo"``, a checkpoint for any other name."""
+def load_model(name: str, kernels: str, quiet: bool, dtype: str | None = None, device: str | None = None) -> MambaTrace:
+    """Load the shipped model for ``"demo"``, a checkpoint for any other name."""
     import torch
     from transformers.utils.logging import disable_progress_bar
 
@@ -273,9 +239,7 @@ def load_model(
 
 
 def check_text(**options: str) -> None:
-    """Refuse bytes that are no text: the shell passes them on as characters that nothing can encode."""
-    from .errors import PromptError
-
+    """Refuse options that are not UTF-8: the shell passes such bytes on as lone surrogates."""
     for option, text in options.items():
         try:
             text.encode()
@@ -284,17 +248,12 @@ def check_text(**options: str) -> None:
 
 
 def warn_of_spaces(model: MambaTrace, *answers: str) -> None:
-    """Warn of an answer without its leading space, where the spaced form is a token as well."""
-    from .errors import PromptError
-
+    """Warn of an answer without its leading space, where the answer with a space is a token as well."""
     for answer in answers:
         try:
             if answer.startswith(" ") or model.to_single_token(answer) == model.to_single_token(f" {answer}"):
                 continue
         except PromptError:
             continue
-        typer.echo(
-            f"warning: {answer!r} and {' ' + answer!r} are different tokens; "
-            f"a word inside a sentence carries its space",
-            err=True,
-        )
+        different = f"warning: {answer!r} and {' ' + answer!r} are different tokens"
+        typer.echo(f"{different}; a word inside a sentence carries its space", err=True)

@@ -94,9 +94,7 @@ def test_patch_prints_json_of_another_metric_in_another_dtype() -> None:
     assert [grid["site"] for grid in content["grids"]] == ["conv", "norm"]
     model = MambaTrace.demo(dtype=torch.float64)
     for found in content["grids"]:
-        grid = patch_grid(
-            model, PROMPT, SOURCE, found["site"], log_prob(model, " Emma"), window=2, progress=False
-        )
+        grid = patch_grid(model, PROMPT, SOURCE, found["site"], log_prob(model, " Emma"), window=2, progress=False)
         assert (found["metric"], found["window"]) == ("log probability of ' Emma'", 2)
         assert found["positions"] == grid.labels
         torch.testing.assert_close(torch.tensor(found["values"], dtype=torch.float64), grid.values)
@@ -167,9 +165,7 @@ def test_hostile_values_are_refused_in_one_sentence(options: tuple[str, ...], sa
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_a_gpu_that_is_not_there_is_named() -> None:
     words = refused("patch", "-q", "--device", "cuda")
-    assert words.startswith(
-        "error: --device 'cuda' cannot be used on this machine. There are cpu, or it is auto"
-    )
+    assert words.startswith("error: --device 'cuda' cannot be used on this machine. There are cpu, or it is auto")
 
 
 @pytest.mark.parametrize(
@@ -322,16 +318,26 @@ def test_port_says_one_name() -> None:
 
 def test_port_prints_the_traces_of_a_script(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
-    script.write_text('a, c = model.run_with_cache("Hi")\nc["blocks.0.hook_y"]\nc["blocks.0.hook_q"]\n')
+    script.write_text(
+        "from mamba_lens import HookedMamba  # MambaLens\n"
+        'a = model.run_with_hooks(["Hi"], fwd_hooks=[("blocks.0.hook_y", lambda y, hook: y * 2)])\n'
+        'c["blocks.0.hook_h.3"]\nc["blocks.0.hook_q"]\nmodel.to_tokens(x)\n'
+    )
     result = run("port", str(script))
     assert result.exit_code == 0, result.stderr
-    trace = "# line 1\nwith model.trace(model.to_tokens('Hi', prepend_bos=True)):\n    c = {}.save()\n"
+    trace = (
+        '# line 2\nwith model.trace(model.to_tokens(["Hi"], prepend_bos=True)):\n'
+        "    model.layers[0].ssm.y.output = model.layers[0].ssm.y.output * 2\n"
+        "    a = model.lm_head.output.save()\n"
+    )
     assert trace in result.stdout
-    assert "    2  'blocks.0.hook_y'\n       -> model.layers[0].ssm.y.output" in result.stdout
-    assert "Cannot be ported:\n    3  'blocks.0.hook_q'" in result.stdout
+    assert '    3  "blocks.0.hook_h.3"\n       -> model.layers[0].ssm.h[3].output' in result.stdout
+    assert "    5  model.to_tokens(x)\n       -> model.to_tokens(x) (the same here)" in result.stdout
+    assert 'Cannot be ported:\n    4  "blocks.0.hook_q"' in result.stdout
     data = json.loads(run("port", str(script), "--json").stdout)
-    assert [one["line"] for one in data["findings"]] == [1, 2]
-    assert data["problems"][0]["line"] == 3
+    assert [one["line"] for one in data["findings"]] == [1, 2, 2, 2, 3, 5]
+    assert data["problems"][0]["line"] == 4
+    assert data["script"].startswith("from mamba_trace.mamba_lens import HookedMamba  # MambaLens\na = ")
 
 
 def test_port_refuses_in_one_message(tmp_path: Path) -> None:

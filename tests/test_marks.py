@@ -14,7 +14,7 @@ from torch import Tensor
 from mamba_trace import MambaTrace
 from mamba_trace.errors import FileError
 from mamba_trace.patching import logit_diff, patch_grid
-from mamba_trace.patching.marks import mark_of_function, mark_of_weights
+from mamba_trace.patching.marks import mark_of_function, mark_of_weights, qualified
 
 THRESHOLD = 1.0
 calls = 0
@@ -78,6 +78,10 @@ def test_a_mark_stays_where_calls_are_counted_and_the_function_is_made_anew() ->
     assert mark_of_function(one) == mark_of_function(other)
 
 
+def test_folders_know_a_metric_of_this_package_wherever_its_module_stands(tiny: MambaTrace) -> None:
+    assert qualified(logit_diff(tiny, 3, 4)) == "mamba_trace.metrics.LogitDiff"
+
+
 def test_weights_of_another_model(tiny_hf: ModuleFactory) -> None:
     module = tiny_hf()
     before = mark_of_weights(module)
@@ -87,9 +91,7 @@ def test_weights_of_another_model(tiny_hf: ModuleFactory) -> None:
     assert mark_of_weights(module) != before
 
 
-def test_a_folder_belongs_to_its_metric_and_weights(
-    tiny_hf: ModuleFactory, tokens: Tensor, tmp_path: Path
-) -> None:
+def test_a_folder_belongs_to_its_metric_and_weights(tiny_hf: ModuleFactory, tokens: Tensor, tmp_path: Path) -> None:
     tiny, other = MambaTrace(tiny_hf()), MambaTrace(tiny_hf())
 
     def grid(model: MambaTrace, metric: Any) -> Tensor:

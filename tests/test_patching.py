@@ -6,27 +6,21 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-import reference
 import torch
+from grids import MINUS, OURS, PLUS, THEIRS, slow_grid
 from torch import Tensor
 from transformers import AutoTokenizer, MambaForCausalLM
 
 from mamba_trace import MambaTrace
 from mamba_trace.arguments.prompts import aligned
 from mamba_trace.cli import PROMPT, SOURCE
-from mamba_trace.errors import MetricError, PositionError, PromptError, UnknownSiteError
+from mamba_trace.errors import ArgumentError, MetricError, PositionError, PromptError, UnknownSiteError
 from mamba_trace.model import DEMO
-from mamba_trace.patching import PatchGrid, logit_diff, patch_grid
-from mamba_trace.patching import grid as patching
-from mamba_trace.patching.grid import POSITIONAL
-from mamba_trace.sites import BY_NAME, SITES
+from mamba_trace.patching import Metric, PatchGrid, logit, logit_diff, patch_grid
+from mamba_trace.patching.question import POSITIONAL
+from mamba_trace.sites import SITES
 
 NAME = 10  # where the seed's prompts differ: the name of who gives
-OURS, THEIRS = (
-    torch.tensor([[3, 0, 7, 9, 4, 2]]),
-    torch.tensor([[3, 0, 8, 9, 1, 2]]),
-)  # 0 is the padding token
-PLUS, MINUS = 5, 6
 
 
 @pytest.fixture(scope="module")
@@ -35,12 +29,12 @@ def demo() -> MambaTrace:
 
 
 @pytest.fixture(scope="module")
-def metric(demo: MambaTrace) -> patching.Metric:
+def metric(demo: MambaTrace) -> Metric:
     return logit_diff(demo, " Emma", " Shelby")
 
 
 @pytest.fixture(scope="module")
-def grid(demo: MambaTrace, metric: patching.Metric) -> PatchGrid:
+def grid(demo: MambaTrace, metric: Metric) -> PatchGrid:
     return patch_grid(demo, PROMPT, SOURCE, metric=metric, progress=False)
 
 
@@ -63,46 +57,6 @@ def refusal(kind: type[Exception], call: Callable[[], Any]) -> str:
 # -- the numbers -------------------------------------------------------------------------------------------
 
 
-def difference(logits: Tensor) -> Tensor:
-    """What `logit_diff` of `PLUS` and `MINUS` is, of the logits of one prompt [L,V]."""
-    return logits[-1, PLUS] - logits[-1, MINUS]
-
-
-def slow_grid(
-    module: MambaForCausalLM,
-    site: str,
-    measure: Callable[[Tensor], Tensor] = difference,
-    window: range = range(1),
-    prompt: Tensor = OURS,
-    source: Tensor = THEIRS,
-) -> Tensor:
-    """A grid by a float64 forward of the reference for each cell, patching ``window`` around its layer."""
-    weights, config = module.state_dict(), module.config
-    kept: dict[str, Tensor] = {}
-    reference.forward(weights, config, source, lambda hook, value: kept.setdefault(hook, value.clone()))
-
-    def cell(layers: list[int | None], position: int) -> Tensor:
-        end = f".{position}" if site == "h" else ""
-        targets = {BY_NAME[site].hook_name(layer) + end for layer in layers}
-
-        def edit(hook: str, value: Tensor) -> Tensor:
-            if hook not in targets:
-                return value
-            value = value.clone()
-            where = (slice(None),) if site == "h" else (slice(None), position)
-            value[where] = kept[hook][where]
-            return value
-
-        return measure(reference.forward(weights, config, prompt, edit)[0])
-
-    n_layers, positions = config.num_hidden_layers, range(prompt.shape[1])
-    rows: list[list[int | None]] = [
-        [layer + offset for offset in window if 0 <= layer + offset < n_layers] for layer in range(n_layers)
-    ]
-    rows = [[None]] if BY_NAME[site].scope == "model" else rows
-    return torch.stack([torch.stack([cell(layers, p) for p in positions]) for layers in rows])
-
-
 @pytest.mark.parametrize("site", POSITIONAL)
 def test_every_cell_of_every_site_is_what_a_forward_of_its_own_gives(tiny_hf: Any, site: str) -> None:
     model = MambaTrace(tiny_hf(dtype=torch.float64))
@@ -111,9 +65,13 @@ def test_every_cell_of_every_site_is_what_a_forward_of_its_own_gives(tiny_hf: An
     expected = slow_grid(tiny_hf(dtype=torch.float64), site)
     assert got.values.dtype == torch.float64
     torch.testing.assert_close(got.values, expected, rtol=1e-9, atol=1e-9)
-    assert (expected - got.prompt_metric).abs().max() > 1e-3, (
-        "the site matters, so the comparison means something"
-    )
+    assert (expected - got.prompt_metric).abs().max() > 1e-3, "the site matters, so the comparison means something"
+
+
+def test_prompts_that_are_the_same_have_one_answer(tiny: MambaTrace) -> None:
+    grid = patch_grid(tiny, OURS, OURS, metric=logit(tiny, 3), progress=False)
+    assert (grid.values == grid.prompt_metric).all()
+    assert grid.prompt_metric == pytest.approx(grid.source_metric)
 
 
 def test_the_sites_of_a_grid_are_those_with_positions() -> None:
@@ -121,7 +79,7 @@ def test_the_sites_of_a_grid_are_those_with_positions() -> None:
 
 
 def test_resid_pre_on_the_shipped_model_is_what_hooks_on_plain_transformers_give(
-    demo: MambaTrace, metric: patching.Metric
+    demo: MambaTrace, metric: Metric
 ) -> None:
     plain = MambaForCausalLM.from_pretrained(DEMO, local_files_only=True).eval()
     tokenizer = AutoTokenizer.from_pretrained(DEMO, local_files_only=True)
@@ -170,7 +128,7 @@ def test_the_shipped_model_shows_the_real_thing(demo: MambaTrace, grid: PatchGri
     assert share[:, -1].amax() > 0.9
 
 
-def test_model_sites_give_one_row(demo: MambaTrace, metric: patching.Metric) -> None:
+def test_model_sites_give_one_row(demo: MambaTrace, metric: Metric) -> None:
     embeddings = patch_grid(demo, PROMPT, SOURCE, "hook_embed", metric, progress=False)
     assert embeddings.site == "embeddings"
     assert embeddings.row_labels == ["embeddings"]
@@ -215,9 +173,7 @@ def test_hook_names_name_sites(tiny: MambaTrace) -> None:
     assert torch.equal(by_hook.values, by_name.values)
 
 
-def test_progress_goes_to_stderr_and_can_be_silenced(
-    tiny: MambaTrace, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_progress_goes_to_stderr_and_can_be_silenced(tiny: MambaTrace, capsys: pytest.CaptureFixture[str]) -> None:
     metric = logit_diff(tiny, PLUS, MINUS)
     patch_grid(tiny, OURS, THEIRS, metric=metric)
     shown = capsys.readouterr()
@@ -239,7 +195,7 @@ def test_labels_show_tokens_and_where_they_differ(grid: PatchGrid, tiny: MambaTr
     assert without_tokenizer.labels == ["3_0", "0_1", "7->8_2", "9_3", "4->1_4", "2_5"]
 
 
-def test_prompts_answered_alike_have_no_scale(demo: MambaTrace, metric: patching.Metric) -> None:
+def test_prompts_answered_alike_have_no_scale(demo: MambaTrace, metric: Metric) -> None:
     same = patch_grid(demo, PROMPT, PROMPT, "resid_pre", metric, progress=False)
     message = refusal(MetricError, same.normalized)
     assert "prompt and source have the same metric (logit of ' Emma' minus logit of ' Shelby': +" in message
@@ -251,7 +207,7 @@ def test_prompts_answered_alike_have_no_scale(demo: MambaTrace, metric: patching
 
 
 @pytest.mark.usefixtures("never_run")
-def test_prompts_of_different_lengths_are_shown_aligned(demo: MambaTrace, metric: patching.Metric) -> None:
+def test_prompts_of_different_lengths_are_shown_aligned(demo: MambaTrace, metric: Metric) -> None:
     longer = SOURCE.replace("at school", "at the school")
     message = refusal(PromptError, lambda: patch_grid(demo, PROMPT, longer, metric=metric))
     first, ours, theirs = message.split("\n")
@@ -282,9 +238,7 @@ def test_alignment_of_long_prompts_is_cut() -> None:
         (PROMPT.replace("Emma", "Zorro"), "prompt has words that this tokenizer does not know"),
     ],
 )
-def test_what_is_no_single_prompt_is_refused(
-    demo: MambaTrace, metric: patching.Metric, prompt: Any, said: str
-) -> None:
+def test_what_is_no_single_prompt_is_refused(demo: MambaTrace, metric: Metric, prompt: Any, said: str) -> None:
     assert said in refusal(PromptError, lambda: patch_grid(demo, prompt, SOURCE, metric=metric))
     assert said.replace("prompt", "source", 1) in refusal(
         PromptError, lambda: patch_grid(demo, PROMPT, prompt, metric=metric)
@@ -292,7 +246,7 @@ def test_what_is_no_single_prompt_is_refused(
 
 
 @pytest.mark.usefixtures("never_run")
-def test_unknown_sites_are_refused_with_the_nearest(demo: MambaTrace, metric: patching.Metric) -> None:
+def test_unknown_sites_are_refused_with_the_nearest(demo: MambaTrace, metric: Metric) -> None:
     def message(site: str) -> str:
         return refusal(UnknownSiteError, lambda: patch_grid(demo, PROMPT, SOURCE, site, metric))
 
@@ -329,7 +283,7 @@ def test_answers_are_single_different_tokens(demo: MambaTrace) -> None:
     assert "token -1 is not in the vocabulary" in message(-1)
 
 
-def test_metrics_give_one_number_for_each_row(demo: MambaTrace, metric: patching.Metric) -> None:
+def test_metrics_give_one_number_for_each_row(demo: MambaTrace, metric: Metric) -> None:
     def message(metric: Any) -> str:
         return refusal(MetricError, lambda: patch_grid(demo, PROMPT, SOURCE, metric=metric, progress=False))
 
@@ -337,5 +291,5 @@ def test_metrics_give_one_number_for_each_row(demo: MambaTrace, metric: patching
     assert "returns one number for each row [B]" in message(lambda logits: logits.mean())
     assert "this one returned a float" in message(lambda logits: 1.0)
     assert "batch_size=0" in refusal(
-        PromptError, lambda: patch_grid(demo, PROMPT, SOURCE, metric=metric, batch_size=0, progress=False)
+        ArgumentError, lambda: patch_grid(demo, PROMPT, SOURCE, metric=metric, batch_size=0, progress=False)
     )

@@ -73,9 +73,7 @@ def alone() -> PatchGrid:
     return patch_grid(model, PROMPT, SOURCE, "h", {"m": metric}, batch_size=8, progress=False)["m"]
 
 
-def test_a_killed_process_loses_its_own_cells_and_the_next_run_goes_on(
-    tmp_path: Path, alone: PatchGrid
-) -> None:
+def test_a_killed_process_loses_its_own_cells_and_the_next_run_goes_on(tmp_path: Path, alone: PatchGrid) -> None:
     (tmp_path / "program.py").write_text(PROGRAM)
     run = (str(tmp_path / "program.py"), str(tmp_path))
     killed = launch(TORCHRUN, *run, "2")  # after the unpatched runs and one job
@@ -90,9 +88,7 @@ def test_a_killed_process_loses_its_own_cells_and_the_next_run_goes_on(
     for rank in (0, 1):
         assert torch.equal(PatchGrid.load(tmp_path / f"{rank}.safetensors").values, alone.values)
         assert PatchGrid.load(tmp_path / f"alone-{rank}.json").site == ["y", "conv"][rank]
-        refused = (
-            f"<{rank}: 2 processes share this grid, but process 1 asks for site 'conv' and process 0 for 'y'"
-        )
+        refused = f"<{rank}: 2 processes share this grid, but process 1 asks for site 'conv' and process 0 for 'y'"
         assert refused in done.stdout
     assert "patching h on 2 processes: 100%" in done.stderr
     assert "120/120" in done.stderr

@@ -1,9 +1,10 @@
 """Attribution patching: a patching grid to first order, from two forwards and one backward.
 
-What a patch does to the metric is about the difference between the two runs' values, times the metric's
-gradient: one backward pass gives that for every layer and position at once. It is exact where the model is
-linear in the value, and misleading where it saturates; the integrated variant takes the mean of the gradient
-along the way from the prompt's embeddings to the source's, which sees what lies between.
+To first order, a patch changes the metric by the difference between the two runs' values times the metric's
+gradient, and one backward pass gives that gradient for every layer and position at once. The estimate is
+exact where the model is linear in the value, and misleading where it saturates. The integrated variant
+averages the gradient along the way from the prompt's embeddings to the source's, and so sees what lies
+between.
 
 Source: attribution patching, Nanda (2023) and Syed et al. (arXiv 2310.10348); gradients integrated over the
 inputs, Hanna et al. (arXiv 2403.17806, EAP-IG).
@@ -22,27 +23,21 @@ from ..errors import MetricError
 from ..sites import STATE
 from .changes import changes
 from .metrics import measured
-from .question import Question
+from .question import PROMPT, SOURCE, Question
 from .run import Answers
-from .unpatched import PROMPT, SOURCE
 
 if TYPE_CHECKING:
     from ..model import MambaTrace
 
 
 def attributions(model: MambaTrace, question: Question, steps: int) -> Answers:
-    """The metric of every cell to first order: the prompt's, and what the patch would add.
+    """Estimate every cell: the prompt's metric, plus what the patch would add to first order.
 
-    Args:
-        model: the model.
-        question: what is asked.
-        steps: points on the way from prompt to source whose gradients are averaged; 1 for the prompt's own.
-
-    Raises:
-        MetricError: if a metric has no gradient.
+    The gradient is averaged over ``steps`` points between prompt and source; 1 is the prompt itself. Raises
+    `MetricError` if a metric has no gradient.
     """
     model.dispatch()
-    source, source_values, ends = unpatched(model, question, SOURCE)
+    source, source_values, end = unpatched(model, question, SOURCE)
     if steps == 1:
         slopes = Slopes(model, question, source_values, None)
         prompt = slopes.add(None)
@@ -50,14 +45,14 @@ def attributions(model: MambaTrace, question: Question, steps: int) -> Answers:
         prompt, prompt_values, start = unpatched(model, question, PROMPT)
         slopes = Slopes(model, question, source_values, prompt_values)
         for step in range(steps):
-            slopes.add(torch.lerp(start, ends, (step + 0.5) / steps))
+            slopes.add(torch.lerp(start, end, (step + 0.5) / steps))
     values = prompt[:, None, None] + slopes.sum.to(prompt.dtype).cpu() / steps
     return Answers(values, source, prompt, "every cell from forwards of the whole prompt and their backwards")
 
 
-def unpatched(model: MambaTrace, question: Question, row: int) -> tuple[Tensor, list[Tensor], Tensor]:
-    """Of one run: the metrics [M], the site's values [L,...] in the grid's rows, the embeddings [1,L,D]."""
-    with torch.no_grad(), model.trace(question.tokens[row, None], use_cache=False):
+def unpatched(model: MambaTrace, question: Question, run: int) -> tuple[Tensor, list[Tensor], Tensor]:
+    """The metrics [M] of a run, the site's value in each row of the grid [L,...], and embeddings [1,L,D]."""
+    with torch.no_grad(), model.trace(question.tokens[run, None], use_cache=False):
         embeddings = model.embeddings.output.save()  # [1,L,D]
         values = nnsight.save([])
         for _, place in rows_of(model, question):
@@ -67,36 +62,32 @@ def unpatched(model: MambaTrace, question: Question, row: int) -> tuple[Tensor, 
 
 
 def rows_of(model: Any, question: Question) -> Iterator[tuple[int, Any]]:
-    """The rows of the grid, and where the site is in each."""
+    """Each row of the grid, with the place of the site in it."""
     for row in range(len(question.windows)):
         yield row, model.hook(question.site.path(None if question.site.scope == "model" else row))
 
 
 class Slopes:
-    """What patches would add to the metrics to first order, summed over runs.
+    """What patches would add to the metrics to first order, summed over runs: ``sum`` [M,rows,L], in float64.
 
     Args:
         model: the model.
         question: what is asked.
-        source: the site's value in each row in the run on the source [L,...].
-        prompt: likewise on the prompt; ``None`` where it is that of the run whose gradient is taken.
-
-    Attributes:
-        sum: [M,rows,L], in float64.
+        source: the site's value in each row, in the run on the source [L,...].
+        prompt: the same in the run on the prompt; ``None`` for the run whose gradient is taken.
     """
 
     def __init__(
         self, model: MambaTrace, question: Question, source: list[Tensor], prompt: list[Tensor] | None
     ) -> None:
         self.model, self.question, self.source, self.prompt = model, question, source, prompt
-        self.sum = torch.zeros(
-            (len(question.metrics), len(question.windows), question.length), dtype=torch.float64, device="cpu"
-        )
+        shape = (len(question.metrics), len(question.windows), question.length)
+        self.sum = torch.zeros(shape, dtype=torch.float64, device="cpu")
         self.changed = bool(changes(model))
-        #: Where a difference of the runs can be: with what a user has added, it may be at any position.
+        #: Where the runs can differ: at any position, if the user has changed the model.
         self.positions = range(question.length) if self.changed else question.positions
-        self.metric = 0  # whose gradient is being taken
-        self.ends: list[Tensor] = []  # of the backward pass
+        self.metric = 0  # the number of the metric whose gradient is being taken
+        self.ends: list[Tensor] = []  # where the backward pass ends
 
     def add(self, embeddings: Tensor | None) -> Tensor:
         """Add the slopes at ``embeddings`` [1,L,D], or at the prompt's own; returns the metrics there [M]."""
@@ -118,9 +109,9 @@ class Slopes:
             return self.take(logits[:, 0] if question.single else logits)
 
     def places(self, place: Any) -> Iterator[tuple[slice, Any]]:
-        """Where to ask for the value of a row, with the positions it is of.
+        """The places whose values make up a row, each with its positions.
 
-        The state has a place for each position, whose gradient is that of all that it is carried on to.
+        The state has a place for each position, as its gradient there includes all that it is carried on to.
         """
         if self.question.site.name != STATE:
             yield slice(0, self.question.length), place
@@ -129,24 +120,21 @@ class Slopes:
             yield slice(position, position + 1), place[position]
 
     def take(self, logits: Tensor) -> Tensor:
-        """Go backward from every metric of ``logits`` to `ends`; returns the metrics [M].
-
-        A metric may do anything to the logits that it gets, so each gets its own.
-        """
+        """Go backward from every metric of ``logits`` to `ends`; returns the metrics [M]."""
         metrics = self.question.metrics
-        found = [measured(metric, logits.clone()) for metric in metrics.values()]
-        for number, (name, value) in enumerate(zip(metrics, found, strict=True)):
+        computed = [measured(metric, logits.clone()) for metric in metrics.values()]  # each may overwrite its own
+        for number, (name, value) in enumerate(zip(metrics, computed, strict=True)):
             if not value.requires_grad:
                 raise MetricError(f"{name} has no gradient, so nothing can be said to first order")
             self.metric = number
-            # With respect to where the run starts: no gradient of a weight is made.
-            keep = number + 1 < len(found)
-            torch.autograd.grad(value.sum(), self.ends, retain_graph=keep, allow_unused=True)
+            # Only as far as the run's start: no gradient of a weight is made.
+            more = number + 1 < len(computed)
+            torch.autograd.grad(value.sum(), self.ends, retain_graph=more, allow_unused=True)
         self.ends = []
-        return torch.stack([value.detach().cpu() for value in found])[:, 0]
+        return torch.stack([value.detach().cpu() for value in computed])[:, 0]
 
     def slope(self, row: int, positions: slice, here: Tensor) -> Any:
-        """What adds up the slopes at one place when its gradient comes, where its value is ``here``."""
+        """A hook for the gradient at one place, which adds up its slopes; ``here`` is the place's value."""
         source = self.source[row][positions]  # [k,...]
         difference = source - (here.view_as(source) if self.prompt is None else self.prompt[row][positions])
 
@@ -158,7 +146,7 @@ class Slopes:
 
 
 def rooted(place: Any, value: Tensor) -> Tensor:
-    """In a trace: have a place's gradient start there, with ``value``; returns what it is taken to."""
+    """In a trace, let the gradient of a place start there, with ``value``; returns the leaf that gets it."""
     root = value.detach().clone().requires_grad_()
-    place.output = root  # of which the run gets a copy, to be edited in place
+    place.output = root  # the run gets a copy, which can be edited in place
     return root

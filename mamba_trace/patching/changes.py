@@ -1,13 +1,13 @@
-"""What a user has done to a model that may look at a whole run: then cells cannot run from their position on.
+"""What a user has done to a model that may look at a whole run, so that its cells must run whole.
 
-A cell usually starts at its layer and its position, in a batch with others. Nothing in a plain model can
-tell: no position depends on a later one, and no row on another. What a user adds can. A lasting edit of
+A cell usually starts at its layer and its position, in a batch with others. Nothing in a plain model notices:
+no position depends on a later one, and no row on another. What a user adds may notice. A lasting edit of
 position 3 means the prompt's token 3, a hook may take the mean over positions or rows, and a norm of the
-user's may mix them. What these do cannot be told from outside, so where there is any, cells run whole
+user's own may mix them. None of this can be seen from outside, so wherever there is a change, cells run whole
 (see `whole`).
 
-Known to work position by position, and so left to the usual way: this package's modules, Hugging Face's own,
-LoRA adapters of linear, convolution and embedding layers, 4-bit linear layers, and accelerate's hooks that
+Some modules are known to work position by position and do not count: this package's own, Hugging Face's, LoRA
+adapters of linear, convolution and embedding layers, 4-bit linear layers, and the hooks of accelerate that
 move weights and inputs.
 """
 
@@ -30,9 +30,9 @@ from .marks import mark_of_code, qualified
 if TYPE_CHECKING:
     from ..model import MambaTrace
 
-#: Containers and layers of PyTorch's that treat every position alike.
+#: Containers and layers of PyTorch that treat every position alike.
 PLAIN = (nn.ModuleList, nn.ModuleDict, nn.ParameterDict, nn.Identity, nn.Linear, nn.Embedding, SiteModule)
-#: Layers of other packages that do, by module and class.
+#: Layers of other packages that do the same, by module and class.
 KNOWN = {
     ("peft.tuners.lora.layer", "Linear"),
     ("peft.tuners.lora.layer", "Embedding"),
@@ -50,7 +50,7 @@ class Change:
 
     Attributes:
         what: in words, e.g. ``"a PyTorch hook on backbone.layers.3"``.
-        mark: what tells it from another of the same words, the same in every process that makes it alike.
+        mark: what tells it from another change with the same words; equal in every process that makes it.
     """
 
     what: str
@@ -58,27 +58,26 @@ class Change:
 
 
 def changes(model: MambaTrace) -> list[Change]:
-    """What has been done to a loaded model that may look at more of a run than one position of one row.
+    """The changes to a loaded model that may look at more of a run than one position of one row.
 
-    Edits of a part of the tree (``model.layers[3].edit()``) are not among them: nnsight runs an edit in the
-    traces of that envoy alone.
+    An edit of a part of the tree (``model.layers[3].edit()``) does not count: nnsight runs it only in traces
+    of that envoy.
     """
-    found = [
-        Change("a lasting edit (model.edit)", mark_of_code(edit.code, edit.lcls)) for edit in model._edits
-    ]
+    words = "a lasting edit (model.edit)"
+    changed = [Change(words, mark_of_code(edit.code, edit.lcls)) for edit in model._edits]
     if has_global_hooks():
-        found.append(Change("a PyTorch hook on all modules"))
+        changed.append(Change("a PyTorch hook on all modules"))
     plain, conv_kernel = plain_types(model), model.config.conv_kernel
     for name, module in model._module.named_modules():
-        found += changes_of(module, name or "the model", plain, conv_kernel)
+        changed += changes_of(module, name or "the model", plain, conv_kernel)
     layers = [block._module for block in model.layers]
     if any(getattr(block, "layer_idx", number) != number for number, block in enumerate(layers)):
-        found.append(Change("another order of the layers"))
-    return found
+        changed.append(Change("another order of the layers"))
+    return changed
 
 
-def plain_types(model: MambaTrace) -> Callable[[type[nn.Module]], bool]:
-    """Whether a class is one of those that a plain model consists of."""
+def plain_types(model: MambaTrace) -> Callable[[type], bool]:
+    """A function that says whether a plain model contains modules of a class."""
     architecture = architecture_of(model._module)
     ours = {*PLAIN, *(hookable for hookable, _ in architecture.hookable.values())}
     ours.add(type(ACT2FN[model.config.hidden_act]))
@@ -86,10 +85,8 @@ def plain_types(model: MambaTrace) -> Callable[[type[nn.Module]], bool]:
     return lambda cls: cls in ours or cls.__module__ == theirs
 
 
-def changes_of(
-    module: Any, name: str, plain: Callable[[type[nn.Module]], bool], conv_kernel: int
-) -> Iterator[Change]:
-    """What has been done to one module of the model."""
+def changes_of(module: Any, name: str, plain: Callable[[type], bool], conv_kernel: int) -> Iterator[Change]:
+    """The changes to one module of the model."""
     cls = type(module)
     if has_hooks_of_its_own(module):
         yield Change(f"a PyTorch hook on {name}", " ".join(map(qualified, hooks_on(module))))
@@ -108,7 +105,7 @@ def changes_of(
 
 
 def treats_positions_alike(module: Any, conv_kernel: int) -> bool:
-    """Whether a convolution looks at the positions that the model's does, or a dropout lets all pass."""
+    """Whether a convolution looks at no other positions than the model's own, or a dropout drops nothing."""
     if type(module) is nn.Conv1d:
         window = (module.kernel_size, module.padding, module.dilation, module.stride)
         plain = ((conv_kernel,), (conv_kernel - 1,), (1,), (1,))
@@ -123,12 +120,7 @@ def moves_alone(hook: Any) -> bool:
     return hook is None or type(hook) in (AlignDevicesHook, CpuOffload)
 
 
-def hooks_on(module: nn.Module) -> list[Any]:
+def hooks_on(module: Any) -> list[Any]:
     """The functions of the PyTorch hooks on a module."""
-    kinds = (
-        module._forward_pre_hooks,
-        module._forward_hooks,
-        module._backward_pre_hooks,
-        module._backward_hooks,
-    )
-    return [hook for kind in kinds for hook in kind.values()]
+    kinds = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+    return [hook for kind in kinds for hook in getattr(module, kind).values()]

@@ -1,7 +1,7 @@
-"""Finished cells, in memory and, where a folder is named, on disk: what an interrupt does not lose.
+"""Finished cells, in memory and, where the user names a folder, on disk: an interrupt does not lose them.
 
-A folder holds ``question.json``, which says what was asked, and a small file for each job that is done. Files
-are written whole or not at all, and no process touches another's, so several may write into one folder.
+A folder holds ``question.json``, which says what was asked, and a small file for each finished job. A file is
+written whole or not at all, and no process touches another's files, so several may write into one folder.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from torch import Tensor
 from ..errors import FileError
 from ..results.files import replacing
 from .plan import Job
-from .unpatched import PROMPT, SOURCE
+from .question import PROMPT, SOURCE
 
 FolderPath = str | os.PathLike[str] | None
-#: How far the metrics of the same unpatched run may be apart, of the larger one, on two occasions.
+#: How far the metrics of the same unpatched run may differ between two occasions, relative to the larger.
 SAME = 1e-3
 
 
 class Kept:
-    """The cells of one grid that are done.
+    """The finished cells of one grid.
 
     Attributes:
-        cells: of each job that is held here, its metrics [M,rows,k].
-        jobs: those that are done, here or in another process.
-        folder: where they are kept, too.
+        cells: the metrics [M,rows,k] of each job that is held here.
+        jobs: the finished jobs, here or in another process.
+        folder: where cells are kept on disk; ``None`` for nowhere.
     """
 
     def __init__(self, folder: Path | None) -> None:
@@ -42,41 +42,33 @@ class Kept:
 
     @classmethod
     def open(cls, folder: FolderPath, question: dict[str, Any], both: Tensor) -> Kept:
-        """What a folder has of a grid, which is made where it does not exist.
+        """Open a folder, or make a new one, and load its cells; ``None`` keeps cells in memory only.
 
-        Args:
-            folder: its path, or ``None`` to keep cells in memory alone.
-            question: what is asked, and of what, as JSON.
-            both: each metric of the unpatched runs on source and prompt [M,2].
+        The folder belongs to ``question``, which says as JSON what is asked and of which model, and to
+        ``both``, each metric of the unpatched runs on source and prompt [M,2].
 
         Raises:
             FileError: if the folder cannot be written, or holds the cells of another grid.
         """
         if folder is None:
             return cls(None)
-        kept = cls(Path(folder))
-        asked = question | {
-            "source_metrics": both[:, SOURCE].tolist(),
-            "prompt_metrics": both[:, PROMPT].tolist(),
-        }
-        assert kept.folder is not None
+        kept, path = cls(Path(folder)), Path(folder) / "question.json"
+        metrics = {"source_metrics": both[:, SOURCE].tolist(), "prompt_metrics": both[:, PROMPT].tolist()}
         try:
-            kept.folder.mkdir(parents=True, exist_ok=True)
-            path = kept.folder / "question.json"
+            path.parent.mkdir(parents=True, exist_ok=True)
             if path.exists():
-                check_same(kept.folder, json.loads(path.read_text(encoding="utf-8")), asked)
+                check_same(path.parent, json.loads(path.read_text(encoding="utf-8")), question | metrics)
             else:
                 with replacing(path) as file:
-                    file.write_text(json.dumps(asked, indent=1), encoding="utf-8")
-            for path in sorted(kept.folder.glob("cells-*.safetensors")):
-                kept.cells[job_of(path)] = load_file(path)["values"]
-                kept.jobs.add(job_of(path))
+                    file.write_text(json.dumps(question | metrics, indent=1), encoding="utf-8")
+            for cells in sorted(path.parent.glob("cells-*.safetensors")):
+                kept.cells[job_of(cells)] = load_file(cells)["values"]
         except FileError:
             raise
         except (OSError, ValueError, KeyError, SafetensorError) as error:
-            raise FileError(
-                f"{folder} cannot keep the cells of a grid: {error}. Name another folder"
-            ) from error
+            words = f"{folder} cannot keep the cells of a grid: {error}. Name another folder"
+            raise FileError(words) from error
+        kept.jobs |= kept.cells.keys()
         return kept
 
     @property
@@ -87,7 +79,7 @@ class Kept:
         return f"are kept in {self.folder}; the same call goes on from there"
 
     def has(self, job: Job) -> bool:
-        """Whether every cell of a job is done, by whatever jobs."""
+        """Whether every cell of a job is done, as part of any jobs."""
         cells = {(row, position) for row in job.rows for position in job.positions}
         for done in self.jobs:
             cells -= {(row, position) for row in done.rows for position in done.positions}
@@ -102,22 +94,19 @@ class Kept:
 
     def fill(self, values: Tensor) -> None:
         """Put all cells into ``values`` [M,rows,L]."""
-        for job, found in self.cells.items():
-            rows, positions = (
-                slice(job.rows.start, job.rows.stop),
-                slice(job.positions.start, job.positions.stop),
-            )
-            values[:, rows, positions] = found
+        for job, metrics in self.cells.items():
+            rows, positions = job.rows, job.positions
+            values[:, rows.start : rows.stop, positions.start : positions.stop] = metrics
 
 
 def name_of(job: Job) -> str:
-    """The file of a job."""
+    """The name of a job's file."""
     rows, positions = job.rows, job.positions
     return f"cells-{rows.start}-{rows.stop}-{positions.start}-{positions.stop}.safetensors"
 
 
 def job_of(path: Path) -> Job:
-    """The job of a file. Raises `ValueError` for another file's name."""
+    """The job of a file. Raises `ValueError` for a file with another kind of name."""
     _, first, last, start, stop = path.stem.split("-")
     return Job(range(int(first), int(last)), range(int(start), int(stop)))
 
@@ -125,9 +114,9 @@ def job_of(path: Path) -> Job:
 def check_same(folder: Path, kept: dict[str, Any], asked: dict[str, Any]) -> None:
     """Raises `FileError` if a folder holds the cells of another grid than the one asked for."""
     for name, value in asked.items():
-        other = kept.get(name, [] if name == "changes" else None)  # which older folders do not say
+        other = kept.get(name, [] if name == "changes" else None)  # older folders do not mention changes
         if name.endswith("_metrics") and isinstance(other, list) and len(other) == len(value):
-            mine, theirs = (torch.tensor(one, dtype=torch.float64, device="cpu") for one in (value, other))
+            mine, theirs = (torch.tensor(numbers, dtype=torch.float64, device="cpu") for numbers in (value, other))
             same = torch.allclose(mine, theirs, rtol=SAME, atol=SAME)
         else:
             same = other == value

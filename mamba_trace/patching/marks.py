@@ -1,8 +1,9 @@
 """Digests that tell one edit, one metric and one set of weights from another, the same in every process.
 
-A folder of finished cells must never be taken for that of another question. Two metrics may have one name and
-agree on both unpatched runs, as every normalised one does, and so may two models. So what a function does is
-part of the question: its instructions, its constants, and the numbers, strings and tensors that it refers to.
+A folder of finished cells must never be taken for the answer to another question. Two metrics may have the
+same name and the same value on both unpatched runs, as every normalised metric does, and so may two models.
+So what a function does is part of the question: its instructions, its constants, and the numbers, strings and
+tensors that it refers to.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ import torch
 from torch import Tensor, nn
 
 PACKAGE = Path(__file__).parents[1]
-#: Of each weight so many numbers are looked at, evenly spread.
+#: Where folders say that this package's own metrics stand. It stays when the module moves, as folders do.
+METRICS, METRICS_IN_FOLDERS = f"{__package__}.metrics", f"{PACKAGE.name}.metrics"
+#: How many numbers of each weight are looked at, evenly spread.
 SAMPLES = 4096
 
 
@@ -35,16 +38,15 @@ def mark_of_function(function: Any) -> str:
 
 
 def mark_of_weights(model: nn.Module) -> str:
-    """A digest of a model's weights, from samples of each; of those on the meta device from their shapes."""
+    """A digest of samples of each weight of a model; a weight on the meta device counts by its shape."""
     return _digest(_samples(model))
 
 
 def qualified(function: Any) -> str:
-    """The module and name of a function or class."""
-    named = (
-        function if hasattr(function, "__qualname__") and hasattr(function, "__module__") else type(function)
-    )
-    return f"{named.__module__}.{named.__qualname__}"
+    """The module and name of a function or class, or of the class of any other object."""
+    named = hasattr(function, "__qualname__") and hasattr(function, "__module__")
+    function = function if named else type(function)
+    return f"{function.__module__}.{function.__qualname__}".replace(METRICS, METRICS_IN_FOLDERS)
 
 
 def _digest(parts: Iterable[bytes]) -> str:
@@ -63,8 +65,7 @@ def _samples(model: nn.Module) -> Iterator[bytes]:
 
 
 def _bytes(value: Tensor) -> bytes:
-    whole: bytes = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
-    return whole
+    return value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
 
 
 class _Content:
@@ -74,23 +75,20 @@ class _Content:
         self.seen: set[int] = set()
 
     def of_code(self, code: CodeType, scope: Mapping[str, Any]) -> Iterator[bytes]:
-        """Its instructions, its constants, and what its names stand for."""
+        """The instructions and constants of code, and what its names stand for."""
         yield code.co_code
         yield " ".join(code.co_names).encode()
         for constant in code.co_consts:
-            if isinstance(constant, CodeType):
-                yield from self.of_code(constant, scope)
-            else:
-                yield from self.of(constant)
+            yield from self.of_code(constant, scope) if isinstance(constant, CodeType) else self.of(constant)
         for name in (*_looked_up(code), *code.co_freevars):
             try:
                 value = scope[name]
-            except KeyError:  # a name that the code binds
+            except KeyError:  # the code binds this name itself
                 continue
             yield from self.of(value)
 
     def of(self, value: Any) -> Iterator[bytes]:
-        """A value; of what holds no numbers or strings, its class."""
+        """The contents of a value; the class of one that holds no numbers or strings."""
         if value is None or isinstance(value, (bool, int, float, complex, str, bytes)):
             yield repr(value).encode()
         elif isinstance(value, Tensor):
@@ -113,51 +111,48 @@ class _Content:
             return
         self.seen.add(id(value))
         if isinstance(value, FunctionType):
-            cells = {name: _contents(cell) for name, cell in _closure(value)}
-            yield from self.of_code(value.__code__, {**_referred(value), **cells})
+            yield from self.of_code(value.__code__, {**_referred(value), **_closure(value)})
             yield from self.of([value.__defaults__, value.__kwdefaults__])
         elif isinstance(value, MethodType):
             yield from self.of([value.__func__, value.__self__])
         elif isinstance(value, functools.partial):
             yield from self.of([value.func, value.args, value.keywords])
         elif callable(value) and not isinstance(value, (type, nn.Module)):
-            # Numbers that an object has may count its calls; what it was made of is in its functions.
+            # An object's numbers may count its calls. What tells it from others is in its functions.
             own = {name: part for name, part in getattr(value, "__dict__", {}).items() if callable(part)}
             yield from self.of(own)
             yield from self.of(vars(type(value)).get("__call__"))
 
 
-def _closure(function: FunctionType) -> list[tuple[str, Any]]:
-    return list(zip(function.__code__.co_freevars, function.__closure__ or (), strict=False))
-
-
-def _contents(cell: Any) -> Any:
-    try:
-        return cell.cell_contents
-    except ValueError:  # a name that is not bound yet
-        return None
+def _closure(function: FunctionType) -> dict[str, Any]:
+    # The values of the names that a function takes from the function around it.
+    values: dict[str, Any] = {}
+    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=False):
+        try:
+            values[name] = cell.cell_contents
+        except ValueError:  # the name is not bound yet
+            values[name] = None
+    return values
 
 
 def _referred(function: FunctionType) -> dict[str, Any]:
-    # What a function of the user's refers to by name; what one of a library does is its own affair.
-    if Path(function.__code__.co_filename).is_relative_to(PACKAGE) or _of_a_library(function):
+    # The globals that a function of the user's refers to. Those of a library's function are its own affair.
+    paths = sysconfig.get_paths()
+    libraries = (paths["stdlib"], paths["purelib"], paths["platlib"])
+    file = function.__code__.co_filename
+    if Path(file).is_relative_to(PACKAGE) or file.startswith(libraries):
         return {}
     names = {name for code in _codes(function.__code__) for name in _looked_up(code)}
     return {name: function.__globals__[name] for name in sorted(names) if name in function.__globals__}
 
 
 def _looked_up(code: CodeType) -> list[str]:
-    # The names, in order, that code takes from around it. What it assigns there itself is its own account,
-    # such as how often it was called.
+    # The names, in order, that code takes from around it. A name that it assigns there as well is its own
+    # account, such as how often it was called.
     steps = [(step.opname, step.argval) for step in dis.get_instructions(code)]
     own = {name for operation, name in steps if operation == "STORE_GLOBAL"}
     looked_up = [name for operation, name in steps if operation in ("LOAD_GLOBAL", "LOAD_NAME")]
     return [name for name in dict.fromkeys(looked_up) if name not in own]
-
-
-def _of_a_library(function: FunctionType) -> bool:
-    paths = sysconfig.get_paths()
-    return function.__code__.co_filename.startswith((paths["stdlib"], paths["purelib"], paths["platlib"]))
 
 
 def _codes(code: CodeType) -> Iterator[CodeType]:

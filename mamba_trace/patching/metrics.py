@@ -1,8 +1,7 @@
 """What an experiment measures: one number for each row, from the logits.
 
-A metric is a function of the logits at one position [B,V] (or at several, [B,m,V]) that returns [B]. Any
-function will do; those here are the usual ones, with names that say in a picture what was measured. All are
-differentiable.
+A metric is a function from the logits at one position [B,V] (or at several, [B,m,V]) to [B]. Any function
+will do; the ones here are usual and differentiable, and their names say in a picture what was measured.
 """
 
 from __future__ import annotations
@@ -24,12 +23,11 @@ Metric = Callable[[Tensor], Tensor]
 
 
 def logit_diff(model: MambaTrace, answer: str | int, wrong: str | int) -> Metric:
-    """The metric of the seed experiments: the logit of one token minus that of another.
+    """The logit of one token minus the logit of another, which the experiments of the literature measure.
 
     Args:
-        model: whose tokenizer turns strings into tokens.
-        answer: a string that is one token (mind its leading space), or a token id.
-        wrong: likewise.
+        model: the model whose tokenizer turns strings into tokens.
+        answer, wrong: strings that are one token each (mind their leading space), or token ids.
 
     Returns:
         A function from logits [...,V] to differences [...].
@@ -43,9 +41,7 @@ def logit_diff(model: MambaTrace, answer: str | int, wrong: str | int) -> Metric
     """
     plus, minus = single_token(model, answer), single_token(model, wrong)
     if plus == minus:
-        raise PromptError(
-            f"answer and wrong are both {answer!r} (token {plus}), so their logits never differ"
-        )
+        raise PromptError(f"answer and wrong are both {answer!r} (token {plus}), so their logits never differ")
     return LogitDiff(f"logit of {answer!r} minus logit of {wrong!r}", plus, minus)
 
 
@@ -53,7 +49,7 @@ def logit(model: MambaTrace, answer: str | int) -> Metric:
     """The logit of one token.
 
     Args:
-        model: whose tokenizer turns strings into tokens.
+        model: the model whose tokenizer turns strings into tokens.
         answer: a string that is one token, or a token id.
 
     Returns:
@@ -70,17 +66,7 @@ def logit(model: MambaTrace, answer: str | int) -> Metric:
 
 
 def log_prob(model: MambaTrace, answer: str | int) -> Metric:
-    """The log probability of one token, in nats.
-
-    Args:
-        model: whose tokenizer turns strings into tokens.
-        answer: a string that is one token, or a token id.
-
-    Returns:
-        A function from logits [...,V] to log probabilities [...].
-
-    Raises:
-        PromptError: if it is not one token of the vocabulary.
+    """The log probability of one token in nats; arguments, shapes and errors as `logit`.
 
     Example::
 
@@ -90,17 +76,7 @@ def log_prob(model: MambaTrace, answer: str | int) -> Metric:
 
 
 def prob(model: MambaTrace, answer: str | int) -> Metric:
-    """The probability of one token.
-
-    Args:
-        model: whose tokenizer turns strings into tokens.
-        answer: a string that is one token, or a token id.
-
-    Returns:
-        A function from logits [...,V] to probabilities [...].
-
-    Raises:
-        PromptError: if it is not one token of the vocabulary.
+    """The probability of one token; arguments, shapes and errors as `logit`.
 
     Example::
 
@@ -111,11 +87,11 @@ def prob(model: MambaTrace, answer: str | int) -> Metric:
 
 @dataclass(frozen=True)
 class Logit:
-    """The logit of a token: of logits [...,V] to [...]. A class, and not a closure, so that it can be sent.
+    """The logit of a token, from logits [...,V] to [...]. Unlike a closure, it can be sent to a server.
 
     Attributes:
-        name: for people.
-        token: its id.
+        name: what is measured, in words.
+        token: the token's id.
     """
 
     name: str
@@ -141,11 +117,7 @@ class Prob(Logit):
 
 @dataclass(frozen=True)
 class LogitDiff(Logit):
-    """The logit of a token minus that of another.
-
-    Attributes:
-        minus: the other's id.
-    """
+    """The logit of a token minus the logit of another, ``minus``."""
 
     minus: int
 
@@ -154,12 +126,12 @@ class LogitDiff(Logit):
 
 
 def name_of(metric: Metric) -> str:
-    """What a metric is called in pictures."""
+    """The name of a metric in pictures."""
     return getattr(metric, "name", None) or getattr(metric, "__name__", None) or type(metric).__name__
 
 
 def named_metrics(metric: Metric | Mapping[str, Metric] | None, caller: str) -> dict[str, Metric]:
-    """One or several metrics, by name. Raises `MetricError` for what cannot be called."""
+    """One or several metrics, by name. Raises `MetricError` for anything that cannot be called."""
     if callable(metric):
         return {name_of(metric): metric}
     if not isinstance(metric, Mapping) or not metric or not all(map(callable, metric.values())):
@@ -171,7 +143,7 @@ def named_metrics(metric: Metric | Mapping[str, Metric] | None, caller: str) -> 
 
 
 def measured(metric: Metric, logits: Tensor) -> Tensor:
-    """The metric of logits [B,V] or [B,m,V], in float32 or better: [B]. Raises `MetricError`."""
+    """A metric's values for logits [B,V] or [B,m,V], in float32 or better: [B]. Raises `MetricError`."""
     values = metric(logits)
     if not isinstance(values, Tensor) or values.shape != logits.shape[:1] or values.is_complex():
         axes = "[B,V]" if logits.dim() == 2 else "[B,m,V]"

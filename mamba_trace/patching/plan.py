@@ -1,13 +1,14 @@
-"""Which cells of a grid run together: as many as memory permits, and as few as are worth padding.
+"""Which cells of a grid run together: as many as memory permits, and as few as padding is worth.
 
-Cells that share a forward are rows of its batch. Rows of one position have one length; a row of a later
-position is shorter and is padded to the longest. So several positions share a forward only where padding them
-takes less time than a forward of their own would, and where the memory of all their rows is within bounds.
+Cells that share a forward are rows of its batch. Cells of one position are rows of one length. A row of a
+later position is shorter and is padded to the longest, so several positions share a forward only where the
+padding takes less time than a forward of their own would.
 
-A grid is a list of `Job`, each a forward to the end, in order of position. Several of them in a row share the
-run through the layers that they patch (`Group`), in which few rows run at a time, and several of those the
-states that they start from (`Span`). All this depends on the question and the limits alone, not on who
-computes what.
+The plan is a list of `Job` in order of position. Each job is one forward through phase 2, the layers above
+the patched ones (see `phases`). Neighbouring jobs form a `Group`, which shares one forward through phase 1,
+the patched layers, where few rows run at a time. Neighbouring groups form a `Span`, whose starting states are
+made in one run. The plan depends on the question and the limits only, never on which process computes which
+job.
 """
 
 from __future__ import annotations
@@ -15,27 +16,29 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..sites import STATE, Site
+from .question import Question
 
 if TYPE_CHECKING:
     from ..model import MambaTrace
-    from .question import Question
 
-#: What one more call of a layer costs beside the positions in it, in positions: on a CPU the layer's weights
-#: are read again, on a GPU its kernels are launched again. Estimates; that for a GPU was never timed.
+T = TypeVar("T")
+
+#: The fixed cost of calling a layer once more, as a number of positions that take as long: a CPU reads the
+#: layer's weights again, a GPU launches its kernels again. Estimates; the one for a GPU was never timed.
 OVERHEAD = {"cpu": 72, "cuda": 1000}
 
 
 @dataclass(frozen=True)
 class Limits:
-    """How much runs at once.
+    """What the user allows to run at once.
 
     Attributes:
         batch_size: cells in one forward; ``None`` for as many as memory permits.
-        memory: bytes that a forward's activations may take, the streams of cells between their two parts, and
-            the states that cells start from, each.
+        memory: bytes for the activations of a forward, again for the residual streams of cells that are
+            between the two phases, and again for the states that cells start from.
     """
 
     batch_size: int | None
@@ -57,118 +60,134 @@ class Job:
 
 @dataclass(frozen=True)
 class Group:
-    """Jobs of the same rows, one after the other, that run together through the layers that they patch."""
+    """Neighbouring jobs of the same rows, which run through the patched layers together."""
 
     jobs: list[Job]
 
     @property
-    def whole(self) -> Job:
-        """All their cells."""
-        return Job(self.jobs[0].rows, range(self.jobs[0].positions.start, self.jobs[-1].positions.stop))
+    def cells(self) -> Job:
+        """The cells of all its jobs."""
+        start, stop = self.jobs[0].positions.start, self.jobs[-1].positions.stop
+        return Job(self.jobs[0].rows, range(start, stop))
 
 
 @dataclass(frozen=True)
 class Span:
-    """Groups that start from states made in one go."""
+    """Neighbouring groups, whose starting states are made in one run."""
 
     groups: list[Group]
 
     @property
     def jobs(self) -> list[Job]:
-        """The jobs of all groups."""
+        """The jobs of all its groups."""
         return [job for group in self.groups for job in group.jobs]
 
     @property
     def positions(self) -> range:
-        """Where they start."""
-        return range(self.groups[0].whole.positions.start, self.groups[-1].whole.positions.stop)
+        """The positions where its cells start."""
+        return range(self.jobs[0].positions.start, self.jobs[-1].positions.stop)
 
 
 @dataclass(frozen=True)
-class Footprint:
-    """What one row of a forward takes at its peak, in bytes: ``per_row + length * per_position``.
+class Budgets:
+    """How much of a grid may run together: one budget for each step, and why the step has a limit.
 
-    Example::
-
-        Footprint.of(model.config, BY_NAME["h"], itemsize=4).rows(2**29, length=17)
+    Attributes:
+        question, limits: as `Plan.of` gets them.
+        config: the model's configuration.
+        itemsize: bytes of a number; at least 4, as states and streams are float32 or better.
+        overhead: the cost of calling a layer once more, in positions; see `OVERHEAD`.
     """
 
-    per_row: int
-    per_position: int
+    question: Question
+    limits: Limits
+    config: Any
+    itemsize: int
+    overhead: int
 
-    @classmethod
-    def of(cls, config: Any, site: Site | None, itemsize: int) -> Footprint:
-        """That of a model's layers where ``site`` is edited, if any, for values of ``itemsize`` bytes."""
-        itemsize = max(itemsize, 4)
-        state = config.intermediate_size * config.state_size * itemsize
+    @property
+    def state(self) -> int:
+        """Bytes of one state."""
+        return self.config.intermediate_size * self.config.state_size * self.itemsize
+
+    def rows_of_a_forward(self, length: int, site: Site | None) -> int:
+        """Rows of ``length`` positions in one forward: the activations of a layer are held at once.
+
+        With a site, these include what an edit of it makes. At least one row.
+        """
         # The stream before and after a layer, in_proj's output, and what convolution and scan make of it.
-        per_position = (5 * config.hidden_size + 8 * config.intermediate_size) * itemsize
+        position = (5 * self.config.hidden_size + 8 * self.config.intermediate_size) * self.itemsize
         if site is not None and set("LEN") <= set(site.axes) and site.name != STATE:
-            per_position += 4 * state  # A_bar, B_bar and what comes of an edit of them
-        return cls(per_row=4 * state, per_position=per_position)
+            position += 4 * self.state  # A_bar, B_bar and the values computed from an edit of them
+        rows = max(1, self.limits.memory // (4 * self.state + length * position))
+        return min(rows, self.limits.batch_size or rows)
 
-    def rows(self, memory: int, length: int) -> int:
-        """How many rows of ``length`` positions fit into ``memory`` bytes; at least one."""
-        return max(1, memory // (self.per_row + length * self.per_position))
+    def cells_of_a_job(self, length: int) -> int:
+        """Cells of ``length`` positions in one forward of phase 2, in which no site is watched."""
+        return self.rows_of_a_forward(length, None)
+
+    def positions_of_a_group(self, length: int) -> int:
+        """Positions that run through phase 1 together, where the first of them has ``length`` to run.
+
+        Three things limit them: the activations of a forward, which at each position runs as many rows of the
+        grid as a window has layers; the residual streams of all rows, which wait for phase 2; and padding.
+        """
+        question = self.question
+        activations = self.rows_of_a_forward(length, question.patched) // question.window
+        stream = length * self.config.hidden_size * self.itemsize
+        streams = self.limits.memory // (len(question.windows) * stream)
+        padding = math.isqrt(2 * self.overhead)  # k positions waste k²/2: at most what another call costs
+        return min(activations, streams, padding)
+
+    def positions_of_a_span(self) -> int:
+        """Positions whose starting states are held at once, for all layers.
+
+        Their run computes the states of both prompts, and keeps copies of one prompt's states and of the
+        source's values, which may be as large as states.
+        """
+        return self.limits.memory // (4 * self.state * self.config.num_hidden_layers)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """All the jobs of a grid, in order of position, and what they share.
+    """All the work of a grid, in order of position.
 
     Attributes:
-        stretches: of jobs that start from states made in one go.
-        short: the states of all positions fit into memory, so that one run makes them with all else.
+        spans: the work, by the starting states that it shares.
+        short: whether the states of all positions of the prompt fit into memory, so that the unpatched runs
+            can make them along with everything else.
     """
 
-    stretches: list[Span]
+    spans: list[Span]
     short: bool
-
-    @property
-    def jobs(self) -> list[Job]:
-        """The jobs of all spans."""
-        return [job for span in self.stretches for job in span.jobs]
 
     @classmethod
     def of(cls, model: MambaTrace, question: Question, limits: Limits) -> Plan:
-        """The plan of a grid."""
+        """Plan a grid."""
         parameter = next(model._module.parameters())
-        itemsize, config = parameter.dtype.itemsize, model.config
         overhead = OVERHEAD.get(parameter.device.type, OVERHEAD["cuda"])
-        n_rows, stop = len(question.windows), question.stop
-        most = math.inf if limits.batch_size is None else limits.batch_size
-        plain, edited = (Footprint.of(config, site, itemsize) for site in (None, question.patched))
+        budgets = Budgets(question, limits, model.config, max(parameter.dtype.itemsize, 4), overhead)
+        states_fit = budgets.positions_of_a_span()
 
-        def cells(length: int) -> int:
-            return int(min(most, plain.rows(limits.memory, length)))
+        def share_phase_1(first: Job, job: Job) -> bool:
+            most = budgets.positions_of_a_group(question.stop - first.positions.start)
+            return job.rows == first.rows and job.positions.stop - first.positions.start <= most
 
-        def together(length: int) -> int:
-            streams = n_rows * length * config.hidden_size * max(itemsize, 4)
-            rows = min(most, edited.rows(limits.memory, length), question.window * limits.memory // streams)
-            return int(min(rows // question.window, math.isqrt(2 * overhead)))
+        def share_states(first: Group, group: Group) -> bool:
+            start, stop = first.cells.positions.start, group.cells.positions.stop
+            return stop - start <= max(states_fit, len(first.cells.positions))
 
-        # States of the run on the prompt, values of that on the source, which may be as large, of all layers.
-        state = 2 * config.intermediate_size * config.state_size * max(itemsize, 4)
-        longest = limits.memory // (2 * state * config.num_hidden_layers)
-        jobs = jobs_of(n_rows, question.positions, stop, cells, overhead)
-        groups = [Group(found) for found in runs(jobs, lambda job: together(stop - job.positions.start))]
-        wholes = {group.whole: group for group in groups}
-        spans = [
-            Span([wholes[job] for job in found])
-            for found in runs(list(wholes), lambda _: longest, apart=False)
-        ]
-        return cls(spans, short=question.length <= longest)
+        n_rows, fits = len(question.windows), budgets.cells_of_a_job
+        jobs = jobs_of(n_rows, question.positions, question.stop, fits, overhead)
+        groups = [Group(run) for run in runs(jobs, share_phase_1)]
+        return cls([Span(run) for run in runs(groups, share_states)], short=question.length <= states_fit)
 
 
 def jobs_of(n_rows: int, positions: range, stop: int, fits: Callable[[int], int], overhead: int) -> list[Job]:
-    """The jobs that compute a grid, in order of position.
+    """The jobs that compute ``positions`` of a grid, in order of position.
 
-    Args:
-        n_rows: of the grid.
-        positions: those to compute.
-        stop: where every run ends: one past the last position that a metric looks at.
-        fits: how many cells that run over a given number of positions may share a forward.
-        overhead: of a call of a layer, in positions; see `OVERHEAD`.
+    Every run ends at ``stop``, one past the last position that a metric looks at. ``fits`` says how many
+    cells that run over a given number of positions may share a forward; for ``overhead`` see `OVERHEAD`.
     """
     jobs: list[Job] = []
     start = positions.start
@@ -184,32 +203,12 @@ def jobs_of(n_rows: int, positions: range, stop: int, fits: Callable[[int], int]
     return jobs
 
 
-def runs(jobs: list[Job], longest: Callable[[Job], int], apart: bool = True) -> list[list[Job]]:
-    """Jobs in order, in runs that have as many positions as the first of them permits, or no more than it.
-
-    Args:
-        jobs: in order of position.
-        longest: how many positions a run that starts with a job may have.
-        apart: whether jobs of other rows start a run of their own.
-    """
-    found: list[list[Job]] = []
-    for job in jobs:
-        first = found[-1][0] if found else job
-        fits = job.positions.stop - first.positions.start <= max(longest(first), len(first.positions))
-        if found and fits and not (apart and job.rows != first.rows):
-            found[-1].append(job)
+def runs(parts: list[T], joins: Callable[[T, T], bool]) -> list[list[T]]:
+    """Cut a list into runs: a part joins the run before it where ``joins(first part of the run, part)``."""
+    cut: list[list[T]] = []
+    for part in parts:
+        if cut and joins(cut[-1][0], part):
+            cut[-1].append(part)
         else:
-            found.append([job])
-    return found
-
-
-def windows(n_layers: int, window: int) -> list[range]:
-    """The layers that each row of a grid patches: ``window`` of them around its own, those that there are.
-
-    >>> windows(4, 3)
-    [range(0, 2), range(0, 3), range(1, 4), range(2, 4)]
-    """
-    before = (window - 1) // 2
-    return [
-        range(max(layer - before, 0), min(layer - before + window, n_layers)) for layer in range(n_layers)
-    ]
+            cut.append([part])
+    return cut

@@ -1,8 +1,8 @@
-"""Several processes that compute one grid: who takes which jobs, and how what they found comes together.
+"""Several processes that compute one grid: which process takes which jobs, and how the results come together.
 
 A launcher (``torchrun``, ``accelerate launch``) starts the same program several times, on one machine or on
-many. Each takes every k-th of the jobs that are not done yet and keeps what it finds; at the end every
-process has all of it. Jobs do not depend on how many processes there are, so neither do the numbers, to the
+many. Of the unfinished jobs each process takes every k-th and keeps what it computes; at the end every
+process has all of it. Jobs do not depend on the number of processes, so the numbers do not either, to the
 last bit.
 """
 
@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -26,11 +27,11 @@ _counters = itertools.count()
 
 
 class Processes:
-    """The processes that a launcher started, of which this is one; one alone is the usual case.
+    """The processes that a launcher started; usually there is only this one.
 
     Args:
-        rank: the number of this one.
-        size: how many there are.
+        rank: the number of this process.
+        size: how many processes there are.
     """
 
     def __init__(self, rank: int = 0, size: int = 1) -> None:
@@ -38,22 +39,22 @@ class Processes:
 
     @classmethod
     def here(cls, device: torch.device) -> Processes:
-        """Those that were launched, connected by way of accelerate; ``device`` is where the model runs."""
+        """The launched processes, connected through accelerate; ``device`` is where the model runs."""
         if not launched():
             return cls()
         state = PartialState(cpu=device.type == "cpu")
         return cls(state.process_index, state.num_processes)
 
     def share(self, items: Sequence[T]) -> list[T]:
-        """This process's part of what all of them have a list of."""
+        """This process's part of a list that all processes have."""
         return list(items[self.rank :: self.size])
 
     def gather(self, items: list[T]) -> list[T]:
-        """What all processes have, in order of rank. Every process waits for all others here."""
+        """The items of all processes, in order of rank. Every process waits here for all others."""
         return list(gather_object(items)) if self.size > 1 else items
 
     def check_same(self, asked: dict[str, Any]) -> None:
-        """Raises `ProcessesError` in every process if they do not ask for the same."""
+        """Raises `ProcessesError` in every process if they ask for different grids."""
         everyone = self.gather([asked])
         for rank, other in enumerate(everyone):
             for name, value in everyone[0].items():
@@ -65,44 +66,41 @@ class Processes:
                     )
 
     def counter(self, name: str) -> Callable[[int], int]:
-        """A number that all processes count together, from 0: what adds to it and returns it."""
+        """A number that all processes count together, from 0: a function that adds to it and returns it."""
         if self.size == 1:
-            return Counter()
+            count = 0
+
+            def add(amount: int) -> int:
+                nonlocal count
+                count += amount
+                return count
+
+            return add
         store = distributed.distributed_c10d._get_default_store()
-        key = (
-            f"mamba_trace/{name}/{next(_counters)}"  # every process asks for the same ones in the same order
-        )
+        # Every process makes the same counters in the same order.
+        key = f"mamba_trace/{name}/{next(_counters)}"
         return lambda amount: store.add(key, amount)
 
 
-class Counter:
-    """A number that one process counts alone."""
+@contextmanager
+def in_the_first_process() -> Iterator[bool]:
+    """Whether this process prints and writes: it is the first that was launched, or the only one.
 
-    def __init__(self) -> None:
-        self.count = 0
-
-    def __call__(self, amount: int) -> int:
-        self.count += amount
-        return self.count
-
-
-def first_process() -> bool:
-    """Whether this is the process that prints and writes: the first of those launched, or the only one."""
-    return not launched() or PartialState().is_main_process
+    Afterwards the processes disconnect from each other, as the program ends.
+    """
+    try:
+        yield not launched() or PartialState().is_main_process
+    finally:
+        if launched():
+            PartialState().destroy_process_group()
 
 
 def own_device() -> str | None:
-    """The accelerator that is this process's own among those on its machine; ``None`` where there is none."""
+    """The accelerator of its machine that this process uses alone; ``None`` where there is none."""
     accelerator = torch.accelerator.current_accelerator() if launched() else None
     if accelerator is None or not torch.accelerator.is_available():
         return None
     return f"{accelerator.type}:{os.environ.get('LOCAL_RANK', '0')}"
-
-
-def part() -> None:
-    """Disconnect from the other processes, at the end of a program."""
-    if launched():
-        PartialState().destroy_process_group()
 
 
 def launched() -> bool:

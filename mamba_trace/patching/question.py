@@ -1,18 +1,25 @@
-"""What a grid asks: of which runs, which site, at which layers, measured how."""
+"""What a grid asks: of which runs, which site, which layers and positions, and how answers are measured."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..sites import BY_NAME, Site
+from .. import names
+from ..errors import PositionError, UnknownSiteError
+from ..sites import BY_HOOK, BY_NAME, SITES, Site, describe_axes
 from .metrics import Metric, measured
-from .plan import windows
+
+#: Rows of `Question.tokens`, and so of every batch that runs both prompts.
+SOURCE, PROMPT = 0, 1
+#: The sites that a grid can patch: the ones that have positions.
+POSITIONAL = tuple(site.name for site in SITES if "L" in site.axes)
 
 
 @dataclass(frozen=True)
@@ -20,13 +27,13 @@ class Question:
     """A grid before it is computed.
 
     Attributes:
-        tokens: of source and prompt [2,L].
-        site: what is patched; `windows` gives the layers of each row.
-        n_layers: of the model.
+        tokens: the token ids of source and prompt [2,L].
+        site: the site that is patched.
+        n_layers: how many layers the model has.
         window: how many layers are patched together.
-        metrics: by name.
-        looked_at: the positions whose logits they see, ascending.
-        single: they see one position's logits [B,V], and not [B,m,V].
+        metrics: what is measured, by name.
+        looked_at: the positions whose logits the metrics get, ascending.
+        single: whether a metric gets the logits of one position [B,V]; otherwise it gets [B,m,V].
     """
 
     tokens: Tensor
@@ -39,41 +46,41 @@ class Question:
 
     @property
     def length(self) -> int:
-        """L."""
+        """The number of positions L."""
         return self.tokens.shape[1]
 
     @property
     def stop(self) -> int:
-        """Where every run ends: one past the last position looked at."""
+        """Where every run can end: one past the last position that a metric looks at."""
         return self.looked_at[-1] + 1
 
     @property
     def positions(self) -> range:
-        """The positions where a patch can change an answer: not after the last that is looked at, nor before
-        the first where the prompts differ, up to which both runs are the same."""
-        differ = (self.tokens[0] != self.tokens[1]).nonzero()[:, 0].tolist()
-        first = differ[0] if differ else self.stop
-        return range(min(first, self.stop), self.stop)
+        """The positions where a patch can change an answer.
+
+        Before the first token in which the prompts differ, both runs are the same. After the last position
+        that a metric looks at, nothing is measured.
+        """
+        differ = (self.tokens[SOURCE] != self.tokens[PROMPT]).nonzero()[:, 0].tolist()
+        return range(min([*differ, self.stop]), self.stop)
 
     @property
     def windows(self) -> list[range]:
-        """Of each row of the grid, the layers it patches."""
-        if self.site.scope == "model":
-            return [range(1)]
-        return windows(self.n_layers, self.window)
+        """The layers that each row of the grid patches."""
+        return [range(1)] if self.site.scope == "model" else windows(self.n_layers, self.window)
 
     @property
     def patched(self) -> Site:
-        """The site that cells patch: the embeddings are the stream into the first layer."""
+        """The site to patch in a layer: the embeddings are the residual stream into the first layer."""
         return BY_NAME["resid_pre"] if self.site.name == "embeddings" else self.site
 
     @property
     def after_layers(self) -> bool:
-        """Whether the site comes after all layers, where a position has an effect on its own logits alone."""
+        """Whether the site comes after all layers, where each position affects its own logits only."""
         return self.site.scope == "model" and self.site.name != "embeddings"
 
     def described(self) -> dict[str, Any]:
-        """What tells one grid from another, as JSON."""
+        """What tells this grid from another one, as JSON."""
         return {
             "site": self.site.name,
             "n_layers": self.n_layers,
@@ -85,14 +92,86 @@ class Question:
         }
 
     def measure(self, logits: Tensor) -> Tensor:
-        """Every metric of logits [B,m,V]: [M,B], on the CPU. Raises `MetricError`.
+        """Compute every metric of logits [B,m,V], which may be overwritten: [M,B], on the CPU.
 
-        A metric may do anything to the logits that it gets, so each gets its own; the last one these.
+        Raises:
+            MetricError: if a metric does not return one number for each row.
         """
         logits = logits[:, 0] if self.single else logits
-        last, found = len(self.metrics) - 1, []
+        last, values = len(self.metrics) - 1, []
         for number, metric in enumerate(self.metrics.values()):
-            own = logits if number == last else logits.clone()
-            # A copy, as a metric may return the same tensor each time, filled anew.
-            found.append(measured(metric, own).detach().cpu().clone())
-        return torch.stack(found)
+            own = logits if number == last else logits.clone()  # a metric may overwrite its logits
+            # A metric may return the same tensor each time, with new numbers in it.
+            values.append(measured(metric, own).detach().cpu().clone())
+        return torch.stack(values)
+
+
+def windows(n_layers: int, window: int) -> list[range]:
+    """The layers that each row of a grid patches: ``window`` layers around its own, cut off at both ends.
+
+    >>> windows(4, 3)
+    [range(0, 2), range(0, 3), range(1, 4), range(2, 4)]
+    """
+    starts = [layer - (window - 1) // 2 for layer in range(n_layers)]
+    return [range(max(start, 0), min(start + window, n_layers)) for start in starts]
+
+
+# -- arguments ---------------------------------------------------------------------------------------------
+
+
+def metric_positions_of(positions: int | Sequence[int], length: int) -> list[int]:
+    """The positions that a metric looks at, counted from 0 and ascending. Raises `PositionError`."""
+    several = [positions] if isinstance(positions, int) else positions
+    if not isinstance(several, Sequence) or not all(type(position) is int for position in several):
+        raise PositionError(f"metric_positions={positions!r}: give an integer, or a list of several")
+    for position in several:
+        if not -length <= position < length:
+            raise PositionError(
+                f"metric_positions has {position}, and the prompt has {length} positions: {-length} to {length - 1}"
+            )
+    different = sorted({position % length for position in several})
+    if not different or len(different) < len(several):
+        raise PositionError(
+            f"metric_positions={positions!r} {'names one twice' if different else 'is empty'}: a metric "
+            f"looks at the logits of one position or of several"
+        )
+    return different
+
+
+def find_site(name: str) -> Site:
+    """The site that a name or a hook name means.
+
+    Raises:
+        UnknownSiteError: if no site has that name.
+        PositionError: if the site has no positions.
+    """
+    if not isinstance(name, str):
+        raise UnknownSiteError(
+            f"site={name!r}: a grid is of one site, named by a string such as 'h'. Make a grid for each"
+        )
+    possible = f"A grid patches one of {', '.join(POSITIONAL)}"
+    site = BY_NAME.get(name) or BY_HOOK.get(name)
+    if site is None:
+        meant = site_of_place(name)
+        if meant is not None and meant.name in POSITIONAL:
+            takes = f"{meant.name} patches every layer and position."
+            hint = f": that is one place, and a grid takes a site. {takes}"
+        else:
+            hooks = [BY_NAME[positional].hook for positional in POSITIONAL]
+            hint = names.nearest(name, [*POSITIONAL, *hooks]) + "."
+        raise UnknownSiteError(f"no site is called {name!r}{hint} {possible}")
+    if "L" not in site.axes:
+        axes = describe_axes(site.axes)
+        raise PositionError(f"{site.name} {axes} has no positions to patch one by one. {possible}")
+    return site
+
+
+def site_of_place(name: str) -> Site | None:
+    """The site of ``"h[5]"``, ``"layers[1].ssm.h"`` or ``"blocks.1.hook_h.5"``; else ``None``."""
+    indexed = re.fullmatch(r"(\w+)\[.*\]", name)
+    if indexed:
+        return BY_NAME.get(indexed[1]) or BY_HOOK.get(indexed[1])
+    try:
+        return names.parse(name).site
+    except UnknownSiteError:
+        return None

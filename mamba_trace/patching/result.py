@@ -1,7 +1,7 @@
-"""The result of a patching sweep: numbers for every layer and position, with what is needed to read them.
+"""The result of a patching sweep: a number for every layer and position, with what is needed to read them.
 
-A grid is data alone: it holds no model, draws itself and survives a trip through a file (see results.py). A
-sweep that was stopped leaves a grid in which the cells that it did not reach are nan.
+A grid is data only: it holds no model, draws itself, and can be saved and loaded (see `results`). Cells that
+were never computed are nan.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from torch import Tensor
 
 from ..errors import MetricError
 from ..results.heatmap import Heatmap
-from ..results.results import Result
+from ..results.result import Result
 from ..sites import BY_NAME
 
-#: On the scale from 0 (as prompt) to 1 (as source), what is smaller is rounding.
+#: Differences smaller than this are rounding, on the scale from 0 (as prompt) to 1 (as source).
 RESOLUTION = 0.005
 #: How a grid may be made.
 METHODS = ("patching", "attribution", "integrated gradients")
@@ -24,12 +24,12 @@ METHODS = ("patching", "attribution", "integrated gradients")
 
 @dataclass(frozen=True, eq=False)
 class PatchGrid(Result):
-    """The result of `mamba_trace.patching.patch_grid`.
+    """The result of `mamba_trace.patching.patch_grid` or `attribution_grid`.
 
     Attributes:
-        values: [rows, L], float32 or float64: the metric of the run on ``prompt`` with the site's value at
-            (row, position) taken from the run on ``source``, or an estimate of it. Rows are layers, or one
-            for a site of the whole model. nan where a cell was never computed.
+        values: [rows,L], float32 or float64: the metric of the run on ``prompt`` with the site's value at
+            (row, position) taken from the run on ``source``, or an estimate of it. Rows are layers; a site of
+            the whole model has one row. nan where a cell was never computed.
         prompt_metric: the metric of the run on ``prompt``, nothing patched.
         source_metric: the metric of the run on ``source``.
         site: the site's name.
@@ -37,11 +37,9 @@ class PatchGrid(Result):
         row_labels: the layers, or the site's name where it belongs to no layer.
         prompt_tokens, source_tokens: the string of the token at each position.
         window: how many layers are patched together.
-        method: ``"patching"``, or how the values were estimated: ``"attribution"`` or
-            ``"integrated gradients"``.
-        plan: how cells ran, and why so, in words: from their position on in batches, or each in a forward of
-            its own, as something that was done to the model (a lasting edit, a PyTorch hook) may look at all
-            of a run. Empty where it is not known.
+        method: ``"patching"``, or how values were estimated: ``"attribution"``, ``"integrated gradients"``.
+        plan: how cells ran and why, in words: in batches from their own position on, or each in a forward of
+            its own, as something that was done to the model may look at a whole run. Empty if not known.
     """
 
     values: Tensor
@@ -73,10 +71,10 @@ class PatchGrid(Result):
         return not bool(self.values.isnan().any())
 
     def normalized(self) -> Tensor:
-        """The values on the scale where 0 is the metric of the run on prompt, 1 that of the run on source.
+        """The values on a scale where the metric of the run on prompt is 0, and of the run on source 1.
 
         Returns:
-            [rows, L] in the dtype of the values; nan where a cell was never computed.
+            [rows,L] in the dtype of the values; nan where a cell was never computed.
 
         Raises:
             MetricError: if the two runs have the same metric.
@@ -97,14 +95,14 @@ class PatchGrid(Result):
         """Pearson's correlation of two grids over the cells that are finite in both.
 
         Args:
-            other: a grid of as many rows and positions, e.g. an estimate of this one.
+            other: a grid with as many rows and positions, e.g. an estimate of this one.
 
         Returns:
             r, from -1 to 1, computed in float64.
 
         Raises:
-            MetricError: if the grids are of different sites or windows, or have different shapes, fewer than
-                two cells in common, or the same value in all of them.
+            MetricError: if the grids are of different sites, windows or shapes, or have fewer than two cells
+                in common, or one of them has the same value in all of these.
 
         Example::
 
@@ -141,7 +139,7 @@ class PatchGrid(Result):
         return max(-1.0, min(1.0, together))
 
     def caption(self) -> str:
-        """Both runs' metrics, and how much is missing; the line under the grid in a report.
+        """Both runs' metrics, and how many cells are missing: the line under the grid in a report.
 
         Example::
 
@@ -153,7 +151,7 @@ class PatchGrid(Result):
         return f"{self.metric}: {both}{rest}"
 
     def heatmaps(self) -> list[Heatmap]:
-        """The normalised grid. Raises `MetricError` as `normalized` does.
+        """The normalised grid, alone. Raises `MetricError` as `normalized` does.
 
         Example::
 
@@ -162,7 +160,7 @@ class PatchGrid(Result):
         return [self.heatmap()]
 
     def heatmap(self) -> Heatmap:
-        """What the figure, the PNG and the table of the command line are drawn from."""
+        """The normalised grid, as the figure, the PNG and the table of the command line draw it."""
         site = BY_NAME.get(self.site)
         name = f"{self.site} ({site.hook})" if site and site.hook else self.site
         together = f", {self.window} layers together" if self.window > 1 else ""

@@ -1,9 +1,9 @@
-"""Running cells whole: each in a forward of its own, over the whole prompt and from the first layer.
+"""Running each cell whole: in a forward of its own, over the whole prompt and from the first layer.
 
-Where something of the user's may look at a run (see `changes`), it must see in each cell what it would see in
-an ordinary trace of that cell: every position, one row, and no state from elsewhere. So nothing is shared
-between cells, no cell is left out because the prompts are still the same at its position, and the runs on
-source and prompt are two. That takes a forward for each cell, and one on the source for each row of the grid.
+Where something that the user has added may look at a run (see `changes`), it must see in each cell what it
+would see in an ordinary trace of that cell: every position, one row, and no state from elsewhere. So cells
+share nothing, source and prompt run one after the other, and cells before the first difference of the prompts
+run too. That costs a forward for each cell, and one on the source for each row of the grid.
 """
 
 from __future__ import annotations
@@ -18,56 +18,53 @@ from torch import Tensor
 from ..sites import STATE
 from .changes import Change
 from .plan import Job
-from .question import Question
-from .unpatched import PROMPT, SOURCE
+from .question import PROMPT, SOURCE, Question
 
 if TYPE_CHECKING:
     from ..model import MambaTrace
 
 
 class Whole:
-    """One grid, each of whose cells runs whole.
+    """One grid, each cell of which runs whole because of ``changes``, at least one.
 
-    Args:
-        model: the model.
-        question: what is asked.
-        changes: what has been done to the model, for which cells run whole; at least one.
+    Raises `UnknownSiteError` before anything runs, if a layer that is patched does not have the site.
 
     Attributes:
-        logits: of the unpatched runs on source and prompt at the positions that are looked at [2,m,V].
-        jobs: one for each cell, row by row of the grid, as the cells of a row share the run on the source.
-        slow: whether to say how cells run before they do.
-
-    Raises:
-        UnknownSiteError: before anything runs, if a layer that is patched does not have the site.
+        logits: the logits of the unpatched runs on source and prompt, where a metric looks at them [2,m,V].
+        jobs: one job for each cell, row by row of the grid, as the cells of a row share a run on the source.
+        slow: whether to tell the user how cells run, before they do.
     """
 
     slow = True
 
     def __init__(self, model: MambaTrace, question: Question, changes: Sequence[Change]) -> None:
         self.model, self.question, self.changes = model, question, changes
-        for row in range(len(question.windows)):
-            for layer in patched_layers(question, row):
-                model.hook(question.site.path(layer))
         rows, positions = range(len(question.windows)), range(question.length)
+        for row in rows:
+            for layer in self.patched_layers(row):
+                model.hook(question.site.path(layer))
         self.jobs = [Job(range(row, row + 1), range(p, p + 1)) for row in rows for p in positions]
-        self.logits = torch.cat([patched_logits(model, question, row, {}, 0) for row in (SOURCE, PROMPT)])
+        self.logits = torch.cat([patched_logits(model, question, run, {}, 0) for run in (SOURCE, PROMPT)])
+
+    def patched_layers(self, row: int) -> Iterable[int | None]:
+        """The layers that a row of the grid patches; ``None`` for a site of the whole model."""
+        return [None] if self.question.site.scope == "model" else self.question.windows[row]
 
     def fill(self, values: Tensor) -> None:
-        """Nothing is known without a run of a cell."""
+        """Do nothing: no value is known without running its cell."""
 
     def cells(self, wanted: Iterable[Job]) -> Iterator[tuple[Job, Tensor]]:
-        """Run jobs, in the order of `jobs`: each with its metrics [M,1,1]."""
+        """Run the wanted jobs, in the order of `jobs`: yields each with its metrics [M,1,1]."""
         row, values = None, dict[int | None, Tensor]()
         for job in wanted:
             if job.rows.start != row:
                 row = job.rows.start
-                values = source_values(self.model, self.question, row)
+                values = source_values(self.model, self.question, self.patched_layers(row))
             logits = patched_logits(self.model, self.question, PROMPT, values, job.positions.start)
             yield job, self.question.measure(logits)[..., None]
 
     def work(self, job: Job) -> int:
-        """What a job takes: a forward for each cell."""
+        """What a job costs: a forward for each cell."""
         return job.n_cells
 
     def __str__(self) -> str:
@@ -79,24 +76,17 @@ class Whole:
         )
 
 
-def patched_layers(question: Question, row: int) -> Iterable[int | None]:
-    """The layers that a row of the grid patches; ``None`` for a site of the whole model."""
-    return [None] if question.site.scope == "model" else question.windows[row]
-
-
-def source_values(model: MambaTrace, question: Question, row: int) -> dict[int | None, Tensor]:
-    """The site's value [1,L,...] in each layer that a row of the grid patches, in the run on the source."""
+def source_values(model: MambaTrace, question: Question, layers: Iterable[int | None]) -> dict[int | None, Tensor]:
+    """The site's value [1,L,...] in some layers, in the run on the source."""
     with model.trace(question.tokens[SOURCE, None], use_cache=False):
         values = nnsight.save({})
-        for layer in patched_layers(question, row):
+        for layer in layers:
             values[layer] = model.hook(question.site.path(layer)).output.clone()
     return values
 
 
-def patched_logits(
-    model: Any, question: Question, run: int, values: dict[int | None, Tensor], position: int
-) -> Tensor:
-    """The logits [1,m,V] of a run on source or prompt, with ``values`` at a position of some layers."""
+def patched_logits(model: Any, question: Question, run: int, values: dict[int | None, Tensor], position: int) -> Tensor:
+    """The logits [1,m,V] of the run on source or prompt, with ``values`` put in at a position, by layer."""
     site = question.site
     with model.trace(question.tokens[run, None], use_cache=False):
         for layer, value in values.items():

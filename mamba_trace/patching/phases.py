@@ -1,0 +1,201 @@
+"""Running the cells of a plain model: each from its layer and its position on, as a row of a batch.
+
+Each cell runs in two phases. Phase 1 (`run_patched_layers`) covers the patched layers: a trace watches a site
+there, so the slow path runs, on the cell's own rows only. Phase 2 (`run_to_the_end`) covers the layers above:
+nothing is watched, so all cells of a job share one fused batch, which grows where the patched layers of
+further cells end.
+
+Every row starts at its own position, so the patched position is always its first. Rows of later positions are
+shorter; what pads them comes after their end and changes nothing before it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import nnsight
+import torch
+from einops import rearrange, repeat
+from torch import Tensor
+
+from ..sites import STATE
+from .plan import Group, Job, Limits, Plan
+from .question import PROMPT, SOURCE, Question
+from .unpatched import CellStarts, Unpatched, run_unpatched, starts_by_span
+
+if TYPE_CHECKING:
+    from ..model import MambaTrace
+
+
+class InPhases:
+    """One grid of a plain model, whose cells run in two phases.
+
+    Attributes:
+        logits: the logits of the unpatched runs on source and prompt, where a metric looks at them [2,m,V].
+        jobs: the jobs that compute the grid; none for a site after all layers.
+        slow: whether to tell the user how cells run, before they do.
+    """
+
+    slow = False
+
+    def __init__(self, model: MambaTrace, question: Question, limits: Limits) -> None:
+        self.model, self.question = model, question
+        plan = Plan([], False) if question.after_layers else Plan.of(model, question, limits)
+        self.spans = plan.spans
+        self.jobs = [job for span in plan.spans for job in span.jobs]
+        site = question.patched if plan.short else None
+        self.unpatched, self.starts = run_unpatched(model, question.tokens, question.looked_at, site)
+        self.logits = self.unpatched.logits
+
+    def fill(self, values: Tensor) -> None:
+        """Put what is known without running a cell into ``values`` [M,rows,L].
+
+        Behind all layers, the source's value at a position gives the source's logits there, and no others.
+        """
+        if self.question.after_layers:
+            for number, position in enumerate(self.question.looked_at):
+                logits = self.logits[PROMPT].clone()  # [m,V]
+                logits[number] = self.logits[SOURCE, number]
+                values[:, :, position] = self.question.measure(logits[None])
+
+    def cells(self, wanted: Collection[Job]) -> Iterator[tuple[Job, Tensor]]:
+        """Run the wanted jobs: yields each with its metrics [M,rows,k]."""
+        needed = [any(job in wanted for job in span.jobs) for span in self.spans]
+        if not any(needed):
+            return
+        made: Iterable[CellStarts | None] = [self.starts]
+        if self.starts is None:
+            spans, site = [span.positions for span in self.spans], self.question.patched
+            made = starts_by_span(self.model, self.question.tokens, spans, needed, site)
+        for span, starts in zip(self.spans, made, strict=False):  # ends with the last span that is needed
+            for group in span.groups:
+                jobs = [job for job in group.jobs if job in wanted]
+                if starts is not None and jobs:
+                    yield from self.cells_of(group, jobs, starts)
+
+    def cells_of(self, group: Group, jobs: list[Job], starts: CellStarts) -> Iterator[tuple[Job, Tensor]]:
+        """Run some jobs of a group: phase 1 for the whole group, phase 2 for each job."""
+        model, question, unpatched = self.model, self.question, self.unpatched
+        streams = run_patched_layers(model, group.cells, question, unpatched, starts)
+        for job in jobs:
+            first = job.positions.start - group.cells.positions.start
+            own = [stream[first : first + len(job.positions)] for stream in streams]
+            logits = run_to_the_end(model, job, question, own, unpatched, starts)  # [(row k),m,V]
+            metrics = question.measure(logits)
+            yield job, rearrange(metrics, "metric (row k) -> metric row k", row=len(job.rows))
+
+    def work(self, job: Job) -> int:
+        """What a job costs: positions times layers."""
+        question = self.question
+        layers = sum(question.n_layers - question.windows[row].start for row in job.rows)
+        return layers * len(job.positions) * (question.stop - job.positions.start)
+
+    def __str__(self) -> str:
+        if self.question.after_layers:
+            return "no cell in a forward of its own, as the site comes after all layers"
+        return "each cell from its layer and its position on, as a row of a batch"
+
+
+def run_patched_layers(
+    model: MambaTrace, cells: Job, question: Question, unpatched: Unpatched, starts: CellStarts
+) -> list[Tensor]:
+    """Phase 1: run cells through the layers that they patch; each layer runs only the cells that patch it.
+
+    Returns, for each row of the grid, the residual stream behind its last patched layer [k,l,D].
+    """
+    windows = question.windows[cells.rows.start : cells.rows.stop]
+    positions = torch.tensor(cells.positions, device="cpu")  # [k]
+    offsets = positions - starts.positions.start
+    steps = torch.arange(question.stop - cells.positions.start, device="cpu")
+    span = (positions[:, None] + steps).clamp(max=question.stop - 1)  # [k,l]: past its end, the last again
+
+    def places(layer: int) -> Tensor:
+        return repeat(offsets, "k -> (window k)", window=sum(layer in window for window in windows))
+
+    def starting(layer: int) -> list[Tensor]:
+        return [unpatched.streams[layer][span]] * sum(window.start == layer for window in windows)
+
+    first, last = windows[0].start, windows[-1].stop
+    rows = starting(first)  # [k,l,D] for each window that is under way
+    past = starts.start([places(layer) for layer in range(len(model.layers))])
+    with model.trace(inputs_embeds=joined(rows), cache=past, use_cache=False) as tracer:
+        streams = nnsight.save([])
+        for layer in range(last):
+            block = model.layers[layer]
+            if layer < first:
+                block.skip(block.input)
+                continue
+            new = starting(layer)
+            if layer > first:
+                block.input = joined([*rows, *new])
+            if unpatched.projected and (layer == first or not rows):  # every row is as in the unpatched run
+                block.ssm.in_proj.skip(unpatched.projected[layer][span].repeat(len(new), 1, 1))
+            patch(model, question, layer, starts.values[layer][offsets])
+            rows = list(block.resid_post.output.split(len(offsets)))
+            ended = sum(window.stop == layer + 1 for window in windows)
+            streams.extend(rows[:ended])
+            rows = rows[ended:]
+        tracer.stop()
+    return streams
+
+
+def patch(model: Any, question: Question, layer: int, values: Tensor) -> None:
+    """In a trace, put the source's values [k,...] into the rows of every window, at their first position."""
+    place = model.hook(question.patched.path(layer))
+    if question.patched.name == STATE:
+        h = place[0].output  # [B,E,N]
+        rearrange(h, "(window k) E N -> window k E N", k=len(values))[:] = values
+    else:
+        value = place.output  # [B,L,...]
+        rearrange(value, "(window k) L ... -> window k L ...", k=len(values))[:, :, 0] = values
+
+
+def joined(rows: list[Tensor]) -> Tensor:
+    """The rows [b,l,D] as one batch, on the device of the last, which is where they run next."""
+    return torch.cat([tensor.to(rows[-1].device) for tensor in rows])
+
+
+def run_to_the_end(
+    model: MambaTrace,
+    job: Job,
+    question: Question,
+    streams: list[Tensor],
+    unpatched: Unpatched,
+    starts: CellStarts,
+) -> Tensor:
+    """Phase 2: run the cells of a job through the layers above their patched ones.
+
+    Takes what phase 1 returned for these cells as ``streams``, [k,l,D] for each row of the grid. Returns the
+    logits of every cell, row by row of the grid, where a metric looks at them [(row k),m,V].
+    """
+    n_layers, positions = len(model.layers), torch.tensor(job.positions, device="cpu")
+    behind = [question.windows[row].stop for row in job.rows]
+    length = question.stop - job.positions.start
+
+    def joining(layer: int) -> list[Tensor]:
+        return [stream[:, :length] for stream, stop in zip(streams, behind, strict=True) if stop == layer]
+
+    def places(layer: int) -> Tensor:
+        offsets = positions - starts.positions.start
+        return repeat(offsets, "k -> (row k)", row=sum(stop <= layer for stop in behind))
+
+    looked_at = torch.tensor(question.looked_at, device="cpu")
+    ends = (looked_at - positions[:, None]).clamp(min=0)  # [k,m]: where each row has these positions
+    ends = repeat(ends, "k m -> (row k) m", row=len(job.rows))
+    first, past = behind[0], starts.start([places(layer) for layer in range(n_layers)])
+    with model.trace(inputs_embeds=torch.cat(joining(first)), cache=past, use_cache=False):
+        for layer in range(n_layers):
+            block = model.layers[layer]
+            if layer < first:
+                block.skip(block.input)
+            elif layer > first and joining(layer):
+                block.input = joined([block.input, *joining(layer)])  # [B,l,D]
+        stream = joined([model.norm_f.input, *(joining(n_layers) if first < n_layers else ())])
+        model.norm_f.input = stream[torch.arange(len(stream), device="cpu")[:, None], ends]  # [B,m,D]
+        logits = model.lm_head.output.save()  # [B,m,V]
+    before = looked_at < positions[:, None]  # [k,m]: before the row begins, logits are the unpatched run's
+    if not before.any():
+        return logits
+    before = repeat(before, "k m -> (row k) m 1", row=len(job.rows)).to(logits.device)
+    return torch.where(before, unpatched.logits[PROMPT], logits)

@@ -1,0 +1,178 @@
+"""Cells run in two phases, in bounded memory and no longer than they must, and are what traces give."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from allocations import PeakMemory
+from conftest import ModuleFactory, agree
+from grids import LONG, MINUS, OURS, PLUS, THEIRS, difference, grid_of, slow_grid
+from torch import Tensor
+from transformers import MambaConfig
+
+from mamba_trace import MambaTrace
+from mamba_trace.modeling.past import PastStates
+from mamba_trace.patching import PatchGrid, logit, logit_diff, patch_grid
+
+
+@pytest.mark.parametrize("site", ["h", "resid_pre", "conv", "B_bar", "resid_post", "write"])
+@pytest.mark.parametrize("window", [2, 3])
+def test_a_window_patches_layers_together(exact: MambaTrace, tiny_hf: ModuleFactory, site: str, window: int) -> None:
+    got = patch_grid(exact, OURS, THEIRS, site, logit_diff(exact, PLUS, MINUS), window=window, progress=False)
+    offsets = {2: range(0, 2), 3: range(-1, 2)}[window]
+    agree(got.values, slow_grid(tiny_hf(dtype=torch.float64), site, window=offsets), 1e-9)
+    assert got.window == window
+    assert (got.values - slow_grid(tiny_hf(dtype=torch.float64), site)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("site", ["h", "norm", "embeddings", "lm_head"])
+def test_metrics_see_the_positions_that_are_named(exact: MambaTrace, tiny_hf: ModuleFactory, site: str) -> None:
+    """Of these, some come before a patch and one after it."""
+    shapes = []
+
+    def spread(logits: Tensor) -> Tensor:  # [B,3,V]
+        shapes.append(logits.shape[1:])
+        return logits[:, 0, PLUS] - 2 * logits[:, 1, MINUS] + logits[:, 2, 1]
+
+    metrics = {"spread": spread, "first": lambda logits: logits[:, 0, 3]}
+    got = patch_grid(exact, OURS, THEIRS, site, metrics, metric_positions=[-2, 1, 3], progress=False)
+    module = tiny_hf(dtype=torch.float64)
+    expected = slow_grid(module, site, lambda logits: logits[1, PLUS] - 2 * logits[3, MINUS] + logits[4, 1])
+    assert list(got) == ["spread", "first"]
+    agree(got["spread"].values, expected, 1e-9)
+    agree(got["first"].values, slow_grid(module, site, lambda logits: logits[1, 3]), 1e-9)
+    assert set(shapes) == {(3, 31)}
+    one = patch_grid(exact, OURS, THEIRS, site, logit(exact, 4), metric_positions=-3, progress=False)
+    agree(one.values, slow_grid(module, site, lambda logits: logits[3, 4]), 1e-9)
+
+
+@pytest.mark.parametrize("looked_at", [-1, [1, -1]], ids=str)
+@pytest.mark.parametrize("site", ["h", "lm_head"])
+def test_metrics_may_do_anything_to_their_logits(tiny: MambaTrace, site: str, looked_at: Any) -> None:
+    """One that works in place changes neither what the others see nor what comes before a patch."""
+    own = torch.empty(0)
+
+    def first(logits: Tensor, token: int) -> Tensor:
+        return logits.reshape(len(logits), -1, logits.shape[-1])[:, 0, token]
+
+    def centred(logits: Tensor) -> Tensor:
+        logits -= logits.mean(-1, keepdim=True)
+        return first(logits, PLUS)
+
+    def plain(logits: Tensor) -> Tensor:
+        return first(logits, PLUS)
+
+    def in_one_place(logits: Tensor) -> Tensor:
+        own.resize_(len(logits)).copy_(first(logits, MINUS))
+        logits.zero_()
+        return own
+
+    def grids(metrics: dict[str, Any]) -> dict[str, Tensor]:
+        arguments: dict[str, Any] = {"metric_positions": looked_at, "progress": False}
+        found = patch_grid(tiny, LONG[:1], LONG[1:], site, metrics, **arguments)
+        return {name: grid.values for name, grid in found.items()}
+
+    metrics = {"again": in_one_place, "centred": centred, "plain": plain, "once more": in_one_place}
+    got = grids(metrics)
+    for name, metric in metrics.items():
+        assert torch.equal(got[name], grids({name: metric})[name])
+    assert torch.equal(got["plain"], grids({"plain": plain})["plain"])
+    assert torch.equal(got["again"], grids({"m": lambda logits: first(logits, MINUS)})["m"])
+
+
+@pytest.mark.parametrize("site", ["h", "delta"])
+def test_how_much_runs_at_once_changes_nothing(exact: MambaTrace, tiny_hf: ModuleFactory, site: str) -> None:
+    """With little memory, states are made for a stretch of positions at a time, and layers run apart."""
+    expected = slow_grid(tiny_hf(dtype=torch.float64), site, difference, prompt=LONG[:1], source=LONG[1:])
+    for limits in ({}, {"batch_size": 1}, {"batch_size": 7}, {"memory": 1}, {"memory": 200_000}):
+        agree(grid_of(exact, site, **limits).values, expected, 1e-9)
+
+
+@pytest.mark.parametrize("kernels", ["reference", "cpu"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_cell_is_what_a_trace_of_its_own_gives(tiny_hf: ModuleFactory, kernels: str, dtype: torch.dtype) -> None:
+    model = MambaTrace(tiny_hf(dtype=dtype), kernels=kernels)
+    got = grid_of(model).values
+    with torch.no_grad(), model.trace(LONG[1:]):
+        states = [layer.ssm.h.output for layer in model.layers].save()
+    for layer, position in [(0, 0), (0, 12), (1, 5), (2, 0), (2, 11)]:
+        with torch.no_grad(), model.trace(LONG[:1]):
+            model.layers[layer].ssm.h[position].output = states[layer][:, position]
+            logits = model.lm_head.output[0, -1].save()
+        expected = (logits[PLUS] - logits[MINUS]).float()
+        tolerance = 1e-5 if dtype == torch.float32 else 0.05  # less than the step of bfloat16 at these values
+        assert got[layer, position] == pytest.approx(float(expected), abs=tolerance)
+
+
+# -- what runs -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def rows_run(tiny: MambaTrace, monkeypatch: pytest.MonkeyPatch) -> list[list[tuple[int, ...]]]:
+    """The shapes [B,l] that every layer runs, in order; PyTorch hooks would make cells run whole."""
+    seen: list[list[tuple[int, ...]]] = [[] for _ in tiny.layers]
+    convolution = PastStates.convolution
+
+    def noted(self: PastStates, x_in: Tensor, *args: Any) -> Any:
+        seen[self.mixer.layer_idx].append((*x_in.shape[:2],))
+        return convolution(self, x_in, *args)
+
+    monkeypatch.setattr(PastStates, "convolution", noted)
+    return seen
+
+
+def test_no_layer_and_no_position_before_a_patch_runs_again(
+    tiny: MambaTrace, rows_run: list[list[tuple[int, ...]]]
+) -> None:
+    """With a forward for each position nothing is padded: rows join behind their layer, from there on."""
+    patch_grid(tiny, OURS, THEIRS, metric=logit(tiny, 3), batch_size=3, progress=False)
+    differ = 2  # where the prompts first do
+    for layer, shapes in enumerate(rows_run):
+        assert shapes[0] == (2, 6), "the unpatched runs"
+        patched, after = [(3, 4), (1, 1)], [(layer, 6 - position) for position in range(differ, 6)]
+        after = after if layer else []
+        assert shapes[1:] == [patched[0], *after[:3], patched[1], *after[3:]]
+
+
+def test_nothing_runs_past_the_last_position_that_is_looked_at(
+    tiny: MambaTrace, rows_run: list[list[tuple[int, ...]]]
+) -> None:
+    grid = patch_grid(tiny, OURS, THEIRS, metric=logit(tiny, 3), metric_positions=3, batch_size=3, progress=False)
+    assert rows_run[2][1:] == [(2, 2), (2, 2), (2, 1)], "patched together, and after each other to the end"
+    assert (grid.values[:, 4:] == grid.prompt_metric).all()
+
+
+def test_a_site_after_all_layers_costs_no_run(tiny: MambaTrace, rows_run: list[list[tuple[int, ...]]]) -> None:
+    patch_grid(tiny, OURS, THEIRS, "norm_f", logit(tiny, 3), progress=False)
+    assert rows_run[0] == [(2, 6)]
+
+
+def test_the_kernels_stay_fused_but_where_the_patch_is(tiny: MambaTrace) -> None:
+    patch_grid(tiny, OURS, THEIRS, "h", logit(tiny, 3), batch_size=1, progress=False)
+    patched = [run.reasons != [] for run in tiny.last_run]
+    assert patched == [True], "the last cell is in the last layer"
+
+
+# -- memory --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("site", ["h", "conv", "A_bar"])
+@pytest.mark.parametrize("length", [40, 100])
+def test_memory_is_bounded(site: str, length: int) -> None:
+    """By the bound, for each of activations, states and streams, and what two runs take, at every length."""
+    config = MambaConfig(num_hidden_layers=4, hidden_size=64, state_size=16, vocab_size=50)
+    model = MambaTrace.from_config(config)
+    tokens = torch.randint(1, 50, (2, length), generator=torch.Generator().manual_seed(0))
+    memory = 4 * 2**20
+
+    def sweep() -> PatchGrid:
+        return patch_grid(model, tokens[:1], tokens[1:], site, logit(model, 3), memory=memory, progress=False)
+
+    sweep()
+    streams = 4 * length * 64 * 4
+    both = 2 * length * (5 * 64 + 8 * 128) * 4  # what the unpatched runs of both prompts take
+    peak = PeakMemory.of(sweep).peak
+    assert peak < 3 * memory + streams + both
+    assert peak > memory / 2, "the bound is used, so it means something"
