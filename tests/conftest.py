@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import math
 import os
+from pathlib import Path
 from typing import Any, Protocol
 
 import pytest
@@ -21,9 +22,11 @@ from torch import Tensor
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports Triton, which reads it then
 
+import cuda_stand_ins
 from transformers import MambaConfig, MambaForCausalLM
 
 from mamba_trace import MambaTrace
+from mamba_trace.conversion.checkpoints import save_original
 
 BATCH, LENGTH, N_LAYERS = 3, 9, 3
 SIZES = {
@@ -108,12 +111,16 @@ def pair(tiny_hf: ModuleFactory, **changes: Any) -> tuple[MambaForCausalLM, Mamb
     return copy.deepcopy(module), MambaTrace(module)
 
 
-def agree(actual: Tensor, expected: Tensor, tolerance: float = 1e-5) -> None:
-    """Equal in shape, dtype and, within ``tolerance`` of the largest value, in numbers."""
-    assert actual.shape == expected.shape
-    assert actual.dtype == expected.dtype
-    largest = float(expected.detach().abs().max())
-    torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance * largest)
+def agree(actual: Tensor, expected: Tensor, tolerance: float = 1e-5, what: str = "the value") -> None:
+    """Equal in shape, dtype and, within ``tolerance`` of the largest value, in numbers.
+
+    An ``expected`` value in float64 may be the exact value of a computation in another dtype.
+    """
+    assert actual.shape == expected.shape, what
+    assert actual.dtype == expected.dtype or expected.dtype == torch.float64, what
+    actual, expected = actual.detach().double(), expected.detach().double()
+    error, largest = (float(t.abs().max()) if t.numel() else 0.0 for t in (actual - expected, expected))
+    assert error <= tolerance * largest, f"{what}: off by {error:.1e}, the largest value being {largest:.1e}"
 
 
 def layers_that_ran(model: MambaTrace) -> list[int]:
@@ -145,7 +152,39 @@ def tiny(tiny_hf: ModuleFactory) -> MambaTrace:
     return MambaTrace(tiny_hf())
 
 
+@pytest.fixture
+def exact(tiny_hf: ModuleFactory) -> MambaTrace:
+    """A new MambaTrace over ``tiny_hf()`` in float64, to compare with a reference in float64."""
+    return MambaTrace(tiny_hf(dtype=torch.float64))
+
+
+@pytest.fixture(scope="module")
+def exact_once(tiny_hf: ModuleFactory) -> MambaTrace:
+    """The same, made once for all tests of a file, none of which may change it."""
+    return MambaTrace(tiny_hf(dtype=torch.float64))
+
+
 @pytest.fixture(scope="session")
 def tokens() -> Tensor:
     """Token ids [3,9], none of them the padding token 0."""
     return torch.randint(1, SIZES["vocab_size"], (BATCH, LENGTH), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(params=["reference", "cpu", "cuda", "triton"])
+def each_backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Every choice of ``kernels``: those for GPUs as stand-ins (cuda) or interpreted (triton) on the CPU."""
+    if request.param == "cuda":
+        cuda_stand_ins.install(monkeypatch)
+    if request.param == "triton" and torch.cuda.is_available():
+        pytest.skip("Triton interprets its kernels on a CPU only where there is no GPU; see test_gpu")
+    return request.param
+
+
+@pytest.fixture(params=["original", "huggingface"])
+def folder(tiny_hf: ModuleFactory, tmp_path: Path, request: pytest.FixtureRequest) -> Path:
+    """The folder of a good checkpoint, in either format."""
+    if request.param == "original":
+        save_original(tiny_hf(), tmp_path / "checkpoint", safe_serialization=True)
+    else:
+        tiny_hf().save_pretrained(tmp_path / "checkpoint")
+    return tmp_path / "checkpoint"

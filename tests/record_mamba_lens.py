@@ -158,9 +158,7 @@ def run_and_save(model: Any, tokens: Tensor) -> tuple[Tensor, Values]:
     return logits, values
 
 
-def edit_tensor(
-    operation: Operation, clean: Values, other: Values, generator: torch.Generator
-) -> Tensor | None:
+def edit_tensor(operation: Operation, clean: Values, other: Values, generator: torch.Generator) -> Tensor | None:
     """The tensor that the operation takes, or None; for a value of zeros (h_start) it is plain noise."""
     name, op, *rest = operation
     value = clean[name]

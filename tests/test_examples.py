@@ -35,14 +35,13 @@ from mamba_trace.hooked.cache import ActivationCache
 from mamba_trace.lenses import LogitLens, StateLens
 from mamba_trace.patching import metrics
 from mamba_trace.patching.result import PatchGrid
-from mamba_trace.results import Report, Result, page
-from mamba_trace.results import results as results_module
+from mamba_trace.results import Report, Result, figure, heatmap, page, png, terminal
 from mamba_trace.results.heatmap import Heatmap
 
 #: What users call: of modules all public functions, of classes all public methods and properties.
 MODULES: tuple[ModuleType, ...] = (
     *(conversion, names, patching, losses, porting, scan, interventions, means, lenses, flow),
-    *(hidden_attention, results, results_module, page, metrics),
+    *(hidden_attention, results, heatmap, figure, png, terminal, page, metrics),
 )
 CLASSES: tuple[type, ...] = (
     *(MambaTrace, ActivationCache, Result, Report, PatchGrid),
@@ -51,8 +50,7 @@ CLASSES: tuple[type, ...] = (
 #: Public of name and no call for users: helpers that other modules share, and what nnsight's classes define.
 APART = {
     *("name_of", "named_metrics", "measured", "parse", "nearest", "public_path", "check", "check_state_dict"),
-    *("convolution", "causal_conv", "residuals_per_layer", "section", "class_named"),
-    *("write_page", "write_picture", "write_json", "write_safetensors", "read_json", "read_safetensors"),
+    *("convolution", "causal_conv", "residuals_per_layer"),
     *("labels", "heatmap", "output", "tokenizer_prepends_bos"),
 }
 
@@ -127,9 +125,7 @@ def test_what_is_no_call_for_users_is_there() -> None:
 
 
 @pytest.mark.parametrize("name", [name for name, text in public().items() if example_of(text).strip()])
-def test_the_example_runs(
-    name: str, space: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_example_runs(name: str, space: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     code = example_of(public()[name]).replace('"state-spaces/mamba-370m"', '"demo"')
     if '"demo"' in code or "figure().show()" in code:

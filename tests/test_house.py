@@ -146,3 +146,23 @@ LONGEST = 400
 def test_what_users_import_stays_where_it_is(module: str, names: str) -> None:
     found = importlib.import_module(module)
     assert not [name for name in names.split() if not hasattr(found, name)]
+
+
+def test_only_tracing_imports_submodules_of_nnsight() -> None:
+    """`tracing` is the one room that knows nnsight's internals; the others may ``import nnsight`` and no more."""
+    elsewhere = [
+        f"{module} imports {name}"
+        for module, path in MODULES.items()
+        if room(module) != "tracing"
+        for node in ast.walk(ast.parse(path.read_text()))
+        for name in foreign(node)
+        if name.startswith("nnsight.")
+    ]
+    assert not elsewhere
+
+
+def foreign(node: ast.AST) -> list[str]:
+    """The modules that an import names absolutely."""
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    return [str(node.module)] if isinstance(node, ast.ImportFrom) and not node.level else []

@@ -180,9 +180,7 @@ def test_what_comes_back_is_the_size_of_what_was_saved(
 ) -> None:
     sizes = []
     finalize = RemoteBackend.finalize
-    monkeypatch.setattr(
-        RemoteBackend, "finalize", lambda self, data: sizes.append(len(data)) or finalize(self, data)
-    )
+    monkeypatch.setattr(RemoteBackend, "finalize", lambda self, data: sizes.append(len(data)) or finalize(self, data))
     monkeypatch.setattr(CONFIG.API, "COMPRESS", False)
     with demo.trace(demo.to_tokens(PROMPT).repeat(1, 20), remote=host):
         last = demo.lm_head.output[:, -1].save()
@@ -207,11 +205,7 @@ def test_an_error_names_the_site(
         [demo.hook(hook).output for hook in hooks].save()
     # Only the server knows what a sandboxed block is late for, and says it with nnsight's error and path.
     late = sandboxed and names[-1] == "delta"
-    error = (
-        "OutOfOrderError: 'model.backbone.layers.1.mixer.delta"
-        if late
-        else f"Error: layers[1].ssm.{expected}"
-    )
+    error = "OutOfOrderError: 'model.backbone.layers.1.mixer.delta" if late else f"Error: layers[1].ssm.{expected}"
     assert error in str(raised.value)
 
 

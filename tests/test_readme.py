@@ -60,9 +60,7 @@ def test_the_first_block_prints_what_it_says(tmp_path: Path) -> None:
     script = tmp_path / "first.py"
     script.write_text(blocks()[0], encoding="utf-8")
     run = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True, timeout=300)
-    edited, plain = re.findall(
-        r"print\(.*# ('.*?'); without the edit it is ('.*?')$", blocks()[0], re.MULTILINE
-    )[0]
+    edited, plain = re.findall(r"print\(.*# ('.*?'); without the edit it is ('.*?')$", blocks()[0], re.MULTILINE)[0]
     assert run.stdout.strip() == edited, run.stderr
     without = [line for line in blocks()[0].splitlines() if "[:] = 0" not in line]
     script.write_text("\n".join(without), encoding="utf-8")

@@ -52,8 +52,7 @@ Max Mike Neil Nick Noah Olga Pam Patrick Rachel Ray Rita Ryan Sam Scott Sean Ste
 """.split()
 
 LEADS = (
-    "Lately, Recently, Yesterday, Today, Earlier, Once, Then, Afterwards, Last week, This morning, One day, "
-    "In May"
+    "Lately, Recently, Yesterday, Today, Earlier, Once, Then, Afterwards, Last week, This morning, One day, In May"
 ).split(", ")
 
 PLACES = (

@@ -133,9 +133,7 @@ def traces(model: MambaTrace, tokens: Tensor) -> dict[str, Contender]:
     }
 
 
-def contenders(
-    plain: MambaForCausalLM, model: MambaTrace, lens: MambaLens | None, length: int
-) -> dict[str, Contender]:
+def contenders(plain: MambaForCausalLM, model: MambaTrace, lens: MambaLens | None, length: int) -> dict[str, Contender]:
     """All that are timed at one length, in the order in which they run."""
     tokens = prompt(plain, model, length)
     runs: dict[str, Contender] = {"floor": floor(plain, length)}

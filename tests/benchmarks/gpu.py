@@ -148,9 +148,7 @@ def versions() -> dict[str, str]:
 @torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--lengths", type=int, nargs="+", default=[128, 512, 2048], help="tokens of the prompt"
-    )
+    parser.add_argument("--lengths", type=int, nargs="+", default=[128, 512, 2048], help="tokens of the prompt")
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--kernels", default="auto", help="which scan runs: auto or a backend")

@@ -81,9 +81,7 @@ def beside_mamba_lens(lens: Any, model: MambaTrace, pair: tuple[Tensor, Tensor])
     return {"ms": round(float(ms)), "largest difference": float(difference), "spread": float(spread)}
 
 
-def compared(
-    model: MambaTrace, pair: tuple[Tensor, Tensor], first: int, lens: Any, repeats: int
-) -> dict[str, Any]:
+def compared(model: MambaTrace, pair: tuple[Tensor, Tensor], first: int, lens: Any, repeats: int) -> dict[str, Any]:
     """All times for one pair of prompts, printed and returned."""
     metric = logit_diff(model, PLUS, MINUS)
     runs: dict[str, Contender] = {

@@ -100,9 +100,7 @@ def table_of_times(found: dict[str, list[dict[str, float]]]) -> str:
     lines = [f"  {'us/token':>8}" + "".join(f"{kind:>36}" for kind in found)]
     lines.append(f"  {'L':>8}" + f"{'median':>10}{'best':>8}{'ratio':>8}{'of bests':>10}" * len(found))
     for rows in zip(*found.values(), strict=True):
-        cells = (
-            f"{row['us']:10.2f}{row['best']:8.2f}{row['ratio']:8.2f}{row['best_ratio']:10.2f}" for row in rows
-        )
+        cells = (f"{row['us']:10.2f}{row['best']:8.2f}{row['ratio']:8.2f}{row['best_ratio']:10.2f}" for row in rows)
         lines.append(f"  {rows[0]['length']:8}" + "".join(cells))
     return "\n".join(lines)
 

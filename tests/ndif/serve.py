@@ -131,15 +131,11 @@ class Server:
     def spawn(self, *command: str) -> None:
         """Start a service that runs until `stop`."""
         log = (self.folder / f"{Path(command[0]).name}.log").open("wb")
-        self.processes.append(
-            subprocess.Popen(command, env=self.env, stdout=log, stderr=log, cwd=self.folder)
-        )
+        self.processes.append(subprocess.Popen(command, env=self.env, stdout=log, stderr=log, cwd=self.folder))
 
     def run(self, *command: str) -> None:
         """Run a command to its end."""
-        done = subprocess.run(
-            command, env=self.env, cwd=self.folder, capture_output=True, text=True, timeout=240
-        )
+        done = subprocess.run(command, env=self.env, cwd=self.folder, capture_output=True, text=True, timeout=240)
         if done.returncode:
             raise RuntimeError(f"{' '.join(command)}:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
 

@@ -30,9 +30,7 @@ _, filtered = model.run_with_cache(tokens, names_filter=lambda name: name.endswi
 ys = list(filtered.items())
 _, listed = model.run_with_cache(tokens, names_filter=["blocks.1.hook_conv", "blocks.0.hook_C"])
 conv, C = listed["blocks.1.hook_conv"], listed["blocks.0.hook_C"]
-_, by_layer = model.run_with_cache(
-    tokens, names_filter=[f"blocks.{layer}.hook_resid_post" for layer in range(3)]
-)
+_, by_layer = model.run_with_cache(tokens, names_filter=[f"blocks.{layer}.hook_resid_post" for layer in range(3)])
 lens = torch.stack([by_layer["resid_post", layer] for layer in range(3)])
 from_the_end = by_layer["resid_post", -1]
 everything = model.run_with_cache(tokens)[1]

@@ -49,9 +49,7 @@ out_of_order = model.run_with_hooks(
     ],
 )
 every_state = model.run_with_hooks(tokens, fwd_hooks=[(lambda name: "hook_h." in name, halve)])
-some_layers = model.run_with_hooks(
-    tokens, fwd_hooks=[(f"blocks.{layer}.hook_conv", halve) for layer in (2, 1)]
-)
+some_layers = model.run_with_hooks(tokens, fwd_hooks=[(f"blocks.{layer}.hook_conv", halve) for layer in (2, 1)])
 two_lists = [("blocks.{}.hook_skip".format(i), halve) for i in range(N_LAYERS)]
 mixed = model.run_with_hooks(tokens, fwd_hooks=two_lists + [("blocks.1.hook_h.2", clear_first)])
 

@@ -36,7 +36,5 @@ for layer in tqdm(range(model.cfg.n_layers)):
     for position in range(L):
         hook_name = f"blocks.{layer}.hook_h.{position}"
         hook_fn = partial(patch_state, layer=layer, position=position)
-        patched = model.run_with_hooks(
-            clean_tokens, fwd_hooks=[(hook_name, hook_fn)], fast_ssm=True, fast_conv=True
-        )
+        patched = model.run_with_hooks(clean_tokens, fwd_hooks=[(hook_name, hook_fn)], fast_ssm=True, fast_conv=True)
         grid[layer, position] = 1 - (difference(patched) - low) / (high - low)
