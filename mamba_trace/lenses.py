@@ -31,7 +31,7 @@ from torch import Tensor
 
 from .arguments.prompts import prompt_tokens, single_token, token_strings
 from .arguments.selection import layer_numbers
-from .errors import PromptError
+from .errors import ArgumentError
 from .modeling.effective import epsilon_of, input_dtype, norm_weight, without_bias
 from .results.heatmap import Heatmap
 from .results.result import Result
@@ -145,8 +145,8 @@ def logit_lens(model: MambaTrace, prompt: str | Tensor, *, token: str | int | No
         Rows ``"embedding"``, ``"0"``, ``"1"``, ...: [n_layers+1,L].
 
     Raises:
-        PromptError: before anything runs, if this is not one prompt or not one token, or ``top`` is not from
-            1 to V.
+        PromptError: before anything runs, if this is not one prompt or not one token.
+        ArgumentError: if ``top`` is not from 1 to V.
         RuntimeError: inside a trace.
 
     Example::
@@ -197,7 +197,7 @@ def state_lens(
         A row for each layer: [C,L].
 
     Raises:
-        PromptError, RuntimeError: as `logit_lens`.
+        PromptError, ArgumentError, RuntimeError: as `logit_lens`.
         LayerError: before anything runs, if the model has no such layer.
 
     Example::
@@ -267,7 +267,8 @@ class Cells:
         probable: keep probabilities, too.
 
     Raises:
-        PromptError: if ``token`` is not a single token, or ``top`` is not from 1 to V.
+        PromptError: if ``token`` is not a single token.
+        ArgumentError: if ``top`` is not from 1 to V.
     """
 
     def __init__(self, model: MambaTrace, token: str | int | None, top: int, probable: bool = False) -> None:
@@ -275,7 +276,7 @@ class Cells:
         self.chosen = None if token is None else single_token(model, token)
         size = model.config.vocab_size
         if not 1 <= top <= size:
-            raise PromptError(f"top={top}: a lens keeps from 1 to {size} tokens, the size of the vocabulary")
+            raise ArgumentError(f"top={top}: a lens keeps from 1 to {size} tokens, the size of the vocabulary")
         self.logits: list[Tensor] = []  # [L] each
         self.top_ids: list[Tensor] = []  # [L,K] each
         self.top_logits: list[Tensor] = []

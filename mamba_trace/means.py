@@ -20,7 +20,7 @@ from .arguments.prompts import prompt_of
 from .arguments.selection import Layers, layer_numbers
 from .errors import ArgumentError, LayerError, PromptError, SiteValueError, UnknownSiteError
 from .names import nearest
-from .sites import BY_HOOK, BY_NAME, Site, describe_axes
+from .sites import BY_HOOK, BY_NAME, Site, describe_axes, site_named
 from .tracing.one_run import refuse_inside_a_trace
 
 if TYPE_CHECKING:
@@ -133,7 +133,7 @@ def add_batch(
 
 def averaged_site(name: str) -> Site:
     """The site with a name or hook name. Raises `UnknownSiteError`, or `SiteValueError` if it has no B."""
-    site = BY_NAME.get(name) or BY_HOOK.get(name)
+    site = site_named(name)
     if site is None:
         raise UnknownSiteError(
             f"no site is called {name!r}{nearest(str(name), [*BY_NAME, *BY_HOOK])}. A mean is of one site at "

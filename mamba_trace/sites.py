@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 Scope = Literal["model", "block", "mixer"]
 
@@ -190,9 +190,9 @@ BY_HOOK: dict[str, Site] = {site.hook: site for site in SITES}
 _INDEX = {site.name: index for index, site in enumerate(SITES)}
 
 
-def site_named(name: str) -> Site | None:
+def site_named(name: Any) -> Site | None:
     """The site of a name or a hook name without its layer, ``"conv"`` or ``"hook_conv"``, if there is one."""
-    return BY_NAME.get(name) or BY_HOOK.get(name)
+    return (BY_NAME.get(name) or BY_HOOK.get(name)) if isinstance(name, str) else None
 
 
 def in_scope(scope: Scope) -> tuple[Site, ...]:

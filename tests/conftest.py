@@ -112,12 +112,14 @@ def pair(tiny_hf: ModuleFactory, **changes: Any) -> tuple[MambaForCausalLM, Mamb
 
 
 def agree(actual: Tensor, expected: Tensor, tolerance: float = 1e-5, what: str = "the value") -> None:
-    """Equal in shape, dtype and, within ``tolerance`` of the largest value, in numbers.
+    """Equal in shape, dtype and, within ``tolerance`` of the largest value, in numbers."""
+    assert actual.dtype == expected.dtype, what
+    near(actual, expected, tolerance, what)
 
-    An ``expected`` value in float64 may be the exact value of a computation in another dtype.
-    """
+
+def near(actual: Tensor, expected: Tensor, tolerance: float, what: str = "the value") -> None:
+    """`agree` for an ``expected`` value in float64, which is the exact value of ``actual`` in any dtype."""
     assert actual.shape == expected.shape, what
-    assert actual.dtype == expected.dtype or expected.dtype == torch.float64, what
     actual, expected = actual.detach().double(), expected.detach().double()
     error, largest = (float(t.abs().max()) if t.numel() else 0.0 for t in (actual - expected, expected))
     assert error <= tolerance * largest, f"{what}: off by {error:.1e}, the largest value being {largest:.1e}"

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import MambaForCausalLM
 
 from mamba_trace import MambaTrace
-from mamba_trace.errors import LayerError, PromptError
+from mamba_trace.errors import ArgumentError, LayerError, PromptError
 from mamba_trace.lenses import LogitLens, StateLens, logit_lens, state_lens
 
 PROMPT = "Lately, Emma and Shelby had fun at school. Shelby gave an apple to"
@@ -299,8 +299,8 @@ def test_the_model_s_own_head_is_not_run_again(model: MambaTrace, prompt: Tensor
         (torch.ones(2, 4, dtype=torch.long), {}, PromptError, "one prompt"),
         (PROMPT, {"token": " Emma and"}, PromptError, "2 tokens"),
         (PROMPT, {"token": 344}, PromptError, "not in the vocabulary"),
-        (PROMPT, {"top": 0}, PromptError, "top=0: a lens keeps from 1 to 344"),
-        (PROMPT, {"top": 345}, PromptError, "top=345"),
+        (PROMPT, {"top": 0}, ArgumentError, "top=0: a lens keeps from 1 to 344"),
+        (PROMPT, {"top": 345}, ArgumentError, "top=345"),
     ],
     ids=["empty", "several", "batch", "two tokens", "no token", "no top", "wide top"],
 )

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import agree
+from conftest import near
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -78,8 +78,8 @@ def test_both_scans_are_the_definition(B: int, L: int, E: int, N: int, seed: int
     y, h_last, _ = by_definition(inputs)
     for actual_y, actual_h in run_both(inputs):
         assert actual_y.dtype == actual_h.dtype == torch.float64
-        agree(actual_y, y, FLOAT64)
-        agree(actual_h, h_last, FLOAT64)
+        near(actual_y, y, FLOAT64)
+        near(actual_h, h_last, FLOAT64)
 
 
 def test_float32_is_as_near_as_float32_is() -> None:
@@ -87,8 +87,8 @@ def test_float32_is_as_near_as_float32_is() -> None:
     y, h_last, _ = by_definition(inputs)
     for actual_y, actual_h in run_both({name: tensor.float() for name, tensor in inputs.items()}):
         assert actual_y.dtype == actual_h.dtype == torch.float32
-        agree(actual_y, y, FLOAT32)
-        agree(actual_h, h_last, FLOAT32)
+        near(actual_y, y, FLOAT32)
+        near(actual_h, h_last, FLOAT32)
 
 
 def test_without_h_start_the_state_begins_at_zero() -> None:
@@ -96,7 +96,7 @@ def test_without_h_start_the_state_begins_at_zero() -> None:
     zero = inputs | {"h_start": torch.zeros_like(inputs["h_start"])}
     for scan, names in ((selective_scan, SELECTIVE), (explicit_scan, EXPLICIT)):
         for actual, expected in zip(scan(*pick(inputs, names)[:-1]), by_definition(zero)[:2], strict=True):
-            agree(actual, expected, FLOAT64)
+            near(actual, expected, FLOAT64)
 
 
 @pytest.mark.parametrize("h_start", [True, False])
@@ -123,12 +123,12 @@ def test_any_strides_will_do() -> None:
     for contiguous, other in zip(
         run_both(inputs), run_both({name: strided(tensor) for name, tensor in inputs.items()}), strict=True
     ):
-        agree(other[0], contiguous[0], FLOAT64)
-        agree(other[1], contiguous[1], FLOAT64)
+        near(other[0], contiguous[0], FLOAT64)
+        near(other[1], contiguous[1], FLOAT64)
     broadcast = inputs | {"delta": inputs["delta"][:1, :1, :1].expand_as(inputs["delta"])}  # strides of 0
     y, h_last, _ = by_definition(discretised(broadcast))
-    agree(selective_scan(*pick(broadcast, SELECTIVE))[0], y, FLOAT64)
-    agree(selective_scan(*pick(broadcast, SELECTIVE))[1], h_last, FLOAT64)
+    near(selective_scan(*pick(broadcast, SELECTIVE))[0], y, FLOAT64)
+    near(selective_scan(*pick(broadcast, SELECTIVE))[1], h_last, FLOAT64)
 
 
 @pytest.mark.parametrize("dtype", HALF)
@@ -138,13 +138,13 @@ def test_half_precision_is_accumulated_in_float32(dtype: torch.dtype) -> None:
     y, h_last, _ = by_definition(exact)
     actual_y, actual_h = selective_scan(*pick(inputs, SELECTIVE))
     assert actual_y.dtype == actual_h.dtype == torch.float32
-    agree(actual_y, y, FLOAT32)
-    agree(actual_h, h_last, FLOAT32)
+    near(actual_y, y, FLOAT32)
+    near(actual_h, h_last, FLOAT32)
     y, h_last, _ = by_definition({name: tensor.double() for name, tensor in inputs.items()})
     actual_y, actual_h = explicit_scan(*pick(inputs, EXPLICIT))
     assert actual_y.dtype == actual_h.dtype == torch.float32
-    agree(actual_y, y, FLOAT32)
-    agree(actual_h, h_last, FLOAT32)
+    near(actual_y, y, FLOAT32)
+    near(actual_h, h_last, FLOAT32)
 
 
 @pytest.mark.parametrize(("scan", "names"), [(selective_scan, SELECTIVE), (explicit_scan, EXPLICIT)])
@@ -183,8 +183,8 @@ def test_segments_join_to_the_whole(L: int, cuts: set[int], seed: int) -> None:
             part, h = one.run(start, stop, h)
             parts.append(part)
             start = stop
-        agree(torch.cat(parts, 1), y, FLOAT64)
-        agree(h, h_last, FLOAT64)
+        near(torch.cat(parts, 1), y, FLOAT64)
+        near(h, h_last, FLOAT64)
 
 
 @pytest.mark.parametrize(("start", "stop"), [(0, 7), (0, 3), (2, 5), (6, 7), (4, 4)])
@@ -194,11 +194,11 @@ def test_states_are_those_of_each_position(start: int, stop: int) -> None:
     before = inputs["h_start"] if start == 0 else trajectory[:, start - 1]
     for one in recurrences(inputs):
         out, states = one.states(start, stop, before)
-        agree(out, y[:, start:stop], FLOAT64)
-        agree(states, trajectory[:, start:stop], FLOAT64)
-        agree(one.read(states, slice(start, stop)), y[:, start:stop], FLOAT64)
-        agree(one.read(trajectory[:, 3], 3), y[:, 3], FLOAT64)
-        agree(one.read(trajectory), y, FLOAT64)
+        near(out, y[:, start:stop], FLOAT64)
+        near(states, trajectory[:, start:stop], FLOAT64)
+        near(one.read(states, slice(start, stop)), y[:, start:stop], FLOAT64)
+        near(one.read(trajectory[:, 3], 3), y[:, 3], FLOAT64)
+        near(one.read(trajectory), y, FLOAT64)
 
 
 @pytest.mark.parametrize("cut", [0, 3, 7])
@@ -212,7 +212,7 @@ def test_the_gradients_of_watched_matrices_are_those_of_explicit_ones(cut: int) 
         score = torch.cat((before, after), 1).square().sum() + h.square().sum() + h_last.pow(3).sum()
         gradients.append(torch.autograd.grad(score, leaves))
     for explicit, watched in zip(*gradients, strict=True):
-        agree(watched, explicit, FLOAT64)
+        near(watched, explicit, FLOAT64)
 
 
 def stretches(model: MambaTrace) -> list[list[int]]:

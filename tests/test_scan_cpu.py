@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import near
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -64,12 +65,8 @@ def exact(inputs: list[Tensor]) -> dict[str, Tensor]:
 
 
 def close(actual: Tensor, expected: Tensor, what: str, tolerance: float = TOLERANCE) -> None:
-    assert actual.shape == expected.shape, what
     assert actual.dtype == torch.float32, what
-    if not expected.numel():
-        return
-    error, largest = (actual.double() - expected).abs().max(), expected.abs().max()
-    assert error <= tolerance * largest, f"{what}: {float(error / largest):.1e} of the largest value"
+    near(actual, expected, tolerance, what)
 
 
 def score(scan: Any, inputs: list[Tensor], through: str) -> Tensor:
@@ -104,7 +101,7 @@ def test_values_are_those_of_float64(shape: tuple[int, ...]) -> None:
     inputs = arguments(*shape)
     actual, expected = everything(cpu, inputs), exact(inputs)
     for name in RESULTS:
-        close(actual[name], expected[name], name)
+        close(actual[name], expected[name], what=name)
 
 
 @pytest.mark.parametrize("through", RESULTS)
@@ -114,7 +111,7 @@ def test_gradients_are_those_of_float64(shape: tuple[int, ...], through: str) ->
     actual = gradients(cpu, inputs, through)
     expected = gradients(reference, [tensor.double() for tensor in inputs], through)
     for name in NAMES:
-        close(actual[name], expected[name], f"gradient of {name}")
+        close(actual[name], expected[name], what=f"gradient of {name}")
         if name != "C" or through == "y":
             assert bool(actual[name].any()), f"no gradient of {name}"
 
@@ -129,7 +126,7 @@ def test_gradients_through_all_results_at_once() -> None:
         total = y.square().sum() + h_last.sum() + (also_y * states.sum(-1)).sum() + states[:, 30].sum()
         grads.append(torch.autograd.grad(total, leaves))
     for name, actual, expected in zip(NAMES, *grads, strict=True):
-        close(actual, expected, f"gradient of {name}")
+        close(actual, expected, what=f"gradient of {name}")
 
 
 @pytest.mark.parametrize(("B", "L"), [(0, 5), (2, 0), (0, 0)])
@@ -156,7 +153,7 @@ def test_without_h_start_the_state_begins_at_zero() -> None:
     actual = torch.autograd.grad(cpu.selective_scan(*leaves)[0].sum(), leaves)
     expected = torch.autograd.grad(reference.selective_scan(*doubles)[0].sum(), doubles)
     for name, one, other in zip(NAMES, actual, expected, strict=False):
-        close(one, other, f"gradient of {name}")
+        close(one, other, what=f"gradient of {name}")
 
 
 def strided(tensor: Tensor) -> Tensor:
@@ -183,11 +180,11 @@ def test_broadcast_arguments_and_broadcast_gradients() -> None:
     broadcast = [x, delta[:1, :1, :1].expand_as(delta), A, B[:1].expand_as(B), C, h_start]  # strides of 0
     expected = exact(broadcast)
     for name, actual in everything(cpu, broadcast).items():
-        close(actual, expected[name], name)
+        close(actual, expected[name], what=name)
     leaf, double = x.clone().requires_grad_(), x.double().requires_grad_()
     cpu.selective_scan(leaf, *broadcast[1:])[0].sum().backward()  # sum's gradient has strides of 0
     reference.selective_scan(double, *[t.double() for t in broadcast[1:]])[0].sum().backward()
-    close(leaf.grad, double.grad, "gradient of x")
+    close(leaf.grad, double.grad, what="gradient of x")
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -195,7 +192,7 @@ def test_half_precision_comes_in_and_float32_goes_out(dtype: torch.dtype) -> Non
     inputs = [tensor.to(dtype) for tensor in arguments(2, 65, 17, 5)]
     expected = exact(inputs)
     for name, actual in everything(cpu, inputs).items():
-        close(actual, expected[name], name)
+        close(actual, expected[name], what=name)
     doubles = gradients(reference, [tensor.double() for tensor in inputs], "y")
     for name, actual in gradients(cpu, inputs, "y").items():
         assert actual.dtype == dtype  # of the argument, as autograd has it
@@ -215,7 +212,7 @@ def test_extreme_steps_give_numbers(step: float) -> None:
     expected = exact(inputs)
     for name, actual in everything(cpu, inputs).items():
         assert bool(actual.isfinite().all()), name
-        close(actual, expected[name], name)
+        close(actual, expected[name], what=name)
     for through in RESULTS:
         for name, grad in gradients(cpu, inputs, through).items():
             assert bool(grad.isfinite().all()), f"gradient of {name} through {through}"
@@ -254,7 +251,7 @@ def test_threads_change_no_bit(shape: tuple[int, ...], pool: str, monkeypatch: p
     for through in RESULTS:
         for name, grad in gradients(cpu, inputs, through).items():
             if name in ("B", "C"):  # sums over channels, which the threads share out
-                close(grads[through][name], grad.double(), f"gradient of {name}", 1e-6)
+                close(grads[through][name], grad.double(), what=f"gradient of {name}", tolerance=1e-6)
             else:
                 assert torch.equal(grads[through][name], grad), name
 
@@ -277,8 +274,8 @@ def test_five_thousand_positions() -> None:
     inputs = arguments(1, 5000, 17, 3)
     y, h_last = cpu.selective_scan(*inputs)
     expected_y, expected_h = reference.selective_scan(*[tensor.double() for tensor in inputs])
-    close(y, expected_y, "y")
-    close(h_last, expected_h, "h_last")
+    close(y, expected_y, what="y")
+    close(h_last, expected_h, what="h_last")
 
 
 @pytest.mark.parametrize("L", [16384, 65536])
@@ -286,7 +283,7 @@ def test_a_long_prompt(L: int) -> None:
     inputs = arguments(1, L, 3, 2)
     expected = reference.selective_scan(*[tensor.double() for tensor in inputs])
     for name, actual, other in zip(("y", "h_last"), cpu.selective_scan(*inputs), expected, strict=True):
-        close(actual, other, name)
+        close(actual, other, what=name)
 
 
 def test_the_inputs_are_left_alone() -> None:
@@ -428,7 +425,7 @@ def test_the_gated_scan_is_that_of_float64(shape: tuple[int, ...], from_zero: bo
     for name, actual, expected in zip(
         ("out", "h_last"), cpu.gated_scan(*inputs), reference.gated_scan(*double(inputs)), strict=True
     ):
-        close(actual, expected, name)
+        close(actual, expected, what=name)
 
 
 def test_the_gated_scan_takes_the_views_that_a_mixer_has() -> None:
@@ -464,7 +461,7 @@ def test_gradients_of_the_gated_scan(which: int) -> None:
         if expected is None:
             assert actual is None or not actual.any(), name
         else:
-            close(actual, expected, f"gradient of {name}", 2e-5)
+            close(actual, expected, what=f"gradient of {name}", tolerance=2e-5)
 
 
 @pytest.mark.parametrize("delta_2", [-1e4, -200.0, -30.0, 30.0, 1e4, 3e38])
@@ -476,7 +473,7 @@ def test_extreme_steps_before_softplus(delta_2: float) -> None:
         ("out", "h_last"), cpu.gated_scan(*inputs), reference.gated_scan(*double(inputs)), strict=True
     ):
         assert bool(actual.isfinite().all()), name
-        close(actual, expected, name)
+        close(actual, expected, what=name)
 
 
 def test_softplus_is_precise_however_small() -> None:
@@ -513,7 +510,7 @@ def test_the_explicit_scan_is_that_of_float64(shape: tuple[int, ...]) -> None:
         for run in ("explicit_scan", "explicit_states"):
             results = getattr(cpu, run)(*given), getattr(reference, run)(*double(given))
             for name, actual, expected in zip(("y", "second"), *results, strict=True):
-                close(actual, expected, f"{name} of {run}")
+                close(actual, expected, what=f"{name} of {run}")
 
 
 @pytest.mark.parametrize("run", ["explicit_scan", "explicit_states"])
@@ -530,7 +527,7 @@ def test_gradients_of_the_explicit_scan(shape: tuple[int, ...], run: str) -> Non
         )
         grads.append(torch.autograd.grad(score, leaves))
     for name, actual, expected in zip(EXPLICIT, *grads, strict=True):
-        close(actual, expected, f"gradient of {name}")
+        close(actual, expected, what=f"gradient of {name}")
 
 
 def test_second_derivatives_of_the_explicit_scan() -> None:
@@ -542,7 +539,7 @@ def test_second_derivatives_of_the_explicit_scan() -> None:
         first = torch.autograd.grad(y.pow(2).sum() + h_last.pow(3).sum(), leaves, create_graph=True)
         products.append(torch.autograd.grad(sum(grad.pow(2).sum() for grad in first), leaves))
     for name, expected, actual in zip(EXPLICIT, *products, strict=True):
-        close(actual, expected, name)
+        close(actual, expected, what=name)
 
 
 def test_the_explicit_scan_takes_any_strides() -> None:
@@ -579,8 +576,8 @@ def test_the_convolution_is_pytorch_s(L: int, K: int, before: bool, bias: bool, 
         wanted = [leaf for leaf in leaves if leaf is not None]
         grads.append((result, torch.autograd.grad(result.pow(2).sum(), wanted)))
     (actual, gradient), (expected, expected_gradient) = grads
-    close(actual.detach(), expected.detach(), "conv")
+    close(actual.detach(), expected.detach(), what="conv")
     for one, other in zip(gradient, expected_gradient, strict=True):
-        close(one, other, "a gradient")
+        close(one, other, what="a gradient")
     with torch.no_grad():
         assert torch.equal(cpu.causal_conv(*given, activate=activate), actual)

@@ -5,6 +5,7 @@ What the real kernels compute is tested in test_gpu.py; here it is what they are
 
 from __future__ import annotations
 
+import functools
 import re
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from typing import Any
 import cuda_stand_ins
 import pytest
 import torch
+from conftest import near
 from cuda_stand_ins import StandIns
 from torch import Tensor
 
@@ -64,11 +66,7 @@ def doubled(inputs: list[Tensor]) -> list[Tensor]:
     return [tensor.detach().double() for tensor in inputs]
 
 
-def close(actual: Tensor, expected: Tensor, what: str, tolerance: float = TOLERANCE) -> None:
-    assert actual.shape == expected.shape, what
-    assert bool(actual.isfinite().all()), what
-    error, largest = (actual.double() - expected).abs().max(), expected.abs().max()
-    assert error <= tolerance * largest, f"{what}: {float(error / largest):.1e} of the largest value"
+close = functools.partial(near, tolerance=TOLERANCE)
 
 
 def weights(result: Tensor) -> Tensor:
@@ -91,14 +89,14 @@ def compare(function: str, inputs: list[Tensor], tolerance: float = TOLERANCE) -
     actual = getattr(cuda, function)(*inputs)
     expected = getattr(reference, function)(*doubled(inputs))
     for name, one, other in zip(("first result", "second result"), actual, expected, strict=True):
-        close(one, other, f"{name} of {function}", tolerance)
+        close(one, other, what=f"{name} of {function}", tolerance=tolerance)
 
 
 def compare_gradients(function: str, inputs: list[Tensor], through: str) -> None:
     actual = gradients(getattr(cuda, function), inputs, through)
     expected = gradients(getattr(reference, function), doubled(inputs), through)
     for name, one, other in zip(NAMES[function], actual, expected, strict=False):
-        close(one, other, f"gradient of {name} through {through} of {function}")
+        close(one, other, what=f"gradient of {name} through {through} of {function}")
 
 
 # -- values and gradients --------------------------------------------------------------------------------
@@ -150,7 +148,7 @@ def test_one_argument_alone_may_ask_for_its_gradient(function: str) -> None:
         leaves = [tensor.detach().requires_grad_(i == index) for i, tensor in enumerate(inputs)]
         first, second = getattr(cuda, function)(*leaves)
         total = (first * weights(first)).sum() + (second * weights(second)).sum()
-        close(torch.autograd.grad(total, leaves[index])[0], expected[index].double(), name, 1e-6)
+        close(torch.autograd.grad(total, leaves[index])[0], expected[index].double(), what=name, tolerance=1e-6)
 
 
 @pytest.mark.usefixtures("kernels")
@@ -167,7 +165,7 @@ def test_second_derivatives_are_those_of_the_reference(function: str) -> None:
         grads = torch.autograd.grad(total, leaves, create_graph=True)
         found.append(torch.autograd.grad(sum(grad.square().sum() for grad in grads), leaves))
     for name, actual, expected in zip(NAMES[function], *found, strict=True):
-        close(actual, expected, f"second derivative of {name}")
+        close(actual, expected, what=f"second derivative of {name}")
 
 
 def strided(tensor: Tensor) -> Tensor:
@@ -224,14 +222,14 @@ def test_half_precision_is_rounded_once(function: str, start: bool, dtype: torch
     assert second.dtype == torch.float32
     expected = getattr(reference, function)(*doubled(inputs))
     rounding = torch.finfo(dtype).eps if function == "gated_scan" else TOLERANCE
-    close(first, expected[0], "first result", rounding)
-    close(second, expected[1], "second result")
+    close(first, expected[0], what="first result", tolerance=rounding)
+    close(second, expected[1], what="second result")
     exact = gradients(getattr(reference, function), doubled(inputs), "first")
     for name, actual, other in zip(
         NAMES[function], gradients(getattr(cuda, function), inputs, "first"), exact, strict=False
     ):
         assert actual.dtype == dtype
-        close(actual, other, name, 4 * torch.finfo(dtype).eps)
+        close(actual, other, what=name, tolerance=4 * torch.finfo(dtype).eps)
 
 
 @pytest.mark.usefixtures("kernels")
@@ -370,7 +368,7 @@ def test_the_convolution(L: int, K: int, bias: bool, before: bool, activate: boo
     expected = found[-1]
     for result in found[:2]:
         for index, (one, other) in enumerate(zip(result, expected, strict=True)):
-            close(one, other, f"result {index}")
+            close(one, other, what=f"result {index}")
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -378,7 +376,7 @@ def test_the_convolution_in_half_precision(kernels: StandIns, dtype: torch.dtype
     inputs = convolution(7, 4, True, True, dtype)
     out = cuda.causal_conv(*inputs, activate=True)
     assert out.dtype == dtype
-    close(out, reference.causal_conv(*doubled(inputs), activate=True), "conv", torch.finfo(dtype).eps)
+    close(out, reference.causal_conv(*doubled(inputs), activate=True), what="conv", tolerance=torch.finfo(dtype).eps)
     assert kernels.calls[0].flags == {"bias", "silu"}
     assert kernels.lengths() == [10]  # three columns before
     cuda.causal_conv(inputs[0], inputs[1].float(), inputs[2])  # the bias follows the weight
@@ -393,7 +391,7 @@ def test_second_derivatives_of_the_convolution() -> None:
         grads = torch.autograd.grad((out.square() * weights(out)).sum(), leaves, create_graph=True)
         found.append(torch.autograd.grad(sum(grad.square().sum() for grad in grads), leaves))
     for actual, expected in zip(*found, strict=True):
-        close(actual, expected, "second derivative")
+        close(actual, expected, what="second derivative")
 
 
 # -- why it cannot run -----------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ GPU, which it does not tell, is tested without one: Triton brings its own assemb
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import near
 from torch import Tensor
 
 if not torch.cuda.is_available():  # before anything imports Triton
@@ -98,10 +100,7 @@ def doubled(inputs: list[Tensor]) -> list[Tensor]:
     return [tensor.detach().double() for tensor in inputs]
 
 
-def close(actual: Tensor, expected: Tensor, what: str, tolerance: float = TOLERANCE) -> None:
-    assert actual.shape == expected.shape, what
-    error, largest = (actual.double() - expected).abs().max(), expected.abs().max()
-    assert error <= tolerance * largest, f"{what}: {float(error / largest):.1e} of the largest value"
+close = functools.partial(near, tolerance=TOLERANCE)
 
 
 def values(scan: Any, name: str, inputs: list[Tensor]) -> dict[str, Tensor]:
@@ -132,7 +131,7 @@ def check_values(name: str, inputs: list[Tensor]) -> None:
     expected = values(reference, name, doubled(inputs))
     for what, actual in values(triton, name, inputs).items():
         assert actual.dtype == torch.float32
-        close(actual, expected[what], what)
+        close(actual, expected[what], what=what)
 
 
 def check_gradients(name: str, inputs: list[Tensor], names: tuple[str, ...], through: tuple[int, ...] = (0, 1)) -> None:
@@ -142,7 +141,7 @@ def check_gradients(name: str, inputs: list[Tensor], names: tuple[str, ...], thr
     for argument, given, one, other in zip(names, inputs, actual, expected, strict=True):
         assert one.dtype == given.dtype
         rounding = 0 if given.dtype == torch.float32 else torch.finfo(given.dtype).eps / 2
-        close(one, other, f"gradient of {argument}", TOLERANCE + rounding)
+        close(one, other, what=f"gradient of {argument}", tolerance=TOLERANCE + rounding)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -174,7 +173,7 @@ def test_gated_scan_without_gradients_is_one_kernel(shape: tuple[int, ...]) -> N
     expected = reference.gated_scan(*doubled(inputs))
     for what, actual, exact in zip(("out", "h_last"), triton.gated_scan(*inputs), expected, strict=True):
         assert actual.dtype == torch.float32
-        close(actual, exact, what)
+        close(actual, exact, what=what)
 
 
 def test_gated_scan_is_one_kernel_only_where_no_gradient_is_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -199,7 +198,7 @@ def test_gated_scan_with_gradients() -> None:
     inputs = gated(2, 9, 17, 5)
     leaves = [tensor.detach().requires_grad_() for tensor in inputs]
     for actual, exact in zip(triton.gated_scan(*leaves), reference.gated_scan(*doubled(inputs)), strict=True):
-        close(actual, exact, "result")
+        close(actual, exact, what="result")
     check_gradients("gated_scan", inputs, names)
 
 
@@ -223,7 +222,7 @@ def test_half_precision_comes_in(dtype: torch.dtype) -> None:
         inputs = [tensor.to(dtype) for tensor in make(1, 5, 17, 3)]
         for what, actual in values(triton, name, inputs).items():
             assert actual.dtype == torch.float32
-            close(actual, values(reference, name, doubled(inputs))[what], what)
+            close(actual, values(reference, name, doubled(inputs))[what], what=what)
         scan = f"{name}_scan"
         for one, other in zip(
             gradients(getattr(triton, scan), inputs),
@@ -231,15 +230,15 @@ def test_half_precision_comes_in(dtype: torch.dtype) -> None:
             strict=True,
         ):
             assert one.dtype == dtype
-            close(one, other, "gradient", torch.finfo(dtype).eps)
+            close(one, other, what="gradient", tolerance=torch.finfo(dtype).eps)
     inputs = [tensor.to(dtype) for tensor in gated(1, 5, 17, 3)]
     expected = reference.gated_scan(*doubled(inputs))
     for leaves in (inputs, [tensor.clone().requires_grad_() for tensor in inputs]):
         out, h_last = triton.gated_scan(*leaves)
         assert out.dtype == dtype
         assert h_last.dtype == torch.float32
-        close(out, expected[0], "out", torch.finfo(dtype).eps)
-        close(h_last, expected[1], "h_last")
+        close(out, expected[0], what="out", tolerance=torch.finfo(dtype).eps)
+        close(h_last, expected[1], what="h_last")
 
 
 def test_dtypes_mix() -> None:
@@ -247,7 +246,7 @@ def test_dtypes_mix() -> None:
     inputs = [x.half(), delta, A, B.bfloat16(), C.half(), h_start.bfloat16()]
     check_gradients("selective_scan", inputs, SELECTIVE)
     for what, actual in values(triton, "selective", inputs).items():
-        close(actual, values(reference, "selective", doubled(inputs))[what], what)
+        close(actual, values(reference, "selective", doubled(inputs))[what], what=what)
 
 
 def strided(tensor: Tensor) -> Tensor:
@@ -283,7 +282,7 @@ def test_broadcast_arguments_and_broadcast_gradients() -> None:
     actual = torch.autograd.grad(triton.selective_scan(*leaves)[0].sum(), leaves)
     expected = torch.autograd.grad(reference.selective_scan(*doubles)[0].sum(), doubles)
     for argument, one, other in zip(SELECTIVE, actual, expected, strict=False):
-        close(one, other, f"gradient of {argument}")
+        close(one, other, what=f"gradient of {argument}")
 
 
 def test_rows_may_have_an_A_each() -> None:
@@ -314,7 +313,7 @@ def test_extreme_steps_give_numbers(step: float) -> None:
     expected = values(reference, "selective", doubled(inputs))
     for what, actual in values(triton, "selective", inputs).items():
         assert bool(actual.isfinite().all()), what
-        close(actual, expected[what], what)
+        close(actual, expected[what], what=what)
     for run in (triton.selective_scan, triton.selective_states):
         for argument, grad in zip(SELECTIVE, gradients(run, inputs), strict=True):
             assert bool(grad.isfinite().all()), f"gradient of {argument}"
@@ -328,7 +327,7 @@ def test_extreme_gates_give_numbers() -> None:
     expected = reference.gated_scan(*doubled(inputs))
     assert bool(h_last.isfinite().all())
     for position in range(9):
-        close(out[:, position], expected[0][:, position], f"out at {position}")
+        close(out[:, position], expected[0][:, position], what=f"out at {position}")
 
 
 def test_a_cut_changes_no_bit() -> None:
@@ -386,7 +385,7 @@ def test_second_derivatives_are_those_of_the_reference(name: str, start: bool) -
         grads = torch.autograd.grad(total, leaves, create_graph=True)
         products.append(torch.autograd.grad(sum(grad.pow(2).sum() for grad in grads), leaves))
     for exact, given in zip(*products, strict=True):
-        close(given, exact, "second derivative")
+        close(given, exact, what="second derivative")
 
 
 def test_the_inputs_are_left_alone() -> None:

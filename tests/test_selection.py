@@ -14,14 +14,13 @@ from torch import Tensor
 
 import mamba_trace
 from mamba_trace import MambaTrace
-from mamba_trace.arguments.selection import layer_number, layer_numbers, site_named
+from mamba_trace.arguments.selection import layer_number, layer_numbers
 from mamba_trace.errors import LayerError, UnknownSiteError
 from mamba_trace.flow import decay_rate
 from mamba_trace.hidden_attention import hidden_attention
 from mamba_trace.lenses import state_lens
 from mamba_trace.means import mean_activation
 from mamba_trace.names import layer_index
-from mamba_trace.sites import BY_NAME
 
 
 def ignored(value: Tensor, hook: Any) -> None:
@@ -94,8 +93,3 @@ def test_a_layer_is_any_integer_and_counts_from_the_end_too(tiny: MambaTrace, la
 def test_what_is_no_integer_is_no_layer(layer: Any) -> None:
     with pytest.raises(LayerError, match=r"^layer: .* 0 to 2, named by an integer, -1 for the last$"):
         layer_index(layer, 3, "layer")
-
-
-def test_a_site_has_its_name_and_its_hooks(tiny: MambaTrace) -> None:
-    assert site_named("y") is site_named("hook_y") is BY_NAME["y"]
-    assert site_named("blocks.1.hook_y") is site_named(5) is None

@@ -890,3 +890,8 @@ def test_gradients_of_what_transformerlens_has(tiny, tokens, place):
         for p in range(tokens.shape[1] - 2, -1, -1):
             carried[:, p] += A_bar[:, p + 1].detach() * carried[:, p + 1]
     agree(gradient, carried)
+
+
+def test_a_site_has_its_name_and_its_hooks() -> None:
+    assert site_named("y") is site_named("hook_y") is BY_NAME["y"]
+    assert site_named("blocks.1.hook_y") is site_named(5) is None

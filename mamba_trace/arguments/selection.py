@@ -19,7 +19,6 @@ from ..errors import LayerError, MambaTraceError, PositionError, SiteValueError
 from ..modeling.past import ends
 from ..names import layer_index
 from ..scan.reference import accumulation_dtype
-from ..sites import BY_HOOK, BY_NAME, Site
 from ..tracing import SiteOrderError, expect
 from ..tracing.frames import warn_user
 from ..tracing.placement import parameter_of
@@ -38,12 +37,7 @@ Layers = None | int | Sequence[int]
 GROUPS = ("slow", "medium", "fast")
 
 
-# -- sites and layers --------------------------------------------------------------------------------------
-
-
-def site_named(name: Any) -> Site | None:
-    """The site with this name or hook name, such as ``"y"`` or ``"hook_y"``; ``None`` if there is none."""
-    return (BY_NAME.get(name) or BY_HOOK.get(name)) if isinstance(name, str) else None
+# -- layers --------------------------------------------------------------------------------------
 
 
 def layer_numbers(model: ArgumentModel, layers: Layers) -> list[int]:

@@ -23,8 +23,6 @@ from ..tracing.visit import position_error
 NameOrFilter = str | Callable[[str], bool]
 #: ``fn(value, hook)``.
 HookFunction = Callable[..., Any]
-#: The inner modules of the mixer whose output is not a site, with the site that follows each.
-BEFORE = {"in_proj": "skip", "conv1d": "conv", "x_proj": "delta_1", "dt_proj": "delta_2"}
 #: The attributes with which TransformerLens's models keep hooks.
 KEEPING_HOOKS = frozenset(
     "hooks hook_dict hook_points add_hook add_perma_hook add_caching_hooks get_caching_hooks cache_all "
@@ -32,11 +30,8 @@ KEEPING_HOOKS = frozenset(
 )
 #: Where a place stands in a run: the number of the layer among those that run, the site, the position.
 Order = tuple[int, float, int]
-#: The position, in an `Order`, of values that come after all positions.
-WHOLE = 1 << 62
-
-_INDEX = {site.name: index for index, site in enumerate(SITES)}
-_FIRST_INNER = next(index for index, site in enumerate(SITES) if site.scope != "model")
+#: The first site of a layer: a model's own site comes before all layers or after them.
+_FIRST_INNER = next(site.index for site in SITES if site.scope != "model")
 
 
 @dataclass
@@ -107,19 +102,18 @@ class Extent:
         if place.layer is not None:
             return place.layer in self.layers
         assert place.site is not None
-        return self.start is None if _INDEX[place.site.name] < _FIRST_INNER else self.stop is None
+        return self.start is None if place.index < _FIRST_INNER else self.stop is None
 
     def orders_of(self, place: Place) -> list[Order]:
         """Where a place stands in the run, once for each time that the run comes to it.
 
         The whole trajectory comes after its positions.
         """
-        index = _INDEX[BEFORE[str(place.native)]] - 0.5 if place.site is None else _INDEX[place.site.name]
         if place.layer is None:
-            numbers = [-1 if index < _FIRST_INNER else len(self.layers)]
+            numbers = [-1 if place.index < _FIRST_INNER else len(self.layers)]
         else:
             numbers = [number for number, layer in enumerate(self.layers) if layer == place.layer]
-        return [(number, index, WHOLE if place.position is None else place.position) for number in numbers]
+        return [(number, place.index, place.position or 0) for number in numbers]
 
     def __str__(self) -> str:
         only = None if self.only is None else list(self.only)

@@ -110,14 +110,14 @@ def patch_grid(
             [B,m,V], in ascending order of position.
         window: how many layers are patched together: row l patches ``window`` layers around l, with an even
             number one more after it than before. Rows at the ends patch fewer.
-        batch_size: the most cells that share a forward; ``None`` for as many as ``memory`` permits. memory:
-        bytes that the activations of one forward may take. The states that cells start from may take as
-            many again, and so may the residual streams of cells that are under way. One run's streams
+        batch_size: the most cells that share a forward; ``None`` for as many as ``memory`` permits.
+        memory: bytes that the activations of one forward may take. The states that cells start from may take
+            as many again, and so may the residual streams of cells that are under way. One run's streams
             [n_layers,L,D] and a forward of both prompts come on top.
         keep: a folder where finished cells are kept. After an interrupt the same call goes on from there.
-        progress: whether to show a progress bar on stderr, with the time that is left. distribute: whether
-        the processes that a launcher started (torchrun, accelerate launch) share the cells.
-            Each of them gets the whole grid, the same to the last bit as from one process.
+        progress: whether to show a progress bar on stderr, with the time that is left.
+        distribute: whether the processes that a launcher started (torchrun, accelerate launch) share the
+            cells. Each of them gets the whole grid, the same to the last bit as from one process.
         remote: compute it on an NDIF server, in one session, as ``model.session(remote=...)`` does: ``True``,
             a URL or ``"local"``. Only the grid comes back; nothing is kept and no progress shown. The request
             must be trusted: the sandbox of ndif 0.1.2 breaks off a run that starts from given states.
@@ -195,10 +195,10 @@ def attribution_grid(
     Args:
         model, prompt, source, site, metric_positions, remote: as in `patch_grid`. A sandboxed server has no
             backward pass.
-        metric: as in `patch_grid`; it must be differentiable. steps: the number of runs whose gradients are
-        averaged. With more than 1 they run on embeddings between
-            the prompt's and the source's (integrated gradients): ``steps`` forwards and backwards, and two
-            more forwards.
+        metric: as in `patch_grid`; it must be differentiable.
+        steps: the number of runs whose gradients are averaged. With more than 1 they run on embeddings
+            between the prompt's and the source's (integrated gradients): ``steps`` forwards and backwards,
+            and two more forwards.
 
     Returns:
         The grid or grids, as `patch_grid`. ``grid.correlation(patched)`` says how far an estimate agrees with

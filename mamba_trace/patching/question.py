@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .. import names
 from ..errors import PositionError, UnknownSiteError
-from ..sites import BY_HOOK, BY_NAME, SITES, Site, describe_axes
+from ..sites import BY_NAME, SITES, Site, describe_axes, site_named
 from .metrics import Metric, measured
 
 #: Rows of `Question.tokens`, and so of every batch that runs both prompts.
@@ -150,7 +150,7 @@ def find_site(name: str) -> Site:
             f"site={name!r}: a grid is of one site, named by a string such as 'h'. Make a grid for each"
         )
     possible = f"A grid patches one of {', '.join(POSITIONAL)}"
-    site = BY_NAME.get(name) or BY_HOOK.get(name)
+    site = site_named(name)
     if site is None:
         meant = site_of_place(name)
         if meant is not None and meant.name in POSITIONAL:
@@ -170,7 +170,7 @@ def site_of_place(name: str) -> Site | None:
     """The site of ``"h[5]"``, ``"layers[1].ssm.h"`` or ``"blocks.1.hook_h.5"``; else ``None``."""
     indexed = re.fullmatch(r"(\w+)\[.*\]", name)
     if indexed:
-        return BY_NAME.get(indexed[1]) or BY_HOOK.get(indexed[1])
+        return site_named(indexed[1])
     try:
         return names.parse(name).site
     except UnknownSiteError:

@@ -21,8 +21,6 @@ from .question import PROMPT, SOURCE
 if TYPE_CHECKING:
     from ..model import MambaTrace
 
-ORDER = list(BY_NAME)
-
 
 @dataclass(frozen=True)
 class Unpatched:
@@ -59,7 +57,7 @@ class CellStarts:
     def add(self, model: Any, layer: int, site: Site, past: StartingStates | None) -> None:
         """Add a layer, in a trace that runs source and prompt over the positions, starting from ``past``."""
         width = model.config.conv_kernel
-        names = sorted({"x_in", site.name, STATE}, key=ORDER.index)
+        names = sorted({"x_in", site.name, STATE}, key=lambda name: BY_NAME[name].index)
         at = {name: model.hook(BY_NAME[name].path(layer)).output for name in names}  # [2,k,...] each
         x_in, h = after(past, layer, at["x_in"], width), at[STATE]  # [2,K+k,E], [2,k,E,N]
         first = torch.zeros_like(h[:, 0]) if past is None else past.states[layer]  # [2,E,N]
@@ -87,7 +85,7 @@ def run_unpatched(
             block = model.layers[layer]
             streams.append(block.resid_pre.output[PROMPT].clone())
             if starts is not None and site is not None:
-                if ORDER.index(site.name) > ORDER.index("norm"):  # a patch behind it leaves in_proj's input
+                if site.index > BY_NAME["norm"].index:  # a patch behind it leaves in_proj's input
                     projected.append(block.ssm.in_proj.output[PROMPT].clone())
                 starts.add(model, layer, site, None)
         model.norm_f.input = model.norm_f.input[:, looked_at]

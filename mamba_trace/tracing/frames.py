@@ -74,7 +74,7 @@ def up_to_the_user(traceback: TracebackType | None, caller: FrameType) -> Traceb
     if CONFIG.APP.DEBUG:
         return traceback
     frames = [frame for frame, _ in walk_tb(traceback)]
-    below = set(itertools.takewhile(lambda frame: is_internal(frame) or _package(frame) in BELOW, frames[::-1]))
+    below = set(itertools.takewhile(_is_below, frames[::-1]))
     if not below.issuperset(frames) or is_internal(caller):
         return filter_traceback(traceback, lambda frame: frame not in below)
     return TracebackType(None, caller, caller.f_lasti, caller.f_lineno)
