@@ -14,6 +14,7 @@ something else.
 from __future__ import annotations
 
 import difflib
+import functools
 import operator
 import re
 from collections.abc import Iterator
@@ -57,6 +58,10 @@ _CONTAINER = re.compile(r"backbone\.layers\.(?P<layer>\d+)(?P<mixer>\.mixer)?(\.
 _POSITION = re.compile(rf"{STATE}(?:\[(-?\d+)\]|\.(-?\d+))")
 _BLOCK_HOOK = re.compile(r"blocks\.(\d+)\.(.+)")
 _STATE_HOOK = re.compile(r"hook_h\.(-?\d+)")
+
+
+#: A run asks for the same names again at each of its sites; this many are kept.
+NAMES_KEPT = 2**12
 
 
 @dataclass(frozen=True)
@@ -214,6 +219,11 @@ def parse(name: str) -> Place:
             f"a place is named by a string, 'blocks.3.hook_h.5' or 'layers[3].ssm.h[5]', not by the "
             f"{type(name).__name__} {name!r}"
         )
+    return _parsed(name)
+
+
+@functools.lru_cache(maxsize=NAMES_KEPT)
+def _parsed(name: str) -> Place:
     stripped = name.removeprefix("model.").removesuffix(".output")
     if stripped == "ln_final.hook_in":
         raise UnknownSiteError(
@@ -254,6 +264,7 @@ def _of_path(path: str) -> Place | None:
     return Place(site, layer) if site is not None and site.scope == scope else None
 
 
+@functools.lru_cache(maxsize=NAMES_KEPT)
 def public_path(location: str) -> str:
     """The path users write for one of nnsight's locations; a location outside of all sites stays as it is.
 

@@ -39,6 +39,8 @@ FLOORS: tuple[frozenset[str], ...] = tuple(
         "__init__ __main__",
     )
 )
+#: Lines of a file that can still be held in the head.
+LONGEST = 380
 FLOOR = {room: number for number, floor in enumerate(FLOORS) for room in floor}
 
 
@@ -116,9 +118,6 @@ def test_no_two_classes_have_one_name() -> None:
 def test_a_file_can_be_held_in_the_head() -> None:
     long = {module: len(path.read_text().splitlines()) for module, path in MODULES.items()}
     assert not {module: lines for module, lines in long.items() if lines > LONGEST}
-
-
-LONGEST = 400
 
 
 @pytest.mark.parametrize(
