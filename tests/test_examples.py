@@ -49,7 +49,7 @@ CLASSES: tuple[type, ...] = (
 )
 #: Public of name and no call for users: helpers that other modules share, and what nnsight's classes define.
 APART = {
-    *("name_of", "named_metrics", "measured", "parse", "nearest", "public_path", "check", "check_state_dict"),
+    *("name_of", "named_metrics", "measured", "parse", "nearest", "check", "check_state_dict"),
     *("convolution", "causal_conv", "residuals_per_layer"),
     *("labels", "heatmap", "output", "tokenizer_prepends_bos"),
 }
