@@ -140,19 +140,26 @@ def patch(
 
 
 @app.command()
-def sites(as_json: AsJson = False) -> None:
-    """List every place that can be read or edited, in execution order."""
-    from .sites import AXES, rows
+def sites(
+    model: Annotated[str | None, typer.Option(help="Only the sites of this model: a hub id, a folder or demo.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """List every place that can be read or edited, in execution order, and its shape in each architecture."""
+    from .sites import AXES, FAMILIES, FAMILY_NAMES, rows
 
-    columns = ("path", "shape", "hook", "meaning")
-    table = [{column: getattr(row, column) for column in columns} for row in rows()]
+    family = None if model is None else load_model(model, "auto", quiet=True).architecture.family
+    table, families = list(rows(family)), FAMILIES if family is None else (family,)
     if as_json:
-        typer.echo(json.dumps(table, indent=1))
+        shapes = [{FAMILY_NAMES[each]: row.shape(each) for each in families} for row in table]
+        content = [
+            {"path": row.path, "shape": shape, "hook": row.hook, "meaning": row.meaning}
+            for row, shape in zip(table, shapes, strict=True)
+        ]
+        typer.echo(json.dumps(content, indent=1))
         return
-    lines = [
-        ["path", "shape", "hook name", "meaning"],
-        *([cell or "(none)" for cell in row.values()] for row in table),
-    ]
+    lines = [["path", *(FAMILY_NAMES[each] for each in families), "hook name", "meaning"]]
+    for row in table:
+        lines.append([row.path, *(row.shape(each) or "(none)" for each in families), row.hook or "(none)", row.meaning])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     for line in lines:
         typer.echo("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())

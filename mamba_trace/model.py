@@ -38,7 +38,7 @@ from .hooked.hooks import KEEPING_HOOKS, none_kept
 from .hooked.run_with import HookedRuns
 from .hooked.tokens import Tokens
 from .hooked.weights import LensViews
-from .modeling.architectures import architecture_of, axis_sizes, kernels_of, make_hookable
+from .modeling.architectures import Architecture, architecture_of, axis_sizes, kernels_of, make_hookable
 from .modeling.offers import SiteModule
 from .modeling.run_report import RunReport
 from .scan import check
@@ -129,6 +129,16 @@ class MambaTrace(HookedRuns, LensViews, Tokens, Loading, RootEnvoy):
         self._follow()
         for layer in self.layers:
             layer.ssm._module.kernels = kernels
+
+    @property
+    def architecture(self) -> Architecture:
+        """Which architecture this is: its ``name``, and the ``family`` that decides which sites it has.
+
+        Example::
+
+            model.architecture.name  # "Mamba-1"
+        """
+        return architecture_of(self._module)
 
     @property
     def device(self) -> torch.device:
@@ -249,7 +259,7 @@ class MambaTrace(HookedRuns, LensViews, Tokens, Loading, RootEnvoy):
             with model.trace("Emma gave an apple to"):
                 state = model.hook("blocks.1.hook_h.2").output.save()  # [B,E,N]
         """
-        place = names.parse(name)
+        place = names.check_family(names.parse(name), self.architecture.family, name)
         if place.layer is not None:
             names.layer_index(place.layer, len(self.layers), repr(name))
         return self.get(place.module_path)
@@ -261,13 +271,15 @@ class MambaTrace(HookedRuns, LensViews, Tokens, Loading, RootEnvoy):
 
             model.hook_names(n_positions=5)[0]  # "hook_embed"
         """
-        return names.hook_names(len(self.layers), n_positions)
+        return names.hook_names(len(self.layers), n_positions, self.architecture.family)
 
     def __repr__(self) -> str:
-        sizes = axis_sizes(self.config)
-        shapes = [f"[{', '.join(str(sizes.get(axis, axis)) for axis in row.axes)}]" for row in rows()]
-        table = zip(rows(), shapes, strict=True)
-        lines = [f"  {row.path:26} {shape:22} {row.hook or ''}".rstrip() for row, shape in table]
+        family, sizes = self.architecture.family, axis_sizes(self._module)
+        table = list(rows(family))
+        shapes = [f"[{', '.join(str(sizes.get(axis, axis)) for axis in row.axes[family])}]" for row in table]
+        lines = [
+            f"  {row.path:26} {shape:22} {row.hook or ''}".rstrip() for row, shape in zip(table, shapes, strict=True)
+        ]
         return "\n".join([super().__repr__(), "Sites, in the order to ask for them:", *lines])
 
     def _lacks(self, name: str) -> Exception:

@@ -22,7 +22,19 @@ from dataclasses import dataclass
 from typing import Any
 
 from .errors import LayerError, PositionError, UnknownSiteError
-from .sites import BY_HOOK, BY_NAME, MODULE_PREFIX, NATIVE_MODULES, STATE, Site, walk
+from .sites import (
+    BY_HOOK,
+    BY_MODULE,
+    BY_NAME,
+    FAMILY_NAMES,
+    LACKED_MODULES,
+    MODULE_PREFIX,
+    NATIVE_MODULES,
+    STATE,
+    Family,
+    Site,
+    walk,
+)
 
 #: TransformerLens 4's bridge names that mean the same place, by path: those of the model ...
 _BRIDGE_MODEL = {
@@ -122,7 +134,7 @@ class Place:
         return self.site.hook_name(self.layer) + ("" if self.position is None else f".{self.position}")
 
 
-def hook_names(n_layers: int, n_positions: int) -> list[str]:
+def hook_names(n_layers: int, n_positions: int, family: Family = "selective") -> list[str]:
     """Every MambaLens hook name of a model, in execution order.
 
     >>> hook_names(1, 2)[:2]
@@ -136,16 +148,16 @@ def hook_names(n_layers: int, n_positions: int) -> list[str]:
             f"hook names are those of a prompt of so many tokens, an integer of at least one position, not "
             f"{n_positions!r}"
         )
-    return [place.hook_name for place in hook_places(n_layers, n_positions)]
+    return [place.hook_name for place in hook_places(n_layers, n_positions, family)]
 
 
-def hook_places(n_layers: int, n_positions: int) -> Iterator[Place]:
+def hook_places(n_layers: int, n_positions: int, family: Family = "selective") -> Iterator[Place]:
     """The places of `hook_names`, in the same order.
 
     >>> [place.path for place in hook_places(1, 2)][:2]
     ['embeddings', 'layers[0].resid_pre']
     """
-    for site, layer in walk(n_layers):
+    for site, layer in walk(n_layers, family):
         if site.in_mamba_lens:
             for position in range(n_positions) if site.name == STATE else (None,):
                 yield Place(site, layer, position)
@@ -261,6 +273,8 @@ def _of_path(path: str) -> Place | None:
     if scope == "mixer" and (position := _POSITION.fullmatch(rest)):
         return Place(BY_NAME[STATE], layer, int(position[1] or position[2]))
     site = BY_NAME.get(rest)
+    if scope == "mixer" and (site is None or site.scope == "block"):
+        site = BY_MODULE.get(rest)  # inner_norm by its name in Hugging Face's mixer
     return Place(site, layer) if site is not None and site.scope == scope else None
 
 
@@ -332,6 +346,40 @@ def lacked(name: str) -> str:
     if OF_A_TRANSFORMER.search(name) is None:
         return ""
     return ": a Mamba has no attention, no MLP and one norm in each block"
+
+
+def families_of(name: str) -> tuple[Family, ...]:
+    """The families whose mixers have the site or the inner module of this name; all for any other name."""
+    site = BY_NAME.get(name)
+    return tuple(f for f in FAMILY_NAMES if name not in LACKED_MODULES[f] and (site is None or f in site.families))
+
+
+def of_another_family(name: str) -> str:
+    """``": ..."``, which models have a site or an inner module that others lack, or nothing.
+
+    >>> of_another_family("B_conv")
+    ': it is a site of Mamba-2'
+    """
+    families = families_of(name)
+    if len(families) == len(FAMILY_NAMES):
+        return ""
+    what = "a site" if name in BY_NAME else "a module"
+    return f": it is {what} of {' and '.join(FAMILY_NAMES[family] for family in families)}"
+
+
+def check_family(place: Place, family: Family, name: str) -> Place:
+    """Return ``place`` if the mixers of a family have it.
+
+    Raises:
+        UnknownSiteError: if they do not, with ``name``, as which the user asked for it.
+    """
+    own = place.native if place.site is None else place.site.name
+    if family in families_of(str(own)):
+        return place
+    raise UnknownSiteError(
+        f"{name!r} is not a place of this model, a {FAMILY_NAMES[family]}{of_another_family(str(own))}; "
+        f"`mamba-trace sites` lists them all"
+    )
 
 
 def _suggest(name: str) -> str:

@@ -5,6 +5,7 @@ it passes with half of the model missing. `lively` draws weights under which eac
 the convolution visibly change the logits, and decay is slow enough that the first token reaches the last.
 
 B=3, L=9, D=12, E=24, N=5, R=4 and V=31 all differ, so that no axis passes for another; N is no power of two.
+In Mamba-2 H=6, P=4 and G=2.
 """
 
 from __future__ import annotations
@@ -23,7 +24,14 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports Triton, which reads it then
 
 import cuda_stand_ins
-from transformers import MambaConfig, MambaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    FalconMambaConfig,
+    Mamba2Config,
+    MambaConfig,
+    MambaForCausalLM,
+    PreTrainedConfig,
+)
 
 from mamba_trace import MambaTrace
 from mamba_trace.conversion.checkpoints import save_original
@@ -38,6 +46,15 @@ SIZES = {
     "conv_kernel": 3,
     "time_step_rank": 4,
 }
+#: The model types that the package serves: the class and the fields of the tiny configuration of each.
+TINY: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
+    "mamba": (MambaConfig, SIZES),
+    "falcon_mamba": (FalconMambaConfig, {**SIZES, "mixer_rms_eps": 1e-3}),
+    "mamba2": (
+        Mamba2Config,
+        {**SIZES, "num_heads": 6, "head_dim": 4, "n_groups": 2, "chunk_size": 4, "tie_word_embeddings": True},
+    ),
+}
 #: Changes of the tiny configuration that take other paths through the code or change which axes are equal.
 VARIANTS: list[dict[str, Any]] = [
     {},
@@ -46,6 +63,15 @@ VARIANTS: list[dict[str, Any]] = [
     {"conv_kernel": 4, "time_step_rank": 1, "state_size": 16},
     {"time_step_rank": "auto", "state_size": 3, "expand": 3, "tie_word_embeddings": False},
     {"residual_in_fp32": False, "layer_norm_epsilon": 1e-2, "use_bias": True, "conv_kernel": 1},
+]
+#: The same for the other architectures.
+OTHERS: list[dict[str, Any]] = [
+    {"model_type": "falcon_mamba"},
+    {"model_type": "falcon_mamba", "use_bias": True, "tie_word_embeddings": False, "time_step_rank": 1},
+    {"model_type": "mamba2"},
+    {"model_type": "mamba2", "use_bias": True, "time_step_limit": (0.1, 0.3), "n_groups": 1},
+    {"model_type": "mamba2", "use_conv_bias": False, "num_heads": 2, "head_dim": 12, "conv_kernel": 1},
+    {"model_type": "mamba2", "n_groups": 6, "state_size": 1, "tie_word_embeddings": False},
 ]
 
 
@@ -62,24 +88,25 @@ class ModuleFactory(Protocol):
     ) -> MambaForCausalLM: ...
 
 
-def make_config(**changes: Any) -> MambaConfig:
+def make_config(model_type: str = "mamba", **changes: Any) -> Any:
     """The tiny configuration, with fields changed. No token ends a sequence: generate never stops early."""
-    return MambaConfig(**{**SIZES, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None, **changes})
+    config_class, fields = TINY[model_type]
+    return config_class(**{**fields, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None, **changes})
 
 
 def make_hf(
-    config: MambaConfig | None = None, *, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any
+    config: PreTrainedConfig | None = None, *, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any
 ) -> MambaForCausalLM:
-    """A new ``MambaForCausalLM`` in evaluation mode with `lively` weights; equal arguments, equal weights.
+    """A new Hugging Face model in evaluation mode with `lively` weights; equal arguments, equal weights.
 
     Args:
         config: its configuration; `make_config` with ``changes`` if ``None``.
         seed: of the weights; torch's global generator is not touched.
         dtype: of the parameters, which are drawn in float64 and rounded.
-        **changes: fields of the tiny configuration to change.
+        **changes: the ``model_type`` if it is not ``"mamba"``, and fields of the tiny configuration to change.
     """
     with torch.random.fork_rng(devices=[]):
-        module = MambaForCausalLM(config if config is not None else make_config(**changes)).double()
+        module = AutoModelForCausalLM.from_config(config if config is not None else make_config(**changes)).double()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in module.named_parameters():
@@ -93,7 +120,7 @@ def lively(name: str, old: Tensor, generator: torch.Generator) -> Tensor:
     uniform = torch.rand(old.shape, generator=generator, dtype=torch.float64)
     if name.endswith("A_log"):  # about log(1..N)
         return torch.log(torch.arange(1, old.shape[-1] + 1, dtype=torch.float64)) + 0.2 * noise
-    if name.endswith("dt_proj.bias"):  # softplus of it is log-uniform in [0.02, 0.5]
+    if name.endswith(("dt_proj.bias", "dt_bias")):  # softplus of it is log-uniform in [0.02, 0.5]
         dt = 0.02 * torch.exp(uniform * math.log(0.5 / 0.02))
         return dt + torch.log(-torch.expm1(-dt))
     if name.endswith(("norm.weight", "norm_f.weight")):

@@ -33,7 +33,7 @@ NEW = [
     (
         'Site("h_read", "mixer"',
         'Site("raw_y", "mixer", "BLE", "hook_raw_y", "C h", stage="scan", alias=True)',
-        ("mixer", 'offer("y", joined(pieces))', 'offer("y", offer("raw_y", joined(pieces)))'),
+        ("mixer", 'offer("y", y)', 'offer("y", offer("raw_y", joined(pieces)))'),
     ),
     (
         'Site("out_proj", "mixer"',

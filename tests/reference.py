@@ -7,7 +7,8 @@ same interventions can be made here and in a trace, and autograd gives their gra
 
 `Edit` is one such intervention, which can also be made in a trace.
 
-Source: Mamba (arXiv 2312.00752), section 3 and figure 3; the Euler form of B as in its released code.
+Source: Mamba (arXiv 2312.00752), section 3 and figure 3; the Euler form of B as in its released code. For
+Falcon-Mamba's norms: arXiv 2410.05355, section 3.2. Mamba-2 is in `reference_dual`.
 """
 
 from __future__ import annotations
@@ -27,12 +28,16 @@ def forward(weights: Mapping[str, Tensor], config: Any, tokens: Tensor, edit: Ed
 
     Args:
         weights: state dict under Hugging Face's names, any floating dtype.
-        config: a ``MambaConfig``.
+        config: a ``MambaConfig``, ``FalconMambaConfig`` or ``Mamba2Config``.
         tokens: [B,L].
         edit: ``edit(hook name, value)`` is what the computation goes on with. Hook names are MambaLens's, in
             execution order, and TransformerLens 4's where it has none, as for the outputs of inner
             modules. ``blocks.l.hook_h`` is the whole trajectory [B,L,E,N], after every ``hook_h.p``.
     """
+    if config.model_type == "mamba2":
+        import reference_dual
+
+        return reference_dual.forward(weights, config, tokens, edit)
     edit = edit or (lambda hook, value: value)
     w = {name: weight.double() for name, weight in weights.items()}
     resid = edit("hook_embed", w["backbone.embeddings.weight"][tokens])  # [B,L,D]
@@ -58,18 +63,22 @@ def _block(w: Mapping[str, Tensor], config: Any, resid: Tensor, edit: EditValue)
     columns = edit("mixer.conv1d.hook_out", columns.transpose(1, 2))  # [B,E,L+K-1]: both ends are padded
     conv = edit("conv", columns.transpose(1, 2)[:, : x_in.shape[1]])
     x = edit("ssm_input", conv * torch.sigmoid(conv))
-    y = edit("y", _ssm(w, x, edit))
+    y = edit("y", _ssm(w, config, x, edit))
     output = edit("ssm_output", y + w["mixer.D"] * x)
     gated = edit("after_skip", output * skip * torch.sigmoid(skip))
     out = edit("out_proj", gated @ w["mixer.out_proj.weight"].T + w.get("mixer.out_proj.bias", 0))
     return edit("resid_post", resid + out)
 
 
-def _ssm(w: Mapping[str, Tensor], x: Tensor, edit: EditValue) -> Tensor:
+def _ssm(w: Mapping[str, Tensor], config: Any, x: Tensor, edit: EditValue) -> Tensor:
     R, N = w["mixer.dt_proj.weight"].shape[1], w["mixer.A_log"].shape[1]
     h = edit("h_start", x.new_zeros(x.shape[0], x.shape[2], N))  # [B,E,N]
     projected = edit("mixer.x_proj.hook_out", x @ w["mixer.x_proj.weight"].T)
     low_rank, B, C = projected.split([R, N, N], dim=-1)
+    if config.model_type == "falcon_mamba":  # norms without weights
+        low_rank, B, C = (
+            value / (value.square().mean(-1, keepdim=True) + config.mixer_rms_eps).sqrt() for value in (low_rank, B, C)
+        )
     delta_1 = edit("delta_1", low_rank)
     delta_2 = edit("delta_2", delta_1 @ w["mixer.dt_proj.weight"].T + w["mixer.dt_proj.bias"])
     delta = edit("delta", torch.logaddexp(delta_2, torch.zeros_like(delta_2)))
@@ -107,7 +116,7 @@ class Edit:
         op: ``scale``, ``add``, ``replace``, ``zero``, ``add_at_position`` (``value[:, position] += t``)
             or ``replace_first_row`` (``value[0] = t``), t the argument.
         argument: the factor of ``scale``, the tensor of the others.
-        position: of ``add_at_position``, along the value's second axis.
+        position: of ``add_at_position``, along the value's second axis, or its only one.
     """
 
     hook: str
@@ -128,12 +137,15 @@ class Edit:
             return argument.clone()
         edited = value.clone()
         if self.op == "add_at_position":
-            edited[:, self.position] += argument
+            self._at_position(edited).add_(argument)
         elif self.op == "replace_first_row":
             edited[0] = argument
         else:
             raise ValueError(f"unknown operation {self.op!r}")
         return edited
+
+    def _at_position(self, value: Tensor) -> Tensor:
+        return value.select(min(1, value.dim() - 1), self.position)
 
     def assign(self, envoy: Any) -> None:
         """Make the edit in a trace, by assignment."""
@@ -149,7 +161,7 @@ class Edit:
         elif self.op == "add":
             value += self.argument.to(value.dtype)
         elif self.op == "add_at_position":
-            value[:, self.position] += self.argument.to(value.dtype)
+            self._at_position(value).add_(self.argument.to(value.dtype))
         else:
             value[...] = self(value)
 

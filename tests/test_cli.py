@@ -10,12 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import make_hf
 from typer.testing import CliRunner, Result
 
 from mamba_trace import MambaTrace, __version__
 from mamba_trace.cli import PROMPT, SOURCE, app, main
 from mamba_trace.patching import PatchGrid, attribution_grid, log_prob, logit_diff, patch_grid
-from mamba_trace.sites import SITES, rows
+from mamba_trace.sites import FAMILIES, SITES, rows
 
 
 def run(*arguments: str, **environment: str) -> Result:
@@ -260,14 +261,28 @@ def test_info_as_json() -> None:
 
 def test_sites_lists_the_table() -> None:
     lines = run("sites").stdout.splitlines()
-    assert re.fullmatch(r"path +shape +hook name +meaning", lines[0])
+    assert re.fullmatch(r"path +Mamba-1 +Mamba-2 +hook name +meaning", lines[0])
     table = [re.split(r" {2,}", line) for line in lines[1 : len(SITES) + 2]]
-    assert ["layers[l].ssm.conv", "B L E", "blocks.l.hook_conv"] in [row[:3] for row in table]
-    assert ["layers[l].ssm.h[p]", "B E N", "blocks.l.hook_h.p"] in [row[:3] for row in table]
-    assert ["layers[l].ssm.h", "B L E N", "(none)"] in [row[:3] for row in table]
-    shown = [[row.path, row.shape, row.hook or "(none)", row.meaning] for row in rows()]
+    assert ["layers[l].ssm.conv", "B L E", "B L E", "blocks.l.hook_conv"] in [row[:4] for row in table]
+    assert ["layers[l].ssm.h[p]", "B E N", "B H P N", "blocks.l.hook_h.p"] in [row[:4] for row in table]
+    assert ["layers[l].ssm.h", "B L E N", "B L H P N", "(none)"] in [row[:4] for row in table]
+    assert ["layers[l].ssm.B_in", "(none)", "B L G N", "blocks.l.hook_B_in"] in [row[:4] for row in table]
+    shown = [
+        [row.path, *(row.shape(family) or "(none)" for family in FAMILIES), row.hook or "(none)", row.meaning]
+        for row in rows()
+    ]
     assert table == shown
     assert "B batch, L positions, D d_model" in lines[-1]
+
+
+def test_sites_of_one_model_are_those_that_it_has(tmp_path: Path) -> None:
+    make_hf(model_type="mamba2").save_pretrained(tmp_path)
+    lines = run("sites", "--model", str(tmp_path)).stdout.splitlines()
+    assert re.fullmatch(r"path +Mamba-2 +hook name +meaning", lines[0])
+    assert any(re.match(r"layers\[l\]\.ssm\.delta +B L H ", line) for line in lines)
+    of_demo = json.loads(run("sites", "--model", "demo", "--json").stdout)
+    assert [row["path"] for row in of_demo] == [row.path for row in rows("selective")]
+    assert of_demo[-1]["shape"] == {"Mamba-1": "B L V"}
 
 
 def test_sites_as_json_is_in_execution_order() -> None:
@@ -276,7 +291,7 @@ def test_sites_as_json_is_in_execution_order() -> None:
     assert [name for name in names if name != "h[p]"] == [site.name for site in SITES]
     assert rows[1] == {
         "path": "layers[l].resid_pre",
-        "shape": "B L D",
+        "shape": {"Mamba-1": "B L D", "Mamba-2": "B L D"},
         "hook": "blocks.l.hook_resid_pre",
         "meaning": "residual stream into the block",
     }

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ModuleFactory, agree
+from conftest import TINY, ModuleFactory, agree
 from torch import Tensor
 from transformers import DynamicCache
 
@@ -30,11 +30,18 @@ SITES = (
     "h", "h_read", "y", "ssm_output", "after_skip",
 )  # fmt: skip
 INNER = ("conv1d.input", "conv1d.output", "in_proj.output", "x_proj.input", "x_proj.output", "dt_proj.output")
+#: The same in Mamba-2, which has no x_proj and no dt_proj.
+PLACES = {model_type: [*SITES, *INNER, "resid_pre", "norm"] for model_type in TINY}
+PLACES["mamba2"] = [place for place in PLACES["mamba2"] if not place.startswith(("x_proj", "dt_proj"))]
+PLACES["mamba2"] += ["B_in", "C_in", "B_conv", "C_conv", "inner_norm"]
+everywhere = pytest.mark.parametrize("model", TINY, indirect=True)
 
 
 @pytest.fixture
-def model(tiny_hf: ModuleFactory) -> MambaTrace:
-    return MambaTrace(tiny_hf(use_bias=True, conv_kernel=4, dtype=torch.float64))
+def model(tiny_hf: ModuleFactory, request: pytest.FixtureRequest) -> MambaTrace:
+    model_type = getattr(request, "param", "mamba")
+    limits = {"time_step_limit": (0.1, 0.5)} if model_type == "mamba2" else {}
+    return MambaTrace(tiny_hf(use_bias=True, conv_kernel=4, dtype=torch.float64, model_type=model_type, **limits))
 
 
 def padded(tokens: Tensor, side: str, order: tuple[int, int]) -> tuple[Tensor, Tensor]:
@@ -100,7 +107,7 @@ def compare(
 CASES = [(side, cached) for side in ("left", "right") for cached in (False, True)]
 
 
-@pytest.mark.parametrize("place", [*SITES, *INNER, "resid_pre", "norm"])
+@pytest.mark.parametrize(("model", "place"), [(t, place) for t in TINY for place in PLACES[t]], indirect=["model"])
 @pytest.mark.parametrize(
     ("how", "side", "cached"),
     [*(("in place", *case) for case in CASES), ("assigned", "left", True), ("nan", "left", True),
@@ -126,6 +133,7 @@ def test_an_edit_everywhere_does_to_a_padded_prompt_what_it_does_to_it_alone(
     compare(model, tokens, edit, side, cached, [(0, 1)])
 
 
+@everywhere
 @pytest.mark.parametrize(("side", "cached"), CASES)
 def test_several_edits_at_once(model: MambaTrace, tokens: Tensor, side: str, cached: bool) -> None:
     """Neither an input that padding gets, nor the time to write it, is enough; nor are both."""
@@ -138,6 +146,7 @@ def test_several_edits_at_once(model: MambaTrace, tokens: Tensor, side: str, cac
     compare(model, tokens, edit, side, cached)
 
 
+@everywhere
 @pytest.mark.parametrize("cached", [False, True])
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_a_state_at_padding_is_the_one_before_it(model: MambaTrace, tokens: Tensor, side: str, cached: bool) -> None:
@@ -212,10 +221,11 @@ def test_means_are_over_tokens_alone_after_an_edit(model: MambaTrace, tokens: Te
 @pytest.mark.parametrize("look", [None, "conv", "conv1d"])
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("whole_mask", [False, True])
+@pytest.mark.parametrize("model_type", TINY)
 def test_new_tokens_of_several_lengths_after_a_cached_prefix(
-    tiny_hf: ModuleFactory, tokens: Tensor, kernels: str, look: str | None, side: str, whole_mask: bool
+    tiny_hf: ModuleFactory, tokens: Tensor, kernels: str, look: str | None, side: str, whole_mask: bool, model_type: str
 ) -> None:
-    model = MambaTrace(tiny_hf(use_bias=True, conv_kernel=4), kernels=kernels)
+    model = MambaTrace(tiny_hf(use_bias=True, conv_kernel=4, model_type=model_type), kernels=kernels)
     for n in (1, 2, 3, 5):  # fewer than the convolution is wide, and more
         cache = prefilled(model, tokens, (0, 1))
         suffix = torch.stack((tokens[2, :5], torch.full((5,), 7)))
@@ -237,6 +247,7 @@ def test_new_tokens_of_several_lengths_after_a_cached_prefix(
                 agree(more[row], right[-2:])
 
 
+@everywhere
 def test_starting_states_and_padding(model: MambaTrace, tokens: Tensor) -> None:
     cache = prefilled(model, tokens, (0, 1))
     started = StartingStates([], [], [])
@@ -314,6 +325,7 @@ CARRIED = ("ssm.x_in", "ssm.conv1d.input", "ssm.delta", "ssm.write", "ssm.A_bar"
 OF_ITS_TOKEN = ("ssm.h", "ssm.h_read", "ssm.conv", "ssm.y", "ssm.C")
 
 
+@everywhere
 @pytest.mark.parametrize("side", ["none", "left", "right"])
 @pytest.mark.parametrize("path", [*CARRIED, *OF_ITS_TOKEN])
 def test_an_edit_means_the_same_wherever_the_prompt_is_cut(

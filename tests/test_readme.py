@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mamba_trace import MambaTrace, __version__
-from mamba_trace.sites import SITES, rows
+from mamba_trace.sites import FAMILIES, SITES, rows
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -31,10 +31,12 @@ def command(name: str) -> str:
 
 def site_table() -> str:
     """The README's table of sites, written from the table that the code reads."""
-    lines = ["| path under `model` | shape | MambaLens name | meaning |", "|---|---|---|---|"]
+    lines = ["| path under `model` | shape | in Mamba-2 | MambaLens name | meaning |", "|---|---|---|---|---|"]
     for row in rows():
         hook = f"`{row.hook}`" if row.hook else "(none)"
-        lines.append(f"| `{row.path}` | {row.shape} | {hook} | {row.meaning} |")
+        shapes = [row.shape(family) or "(none)" for family in FAMILIES]
+        dual = "" if shapes[0] == shapes[1] else shapes[1]
+        lines.append(f"| `{row.path}` | {shapes[0]} | {dual} | {hook} | {row.meaning} |")
     return "\n".join(lines)
 
 
@@ -120,8 +122,8 @@ def test_every_site_has_a_row_and_the_state_has_two() -> None:
     assert [name for name in names if name != "h[p]"] == [site.name for site in SITES]
     one, whole = (table[names.index(name)] for name in ("h[p]", "h"))
     assert names.index("h[p]") + 1 == names.index("h")
-    assert (one.path, one.shape, one.hook) == ("layers[l].ssm.h[p]", "B E N", "blocks.l.hook_h.p")
-    assert (whole.path, whole.shape, whole.hook) == ("layers[l].ssm.h", "B L E N", None)
+    assert (one.path, one.shape("selective"), one.hook) == ("layers[l].ssm.h[p]", "B E N", "blocks.l.hook_h.p")
+    assert (whole.path, whole.shape("selective"), whole.hook) == ("layers[l].ssm.h", "B L E N", None)
     assert one.meaning == "the state carried after token p: an edit changes y at p and everything after"
     assert whole.meaning.endswith("an edit of h[:, p] changes y at p alone and is not carried on")
 

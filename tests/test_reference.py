@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import VARIANTS, ModuleFactory, make_hf
+from conftest import OTHERS, TINY, VARIANTS, ModuleFactory, make_hf
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from reference import Edit, editing, forward
@@ -32,8 +32,9 @@ def distance(actual: Tensor, expected: Tensor) -> float:
 class Setup:
     """A float64 model, its weights, and every value of the reference on some tokens."""
 
-    def __init__(self) -> None:
-        self.module = make_hf(dtype=torch.float64, use_bias=True)
+    def __init__(self, model_type: str) -> None:
+        limits = {"time_step_limit": (0.05, 0.4)} if model_type == "mamba2" else {}
+        self.module = make_hf(dtype=torch.float64, use_bias=True, model_type=model_type, **limits)
         self.config, self.weights = self.module.config, dict(self.module.named_parameters())
         self.model = MambaTrace(self.module)
         self.hooks = [name for name, _ in self.values(draw_tokens(1, 0))]
@@ -58,9 +59,9 @@ class Setup:
         return self.model.hook(hook)
 
 
-@pytest.fixture(scope="module")
-def setup() -> Setup:
-    return Setup()
+@pytest.fixture(scope="module", params=TINY)
+def setup(request: pytest.FixtureRequest) -> Setup:
+    return Setup(request.param)
 
 
 def make_edit(hook: str, op: str, position: int, value: Tensor, generator: torch.Generator) -> Edit:
@@ -73,8 +74,9 @@ def make_edit(hook: str, op: str, position: int, value: Tensor, generator: torch
     if op == "add":
         return Edit(hook, op, 0.3 * noise)
     if op == "add_at_position":
-        position %= value.shape[1]
-        return Edit(hook, op, 0.3 * noise[:, position], position)
+        axis = min(1, value.dim() - 1)
+        position %= value.shape[axis]
+        return Edit(hook, op, 0.3 * noise.select(axis, position), position)
     replacement = value * factor if value.any() else noise
     return Edit(hook, op, replacement if op == "replace" else replacement[0])
 
@@ -165,7 +167,7 @@ def same(actual: Tensor, expected: Tensor, what: str) -> None:
 SETTINGS = settings(deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 
 
-@pytest.mark.parametrize("changes", VARIANTS, ids=str)
+@pytest.mark.parametrize("changes", VARIANTS + OTHERS, ids=str)
 @pytest.mark.parametrize("batch", [1, 3])
 def test_every_value_in_float64(tiny_hf: ModuleFactory, changes: dict[str, Any], batch: int) -> None:
     module = tiny_hf(dtype=torch.float64, **changes)
@@ -191,7 +193,7 @@ def test_every_value_in_float64(tiny_hf: ModuleFactory, changes: dict[str, Any],
             assert not expected[hook].any()
 
 
-@pytest.mark.parametrize("changes", VARIANTS, ids=str)
+@pytest.mark.parametrize("changes", VARIANTS + OTHERS, ids=str)
 def test_logits_in_float32(tiny_hf: ModuleFactory, changes: dict[str, Any]) -> None:
     module, tokens = tiny_hf(**changes), draw_tokens(3, seed=2)
     expected = forward(module.state_dict(), module.config, tokens)

@@ -824,7 +824,7 @@ def test_a_layer_that_does_not_exist(tiny):
 def test_printing_a_model_shows_every_site_with_its_shape_once(tiny):
     shown = str(tiny)
     table = [line.split() for line in shown[shown.index("Sites, in the order") :].splitlines()[1:]]
-    assert [line[0] for line in table] == [row.path for row in rows()]
+    assert [line[0] for line in table] == [row.path for row in rows("selective")]
     assert shown.count("HookableMambaMixer") == 1
     assert "layers[l].ssm.h[p]         [B, 24, 5]             blocks.l.hook_h.p" in shown
 

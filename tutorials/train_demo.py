@@ -1,4 +1,4 @@
-"""Train the small Mamba that ships with the package, from nothing, on two CPU cores.
+"""Train the small Mamba-1 and Mamba-2 that ship with the package, from nothing, on two CPU cores.
 
 The problem: an experiment needs a model that has something to find, and a newcomer should not have to
 download one. The task is the classic one of indirect objects: in "Lately, Emma and Shelby had fun at school.
@@ -10,9 +10,11 @@ happens.
 The contract: `main` writes a folder that plain `transformers` loads: config, float32 weights, tokenizer, and
 `splits.json` with the held-out name pairs. A held-out pair, in either order, never occurs in a training
 sentence; Emma and Shelby are one. Everything follows from `--seed`. Symbols: B batch, L positions, D d_model,
-E d_inner, N d_state, R dt_rank, K taps of the convolution, V vocabulary.
+E d_inner, H heads of P channels, G groups of heads, N d_state, R dt_rank, K taps of the convolution,
+V vocabulary.
 
     python tutorials/train_demo.py --out demo_model
+    python tutorials/train_demo.py --out demo_model_mamba2 --architecture mamba2
 """
 
 from __future__ import annotations
@@ -26,14 +28,21 @@ import re
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from tqdm import tqdm
-from transformers import MambaConfig, MambaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    Mamba2Config,
+    Mamba2ForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 # ----------------------------------------------------------------------------------------------------
 # 1. The sentences
@@ -166,13 +175,16 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 # ----------------------------------------------------------------------------------------------------
 
 
-def build_model(vocab_size: int, n_layers: int, d_model: int, seed: int) -> MambaForCausalLM:
+def build_model(
+    vocab_size: int, n_layers: int, d_model: int, seed: int, architecture: str = "mamba"
+) -> PreTrainedModel:
     """A Mamba as initialised by Hugging Face, which follows the paper (section 3.6).
 
-    A_log = log(1..N) in every channel; softplus(dt bias) is log-uniform in [1e-3, 1e-1]; D = 1.
+    A_log = log(1..N) in every channel, in Mamba-2 log(1..H); softplus(dt bias) is log-uniform in
+    [1e-3, 1e-1]; D = 1.
     """
     torch.manual_seed(seed)
-    config = MambaConfig(
+    settings: dict[str, Any] = dict(
         vocab_size=vocab_size,
         hidden_size=d_model,
         num_hidden_layers=n_layers,
@@ -184,7 +196,9 @@ def build_model(vocab_size: int, n_layers: int, d_model: int, seed: int) -> Mamb
         pad_token_id=0,
         tie_word_embeddings=True,
     )
-    return MambaForCausalLM(config)
+    if architecture == "mamba":
+        return MambaForCausalLM(MambaConfig(**settings))
+    return Mamba2ForCausalLM(Mamba2Config(**settings, head_dim=16, num_heads=d_model // 8, n_groups=1))
 
 
 class SelectiveScan(torch.autograd.Function):
@@ -229,13 +243,17 @@ class SelectiveScan(torch.autograd.Function):
         return grad_delta_x * delta, grad_delta + grad_delta_x * x, grad_A.sum(0), grad_B, grad_C
 
 
-def mixer_forward(mixer: Any, x: Tensor) -> Any:
-    """One Mamba mixer, time first: [L,B,D] -> [L,B,D]."""
+def convolved(mixer: Any, columns: Tensor) -> Tensor:
+    """SiLU of the causal convolution of [L,B,channels]."""
+    taps = mixer.conv1d.weight.squeeze(1)  # [channels,K]
+    padded = F.pad(columns, (0, 0, 0, 0, taps.shape[1] - 1, 0))
+    return F.silu(mixer.conv1d.bias + sum(padded[k : k + len(columns)] * taps[:, k] for k in range(taps.shape[1])))
+
+
+def mamba_mixer(mixer: Any, x: Tensor) -> Tensor:
+    """One mixer of Mamba-1, time first: [L,B,D] -> [L,B,D]."""
     x_in, skip = mixer.in_proj(x).chunk(2, dim=-1)  # [L,B,E] each
-    taps = mixer.conv1d.weight.squeeze(1)  # [E,K]
-    padded = F.pad(x_in, (0, 0, 0, 0, taps.shape[1] - 1, 0))
-    conv = mixer.conv1d.bias + sum(padded[k : k + len(x)] * taps[:, k] for k in range(taps.shape[1]))
-    u = F.silu(conv)  # [L,B,E]
+    u = convolved(mixer, x_in)  # [L,B,E]
     N = mixer.ssm_state_size
     delta_1, B, C = mixer.x_proj(u).split([mixer.time_step_rank, N, N], dim=-1)  # [L,B,R], [L,B,N], [L,B,N]
     delta = F.softplus(mixer.dt_proj(delta_1))  # [L,B,E]
@@ -243,20 +261,43 @@ def mixer_forward(mixer: Any, x: Tensor) -> Any:
     return mixer.out_proj((y + mixer.D * u) * F.silu(skip))
 
 
-def fast_logits(model: MambaForCausalLM, tokens: Tensor, layer_drop: float = 0.0) -> Tensor:
+def mamba2_mixer(mixer: Any, x: Tensor) -> Tensor:
+    """One mixer of Mamba-2 with a single group, time first: [L,B,D] -> [L,B,D].
+
+    A head decays as one, so y is a masked product like attention's: y_t is the sum over s <= t of
+    exp(A (delta_{s+1} + ... + delta_t)) (C_t B_s) delta_s x_s  (Mamba-2 paper, section 3.4).
+    """
+    E, H, N = mixer.intermediate_size, mixer.num_heads, mixer.ssm_state_size
+    skip, columns, delta = mixer.in_proj(x).split([E, E + 2 * N, H], dim=-1)
+    u, B, C = convolved(mixer, columns).split([E, N, N], dim=-1)  # [L,B,E], [L,B,N], [L,B,N]
+    delta = F.softplus(delta + mixer.dt_bias)  # [L,B,H]
+    log_decay = (delta * -mixer.A_log.exp()).cumsum(0)  # [L,B,H]
+    between = log_decay.unsqueeze(1) - log_decay.unsqueeze(0)  # [t,s,B,H]
+    later = torch.ones(len(x), len(x), dtype=torch.bool).triu(1)
+    decay = between.masked_fill(later[..., None, None], -torch.inf).exp()
+    scores = torch.einsum("tbn,sbn->tsb", C, B).unsqueeze(-1) * decay  # [t,s,B,H]
+    heads = u.unflatten(-1, (H, -1))  # [L,B,H,P]
+    y = torch.einsum("tsbh,sbhp->tbhp", scores, delta.unsqueeze(-1) * heads) + mixer.D.unsqueeze(-1) * heads
+    return mixer.out_proj(mixer.norm(y.flatten(-2), skip))
+
+
+MIXERS = {"mamba": mamba_mixer, "mamba2": mamba2_mixer}
+
+
+def fast_logits(model: PreTrainedModel, tokens: Tensor, layer_drop: float = 0.0) -> Tensor:
     """The same logits as `model(tokens).logits`, but quicker to train: tokens [B,L] -> [B,L,V].
 
     Each layer is left out with probability layer_drop. Trained so, the model grows a backup: it still answers
     without any one of its layers, so that ablating a layer and patching it give different answers, as they
     do in large language models.
     """
-    backbone: Any = model.backbone
+    backbone, mixer_forward = cast(Any, model).backbone, MIXERS[model.config.model_type]
     resid = backbone.embeddings(tokens.t())  # [L,B,D]
     for block in backbone.layers:
         if layer_drop and torch.rand(()).item() < layer_drop:
             continue
         resid = resid + mixer_forward(block.mixer, block.norm(resid))
-    return model.lm_head(backbone.norm_f(resid)).transpose(0, 1)
+    return cast(Any, model).lm_head(backbone.norm_f(resid)).transpose(0, 1)
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -277,7 +318,7 @@ def make_batch(tokenizer: Any, batch: Sequence[Example]) -> tuple[Tensor, Tensor
     return tokens[:, :-1], targets, mask.sum(1) - 4  # the answer, "." and END follow that column
 
 
-def optimizer_for(model: MambaForCausalLM, lr: float) -> torch.optim.AdamW:
+def optimizer_for(model: PreTrainedModel, lr: float) -> torch.optim.AdamW:
     """AdamW that decays matrices only; not A_log, D, biases and norms, as the authors of Mamba do."""
     decayed = [p for name, p in model.named_parameters() if p.ndim > 1 and not name.endswith("A_log")]
     others = [p for name, p in model.named_parameters() if p.ndim == 1 or name.endswith("A_log")]
@@ -285,7 +326,7 @@ def optimizer_for(model: MambaForCausalLM, lr: float) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95))
 
 
-def train(model: MambaForCausalLM, tokenizer: Any, pairs: Sequence[Pair], args: argparse.Namespace) -> None:
+def train(model: PreTrainedModel, tokenizer: Any, pairs: Sequence[Pair], args: argparse.Namespace) -> None:
     """Minimise the next-token loss over the whole sentence plus, once more, the loss of the answer alone."""
     optimizer = optimizer_for(model, args.lr)
     warmup = max(1, args.steps // 20)
@@ -344,6 +385,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Train, evaluate and save; see --help."""
     parser = argparse.ArgumentParser(description="Train the demo Mamba on indirect objects.")
     parser.add_argument("--out", type=Path, required=True, help="folder to write the checkpoint to")
+    parser.add_argument("--architecture", choices=list(MIXERS), default="mamba")
     parser.add_argument("--seed", type=int, default=0, help="seed of weights, pairs and sentences")
     parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--batch-size", type=int, default=64)
@@ -359,7 +401,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     started = time.perf_counter()
     training_pairs, held_out = split_pairs(args.seed)
     tokenizer = build_tokenizer()
-    model = build_model(len(tokenizer), args.layers, args.d_model, args.seed)
+    model = build_model(len(tokenizer), args.layers, args.d_model, args.seed, args.architecture)
     print(f"{model.num_parameters():,} parameters, {len(tokenizer)} tokens, {len(training_pairs)} name pairs")
     train(model, tokenizer, training_pairs, args)
     print(f"trained in {time.perf_counter() - started:.0f} s")

@@ -92,7 +92,7 @@ class Owner:
     @functools.cached_property
     def sizes(self) -> dict[str, int]:
         """The size of each axis letter."""
-        return axis_sizes(self.model.config) | {"K": self.model.config.conv_kernel, "1": 1}
+        return axis_sizes(self.model._module) | {"1": 1}
 
     def shape(self, name: str) -> list[int]:
         """The shape that the configuration gives a name, whether the weights are there or not."""

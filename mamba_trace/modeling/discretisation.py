@@ -1,19 +1,23 @@
 """The parameters of one scan, from delta_2 to C: made as far as somebody wants to see them, and no further.
 
-The scan kernels take delta_2, make delta of it themselves, and never make A_bar or B_bar [B,L,E,N]. A user
-who wants one of these gets it, and the scan then runs on what came back.
+The scan kernels never make A_bar or B_bar. A user who wants one of these gets it, and the scan then runs on
+what came back. Mamba-1's kernels take delta_2 [B,L,E] and make delta of it themselves; in Mamba-2 it has one
+number for each head.
 """
 
 from __future__ import annotations
 
+import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
+from einops import rearrange, repeat
 from torch import Tensor
 
-from ..scan import Explicit, Recurrence, Selective, Watched
+from ..scan import DUAL, SELECTIVE, Explicit, Recurrence, ScanFamily, Selective, Watched
 from ..scan.reference import accumulation_dtype
 from .offers import Offers
 from .past import masked
@@ -23,21 +27,26 @@ NO_TIME = -1e4
 
 
 @dataclass
-class Discretisation:
-    """The parameters of one scan while they are offered. Matrices that nobody wants are ``None``."""
+class Discretisation(ABC):
+    """The parameters of one scan while they are offered. Matrices that nobody wants are ``None``.
 
-    x: Tensor  # [B,L,E]: the input of the SSM
-    delta_2: Tensor | None  # [B,L,E]: given up once delta is made
+    Shapes are those of the family: see `sites.SITES`.
+    """
+
+    x: Tensor  # the input of the SSM, as the scans of the family take it
+    delta_2: Tensor | None  # given up once delta is made
     mask: Tensor | None  # [B,L]
-    A_log: Tensor  # [E,N]
-    B: Tensor  # [B,L,N]
-    C: Tensor  # [B,L,N]
-    A: Tensor = field(init=False)  # [E,N], or [B,E,N] where invokes have made it differ
-    A_bar: Tensor | None = None  # [B,L,E,N]
-    B_bar: Tensor | None = None  # [B,L,E,N]
-    write: Tensor | None = None  # [B,L,E,N]: B_bar x
-    edited: bool = False  # whether one of these three was edited
-    _delta: Tensor | None = None
+    A_log: Tensor
+    B: Tensor
+    C: Tensor
+    A: Tensor = field(init=False)  # with a batch axis in front where invokes have made it differ
+    A_bar: Tensor | None = field(init=False, default=None)
+    B_bar: Tensor | None = field(init=False, default=None)
+    write: Tensor | None = field(init=False, default=None)  # B_bar x
+    edited: bool = field(init=False, default=False)  # whether one of these three was edited
+    _delta: Tensor | None = field(init=False, default=None)
+
+    scans: ClassVar[ScanFamily]
 
     def offer(self, offer: Offers) -> None:
         """Offer delta, A, A_bar, B, B_bar, C and write."""
@@ -54,39 +63,38 @@ class Discretisation:
 
     @property
     def delta(self) -> Tensor:
-        """[B,L,E] in float32 or better. Padding takes no time: a step of 0 neither decays nor writes."""
+        """The step sizes in float32 or better. Padding takes no time: a step of 0 neither decays nor writes."""
         if self._delta is None:
             assert self.delta_2 is not None
             dtype = accumulation_dtype(self.delta_2)
-            self._delta = masked(F.softplus(self.delta_2.to(dtype)), self.mask)
+            self._delta = masked(self.limited(F.softplus(self.delta_2.to(dtype))), self.mask)
             self.delta_2 = None
         return self._delta
 
-    def before_softplus(self) -> Tensor:
-        """delta_2 [B,L,E], from which the scan kernels make delta by softplus."""
-        assert self.delta_2 is not None
-        return masked(self.delta_2, self.mask, NO_TIME)
+    def limited(self, delta: Tensor) -> Tensor:
+        """delta within the limits of the mixer."""
+        return delta
 
+    @abstractmethod
+    def steps(self) -> Tensor:
+        """What `ScanFamily.gated_scan` takes for its step sizes."""
+
+    @abstractmethod
     def make_A_bar(self) -> Tensor:
-        """exp(delta A) [B,L,E,N]."""
-        A = rearrange(self.A, "b e n -> b 1 e n") if self.A.dim() == 3 else self.A
-        A_bar = torch.exp(rearrange(self.delta.to(A.dtype), "b l e -> b l e 1") * A)
-        # The backward pass of exp reads its result, which an edit in place must not touch.
-        return A_bar.clone() if A_bar.requires_grad else A_bar
+        """exp(delta A)."""
 
+    @abstractmethod
     def make_B_bar(self) -> Tensor:
-        """delta B [B,L,E,N]."""
-        delta, B = self.delta.to(self.A.dtype), self.B.to(self.A.dtype)
-        return rearrange(delta, "b l e -> b l e 1") * rearrange(B, "b l n -> b l 1 n")
+        """delta B."""
 
+    @abstractmethod
     def make_write(self) -> Tensor:
-        """delta B x [B,L,E,N]."""
-        B_bar = self.make_B_bar() if self.B_bar is None else self.B_bar
-        return B_bar * rearrange(self.x.to(B_bar.dtype), "b l e -> b l e 1")
+        """delta B x."""
 
     def recurrence(self, kernels: str) -> Recurrence:
         """What the scan has to run: the matrices, if somebody edited them."""
-        selective = Selective(self.x, self.C, self.delta, self.A, self.B, kernels=kernels)
+        how: Any = {"kernels": kernels, "family": self.scans}
+        selective = Selective(self.x, self.C, self.delta, self.A, self.B, **how)
         handed_out = [m for m in (self.A_bar, self.B_bar, self.write) if m is not None]
         # If any input takes a gradient, it comes by way of what was handed out, detached or not.
         inputs = (self.x, self.delta, self.A, self.B, *handed_out)
@@ -99,5 +107,69 @@ class Discretisation:
         else:
             matrices = (self.x, self.C, A_bar, self.make_B_bar() if self.B_bar is None else self.B_bar)
         if self.edited:
-            return Explicit(*matrices, kernels=kernels)
-        return Watched(*matrices, selective, kernels=kernels)
+            return Explicit(*matrices, **how)
+        return Watched(*matrices, selective, **how)
+
+
+class SelectiveDiscretisation(Discretisation):
+    """Of Mamba-1: x [B,L,E], delta [B,L,E], A [E,N], B and C [B,L,N]."""
+
+    scans = SELECTIVE
+
+    def steps(self) -> Tensor:
+        """delta_2 [B,L,E], from which the scan kernels make delta by softplus."""
+        assert self.delta_2 is not None
+        return masked(self.delta_2, self.mask, NO_TIME)
+
+    def make_A_bar(self) -> Tensor:
+        """exp(delta A) [B,L,E,N]."""
+        A = rearrange(self.A, "b e n -> b 1 e n") if self.A.dim() == 3 else self.A
+        return unshared(torch.exp(rearrange(self.delta.to(A.dtype), "b l e -> b l e 1") * A))
+
+    def make_B_bar(self) -> Tensor:
+        """delta B [B,L,E,N]."""
+        delta, B = self.delta.to(self.A.dtype), self.B.to(self.A.dtype)
+        return rearrange(delta, "b l e -> b l e 1") * rearrange(B, "b l n -> b l 1 n")
+
+    def make_write(self) -> Tensor:
+        """delta B x [B,L,E,N]."""
+        B_bar = self.make_B_bar() if self.B_bar is None else self.B_bar
+        return B_bar * rearrange(self.x.to(B_bar.dtype), "b l e -> b l e 1")
+
+
+@dataclass
+class DualDiscretisation(Discretisation):
+    """Of Mamba-2: x [B,L,H,P], delta [B,L,H], A [H], B and C [B,L,G,N]."""
+
+    limit: tuple[float, float] = (0.0, math.inf)
+
+    scans = DUAL
+
+    def limited(self, delta: Tensor) -> Tensor:
+        return delta if self.limit == (0.0, math.inf) else delta.clamp(*self.limit)
+
+    def steps(self) -> Tensor:
+        """delta [B,L,H]."""
+        return self.delta
+
+    def make_A_bar(self) -> Tensor:
+        """exp(delta A) [B,L,H]."""
+        A = rearrange(self.A, "b h -> b 1 h") if self.A.dim() == 2 else self.A
+        return unshared(torch.exp(self.delta.to(A.dtype) * A))
+
+    def make_B_bar(self) -> Tensor:
+        """delta B [B,L,H,N]."""
+        delta, B = self.delta.to(self.A.dtype), self.B.to(self.A.dtype)
+        heads = repeat(B, "b l g n -> b l (g e) n", e=delta.shape[2] // B.shape[2])
+        return rearrange(delta, "b l h -> b l h 1") * heads
+
+    def make_write(self) -> Tensor:
+        """delta B x [B,L,H,P,N]."""
+        B_bar = self.make_B_bar() if self.B_bar is None else self.B_bar
+        x = rearrange(self.x.to(B_bar.dtype), "b l h p -> b l h p 1")
+        return rearrange(B_bar, "b l h n -> b l h 1 n") * x
+
+
+def unshared(A_bar: Tensor) -> Tensor:
+    """The result of exp, or a copy: the backward pass reads the result, which an edit in place must not touch."""
+    return A_bar.clone() if A_bar.requires_grad else A_bar

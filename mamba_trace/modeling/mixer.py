@@ -1,6 +1,7 @@
-"""Hugging Face's mixer made hookable: the selective state space layer, with every value a site.
+"""Hugging Face's mixer made hookable: the state space layer, with every value a site.
 
-The forward is the table of `sites` written out. Where nothing inside is wanted, no site is called and no
+`HookableMixer` is what the mixers of both families share; `selective` and `dual` complete it. The forward is
+the table of `sites` written out. Where nothing inside is wanted, no site is called and no
 value is made that the plain computation does not need. The parameters keep their names, and inner modules are
 called, so that quantised, adapted, hooked and offloaded ones do what they do in Hugging Face's own model.
 There is one exception: a kernel reads the weight of conv1d, and applies SiLU, where conv1d and the activation
@@ -17,7 +18,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -27,9 +29,10 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from ..scan import causal_conv, convolution, gated_scan
+from ..scan import ScanFamily, causal_conv, convolution
 from ..scan.record import note, recording
 from ..scan.reference import accumulation_dtype
+from ..sites import Family
 from ..tracing import Visit
 from .discretisation import Discretisation
 from .offers import Offers
@@ -51,25 +54,88 @@ def recorded(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 class HookableMixer(nn.Module):
-    """Mixin over Hugging Face's mixer, which has the attributes up to ``D``."""
+    """Mixin over Hugging Face's mixer, which has the attributes up to ``D``.
+
+    Attributes:
+        family: how its state moves.
+        scans: the scans of that family.
+        columns_in, columns_out: the sites of the parts of the convolution's channels, before and after it.
+        kernels: which scan it runs.
+        report: where it takes note of what it runs: the model's, which its mixers share.
+        last_run: what it ran in its last call.
+    """
 
     layer_idx: int
     intermediate_size: int  # E
     ssm_state_size: int  # N
-    time_step_rank: int  # R
     conv_kernel_size: int  # K
     activation: str
     act: nn.Module
     in_proj: nn.Linear
     conv1d: nn.Conv1d
-    x_proj: nn.Linear
-    dt_proj: nn.Linear
     out_proj: nn.Linear
     A_log: nn.Parameter
     D: nn.Parameter
+
+    family: Family
+    scans: ScanFamily
+    columns_in: tuple[str, ...]
+    columns_out: tuple[str, ...]
     kernels: str = "auto"
-    report: RunReport  # the model's: its mixers share it
+    report: RunReport
     last_run: LayerRun
+
+    # -- what a family brings --------------------------------------------------------------------------
+
+    @property
+    @abstractmethod
+    def sizes(self) -> dict[str, int]:
+        """The size of each axis letter that the mixer fixes, and K, the width of the convolution."""
+
+    @property
+    @abstractmethod
+    def state_shape(self) -> tuple[int, ...]:
+        """The axes of a state behind the batch."""
+
+    @abstractmethod
+    def divided(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """in_proj's output [B,L,...] as the gate [B,L,E], the convolution's columns [B,L,channels], and delta_1
+        where it is a part of it."""
+
+    @abstractmethod
+    def split(self, columns: Tensor) -> Sequence[Tensor]:
+        """The parts of the convolution's columns [B,L,channels], x [B,L,E] first."""
+
+    @abstractmethod
+    def discretisation(
+        self, offer: Offers, x: Tensor, delta_1: Tensor | None, others: Sequence[Tensor]
+    ) -> Discretisation:
+        """The parameters of the scan. Offers delta_1 and delta_2.
+
+        Args:
+            offer: of the running call.
+            x: the input of the SSM [B,L,E].
+            delta_1: as `divided` gives it.
+            others: the parts of the convolution's output behind x.
+        """
+
+    def by_head(self, value: Tensor) -> Tensor:
+        """Channels [...,E] as the scans of the family take them."""
+        return value
+
+    def by_channel(self, value: Tensor) -> Tensor:
+        """The inverse of `by_head`."""
+        return value
+
+    def D_of_channels(self) -> Tensor:
+        """D [E]."""
+        return self.D
+
+    def normed(self, offer: Offers, after_skip: Tensor) -> Tensor:
+        """The input of out_proj [B,L,E]."""
+        return after_skip
+
+    # -- the forward -----------------------------------------------------------------------------------
 
     @recorded
     def forward(
@@ -81,25 +147,35 @@ class HookableMixer(nn.Module):
     ) -> Tensor:
         past = PastStates(self, cache, attention_mask, hidden_states)
         offer = Offers(self, "mixer", past.mask)
-        fused = self.in_proj(offer.into("in_proj", hidden_states))  # [B,L,2E]
-        x_in, skip = fused.split(self.intermediate_size, dim=-1)  # [B,L,E] each
+        skip, columns, delta_1 = self.divided(self.in_proj(offer.into("in_proj", hidden_states)))
         skip = offer("skip", skip)
         # Masked after in_proj, which may have a bias of its own or an adapter's.
-        x_in = offer("x_in", masked(x_in, past.mask))
-        x = self.convolve(offer, x_in, past)
-        x = offer("ssm_input", masked(x, past.mask))  # [B,L,E]
-        gated, h = self.scan(offer, x, skip, past)  # [B,L,E], [B,E,N]
+        columns = self.offered(offer, self.columns_in, masked(columns, past.mask))
+        x, *others = self.split(masked(self.convolve(offer, columns, past), past.mask))
+        x = offer("ssm_input", x)  # [B,L,E]
+        h = self.initial_state(offer, x, past)  # [B,...,N] or None
+        gated, h = self.scan(offer, x, skip, h, self.discretisation(offer, x, delta_1, others))
         past.keep(h)
         after_skip = offer("after_skip", gated.to(hidden_states.dtype))  # [B,L,E]
-        out = self.out_proj(offer.into("out_proj", after_skip))  # [B,L,D]
+        out = self.out_proj(offer.into("out_proj", self.normed(offer, after_skip)))  # [B,L,D]
         offer.close()
         return offer.result(out)
+
+    def offered(self, offer: Offers, names: tuple[str, ...], columns: Tensor) -> Tensor:
+        """Offer the parts of the convolution's columns [B,L,channels], each at the site that ``names`` it."""
+        if not offer.open:
+            return columns
+        parts = self.split(columns)
+        served = [offer(name, part) for name, part in zip(names, parts, strict=True)]
+        if all(part is given for part, given in zip(served, parts, strict=True)):
+            return columns
+        return served[0] if len(served) == 1 else torch.cat([part.flatten(2) for part in served], dim=-1)
 
     # -- the convolution -------------------------------------------------------------------------------
 
     def convolve(self, offer: Offers, x_in: Tensor, past: PastStates) -> Tensor:
-        """SiLU of the causal convolution [B,L,E] of ``x_in`` [B,L,E] after the columns of ``past``."""
-        x_in, before = past.convolution(x_in)  # [B,L,E], [B,E,K] or None
+        """SiLU of the causal convolution of the columns ``x_in`` [B,L,channels] after those of ``past``."""
+        x_in, before = past.convolution(x_in)  # [B,L,channels], [B,channels,K] or None
         backend = self.conv_backend(x_in)
         conv1d, whole = None if backend is None else self.plain_conv1d(offer), False
         if backend is None or conv1d is None:
@@ -107,19 +183,19 @@ class HookableMixer(nn.Module):
             reason = "" if backend is None else "conv1d is wanted, hooked or changed"
         else:
             whole = offer.inside("conv") is None and offer.bypass("act", type(self.act)) is not None
-            weight, bias = conv1d.weight[:, 0], conv1d.bias  # [E,K], [E] or None
+            weight, bias = conv1d.weight[:, 0], conv1d.bias  # [channels,K], [channels] or None
             conv = causal_conv(x_in, weight, bias, before, activate=whole, backend=backend)
             reason = "" if whole else "conv or its SiLU is wanted or hooked"
         self.last_run.reasons += [reason] if reason else []
         if whole:
             offer.leave_out("conv")
             return conv
-        return self.act(offer("conv", conv))
+        return self.act(self.offered(offer, self.columns_out, conv))
 
     def plain_conv1d(self, offer: Offers) -> nn.Conv1d | None:
-        """conv1d if a kernel may read its weight [E,1,K]: the convolution that the configuration says."""
-        K, E = self.conv_kernel_size, self.intermediate_size
-        plain = {"kernel_size": (K,), "padding": (K - 1,), "stride": (1,), "dilation": (1,), "groups": E}
+        """conv1d if a kernel may read its weight [channels,1,K]: the convolution that the configuration says."""
+        K, groups = self.conv_kernel_size, self.n_channels
+        plain = {"kernel_size": (K,), "padding": (K - 1,), "stride": (1,), "dilation": (1,), "groups": groups}
         return offer.bypass("conv1d", nn.Conv1d, padding_mode="zeros", **plain)
 
     def conv_backend(self, x_in: Tensor) -> ModuleType | None:
@@ -129,7 +205,7 @@ class HookableMixer(nn.Module):
         return convolution(self.kernels, x_in.device, x_in.dtype, self.conv_kernel_size)
 
     def call_conv1d(self, offer: Offers, x_in: Tensor, before: Tensor | None, past: PastStates) -> Tensor:
-        """The convolution [B,L,E] by a call of its module. An edit of the module's input is cached."""
+        """The convolution [B,L,channels] by a call of its module. An edit of the module's input is cached."""
         note("causal_conv", "PyTorch", x_in.shape[1])
         columns = rearrange(x_in, "b l e -> b e l")
         length, context = x_in.shape[1], 0
@@ -140,62 +216,58 @@ class HookableMixer(nn.Module):
         looked_at: Any = seen_by(self.conv1d, past.mask, context) if wanted else contextlib.nullcontext([])
         with looked_at as seen:
             # The module pads both ends; what lies past the last token is cut off.
-            columns = self.conv1d(offer.into("conv1d", columns))[..., context : context + length]  # [B,E,L]
+            columns = self.conv1d(offer.into("conv1d", columns))[..., context : context + length]  # [B,channels,L]
         if seen:
             past.keep_columns(seen[0])
         return rearrange(columns, "b e l -> b l e").contiguous()
 
     # -- the scan --------------------------------------------------------------------------------------
 
-    def scan(self, offer: Offers, x: Tensor, skip: Tensor, past: PastStates) -> tuple[Tensor, Tensor]:
-        """The gated output of the SSM [B,L,E] and its last state [B,E,N], in as few kernels as will do."""
-        h = self.initial_state(offer, x, past)  # [B,E,N] or None
-        delta_1, B, C = self.selective_parameters(offer, x)
-        delta_1 = offer("delta_1", delta_1)  # [B,L,R]
-        # The only reference to delta_2 [B,L,E], which is given up where delta takes its place.
-        parameters = Discretisation(
-            x, offer("delta_2", self.dt_proj(offer.into("dt_proj", delta_1))), past.mask, self.A_log, B, C
-        )
+    def scan(
+        self, offer: Offers, x: Tensor, skip: Tensor, h: Tensor | None, parameters: Discretisation
+    ) -> tuple[Tensor, Tensor]:
+        """The gated output of the SSM [B,L,E] and its last state [B,...,N], in as few kernels as will do."""
         parameters.offer(offer)
         wanted = offer.inside("scan", "states")
         if wanted is None:
             offer.leave_out("scan", "states")
-            steps, A, B, C = parameters.before_softplus(), parameters.A, parameters.B, parameters.C
-            return gated_scan(x, steps, A, B, C, self.D, skip, h, kernels=self.kernels)
+            steps, A, B, C = parameters.steps(), parameters.A, parameters.B, parameters.C
+            gated, h = self.scans.gated_scan(
+                self.by_head(x), steps, A, B, C, self.D, self.by_head(skip), h, kernels=self.kernels
+            )
+            return self.by_channel(gated), h
         edited = ", and A_bar, B_bar or write edited" if parameters.edited else ""
         self.last_run.reasons.append(f"{wanted} is wanted{edited}")
-        pieces, h = Stretches(offer, parameters.recurrence(self.kernels), h).run()  # [B,l,E], [B,E,N]
+        pieces, h = Stretches(offer, parameters.recurrence(self.kernels), h).run()
         del parameters  # and with it delta, which makes room for what follows
-        ssm_output = offer("ssm_output", self.with_D(offer("y", joined(pieces)), x))  # [B,L,E]
+        y = self.by_channel(joined(pieces))  # [B,L,E]
+        ssm_output = offer("ssm_output", self.with_D(offer("y", y), x))  # [B,L,E]
         return F.silu(skip.to(ssm_output.dtype)).mul_(ssm_output), h
 
     def with_D(self, y: Tensor, x: Tensor) -> Tensor:
         """y + D x [B,L,E]."""
-        return torch.addcmul(y, x.to(y.dtype), self.D.to(y.dtype))
+        return torch.addcmul(y, x.to(y.dtype), self.D_of_channels().to(y.dtype))
 
     def initial_state(self, offer: Offers, x: Tensor, past: PastStates) -> Tensor | None:
-        """The state before the first position [B,E,N], or ``None`` for zeros that nobody wants."""
+        """The state before the first position [B,...,N], or ``None`` for zeros that nobody wants."""
         h = past.state()
         if not offer.wants("h_start"):
             offer.pass_over("h_start")
             return h
         if h is None:
-            h = x.new_zeros(x.shape[0], x.shape[2], self.ssm_state_size, dtype=accumulation_dtype(x))
+            h = x.new_zeros(x.shape[0], *self.state_shape, dtype=accumulation_dtype(x))
         if x.requires_grad or (torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())):
             h.requires_grad_()  # so that its gradient can be asked for
         return offer("h_start", h)
 
-    def selective_parameters(self, offer: Offers, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x_proj, split: delta_1 [B,L,R], B [B,L,N] and C [B,L,N]."""
-        sizes = [self.time_step_rank, self.ssm_state_size, self.ssm_state_size]
-        looked_at = offer.first_wanted("x_proj") is not None
-        projected = self.x_proj(offer.into("x_proj", x))  # [B,L,R+2N]
-        delta_1, B, C = (masked(projected, offer.mask) if looked_at else projected).split(sizes, dim=-1)
-        return delta_1, B, C
+    @property
+    def n_channels(self) -> int:
+        """How many channels the convolution has."""
+        return self.intermediate_size
 
 
 def joined(pieces: list[Tensor]) -> Tensor:
-    """The outputs of all stretches [B,L,E]. The list is emptied, so that they are in memory once."""
+    """The outputs of all stretches [B,L,...]. The list is emptied, so that they are in memory once."""
     whole = torch.cat(pieces, dim=1) if len(pieces) > 1 else pieces[0]
     pieces.clear()
     return whole

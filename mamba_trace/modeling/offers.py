@@ -17,18 +17,24 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from ..sites import BY_NAME, SITES, Scope, Site, Stage, offered
+from ..sites import BY_NAME, SITES, Family, Scope, Site, Stage, offered
 from ..tracing import Visit, is_itself
 from .past import masked
 
 
 class SiteModule(nn.Module):
-    """A place where a value can be read or replaced: returns its input."""
+    """A place where a value can be read or replaced: returns its input.
 
-    def __init__(self, site: Site, sizes: dict[str, int]) -> None:
+    Attributes:
+        site: its row of the table.
+        axes: the axes of its value here, as letters of `sites.AXES`.
+        shape: the same in numbers, where they are known.
+    """
+
+    def __init__(self, site: Site, axes: str, sizes: dict[str, int]) -> None:
         super().__init__()
-        self.site = site
-        self.shape = ", ".join(str(sizes.get(axis, axis)) for axis in site.axes)
+        self.site, self.axes = site, axes
+        self.shape = ", ".join(str(sizes.get(axis, axis)) for axis in axes)
 
     def forward(self, value: Tensor) -> Tensor:
         return value
@@ -41,15 +47,15 @@ class SiteModule(nn.Module):
 
 
 @functools.cache
-def names_of(scope: Scope) -> tuple[str, ...]:
+def names_of(scope: Scope, family: Family | None) -> tuple[str, ...]:
     """The names of the sites that a module of this scope offers, in execution order."""
-    return tuple(site.name for site in offered(scope))
+    return tuple(site.name for site in offered(scope, family))
 
 
 @functools.cache
-def names_inside(*stages: Stage) -> tuple[str, ...]:
-    """The names of the sites inside of fused stages, in execution order."""
-    return tuple(site.name for site in SITES if site.stage in stages)
+def names_inside(family: Family, *stages: Stage) -> tuple[str, ...]:
+    """The names of the sites inside of fused stages of a mixer, in execution order."""
+    return tuple(site.name for site in SITES if site.stage in stages and family in site.families)
 
 
 class Offers:
@@ -62,7 +68,8 @@ class Offers:
     """
 
     def __init__(self, module: nn.Module, scope: Scope, mask: Tensor | None = None) -> None:
-        self.module, self.mask, self.names = module, mask, names_of(scope)
+        self.module, self.mask, self.family = module, mask, getattr(module, "family", None)
+        self.names = names_of(scope, self.family)
         self.visit = Visit(module)
         #: Whether anything inside is wanted. If not, sites are only counted, when the call is over.
         self.open = self.visit.inside(self.names)
@@ -135,7 +142,7 @@ class Offers:
 
     def left(self, *stages: Stage) -> tuple[str, ...]:
         """The sites inside of ``stages`` that this call has not come to yet."""
-        return tuple(name for name in names_inside(*stages) if name not in self.done)
+        return tuple(name for name in names_inside(self.family, *stages) if name not in self.done)
 
     def inside(self, *stages: Stage) -> str | None:
         """A site inside of fused ``stages`` that was wanted in this call or is wanted now, ``None`` if none.

@@ -18,12 +18,12 @@ class Stretch:
 
     start: int
     stop: int
-    before: Tensor | None  # the state before them [B,E,N], None for zeros
-    y: Tensor  # their outputs [B,l,E]
-    after: Tensor  # the state handed on after the last of them, edited or not [B,E,N]
+    before: Tensor | None  # the state before them [B,...,N], None for zeros
+    y: Tensor  # their outputs [B,l,...]
+    after: Tensor  # the state handed on after the last of them, edited or not [B,...,N]
 
     def states(self, recurrence: Recurrence) -> tuple[Tensor, Tensor]:
-        """y [B,l,E] and the state after each position [B,l,E,N], an edit of the last one included."""
+        """y [B,l,...] and the state after each position [B,l,...,N], an edit of the last one included."""
         _, states = recurrence.states(self.start, self.stop - 1, self.before)
         return self.y, torch.cat((states, self.after[:, None]), dim=1)
 
@@ -34,7 +34,7 @@ class Stretches:
 
     offer: Offers
     recurrence: Recurrence
-    h: Tensor | None  # the state [B,E,N] that the next position starts from, None for zeros
+    h: Tensor | None  # the state [B,...,N] that the next position starts from, None for zeros
     start: int = 0  # the next position
     done: list[Stretch] = field(default_factory=list)
 
@@ -44,7 +44,7 @@ class Stretches:
         return self.recurrence.x.shape[1]
 
     def run(self) -> tuple[list[Tensor], Tensor]:
-        """Run all positions: y [B,l,E] of each stretch, and the state after the last one [B,E,N]."""
+        """Run all positions: y [B,l,...] of each stretch, and the state after the last one [B,...,N]."""
         offer, visit = self.offer, self.offer.visit
         with visit.positions(STATE):
             while offer.open:
@@ -70,7 +70,7 @@ class Stretches:
         # An assigned tensor counts even where its contents are the same: it may be detached.
         if after is not copy or after.requires_grad or not same_contents(state, after):
             if self.offer.mask is not None:  # no edit changes the state on padding
-                after = torch.where(self.offer.mask[:, at, None, None], after, state)
+                after = torch.where(self.offer.mask[:, at].view(-1, *[1] * (state.dim() - 1)), after, state)
             y = torch.cat((y[:, :-1], self.recurrence.read(after, at)[:, None]), dim=1)
         self.done.append(Stretch(self.start, at + 1, self.h, y, after))
         self.start, self.h = at + 1, after
@@ -84,7 +84,7 @@ class Stretches:
         last = states[:, -1].clone()  # the whole trajectory is a record: its edits are not carried on
         may_change = self.offer.visit.may_edit(STATE) and not states.requires_grad
         unedited = self.recurrence.read(states) if may_change else None
-        read = self.offer("h_read", self.offer(STATE, states))  # [B,L,E,N]
+        read = self.offer("h_read", self.offer(STATE, states))  # [B,L,...,N]
         if read is not states or read.requires_grad:
             y = self.recurrence.read(read)
         elif unedited is not None and not same_contents(unedited, edited := self.recurrence.read(read)):

@@ -13,8 +13,8 @@ from nnsight.intervention.envoy import Envoy
 from torch import Tensor, nn
 
 from ..errors import SiteValueError, UnknownSiteError
-from ..names import NATIVE_MODULES, lacked, nearest, public_path
-from ..sites import BY_NAME, SITES
+from ..names import NATIVE_MODULES, lacked, nearest, of_another_family, public_path
+from ..sites import BY_MODULE, BY_NAME, SITES
 from .envoy_map import EnvoyMap
 
 #: Names of places: a user reads values there, and never assigns to the name itself.
@@ -48,9 +48,14 @@ class Guarded(Envoy):
     def _lacks(self, name: str) -> Exception:
         # The error for an attribute that this envoy does not have.
         known = [site.name for site in SITES] + list(NATIVE_MODULES) + ["layers", "ssm"]
-        here = [child for child in known if child in self.__dict__ or child in self._child_map]
-        hint = sentence(lacked(f"{name}.") or nearest(name, here or known))
+        here = [child for child in known if self._has(child)]
+        hint = sentence(lacked(f"{name}.") or of_another_family(name) or nearest(name, here or known))
         return UnknownSiteError(f"{self._public_path} has no {name!r}{hint} It has: {', '.join(here)}")
+
+    def _has(self, name: str) -> bool:
+        # Whether this envoy has a site or an inner module of this name.
+        module = BY_NAME[name].module if name in BY_NAME and BY_NAME[name].module in BY_MODULE else name
+        return module in self.__dict__ or module in self._child_map
 
     def __setattr__(self, name: str, value: Any) -> None:
         being_made = "_child_map" not in self.__dict__

@@ -18,7 +18,7 @@ from nnsight.intervention.envoy import Envoy
 
 from ..errors import PositionError, SiteValueError, UnknownSiteError
 from ..names import NATIVE_MODULES, layer_index
-from ..sites import BY_NAME, STATE, Scope, Site, in_scope
+from ..sites import BY_MODULE, BY_NAME, STATE, Scope, Site, in_scope
 from .attributes import Guarded, NotAValue, no_such_value, not_a_value
 from .fitting import skip
 from .located import Located, Part
@@ -31,11 +31,12 @@ class SiteEnvoy(NotAValue, Located):
     @property
     def site(self) -> Site:
         """The row of the site table."""
-        return BY_NAME[self.path.rsplit(".", 1)[-1]]
+        *_, owner, name = self.path.split(".")
+        return (BY_MODULE.get(name) if owner == "mixer" else None) or BY_NAME[name]
 
     @property
     def _axes(self) -> str:  # type: ignore[override]
-        return self.site.axes
+        return getattr(self._module, "axes", self.site.axes)
 
     def __getattr__(self, name: str) -> Any:
         if name == "shape":  # the module has an attribute of this name: the sizes of the axes in words
@@ -62,7 +63,7 @@ class StateEnvoy(SiteEnvoy):
             raise PositionError(
                 f"{path}[{position!r}]: one position at a time, h[5] or h[-1]; "
                 f"for several write a loop in ascending order, for all of them use "
-                f"{path}.output [B,L,E,N]"
+                f"{path}.output [{','.join(self._axes)}]"
             )
         try:
             return PositionEnvoy(self, operator.index(_no_bool(position)))
@@ -105,12 +106,11 @@ def _absent(name: str) -> property:
 
 
 class PositionEnvoy(NotAValue):
-    """``h[p]``: the state [B,E,N] carried after token p. An edit changes y there and everything after it.
+    """``h[p]``: the state carried after token p, [B,E,N] or in Mamba-2 [B,H,P,N]. An edit changes y there and everything after it.
 
     The place has a location of its own and no module. Only `output` is served.
     """
 
-    _axes = "BEN"
     output = Located.output
     source, trace, edit = _absent("source"), _absent("trace"), _absent("edit")
 
@@ -122,6 +122,10 @@ class PositionEnvoy(NotAValue):
         self._children: list[Envoy] = []
         self._child_map: dict[str, Envoy] = {}
         self._aliases: dict[str, str] = {}
+
+    @property
+    def _axes(self) -> str:
+        return self._site._axes.replace("L", "")
 
     @property
     def path(self) -> str:
@@ -162,7 +166,7 @@ class PositionEnvoy(NotAValue):
         return operator.getitem, (self._site, self.position)
 
     def __repr__(self) -> str:
-        return f"{self._public_path}: state [B,E,N] after token {self.position}"
+        return f"{self._public_path}: state [{','.join(self._axes)}] after token {self.position}"
 
 
 class BlockEnvoy(Located):
@@ -174,6 +178,12 @@ class BlockEnvoy(Located):
 
 class MixerEnvoy(BlockEnvoy):
     """The envoy of a mixer. Its method ``skip`` is hidden by the site of that name, a `SkipEnvoy`."""
+
+    def __getattr__(self, name: str) -> Any:
+        site = BY_NAME.get(name)
+        if site is not None and site.module in BY_MODULE and site.module in self.__dict__.get("_child_map", ()):
+            return self._child_map[site.module]  # ``inner_norm``, which Hugging Face calls ``norm``
+        return super().__getattr__(name)
 
 
 class SkipEnvoy(SiteEnvoy):

@@ -20,9 +20,11 @@ from ..mixer import HookableMixer
 from ..offers import SiteModule
 from ..run_report import RunReport
 from .architecture import Architecture
+from .falcon_mamba import FALCON_MAMBA
 from .mamba import MAMBA
+from .mamba2 import MAMBA2
 
-ARCHITECTURES = (MAMBA,)
+ARCHITECTURES = (MAMBA, FALCON_MAMBA, MAMBA2)
 
 
 # transformers puts a function of its own around the forward of each block class, under the mixin's name:
@@ -38,17 +40,19 @@ def architecture_of(model: nn.Module) -> Architecture:
     Raises:
         CheckpointError: if it is not one of the supported ones.
     """
-    for architecture in ARCHITECTURES:
-        # PEFT and the like wrap the model they adapt.
-        if any(isinstance(module, architecture.model_class) for module in model.modules()):
-            return architecture
+    for module in model.modules():  # PEFT and the like wrap the model they adapt
+        for architecture in ARCHITECTURES:
+            if isinstance(module, architecture.model_class):
+                return architecture
     known = ", ".join(architecture.model_class.__name__ for architecture in ARCHITECTURES)
     raise CheckpointError(f"{type(model).__name__} is not a language model that this package knows; it knows {known}")
 
 
-def axis_sizes(config: Any) -> dict[str, int]:
-    """The size of each axis letter that the configuration fixes, e.g. ``{"D": 768, "E": 1536, ...}``."""
-    return next(a for a in ARCHITECTURES if isinstance(config, a.config_class)).axis_sizes(config)
+def axis_sizes(model: nn.Module) -> dict[str, int]:
+    """The size of each axis letter that a hookable model fixes, e.g. ``{"D": 768, "E": 1536, ...}``."""
+    config: Any = model.config
+    mixer = next(module for module in model.modules() if isinstance(module, HookableMixer))
+    return {"D": config.hidden_size, "V": config.vocab_size, **mixer.sizes}
 
 
 def make_hookable(model: nn.Module, kernels: str = "auto") -> nn.Module:
@@ -68,16 +72,19 @@ def make_hookable(model: nn.Module, kernels: str = "auto") -> nn.Module:
     architecture = architecture_of(model)
     refuse_learned_prompts(model)
     check_layers(model, architecture)
-    sizes, report = axis_sizes(model.config), RunReport()
+    family, report, new = architecture.family, RunReport(), []
     for module in list(model.modules()):
         if type(module) in architecture.hookable:
             hookable, scope = architecture.hookable[type(module)]
             module.__class__ = hookable
             rebind_forward(module)
-            for site in offered(scope) if scope is not None else ():
-                module.add_module(site.name, SiteModule(site, sizes))
+            new.append((module, scope))
         if isinstance(module, HookableMixer):
             module.kernels, module.report = kernels, report
+    sizes = axis_sizes(model) if new else {}
+    for module, scope in new:
+        for site in offered(scope, family) if scope is not None else ():
+            module.add_module(site.name, SiteModule(site, site.axes_in(family), sizes))
     no_split = set(getattr(model, "_no_split_modules", None) or ())
     no_split |= {cls.__name__ for cls, _ in architecture.hookable.values()}
     model.__dict__["_no_split_modules"] = sorted(no_split)

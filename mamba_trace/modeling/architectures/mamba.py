@@ -6,7 +6,7 @@ from transformers import MambaConfig
 from transformers.models.mamba.modeling_mamba import MambaBlock, MambaForCausalLM, MambaMixer, MambaRMSNorm
 
 from ..block import HookableBlock, HookableRMSNorm
-from ..mixer import HookableMixer
+from ..selective import SelectiveMixer
 from .architecture import Architecture
 
 
@@ -14,7 +14,7 @@ class HookableMambaBlock(HookableBlock, MambaBlock):
     """A `MambaBlock` with its sites."""
 
 
-class HookableMambaMixer(HookableMixer, MambaMixer):
+class HookableMambaMixer(SelectiveMixer, MambaMixer):
     """A `MambaMixer` with its sites."""
 
 
@@ -22,18 +22,9 @@ class HookableMambaRMSNorm(HookableRMSNorm, MambaRMSNorm):
     """A `MambaRMSNorm` that keeps float64."""
 
 
-def axis_sizes(config: MambaConfig) -> dict[str, int]:
-    """The size of each axis that the configuration fixes."""
-    return {
-        "D": config.hidden_size,
-        "E": config.intermediate_size,
-        "N": config.state_size,
-        "R": int(config.time_step_rank),
-        "V": config.vocab_size,
-    }
-
-
 MAMBA = Architecture(
+    name="Mamba-1",
+    family="selective",
     model_class=MambaForCausalLM,
     config_class=MambaConfig,
     hookable={
@@ -41,5 +32,4 @@ MAMBA = Architecture(
         MambaMixer: (HookableMambaMixer, "mixer"),
         MambaRMSNorm: (HookableMambaRMSNorm, None),
     },
-    axis_sizes=axis_sizes,
 )

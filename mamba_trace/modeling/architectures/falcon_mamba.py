@@ -1,0 +1,62 @@
+"""Falcon-Mamba: Mamba-1 with RMS norms, which have no weights, on dt, B and C."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from transformers import FalconMambaConfig
+from transformers.models.falcon_mamba.modeling_falcon_mamba import (
+    FalconMambaBlock,
+    FalconMambaForCausalLM,
+    FalconMambaMixer,
+    FalconMambaRMSNorm,
+    FalconMambaWeightlessRMSNorm,
+)
+
+from ...scan.reference import accumulation_dtype
+from ..block import HookableBlock, HookableRMSNorm
+from ..offers import Offers
+from ..selective import SelectiveMixer
+from .architecture import Architecture
+
+
+class HookableFalconMambaBlock(HookableBlock, FalconMambaBlock):
+    """A `FalconMambaBlock` with its sites."""
+
+
+class HookableFalconMambaMixer(SelectiveMixer, FalconMambaMixer):
+    """A `FalconMambaMixer` with its sites: delta_1, B and C are what the norms return."""
+
+    dt_layernorm: nn.Module
+    b_layernorm: nn.Module
+    c_layernorm: nn.Module
+
+    def selective_parameters(self, offer: Offers, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        delta_1, B, C = super().selective_parameters(offer, x)
+        return self.dt_layernorm(delta_1), self.b_layernorm(B), self.c_layernorm(C)
+
+
+class HookableFalconMambaRMSNorm(HookableRMSNorm, FalconMambaRMSNorm):
+    """A `FalconMambaRMSNorm` that keeps float64."""
+
+
+class HookableFalconMambaWeightlessRMSNorm(FalconMambaWeightlessRMSNorm):
+    """A `FalconMambaWeightlessRMSNorm` that keeps float64."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.to(accumulation_dtype(x))
+        return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+
+
+FALCON_MAMBA = Architecture(
+    name="Falcon-Mamba",
+    family="selective",
+    model_class=FalconMambaForCausalLM,
+    config_class=FalconMambaConfig,
+    hookable={
+        FalconMambaBlock: (HookableFalconMambaBlock, "block"),
+        FalconMambaMixer: (HookableFalconMambaMixer, "mixer"),
+        FalconMambaRMSNorm: (HookableFalconMambaRMSNorm, None),
+        FalconMambaWeightlessRMSNorm: (HookableFalconMambaWeightlessRMSNorm, None),
+    },
+)
