@@ -184,18 +184,18 @@ def build_model(
     [1e-3, 1e-1]; D = 1.
     """
     torch.manual_seed(seed)
-    settings: dict[str, Any] = dict(
-        vocab_size=vocab_size,
-        hidden_size=d_model,
-        num_hidden_layers=n_layers,
-        state_size=16,
-        conv_kernel=4,
-        expand=2,
-        bos_token_id=0,
-        eos_token_id=0,
-        pad_token_id=0,
-        tie_word_embeddings=True,
-    )
+    settings: dict[str, Any] = {
+        "vocab_size": vocab_size,
+        "hidden_size": d_model,
+        "num_hidden_layers": n_layers,
+        "state_size": 16,
+        "conv_kernel": 4,
+        "expand": 2,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        "pad_token_id": 0,
+        "tie_word_embeddings": True,
+    }
     if architecture == "mamba":
         return MambaForCausalLM(MambaConfig(**settings))
     return Mamba2ForCausalLM(Mamba2Config(**settings, head_dim=16, num_heads=d_model // 8, n_groups=1))
