@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 import math
 import os
+import re
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -33,8 +34,9 @@ from transformers import (
     PreTrainedConfig,
 )
 
-from mamba_trace import MambaTrace
+from mamba_trace import MambaTrace, names
 from mamba_trace.conversion.checkpoints import save_original
+from mamba_trace.sites import SITES
 
 BATCH, LENGTH, N_LAYERS = 3, 9, 3
 SIZES = {
@@ -73,6 +75,16 @@ OTHERS: list[dict[str, Any]] = [
     {"model_type": "mamba2", "use_conv_bias": False, "num_heads": 2, "head_dim": 12, "conv_kernel": 1},
     {"model_type": "mamba2", "n_groups": 6, "state_size": 1, "tie_word_embeddings": False},
 ]
+
+
+def has(model_type: str, path: str) -> bool:
+    """Whether the models of this type have the site or the inner module at the end of a path."""
+    family = "dual" if model_type == "mamba2" else "selective"
+    return family in names.families_of(re.sub(r"\[.*", "", path.rsplit(".", 1)[-1]))
+
+
+#: The sites of Mamba-1.
+MAMBA_SITES = [site for site in SITES if has("mamba", site.name)]
 
 
 class ModuleFactory(Protocol):

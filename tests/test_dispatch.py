@@ -17,7 +17,7 @@ import nnsight
 import pytest
 import torch
 from allocations import PeakMemory
-from conftest import SIZES, ModuleFactory, agree, layers_that_ran
+from conftest import MAMBA_SITES, SIZES, ModuleFactory, agree, layers_that_ran
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_kernels import parameter_gradients, weighted
@@ -28,7 +28,7 @@ from mamba_trace.errors import BackendError, LayerError
 from mamba_trace.modeling.run_report import LayerRun
 from mamba_trace.scan import dispatch, reference
 from mamba_trace.scan.record import Call
-from mamba_trace.sites import SITES, STATE, walk
+from mamba_trace.sites import STATE, walk
 
 N_LAYERS, LENGTH = SIZES["num_hidden_layers"], 9
 BACKENDS = ("reference", "cpu", "cuda", "triton")
@@ -439,7 +439,7 @@ def test_a_scan_takes_the_arguments_of_its_definition_and_the_backend(name: str)
 def test_every_site_of_a_mixer_has_a_row() -> None:
     """A new site comes with what it costs."""
     rows = {site.split("[")[0] for sites, _ in ROWS for site in sites}
-    assert {site.name for site in SITES if site.scope == "mixer"} <= rows
+    assert {site.name for site in MAMBA_SITES if site.scope == "mixer"} <= rows
 
 
 # -- transforms of functions --------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import nnsight
 import numpy as np
 import pytest
 import torch
-from conftest import agree
+from conftest import agree, has, make_hf
 from reference import forward
 from torch import Tensor
 
@@ -26,6 +26,7 @@ import mamba_trace
 from mamba_trace import MambaTrace, names
 from mamba_trace.errors import SiteValueError
 from mamba_trace.modeling import discretisation
+from mamba_trace.modeling.architectures import axis_sizes
 from mamba_trace.sites import BY_NAME, SITES, rows, site_named, walk
 
 Edit = Callable[[Tensor], Tensor]
@@ -40,16 +41,32 @@ LAST_LAYER = [site.path(2) for site in SITES if site.scope != "model"] + ["layer
 NATIVE = [f"layers[0].ssm.{name}" for name in ("in_proj", "conv1d", "x_proj", "dt_proj")]
 
 
+#: Falcon-Mamba's sites are Mamba-1's; `test_reference` has it.
+MODEL_TYPES = ["mamba", "mamba2"]
+
+
+def each(names: str, values: Sequence[Any]) -> pytest.MarkDecorator:
+    """Parametrize over the models and the paths, or tuples with paths, that each of them has."""
+    rows = [value if isinstance(value, tuple) else (value,) for value in values]
+    having = [(t, *row) for t in MODEL_TYPES for row in rows if all(has(t, str(path)) for path in row)]
+    return pytest.mark.parametrize(("model_type", *names.split()), having, indirect=["model_type"])
+
+
+@pytest.fixture(scope="module", params=MODEL_TYPES)
+def model_type(request):
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def tiny(tiny_hf):
+def tiny(model_type):
     """One model for every test here: nothing a trace does may outlive it."""
-    return MambaTrace(tiny_hf())
+    return MambaTrace(make_hf(model_type=model_type))
 
 
 @pytest.fixture(scope="module")
-def hf(tiny_hf):
+def hf(model_type):
     """The same weights in Hugging Face's own module, in float64."""
-    return tiny_hf().double()
+    return make_hf(model_type=model_type).double()
 
 
 @torch.no_grad()
@@ -62,7 +79,7 @@ def by_hand(hf: Any, tokens: Tensor, edits: dict[str, Edit] | None = None) -> di
         paths = [names.to_path(hook)]
         if state := re.fullmatch(r"(.+\.h)\[(\d+)\]", paths[0]):
             paths.append(f"{state[1]}[{int(state[2]) - length}]")
-        if paths[0].endswith(".delta_2"):  # the output of dt_proj
+        if paths[0].endswith(".delta_2"):  # the output of dt_proj, if there is one
             paths.append(paths[0].replace("delta_2", "dt_proj"))
         for path in paths:
             value = edits[path](value) if edits and path in edits else value
@@ -91,7 +108,7 @@ def same(one: Tensor, other: Tensor, tolerance: float = 5e-5) -> None:
 # -- reading -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("path", PATHS + LAST_LAYER)
+@each("path", PATHS + LAST_LAYER)
 def test_every_site_has_its_value_and_reading_it_changes_nothing(tiny, hf, tokens, path):
     expected = by_hand(hf, tokens)
     before = logits_of(tiny, tokens)
@@ -103,17 +120,15 @@ def test_every_site_has_its_value_and_reading_it_changes_nothing(tiny, hf, token
     agree(logits, before)
 
 
-@pytest.mark.parametrize("site", SITES, ids=lambda site: site.name)
-def test_shapes_are_those_of_the_table(tiny, tokens, site):
-    config = tiny.config
-    sizes = {
-        "B": tokens.shape[0], "L": tokens.shape[1], "D": config.hidden_size, "E": config.intermediate_size,
-        "N": config.state_size, "R": int(config.time_step_rank), "V": config.vocab_size,
-    }  # fmt: skip
-    place = tiny.hook(site.path(1))
+@each("path", SITE_PATHS)
+def test_shapes_are_those_of_the_table(tiny, tokens, path):
+    sizes = axis_sizes(tiny._module) | {"B": tokens.shape[0], "L": tokens.shape[1]}
+    place = tiny.hook(path)
     with tiny.trace(tokens):
         value = place.output.save()
-    assert value.shape == tuple(sizes[axis] for axis in site.axes)
+    axes = BY_NAME[path.rsplit(".", 1)[-1]].axes_in(tiny.architecture.family)
+    assert value.shape == tuple(sizes[axis] for axis in axes)
+    assert place._axes == axes
     assert value.dtype == torch.float32
 
 
@@ -121,9 +136,9 @@ def test_every_site_at_once_in_execution_order(tiny, hf, tokens):
     expected = by_hand(hf, tokens)
     with torch.no_grad(), tiny.trace(tokens):
         values = nnsight.save({})
-        for site, layer in walk(N_LAYERS):
+        for site, layer in walk(N_LAYERS, tiny.architecture.family):
             values[site.path(layer)] = tiny.hook(site.path(layer)).output
-    assert list(values) == [site.path(layer) for site, layer in walk(N_LAYERS)]
+    assert list(values) == [site.path(layer) for site, layer in walk(N_LAYERS, tiny.architecture.family)]
     for path, value in values.items():
         same(value, expected[path])
 
@@ -201,7 +216,7 @@ def test_a_prompt_of_one_token(tiny, hf, tokens):
 # -- writing -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("path", PATHS + LAST_LAYER + NATIVE)
+@each("path", PATHS + LAST_LAYER + NATIVE)
 def test_an_assignment_means_what_the_table_says(tiny, hf, tokens, path):
     expected = by_hand(hf, tokens, {path: native_edit(path)})
     place = tiny.hook(path)
@@ -225,7 +240,7 @@ def native_edit(path: str) -> Edit:
     return (lambda value: value * 1.5) if path.endswith("conv1d") else change
 
 
-@pytest.mark.parametrize("path", PATHS + LAST_LAYER)
+@each("path", PATHS + LAST_LAYER)
 def test_an_edit_in_place_equals_the_assignment(tiny, tokens, path):
     place = tiny.hook(path)
     with torch.no_grad(), tiny.trace(tokens):
@@ -238,7 +253,7 @@ def test_an_edit_in_place_equals_the_assignment(tiny, tokens, path):
     assert not torch.allclose(in_place, logits_of(tiny, tokens), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("path", PATHS + LAST_LAYER)
+@each("path", PATHS + LAST_LAYER)
 def test_an_edit_of_a_slice_leaves_the_rest(tiny, hf, tokens, path):
     def zero_some(value: Tensor) -> Tensor:
         value = value.clone()
@@ -257,7 +272,7 @@ def test_an_edit_of_a_slice_leaves_the_rest(tiny, hf, tokens, path):
     same(logits, expected["lm_head"])
 
 
-@pytest.mark.parametrize("path", PATHS)
+@each("path", PATHS)
 def test_an_augmented_assignment(tiny, hf, tokens, path):
     place = tiny.hook(path)
     with torch.no_grad(), tiny.trace(tokens):
@@ -266,7 +281,7 @@ def test_an_augmented_assignment(tiny, hf, tokens, path):
     same(logits, by_hand(hf, tokens, {path: lambda value: value * 0.5})["lm_head"])
 
 
-@pytest.mark.parametrize("path", PATHS)
+@each("path", PATHS)
 def test_edits_in_place_work_where_gradients_are_recorded(tiny, hf, tokens, path):
     place = tiny.hook(path)
     with tiny.trace(tokens):
@@ -282,7 +297,7 @@ def test_edits_in_place_work_where_gradients_are_recorded(tiny, hf, tokens, path
     logits.sum().backward()
 
 
-@pytest.mark.parametrize("path", PATHS)
+@each("path", PATHS)
 def test_a_value_of_any_stride_or_floating_dtype_is_taken(tiny, hf, tokens, path):
     expected = by_hand(hf, tokens, {path: change})["lm_head"]
     place = tiny.hook(path)
@@ -310,7 +325,7 @@ def assert_saved(tiny: MambaTrace, tokens: Tensor, path: str, trace: Callable[..
     agree(logits, expected)
 
 
-@pytest.mark.parametrize("path", PATHS)
+@each("path", PATHS)
 def test_a_saved_value_survives_an_edit_in_place(tiny, tokens, path):
     def trace(place: Any) -> tuple[Tensor, Tensor]:
         with torch.no_grad(), tiny.trace(tokens):
@@ -322,7 +337,7 @@ def test_a_saved_value_survives_an_edit_in_place(tiny, tokens, path):
     assert_saved(tiny, tokens, path, trace)
 
 
-@pytest.mark.parametrize("path", PATHS)
+@each("path", PATHS)
 def test_a_saved_value_survives_an_augmented_assignment(tiny, tokens, path):
     def trace(place: Any) -> tuple[Tensor, Tensor]:
         with torch.no_grad(), tiny.trace(tokens):
@@ -334,7 +349,7 @@ def test_a_saved_value_survives_an_augmented_assignment(tiny, tokens, path):
     assert_saved(tiny, tokens, path, trace)
 
 
-@pytest.mark.parametrize("path", ["layers[0].resid_post", "layers[0].ssm.delta", "layers[0].ssm.h[3]", "lm_head"])
+@each("path", ["layers[0].resid_post", "layers[0].ssm.delta", "layers[0].ssm.h[3]", "lm_head"])
 def test_a_saved_slice_survives_an_edit_in_place(tiny, tokens, path):
     place = tiny.hook(path)
     with torch.no_grad(), tiny.trace(tokens):
@@ -345,7 +360,7 @@ def test_a_saved_slice_survives_an_edit_in_place(tiny, tokens, path):
     assert torch.equal(saved, clean[:, -1])
 
 
-@pytest.mark.parametrize("path", ["layers[0].resid_post", "layers[0].ssm.delta", "layers[0].ssm.h[3]", "lm_head"])
+@each("path", ["layers[0].resid_post", "layers[0].ssm.delta", "layers[0].ssm.h[3]", "lm_head"])
 def test_a_value_in_a_saved_list_survives_an_edit_in_place(tiny, tokens, path):
     place = tiny.hook(path)
     with torch.no_grad(), tiny.trace(tokens):
@@ -360,7 +375,7 @@ def test_a_value_in_a_saved_list_survives_an_edit_in_place(tiny, tokens, path):
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
 @pytest.mark.parametrize("reads", [0, 1, 2, 3])
 @pytest.mark.parametrize("saved", [False, True], ids=["bound", "saved"])
-@pytest.mark.parametrize("path", ["layers[0].resid_post", "layers[0].ssm.h[3]"])
+@each("path", ["layers[0].resid_post", "layers[0].ssm.h[3]"])
 def test_an_edit_through_a_name_bound_earlier_reaches_the_run(tiny, hf, tokens, path, saved, reads, mode):
     place = tiny.hook(path)
     expected = by_hand(hf, tokens, {path: lambda value: value * 0})["lm_head"]
@@ -445,6 +460,12 @@ CROSS = [
     ("layers[0].ssm.in_proj", "layers[0].ssm.skip"),
     ("layers[0].ssm.in_proj", "layers[0].ssm.x_in"),
     ("layers[0].ssm.skip", "layers[0].ssm.x_in"),
+    ("layers[0].ssm.x_in", "layers[0].ssm.B_in"),
+    ("layers[0].ssm.B_in", "layers[0].ssm.C_in"),
+    ("layers[0].ssm.C_in", "layers[0].ssm.conv"),
+    ("layers[0].ssm.conv", "layers[0].ssm.B_conv"),
+    ("layers[0].ssm.B_conv", "layers[0].ssm.C_conv"),
+    ("layers[0].ssm.C_conv", "layers[0].ssm.C"),
     ("layers[0].ssm.conv1d", "layers[0].ssm.conv"),
     ("layers[0].ssm.conv", "layers[0].ssm.ssm_input"),
     ("layers[0].ssm.ssm_input", "layers[0].ssm.y"),
@@ -472,6 +493,8 @@ CROSS = [
     ("layers[0].ssm.y", "layers[0].ssm.ssm_output"),
     ("layers[0].ssm.ssm_output", "layers[0].ssm.after_skip"),
     ("layers[0].ssm.after_skip", "layers[0].ssm.out_proj"),
+    ("layers[0].ssm.after_skip", "layers[0].ssm.inner_norm"),
+    ("layers[0].ssm.inner_norm", "layers[0].ssm.out_proj"),
     ("layers[0].ssm.out_proj", "layers[0].resid_post"),
     ("layers[0].resid_pre", "layers[0].resid_post"),
     ("layers[0].resid_post", "layers[1].resid_pre"),
@@ -481,7 +504,7 @@ CROSS = [
 ]
 
 
-@pytest.mark.parametrize(("earlier", "later"), CROSS)
+@each("earlier later", CROSS)
 def test_a_saved_value_survives_an_edit_of_a_later_site(tiny, tokens, earlier, later):
     first, second = tiny.hook(earlier), tiny.hook(later)
     with torch.no_grad(), tiny.trace(tokens):
@@ -494,7 +517,7 @@ def test_a_saved_value_survives_an_edit_of_a_later_site(tiny, tokens, earlier, l
     assert torch.equal(cache[first.path].output, clean)
 
 
-@pytest.mark.parametrize(("earlier", "later"), CROSS[:: len(CROSS) // 8])
+@each("earlier later", CROSS[:: len(CROSS) // 8])
 def test_a_saved_value_survives_a_later_edit_where_gradients_are_recorded(tiny, tokens, earlier, later):
     first, second = tiny.hook(earlier), tiny.hook(later)
     with tiny.trace(tokens):
@@ -512,10 +535,11 @@ NATIVE_INPUTS = {
     "layers[0].ssm.ssm_input": "x_proj",
     "layers[0].ssm.delta_1": "dt_proj",
     "layers[0].ssm.after_skip": "out_proj",
+    "layers[0].ssm.inner_norm": "out_proj",
 }
 
 
-@pytest.mark.parametrize(("earlier", "module"), NATIVE_INPUTS.items())
+@each("earlier module", list(NATIVE_INPUTS.items()))
 def test_a_saved_site_survives_an_edit_of_the_input_it_becomes(tiny, tokens, earlier, module):
     first, second = tiny.hook(earlier), getattr(tiny.layers[0].ssm, module)
     with torch.no_grad(), tiny.trace(tokens):
@@ -526,7 +550,7 @@ def test_a_saved_site_survives_an_edit_of_the_input_it_becomes(tiny, tokens, ear
     assert torch.equal(saved, clean)
 
 
-@pytest.mark.parametrize("name", ["in_proj", "conv1d", "x_proj", "dt_proj"])
+@each("name", ["in_proj", "conv1d", "x_proj", "dt_proj"])
 def test_a_saved_value_of_an_inner_module_survives_an_edit_in_place(tiny, tokens, name):
     module = getattr(tiny.layers[0].ssm, name)
     with torch.no_grad(), tiny.trace(tokens):
@@ -559,13 +583,12 @@ def test_h_carries(tiny, hf, tokens):
         clean_y = layer.y.output.save()
     with torch.no_grad(), tiny.trace(tokens):
         A_bar = layer.A_bar.output.save()
-        B_bar = layer.B_bar.output.save()
         C = layer.C.output.save()
+        write = layer.write.output.save()
         layer.h[p].output[:] = 1.0
         h = layer.h.output.save()
         y = layer.y.output.save()
-    with torch.no_grad(), tiny.trace(tokens):
-        x = layer.ssm_input.output.save()
+    A_bar = A_bar.view(*A_bar.shape, *[1] * (write.dim() - A_bar.dim()))  # of a whole head in Mamba-2
     same(h[:, :p], clean_h[:, :p], 1e-6)
     same(y[:, :p], clean_y[:, :p], 1e-6)
     assert (h[:, p] == 1).all()
@@ -573,9 +596,9 @@ def test_h_carries(tiny, hf, tokens):
     state = torch.ones_like(h[:, p])
     for t in range(p, tokens.shape[1]):
         if t > p:
-            state = A_bar[:, t] * state + B_bar[:, t] * x[:, t, :, None]
+            state = A_bar[:, t] * state + write[:, t]
         same(h[:, t], state)
-        same(y[:, t], torch.einsum("ben,bn->be", state, C[:, t]))
+        same(y[:, t], layer._module.scans.read_out(state, C[:, t]).flatten(1))
 
 
 @pytest.mark.parametrize("positions", [(0,), (2, 4), (0, 1, 2, 3), (-1,), (3, -2, -1)], ids=str)
@@ -670,7 +693,7 @@ def test_reading_a_discretised_matrix_keeps_the_selective_scan(tiny, tokens, nam
     monkeypatch.setattr(discretisation, "Explicit", never)
     with torch.no_grad(), tiny.trace(tokens):
         value = getattr(tiny.layers[0].ssm, name).output.save()
-    assert value.dim() == 4
+    assert value.shape[1] == tokens.shape[1]
 
 
 def test_A_with_as_many_channels_as_rows_is_not_cut(tiny_config):
@@ -733,7 +756,7 @@ def test_a_site_knows_its_place_in_the_table():
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
-@pytest.mark.parametrize("path", PATHS)
+@each("path", PATHS)
 def test_grad_modes_around_a_trace(tiny, hf, tokens, mode, path):
     place = tiny.hook(path)
     with mode(), tiny.trace(tokens):
@@ -772,7 +795,7 @@ def test_reading_a_discretised_matrix_twice_keeps_the_selective_scan(tiny, token
     with torch.no_grad(), tiny.trace(tokens):
         tiny.layers[0].ssm.get(name).output.sum()
         again = tiny.layers[0].ssm.get(name).output.save()
-    assert again.dim() == 4
+    assert again.shape[1] == tokens.shape[1]
 
 
 @pytest.mark.parametrize("name", ["y", "in_proj"])
@@ -824,9 +847,10 @@ def test_a_layer_that_does_not_exist(tiny):
 def test_printing_a_model_shows_every_site_with_its_shape_once(tiny):
     shown = str(tiny)
     table = [line.split() for line in shown[shown.index("Sites, in the order") :].splitlines()[1:]]
-    assert [line[0] for line in table] == [row.path for row in rows("selective")]
-    assert shown.count("HookableMambaMixer") == 1
-    assert "layers[l].ssm.h[p]         [B, 24, 5]             blocks.l.hook_h.p" in shown
+    assert [line[0] for line in table] == [row.path for row in rows(tiny.architecture.family)]
+    assert shown.count(type(tiny.layers[0].ssm._module).__name__) == 1
+    state = "[B, 24, 5]   " if tiny.architecture.family == "selective" else "[B, 6, 4, 5] "
+    assert f"layers[l].ssm.h[p]         {state}          blocks.l.hook_h.p" in shown
 
 
 # -- three edits of the state ------------------------------------------------------------------------------
@@ -885,7 +909,12 @@ def test_gradients_of_what_transformerlens_has(tiny, tokens, place):
         y = ssm.y.output.save()
     weights = torch.randn(y.shape, generator=torch.Generator().manual_seed(0))
     (gradient,) = torch.autograd.grad((y * weights).sum(), value)
-    carried = (weights[..., None] * C[:, :, None]).detach()
+    if C.dim() == 4:  # Mamba-2: each head reads the C of its group, and decays as one
+        C = C.repeat_interleave(value.shape[2] // C.shape[2], dim=2)[..., None, :]
+        A_bar = A_bar[..., None, None]
+    else:
+        C = C[:, :, None]
+    carried = (weights.view(value.shape[:-1])[..., None] * C).detach()
     if place == "write":
         for p in range(tokens.shape[1] - 2, -1, -1):
             carried[:, p] += A_bar[:, p + 1].detach() * carried[:, p + 1]
