@@ -27,6 +27,7 @@ from transformers import MambaConfig, MambaForCausalLM
 
 from mamba_trace import MambaTrace
 from mamba_trace.conversion.checkpoints import save_original
+from mamba_trace.modeling.run_report import LayerRun
 
 BATCH, LENGTH, N_LAYERS = 3, 9, 3
 SIZES = {
@@ -117,12 +118,24 @@ def agree(actual: Tensor, expected: Tensor, tolerance: float = 1e-5, what: str =
     near(actual, expected, tolerance, what)
 
 
-def near(actual: Tensor, expected: Tensor, tolerance: float, what: str = "the value") -> None:
-    """`agree` for an ``expected`` value in float64, which is the exact value of ``actual`` in any dtype."""
+def near(actual: Tensor, expected: Tensor, tolerance: float, what: str = "the value", smallest: float = 0.0) -> None:
+    """`agree` for an ``expected`` value in float64, which is the exact value of ``actual`` in any dtype.
+
+    An error of ``smallest`` is none: the least that a half-precision dtype tells from 0.
+    """
     assert actual.shape == expected.shape, what
     actual, expected = actual.detach().double(), expected.detach().double()
     error, largest = (float(t.abs().max()) if t.numel() else 0.0 for t in (actual - expected, expected))
-    assert error <= tolerance * largest, f"{what}: off by {error:.1e}, the largest value being {largest:.1e}"
+    assert error <= tolerance * largest + smallest, f"{what}: off by {error:.1e}, the largest value being {largest:.1e}"
+
+
+#: The kernels of a layer in which nothing is wanted that they do not hand out.
+FUSED = ["conv_silu", "gated_scan"]
+
+
+def functions(run: LayerRun) -> list[str]:
+    """The kernel calls of a layer by their names, in order."""
+    return [call.function for call in run.calls]
 
 
 def layers_that_ran(model: MambaTrace) -> list[int]:
@@ -152,6 +165,12 @@ def tiny_hf() -> ModuleFactory:
 def tiny(tiny_hf: ModuleFactory) -> MambaTrace:
     """A new MambaTrace over ``tiny_hf()``."""
     return MambaTrace(tiny_hf())
+
+
+@pytest.fixture
+def hf(tiny_hf: ModuleFactory) -> MambaForCausalLM:
+    """The weights of ``tiny`` in Hugging Face's own module, in float64."""
+    return tiny_hf().double()
 
 
 @pytest.fixture
