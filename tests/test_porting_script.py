@@ -584,6 +584,18 @@ model.add_hook("blocks.0.hook_y", fn, dir="bwd")
     assert (space["model_fwd_hooks"], len(space["model_bwd_hooks"])) == ([], 1)
 
 
+def test_a_variable_of_the_script_is_not_taken() -> None:
+    source = 'model_fwd_hooks=3\nf(model_fwd_hooks_=1).model_fwd_hooks_\nmodel.add_hook("hook_embed", fn)\nmodel("Hi")'
+    assert 'model.run_with_hooks("Hi", fwd_hooks=model_fwd_hooks_)' in port_script(source).script
+
+
+def test_a_run_under_another_name_of_a_hooked_model_is_a_problem() -> None:
+    report = port_script('model.add_hook("hook_embed", fn)\nother = model\nother("Hi")\nunknown("Hi")')
+    assert [(one.line, one.reason) for one in report.problems] == [
+        (3, "hooks are added to model: if this is one, give it fwd_hooks=")
+    ]
+
+
 def test_a_script_without_hooks_says_so() -> None:
     assert "no hook name and no call" in str(port_script("print(1)"))
     assert port_script("").script == ""

@@ -49,7 +49,9 @@ class Porter(cst.CSTTransformer):
 
     def fresh(self, name: str) -> str:
         """A variable that the script does not have."""
-        taken = re.search(rf"(?<![.\w]){name}\b(?!=[^=])", self.script.module.code)
+        above = [(one, self.script.parents[one]) for one in m.findall(self.script.module, m.Name(name))]
+        # The name of an argument or an attribute is no variable.
+        taken = any(one not in (getattr(up, "keyword", None), getattr(up, "attr", None)) for one, up in above)
         return self.fresh(f"{name}_") if taken else name
 
     def top(self, node: Any) -> Any:
