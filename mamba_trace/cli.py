@@ -22,7 +22,7 @@ import typer
 from typer.core import TyperGroup
 
 from ._version import __version__
-from .errors import MambaTraceError, PromptError
+from .errors import FileError, MambaTraceError, PromptError
 
 if TYPE_CHECKING:
     from .model import MambaTrace
@@ -198,15 +198,23 @@ def info(
 
 @app.command()
 def port(
-    what: Annotated[str, typer.Argument(help="A hook name, or a script FILE.py.")], as_json: AsJson = False
+    what: Annotated[str, typer.Argument(help="A hook name, or a script FILE.py.")],
+    out: Annotated[Path | None, typer.Option(help="Write the ported script to this file.")] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Say what a hook name, or a script of MambaLens or TransformerLens, is here. Never runs the script."""
     from .porting import is_file, port_file, port_name
 
     if is_file(what):
         report = port_file(what)
+        if out is not None:
+            from .results.files import check_writable  # which needs torch
+
+            check_writable(out, (".py",)).write_text(report.script, encoding="utf-8", newline="")
         typer.echo(json.dumps(report.as_dict(), indent=1) if as_json else str(report))
         return
+    if out is not None:
+        raise FileError(f"--out writes a script, and {what} is a hook name")
     path = port_name(what)
     typer.echo(json.dumps({"found": what, "becomes": path}) if as_json else path)
 

@@ -36,6 +36,7 @@ from transformers import (
 
 from mamba_trace import MambaTrace, names
 from mamba_trace.conversion.checkpoints import save_original
+from mamba_trace.modeling.run_report import LayerRun
 from mamba_trace.sites import SITES
 
 BATCH, LENGTH, N_LAYERS = 3, 9, 3
@@ -57,6 +58,8 @@ TINY: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
         {**SIZES, "num_heads": 6, "head_dim": 4, "n_groups": 2, "chunk_size": 4, "tie_word_embeddings": True},
     ),
 }
+#: One model type of each family. `test_reference` has Falcon-Mamba, whose sites are Mamba-1's.
+MODEL_TYPES = ["mamba", "mamba2"]
 #: Changes of the tiny configuration that take other paths through the code or change which axes are equal.
 VARIANTS: list[dict[str, Any]] = [
     {},
@@ -83,6 +86,8 @@ def has(model_type: str, path: str) -> bool:
     return family in names.families_of(re.sub(r"\[.*", "", path.rsplit(".", 1)[-1]))
 
 
+#: For a test with `tiny` or `hf` that holds in both families.
+both_families = pytest.mark.parametrize("model_type", MODEL_TYPES)
 #: The sites of Mamba-1.
 MAMBA_SITES = [site for site in SITES if has("mamba", site.name)]
 
@@ -156,12 +161,24 @@ def agree(actual: Tensor, expected: Tensor, tolerance: float = 1e-5, what: str =
     near(actual, expected, tolerance, what)
 
 
-def near(actual: Tensor, expected: Tensor, tolerance: float, what: str = "the value") -> None:
-    """`agree` for an ``expected`` value in float64, which is the exact value of ``actual`` in any dtype."""
+def near(actual: Tensor, expected: Tensor, tolerance: float, what: str = "the value", smallest: float = 0.0) -> None:
+    """`agree` for an ``expected`` value in float64, which is the exact value of ``actual`` in any dtype.
+
+    An error of ``smallest`` is none: the least that a half-precision dtype tells from 0.
+    """
     assert actual.shape == expected.shape, what
     actual, expected = actual.detach().double(), expected.detach().double()
     error, largest = (float(t.abs().max()) if t.numel() else 0.0 for t in (actual - expected, expected))
-    assert error <= tolerance * largest, f"{what}: off by {error:.1e}, the largest value being {largest:.1e}"
+    assert error <= tolerance * largest + smallest, f"{what}: off by {error:.1e}, the largest value being {largest:.1e}"
+
+
+#: The kernels of a layer in which nothing is wanted that they do not hand out.
+FUSED = ["conv_silu", "gated_scan"]
+
+
+def functions(run: LayerRun) -> list[str]:
+    """The kernel calls of a layer by their names, in order."""
+    return [call.function for call in run.calls]
 
 
 def layers_that_ran(model: MambaTrace) -> list[int]:
@@ -188,9 +205,21 @@ def tiny_hf() -> ModuleFactory:
 
 
 @pytest.fixture
-def tiny(tiny_hf: ModuleFactory) -> MambaTrace:
+def model_type() -> str:
+    """The model type of `tiny` and `hf`: Mamba-1, unless a test or a file says otherwise."""
+    return "mamba"
+
+
+@pytest.fixture
+def tiny(tiny_hf: ModuleFactory, model_type: str) -> MambaTrace:
     """A new MambaTrace over ``tiny_hf()``."""
-    return MambaTrace(tiny_hf())
+    return MambaTrace(tiny_hf(model_type=model_type))
+
+
+@pytest.fixture
+def hf(tiny_hf: ModuleFactory, model_type: str) -> MambaForCausalLM:
+    """The weights of ``tiny`` in Hugging Face's own module, in float64."""
+    return tiny_hf(model_type=model_type).double()
 
 
 @pytest.fixture

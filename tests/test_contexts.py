@@ -55,11 +55,6 @@ def tokenizer():
 
 
 @pytest.fixture
-def hf(tiny_hf):
-    return tiny_hf().double()
-
-
-@pytest.fixture
 def texts(tiny_hf, tokenizer):
     """A model with a tokenizer."""
     return MambaTrace(tiny_hf(), tokenizer=tokenizer)

@@ -12,10 +12,10 @@ import pickle
 
 import pytest
 import torch
+from by_hand import by_hand, same
 from conftest import MAMBA_SITES
 from nnsight.intervention.envoy import Envoy
 from nnsight.intervention.eproperty import eproperty
-from test_sites import by_hand, same
 from transformers.models.mamba.modeling_mamba import MambaMixer
 
 from mamba_trace import MambaTrace

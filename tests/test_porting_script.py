@@ -329,7 +329,7 @@ def test_a_port_is_python_with_every_comment(script: str) -> None:
             "from mamba_trace.mamba_lens import (\n    HookedMamba,  # it\n)",
         ),
         ("from mamba_lens import *", "from mamba_trace.mamba_lens import *"),
-        ("from mamba_lens.HookedMamba import A as H", "from mamba_trace.mamba_lens import A as H"),
+        ("from mamba_lens.HookedMamba import HookedMamba as H", "from mamba_trace.mamba_lens import HookedMamba as H"),
         ("import os, mamba_lens  # both", "import os  # both\nfrom mamba_trace import mamba_lens"),
         (
             "from transformer_lens.hook_points import HookPoint",
@@ -359,6 +359,15 @@ def test_imports_are_renamed(line: str, becomes: str) -> None:
     report = port_script(f"{line}\n")
     assert report.script.strip() == becomes
     assert bool(report.problems) == ("test_prompt" in line)
+
+
+def test_a_name_that_mamba_lens_has_and_this_package_has_not_is_a_problem() -> None:
+    report = port_script("from mamba_lens import HookedMamba, InputDependentHookPoint as I")
+    assert [(one.found, one.reason) for one in report.problems] == [
+        ("InputDependentHookPoint", "mamba_trace.mamba_lens has no such name")
+    ]
+    shared = ", ".join(mamba_lens.__all__)
+    assert not port_script(f"from mamba_lens import {shared}").problems
 
 
 def test_what_is_imported_is_there() -> None:
@@ -527,6 +536,15 @@ def test_what_is_no_script_is_refused(tmp_path: Path) -> None:
     (tmp_path / "bytes.py").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(FileError, match="no text in UTF-8"):
         port_file(tmp_path / "bytes.py")
+    (tmp_path / "odd.py").write_bytes(b"# coding: klingon\n")
+    with pytest.raises(FileError, match="nor in an encoding it names"):
+        port_file(tmp_path / "odd.py")
+    (tmp_path / "book.ipynb").write_text('{"cells": []}', encoding="utf-8")
+    with pytest.raises(FileError, match=r"is a notebook.*nbconvert --to script"):
+        port_file(tmp_path / "book.ipynb")
+    for terms in (400, 30_000):  # libcst gives up on the first, Python on the second
+        with pytest.raises(FileError, match=r"long\.py nests expressions too deeply"):
+            port_script("a = " + " + ".join(["1"] * terms), "long.py")
     with pytest.raises(FileError, match=r"broken\.py, line 2 is no Python"):
         port_script("a = 1\nb = (", "broken.py")
     with pytest.raises(FileError, match="is no Python"):
@@ -536,6 +554,46 @@ def test_what_is_no_script_is_refused(tmp_path: Path) -> None:
 def test_line_ends_stay(tmp_path: Path) -> None:
     (tmp_path / "dos.py").write_bytes(b"\xef\xbb\xbfimport mamba_lens\r\nx = 1  # one\r\n")
     assert port_file(tmp_path / "dos.py").script == "from mamba_trace import mamba_lens\r\nx = 1  # one\r\n"
+
+
+def test_a_script_is_read_in_the_encoding_that_it_names(tmp_path: Path) -> None:
+    (tmp_path / "latin.py").write_bytes(b'# coding: latin-1\nimport mamba_lens\ns = "\xe9"\n')
+    expected = '# coding: latin-1\nfrom mamba_trace import mamba_lens\ns = "é"\n'
+    assert port_file(tmp_path / "latin.py").script == expected
+
+
+@pytest.mark.parametrize("around", ["", "def work():\n    "])
+def test_hooks_may_be_reset_before_any_is_added(around: str) -> None:
+    source = f"""
+model = load()
+{around}model.reset_hooks()
+model.add_hook("blocks.0.hook_y", fn)
+out = model("Hi")
+model.reset_hooks()
+model.add_hook("blocks.0.hook_y", fn, dir="bwd")
+"""
+    ported, seen = port_script(source).script, []
+
+    class Model:
+        def run_with_hooks(self, *args: Any, **hooks: Any) -> None:
+            seen.append(hooks["fwd_hooks"][:])
+
+    space: dict[str, Any] = {"load": Model, "fn": print}
+    exec(ported, space)
+    assert seen == [[("blocks.0.hook_y", print)]]
+    assert (space["model_fwd_hooks"], len(space["model_bwd_hooks"])) == ([], 1)
+
+
+def test_a_variable_of_the_script_is_not_taken() -> None:
+    source = 'model_fwd_hooks=3\nf(model_fwd_hooks_=1).model_fwd_hooks_\nmodel.add_hook("hook_embed", fn)\nmodel("Hi")'
+    assert 'model.run_with_hooks("Hi", fwd_hooks=model_fwd_hooks_)' in port_script(source).script
+
+
+def test_a_run_under_another_name_of_a_hooked_model_is_a_problem() -> None:
+    report = port_script('model.add_hook("hook_embed", fn)\nother = model\nother("Hi")\nunknown("Hi")')
+    assert [(one.line, one.reason) for one in report.problems] == [
+        (3, "hooks are added to model: if this is one, give it fwd_hooks=")
+    ]
 
 
 def test_a_script_without_hooks_says_so() -> None:

@@ -1,13 +1,12 @@
 """Every row of the site table, read and edited as a user would, against the independent `reference`.
 
-`by_hand` gives the reference's values by their paths, any of them replaced by a function of itself.
+`by_hand` gives the reference's values.
 """
 
 from __future__ import annotations
 
 import functools
 import os
-import re
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -18,18 +17,16 @@ import nnsight
 import numpy as np
 import pytest
 import torch
-from conftest import agree, has, make_hf
-from reference import forward
+from by_hand import Edit, by_hand, change, same
+from conftest import MODEL_TYPES, agree, has, make_hf
 from torch import Tensor
 
 import mamba_trace
 from mamba_trace import MambaTrace, names
 from mamba_trace.errors import SiteValueError
-from mamba_trace.modeling import discretisation
 from mamba_trace.modeling.architectures import axis_sizes
 from mamba_trace.sites import BY_NAME, SITES, rows, site_named, walk
 
-Edit = Callable[[Tensor], Tensor]
 N_LAYERS = 3
 
 #: Every site of the first layer and of the model by the path users write; the state at both ends and inside.
@@ -39,10 +36,6 @@ PATHS = SITE_PATHS + POSITIONS
 LAST_LAYER = [site.path(2) for site in SITES if site.scope != "model"] + ["layers[2].ssm.h[2]"]
 #: Inner modules whose output is no site.
 NATIVE = [f"layers[0].ssm.{name}" for name in ("in_proj", "conv1d", "x_proj", "dt_proj")]
-
-
-#: Falcon-Mamba's sites are Mamba-1's; `test_reference` has it.
-MODEL_TYPES = ["mamba", "mamba2"]
 
 
 def each(names: str, values: Sequence[Any]) -> pytest.MarkDecorator:
@@ -69,40 +62,9 @@ def hf(model_type):
     return make_hf(model_type=model_type).double()
 
 
-@torch.no_grad()
-def by_hand(hf: Any, tokens: Tensor, edits: dict[str, Edit] | None = None) -> dict[str, Tensor]:
-    """The values of the reference in float32, each under its path after the edit of that path."""
-    seen: dict[str, Tensor] = {}
-    length = tokens.shape[1]
-
-    def edit(hook: str, value: Tensor) -> Tensor:
-        paths = [names.to_path(hook)]
-        if state := re.fullmatch(r"(.+\.h)\[(\d+)\]", paths[0]):
-            paths.append(f"{state[1]}[{int(state[2]) - length}]")
-        if paths[0].endswith(".delta_2"):  # the output of dt_proj, if there is one
-            paths.append(paths[0].replace("delta_2", "dt_proj"))
-        for path in paths:
-            value = edits[path](value) if edits and path in edits else value
-            seen[path] = (value[..., :length] if path.endswith("conv1d") else value).float()
-        return value
-
-    forward(hf.state_dict(), hf.config, tokens, edit)
-    return seen
-
-
-def change(value: Tensor) -> Tensor:
-    """An edit that keeps the sign of A and moves every entry by its own amount."""
-    ramp = torch.linspace(0.1, 0.9, value.numel(), dtype=value.dtype).reshape(value.shape)
-    return value * (0.4 + ramp) - 0.05 * ramp
-
-
 def logits_of(model: MambaTrace, tokens: Tensor) -> Tensor:
     with torch.no_grad():
         return model._module(tokens).logits
-
-
-def same(one: Tensor, other: Tensor, tolerance: float = 5e-5) -> None:
-    torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance)
 
 
 # -- reading -----------------------------------------------------------------------------------------------
@@ -575,127 +537,6 @@ def test_a_value_saved_by_one_worker_survives_the_edit_of_another(tiny, tokens):
 # -- the meaning of each kind of edit ----------------------------------------------------------------------
 
 
-def test_h_carries(tiny, hf, tokens):
-    p = 3
-    layer = tiny.layers[1].ssm
-    with torch.no_grad(), tiny.trace(tokens):
-        clean_h = layer.h.output.save()
-        clean_y = layer.y.output.save()
-    with torch.no_grad(), tiny.trace(tokens):
-        A_bar = layer.A_bar.output.save()
-        C = layer.C.output.save()
-        write = layer.write.output.save()
-        layer.h[p].output[:] = 1.0
-        h = layer.h.output.save()
-        y = layer.y.output.save()
-    A_bar = A_bar.view(*A_bar.shape, *[1] * (write.dim() - A_bar.dim()))  # of a whole head in Mamba-2
-    same(h[:, :p], clean_h[:, :p], 1e-6)
-    same(y[:, :p], clean_y[:, :p], 1e-6)
-    assert (h[:, p] == 1).all()
-    assert ((y - clean_y)[:, p:].abs().amax(dim=(0, 2)) > 1e-4).all()
-    state = torch.ones_like(h[:, p])
-    for t in range(p, tokens.shape[1]):
-        if t > p:
-            state = A_bar[:, t] * state + write[:, t]
-        same(h[:, t], state)
-        same(y[:, t], layer._module.scans.read_out(state, C[:, t]).flatten(1))
-
-
-@pytest.mark.parametrize("positions", [(0,), (2, 4), (0, 1, 2, 3), (-1,), (3, -2, -1)], ids=str)
-def test_several_edited_states_of_one_layer(tiny, hf, tokens, positions):
-    expected = by_hand(hf, tokens, {f"layers[0].ssm.h[{p}]": change for p in positions})
-    with torch.no_grad(), tiny.trace(tokens):
-        for p in positions:
-            tiny.layers[0].ssm.h[p].output = change(tiny.layers[0].ssm.h[p].output)
-        y = tiny.layers[0].ssm.y.output.save()
-        logits = tiny.lm_head.output.save()
-    same(y, expected["layers[0].ssm.y"])
-    same(logits, expected["lm_head"])
-
-
-@pytest.mark.parametrize("other", ["A_bar", "B_bar", "delta", "B", "C", "h_start", "A", "ssm_input"])
-def test_an_edited_state_together_with_other_edits_of_its_layer(tiny, hf, tokens, other):
-    path = f"layers[0].ssm.{other}"
-    expected = by_hand(hf, tokens, {path: change, "layers[0].ssm.h[2]": change})
-    with torch.no_grad(), tiny.trace(tokens):
-        tiny.hook(path).output = change(tiny.hook(path).output)
-        tiny.layers[0].ssm.h[2].output[:] = change(tiny.layers[0].ssm.h[2].output)
-        whole = tiny.layers[0].ssm.h.output.save()
-        logits = tiny.lm_head.output.save()
-    same(whole, expected["layers[0].ssm.h"])
-    same(logits, expected["lm_head"])
-
-
-@pytest.mark.parametrize("in_place", [False, True], ids=["assigned", "in place"])
-def test_layer_input_never_reaches_the_residual(tiny, hf, tokens, in_place):
-    with torch.no_grad(), tiny.trace(tokens):
-        clean = tiny.layers[0].resid_pre.output.save()
-    with torch.no_grad(), tiny.trace(tokens):
-        resid_pre = tiny.layers[0].resid_pre.output.save()
-        if in_place:
-            tiny.layers[0].layer_input.output[:] = change(tiny.layers[0].layer_input.output)
-        else:
-            tiny.layers[0].layer_input.output = change(tiny.layers[0].layer_input.output)
-        out = tiny.layers[0].ssm.out_proj.output.save()
-        resid_post = tiny.layers[0].resid_post.output.save()
-    assert torch.equal(resid_pre, clean)
-    assert torch.equal(resid_post, resid_pre + out)
-    same(out, by_hand(hf, tokens, {"layers[0].layer_input": change})["layers[0].ssm.out_proj"])
-
-
-def test_resid_pre_reaches_both_the_block_and_the_residual(tiny, hf, tokens):
-    expected = by_hand(hf, tokens, {"layers[1].resid_pre": change})
-    with torch.no_grad(), tiny.trace(tokens):
-        tiny.layers[1].resid_pre.output = change(tiny.layers[1].resid_pre.output)
-        layer_input = tiny.layers[1].layer_input.output.save()
-        resid_post = tiny.layers[1].resid_post.output.save()
-    same(layer_input, expected["layers[1].layer_input"])
-    same(resid_post, expected["layers[1].resid_post"])
-
-
-@pytest.mark.parametrize("in_place", [False, True], ids=["assigned", "in place"])
-def test_writing_h_whole_is_writing_every_position(tiny, tokens, in_place):
-    layer = tiny.layers[0].ssm
-    with torch.no_grad(), tiny.trace(tokens):
-        new = change(layer.h.output).save()
-    with torch.no_grad(), tiny.trace(tokens):
-        for p in range(tokens.shape[1]):
-            layer.h[p].output = new[:, p]
-        one_by_one = layer.y.output.save()
-        logits = tiny.lm_head.output.save()
-    with torch.no_grad(), tiny.trace(tokens):
-        if in_place:
-            layer.h.output[:] = new
-        else:
-            layer.h.output = new
-        whole = layer.y.output.save()
-        whole_logits = tiny.lm_head.output.save()
-    same(whole, one_by_one, 1e-6)
-    same(whole_logits, logits, 1e-6)
-
-
-@pytest.mark.parametrize("pair", [("A_bar", "B_bar"), ("delta", "A_bar"), ("B", "B_bar")], ids=str)
-def test_edits_of_several_discretised_matrices(tiny, hf, tokens, pair):
-    paths = [f"layers[0].ssm.{name}" for name in pair]
-    expected = by_hand(hf, tokens, dict.fromkeys(paths, change))
-    with torch.no_grad(), tiny.trace(tokens):
-        for path in paths:
-            tiny.hook(path).output[:] = change(tiny.hook(path).output)
-        logits = tiny.lm_head.output.save()
-    same(logits, expected["lm_head"])
-
-
-@pytest.mark.parametrize("name", ["A_bar", "B_bar"])
-def test_reading_a_discretised_matrix_keeps_the_selective_scan(tiny, tokens, name, monkeypatch):
-    def never(*args: Any) -> None:
-        raise AssertionError("the explicit recurrence ran")
-
-    monkeypatch.setattr(discretisation, "Explicit", never)
-    with torch.no_grad(), tiny.trace(tokens):
-        value = getattr(tiny.layers[0].ssm, name).output.save()
-    assert value.shape[1] == tokens.shape[1]
-
-
 def test_A_with_as_many_channels_as_rows_is_not_cut(tiny_config):
     config = type(tiny_config)(**{**tiny_config.to_dict(), "hidden_size": 2, "intermediate_size": 4})
     model = MambaTrace.from_config(config, seed=3)
@@ -787,15 +628,6 @@ def test_an_edit_of_A_in_one_invoke_leaves_the_others_alone(tiny, hf, tokens):
                 second = tiny.lm_head.output.save()
         same(first, by_hand(hf, one)["lm_head"])
         same(second, halved)
-
-
-@pytest.mark.parametrize("name", ["A_bar", "B_bar"])
-def test_reading_a_discretised_matrix_twice_keeps_the_selective_scan(tiny, tokens, name, monkeypatch):
-    monkeypatch.setattr("mamba_trace.modeling.discretisation.Explicit", None)  # calling it would raise
-    with torch.no_grad(), tiny.trace(tokens):
-        tiny.layers[0].ssm.get(name).output.sum()
-        again = tiny.layers[0].ssm.get(name).output.save()
-    assert again.shape[1] == tokens.shape[1]
 
 
 @pytest.mark.parametrize("name", ["y", "in_proj"])

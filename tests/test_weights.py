@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import accelerate
 import numpy as np
@@ -218,6 +218,11 @@ def test_a_weight_stands_for_its_tensor(tiny: MambaTrace) -> None:
     assert torch.equal(block.W_C.weight[1:], 2 * plain[1:])
 
 
+class Pair(NamedTuple):
+    first: Tensor
+    second: Tensor
+
+
 #: Operations that no list of this package names.
 OPERATIONS: dict[str, Callable[[Any], Any]] = {
     "power": lambda w: w**2,
@@ -229,10 +234,16 @@ OPERATIONS: dict[str, Callable[[Any], Any]] = {
     "a function": lambda w: torch.linalg.svdvals(w),
     "by keyword": lambda w: F.linear(input=torch.ones(E), weight=w),
     "in lists": lambda w: torch.cat([torch.cat((w, w)), w]),
+    "in a named tuple": lambda w: torch.cat(Pair(w, w)),
     "rearranged": lambda w: rearrange(w, "N E -> E N"),
+    # These never ask what stands for the tensor, and read it itself.
+    "a new tensor": lambda w: torch.tensor(w),
+    "mapped": lambda w: torch.func.vmap(lambda row: row.sum())(w),
+    "differentiated": lambda w: torch.func.grad(lambda v: (v**2).sum())(w),
 }
 
 
+@pytest.mark.filterwarnings("ignore:To copy construct:UserWarning")
 @pytest.mark.parametrize("case", OPERATIONS)
 def test_every_operation_of_a_tensor_is_one_of_a_weight(tiny: MambaTrace, case: str) -> None:
     weights, operation = tiny.blocks[0].W_B, OPERATIONS[case]

@@ -17,16 +17,17 @@ from a weight and an adapter) raise `CheckpointError`; calling one still applies
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.nn import functional as F
 
-from ..errors import UnknownSiteError
+from ..errors import CheckpointError, UnknownSiteError
 from ..names import lacked, layer_index, nearest, public_path
 from ..sites import BY_HOOK
 from ..tracing import is_itself
@@ -52,9 +53,15 @@ class Weights(Tensor):
 
     @staticmethod
     def __new__(cls, owner: Owner, name: str) -> Weights:
-        # A tensor without numbers, so that it can be made, printed and called even if no view can be made.
-        with unset_fake_temporarily():  # in `model.scan`
-            self = torch.empty(0, device="meta").as_subclass(cls)
+        # The view itself, for what never asks `__torch_function__`, such as ``torch.tensor`` and ``vmap``. If no
+        # view of numbers can be made, the tensor is empty, so that it can still be printed and called.
+        view: Tensor | None = None
+        with contextlib.suppress(CheckpointError):
+            view = owner.view(f"{name}.weight")
+        if view is None or isinstance(view, FakeTensor):  # the latter in `model.scan`
+            with unset_fake_temporarily():
+                view = torch.empty(0, device="meta")
+        self = view.as_subclass(cls)
         self.__dict__.update(_owner=owner, _name=name)
         return self
 
@@ -62,7 +69,7 @@ class Weights(Tensor):
     def __torch_function__(cls, function: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         def plain(value: Any) -> Any:
             if isinstance(value, (list, tuple)):
-                return type(value)(map(plain, value))
+                return [*map(plain, value)] if isinstance(value, list) else tuple(map(plain, value))
             return value.weight if isinstance(value, cls) else value
 
         return function(*plain(args), **{name: plain(value) for name, value in (kwargs or {}).items()})

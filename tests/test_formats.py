@@ -1,0 +1,153 @@
+"""Configurations converted from one format to another: exact round trips, and what later edits do to them."""
+
+from __future__ import annotations
+
+import json
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import pytest
+from configurations import MAMBA_130M, MAMBA_LENS, plain
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import MambaConfig
+
+from mamba_trace.conversion import (
+    FORMATS,
+    SOURCE_KEY,
+    convert_config,
+    detect_config_format,
+)
+from mamba_trace.errors import CheckpointError
+
+
+def test_original_to_huggingface_is_the_hf_twin() -> None:
+    config = convert_config(MAMBA_130M, "huggingface")
+    twin = MambaConfig(vocab_size=50280, hidden_size=768, num_hidden_layers=24, state_size=16)
+    twin.initializer_range, twin.rescale_prenorm_residual = 0.02, True  # mamba_ssm's defaults
+    found = plain(config)
+    del found[SOURCE_KEY]
+    assert found == plain(twin)
+    assert (config.intermediate_size, config.time_step_rank) == (1536, 48)
+    assert convert_config(MAMBA_130M, "huggingface", trained=True).rescale_prenorm_residual is False
+
+
+ORIGINALS = st.fixed_dictionaries(
+    {"d_model": st.integers(1, 64), "n_layer": st.integers(1, 4), "vocab_size": st.integers(1, 99)},
+    optional={
+        "ssm_cfg": st.fixed_dictionaries(
+            {},
+            optional={
+                "d_state": st.integers(1, 32),
+                "d_conv": st.integers(2, 4),
+                "expand": st.integers(1, 3),
+                "dt_rank": st.just("auto") | st.integers(1, 9),
+                "bias": st.booleans(),
+                "conv_bias": st.booleans(),
+                "dt_scale": st.sampled_from([1, 0.5]),
+                "layer": st.just("Mamba1"),
+                "use_fast_path": st.booleans(),
+            },
+        ),
+        "rms_norm": st.just(True),
+        "residual_in_fp32": st.booleans(),
+        "fused_add_norm": st.booleans(),
+        "pad_vocab_size_multiple": st.sampled_from([1, 8, 16]),
+        "tie_embeddings": st.booleans(),
+        "d_intermediate": st.just(0),
+        "attn_layer_idx": st.just([]),
+        "attn_cfg": st.just({}),
+        "initializer_cfg": st.just({"initializer_range": 0.5}),
+        "unknown": st.sampled_from([None, "x", [1, {"y": 2}]]),
+    },
+)
+HUGGINGFACES = st.builds(
+    lambda extra, **fields: MambaConfig(**fields, **extra),
+    extra=st.sampled_from([{}, {"unknown": [1]}, {"architectures": ["MambaForCausalLM"]}]),
+    vocab_size=st.integers(1, 99),
+    hidden_size=st.integers(1, 64),
+    state_size=st.integers(1, 32),
+    num_hidden_layers=st.integers(1, 4),
+    eos_token_id=st.sampled_from([0, 3, [1, 2]]),
+    time_step_rank=st.just("auto") | st.integers(1, 9),
+    use_bias=st.booleans(),
+    residual_in_fp32=st.booleans(),
+    rescale_prenorm_residual=st.booleans(),
+    initializer_range=st.sampled_from([0.1, 0.02]),
+    use_cache=st.booleans(),
+    tie_word_embeddings=st.booleans(),
+)
+MAMBA_LENSES = st.builds(
+    lambda n_ctx, auto, left_out: {
+        key: value
+        for key, value in (MAMBA_LENS | {"n_ctx": n_ctx} | ({"d_inner": -1, "dt_rank": "auto"} if auto else {})).items()
+        if key not in left_out
+    },
+    n_ctx=st.integers(1, 9),
+    auto=st.booleans(),
+    left_out=st.sets(st.sampled_from(["initializer_cfg", "device", "d_inner", "d_state", "pad_vocab_size_multiple"])),
+)
+ROUTES = st.lists(st.sampled_from(FORMATS), min_size=1, max_size=4)
+
+
+@settings(max_examples=150, deadline=None)
+@given(config=ORIGINALS | HUGGINGFACES | MAMBA_LENSES, route=ROUTES, trained=st.booleans())
+def test_config_round_trip_by_any_route_is_exact(config: Any, route: list[str], trained: bool) -> None:
+    """Through any formats, and through JSON at every step, back to exactly what went in."""
+    start = detect_config_format(config)
+    before, found = deepcopy(plain(config)), config
+    for to in route:
+        if to == start:  # a Hugging Face config that is to be loaded may have lost its rescaling: not on the way
+            continue
+        found = convert_config(found, to, trained=trained)
+        found = MambaConfig.from_dict(json.loads(json.dumps(plain(found)))) if to == "huggingface" else found
+        found = json.loads(json.dumps(found)) if to != "huggingface" else found
+    back = convert_config(found, start)
+    assert plain(back) == before
+    assert plain(config) == before, "the argument was changed"
+
+
+def test_config_round_trip_survives_save_pretrained(tmp_path: Path) -> None:
+    source = MAMBA_130M | {"n_layer": 1, "unknown": {"a": [1, None]}}
+    config = convert_config(source, "huggingface", trained=True)
+    # as save_pretrained of a model does
+    config.architectures, config.dtype = ["MambaForCausalLM"], "float32"
+    config.save_pretrained(tmp_path)
+    read = MambaConfig.from_pretrained(tmp_path)
+    assert convert_config(read, "original") == source
+    assert convert_config(convert_config(read, "mamba_lens"), "original") == source
+
+
+def test_later_edits_reach_the_way_back() -> None:
+    config = convert_config(MAMBA_130M, "huggingface")
+    config.vocab_size, config.state_size = 50283, 8  # as after resize_token_embeddings
+    back = convert_config(config, "original", keep_source=False)
+    edits = {"vocab_size": 50283, "pad_vocab_size_multiple": 1, "ssm_cfg": {"d_state": 8}}
+    assert back == MAMBA_130M | edits
+    config = convert_config(MAMBA_130M, "huggingface")
+    config.eos_token_id = 7  # which the original format has no place for
+    assert convert_config(convert_config(config, "original"), "huggingface").eos_token_id == 7
+
+
+def test_trained_concerns_rescaling_only() -> None:
+    with_, without = (convert_config(MAMBA_LENS, "huggingface", trained=t) for t in (True, False))
+    difference = {k for k, v in plain(with_).items() if plain(without)[k] != v}
+    assert difference == {"rescale_prenorm_residual", SOURCE_KEY}
+    assert convert_config(with_, "mamba_lens") == convert_config(without, "mamba_lens") == MAMBA_LENS
+    with_.state_size = 8
+    edited = convert_config(with_, "mamba_lens", keep_source=False)
+    assert edited == MAMBA_LENS | {"d_state": 8}  # with the rescaling that only loading switched off
+    rescaled = MambaConfig(rescale_prenorm_residual=True)
+    assert convert_config(rescaled, "huggingface", trained=True).rescale_prenorm_residual is False
+    assert rescaled.rescale_prenorm_residual is True
+
+
+@pytest.mark.parametrize("source", [5, {}, {"format": "zz", "trained": False, "config": {}}])
+def test_a_source_that_conversion_did_not_write(source: Any) -> None:
+    config = MAMBA_130M | {"attn_cfg": {"mamba_trace_source": source}}
+    if not source:
+        assert convert_config(config, "huggingface").hidden_size == 768
+        return
+    with pytest.raises(CheckpointError, match="mamba_trace_source is not what convert_config put there"):
+        convert_config(config, "huggingface")
