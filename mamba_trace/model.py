@@ -259,7 +259,7 @@ class MambaTrace(HookedRuns, LensViews, Tokens, Loading, RootEnvoy):
             with model.trace("Emma gave an apple to"):
                 state = model.hook("blocks.1.hook_h.2").output.save()  # [B,E,N]
         """
-        place = names.check_family(names.parse(name), self.architecture.family, name)
+        place = names.parse(name, self.architecture.family)
         if place.layer is not None:
             names.layer_index(place.layer, len(self.layers), repr(name))
         return self.get(place.module_path)

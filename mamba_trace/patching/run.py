@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from .changes import changes
 from .kept import FolderPath, Kept
-from .marks import mark_of_function, mark_of_weights
+from .marks import mark_of_function, mark_of_weights, settings_of
 from .phases import InPhases
 from .plan import Job, Limits
 from .processes import Processes
@@ -60,6 +60,8 @@ def answers(
         # The marks of the first process, as a metric may refer to the rank that it runs on.
         marks = [mark_of_function(metric) for metric in question.metrics.values()]
         asked["metric_functions"] = processes.gather([marks])[0]
+        asked["architecture"] = model.architecture.name
+        asked["settings"] = settings_of(model._module)
         asked["weights"] = mark_of_weights(model._module)
     with torch.no_grad():
         way = Whole(model, question, changed) if changed else InPhases(model, question, limits)
