@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from transformers.activations import SiLUActivation
 
 from ..errors import SiteValueError
 from ..scan import ScanFamily, causal_conv, convolution
@@ -40,6 +41,10 @@ from .offers import Offers
 from .past import PastStates, masked, seen_by
 from .run_report import LayerRun, RunReport
 from .stretches import Stretches
+
+
+#: The modules that stand for SiLU, which the kernels of the convolution apply.
+SILU = (nn.SiLU, SiLUActivation)
 
 
 def recorded(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -182,7 +187,8 @@ class HookableMixer(nn.Module):
             conv = self.call_conv1d(offer, x_in, before, past)
             reason = "" if backend is None else "conv1d is wanted, hooked or changed"
         else:
-            whole = offer.inside("conv") is None and offer.bypass("act", nn.SiLU) is not None
+            silu = type(self.act) in SILU and offer.inside("conv") is None
+            whole = silu and offer.bypass("act", type(self.act)) is not None
             weight, bias = conv1d.weight[:, 0], conv1d.bias  # [channels,K], [channels] or None
             conv = causal_conv(x_in, weight, bias, before, activate=whole, backend=backend)
             reason = "" if whole else "conv or its SiLU is wanted or hooked"
