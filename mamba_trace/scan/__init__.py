@@ -8,6 +8,9 @@
 computes h = A_bar h + B_bar x from discretised matrices, for when someone has edited those. Both take an
 initial state, return the last one, and are differentiable in every argument and both results. `Recurrence`
 is what a mixer holds: the inputs of one call, from which it runs any stretch of positions.
+
+Mamba-2's scan has heads, whose states share one decay. Its functions have the same names and the same order of
+arguments, in other shapes: `DUAL` has them, as `SELECTIVE` has those above.
 """
 
 from .dispatch import (
@@ -23,13 +26,17 @@ from .dispatch import (
     selective_scan,
     selective_states,
 )
+from .family import DUAL, SELECTIVE, ScanFamily
 from .recurrence import Explicit, Recurrence, Selective, Watched
 
 __all__ = [
+    "DUAL",
     "KERNELS",
+    "SELECTIVE",
     "Availability",
     "Explicit",
     "Recurrence",
+    "ScanFamily",
     "Selective",
     "Watched",
     "availability",

@@ -2,7 +2,8 @@
 
 A backend is a module that has the functions of `reference`, where they are defined, and `unavailable`, which
 says why the backend cannot run. A backend may lack the explicit scan or the convolution; then Triton or
-PyTorch runs them. What is the same for all backends is here. Fake tensors get results of the right shapes and
+PyTorch runs them. Each family of scans (`family`) has a module for each backend. What is the same for all
+families and backends is here. Fake tensors get results of the right shapes and
 nothing is computed. A call without elements, or with a single position on a GPU, needs no kernel. A call
 under a transform of `torch.func` cannot have one. Where each batch row has its own A, the rows are run one at
 a time.
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -22,34 +23,53 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from ..errors import BackendError
-from . import cpu, cuda, outline, reference, triton
+from . import cpu, cuda, dual, outline, reference, triton
 from .recompute import transformed
 from .record import note
 from .reference import accumulation_dtype
 
-#: The backends by name.
+#: The backends of the selective family by name.
 BACKENDS: dict[str, ModuleType] = {"reference": reference, "cpu": cpu, "cuda": cuda, "triton": triton}
+#: The backends of each family of scans.
+FAMILIES: dict[str, Mapping[str, ModuleType]] = {"selective": BACKENDS, "dual": dual.BACKENDS}
 #: What ``kernels=`` takes.
 KERNELS = ("auto", *BACKENDS)
 #: The backends that suit a type of device, best first.
 SUITABLE: dict[str, tuple[str, ...]] = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
 
 
-def check(kernels: str) -> str:
-    """Return ``kernels`` if it is ``"auto"`` or a backend that can run on this machine at all.
+def check(kernels: str, family: str = "selective") -> str:
+    """Return ``kernels`` if it is ``"auto"`` or a backend that can run a family on this machine at all.
+
+    Args:
+        kernels: the choice of backend.
+        family: the family of scans, ``"selective"`` or ``"dual"``: their kernels may come in other packages.
 
     Raises:
         BackendError: if there is no such backend, or if it cannot run, with the reason.
     """
     if kernels not in KERNELS:
         raise BackendError(f"no backend is called {kernels!r}; there are {', '.join(KERNELS)}")
-    if kernels != "auto" and (reason := BACKENDS[kernels].unavailable()) is not None:
+    if kernels != "auto" and (reason := FAMILIES[family][kernels].unavailable()) is not None:
         raise BackendError(f"kernels={kernels!r} cannot run: {reason}")
     return kernels
 
 
-def choose(kernels: str, device: torch.device, dtype: torch.dtype, d_state: int) -> str:
+def choose(
+    kernels: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    d_state: int,
+    backends: Mapping[str, ModuleType] = BACKENDS,
+) -> str:
     """The name of the backend that runs a scan accumulated in ``dtype`` over states of ``d_state`` numbers.
+
+    Args:
+        kernels: ``"auto"`` or the name of a backend.
+        device: where the inputs are.
+        dtype: the dtype that the scan accumulates in.
+        d_state: N.
+        backends: the backends of the family of the scan.
 
     Raises:
         BackendError: if ``kernels`` names a backend that cannot run on these inputs, with the reason.
@@ -62,12 +82,12 @@ def choose(kernels: str, device: torch.device, dtype: torch.dtype, d_state: int)
             "PyTorch's own operations alone: use kernels='auto' or kernels='reference'"
         )
     if kernels != "auto":
-        if (reason := BACKENDS[kernels].unavailable(device, dtype, d_state)) is not None:
+        if (reason := backends[kernels].unavailable(device, dtype, d_state)) is not None:
             raise BackendError(f"kernels={kernels!r} cannot run this scan: {reason}; use kernels='auto'")
         return kernels
     reasons = []
     for name in SUITABLE.get(device.type, ()):
-        reason = BACKENDS[name].unavailable(device, dtype, d_state)
+        reason = backends[name].unavailable(device, dtype, d_state)
         if reason is None:
             return name
         reasons.append(f"{name}: {reason}")
@@ -91,8 +111,8 @@ class Availability:
     convolution: str | None
 
 
-def availability() -> list[Availability]:
-    """Whether each backend can run on this machine.
+def availability(family: str = "selective") -> list[Availability]:
+    """Whether each backend of a family of scans can run on this machine.
 
     Example::
 
@@ -104,7 +124,7 @@ def availability() -> list[Availability]:
 
     return [
         Availability(name, backend.unavailable(), getattr(backend, "conv_unavailable", no_convolution)())
-        for name, backend in BACKENDS.items()
+        for name, backend in FAMILIES[family].items()
     ]
 
 
@@ -120,14 +140,20 @@ def warn_of_fallback(reasons: str) -> None:
         warnings.warn(f"{message}. `mamba-trace info` says what to install", stacklevel=2)
 
 
-def _dispatched(definition: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:
-    """Make the function that runs a scan of `reference` on any backend.
+def dispatched(
+    definition: Callable[..., tuple[Tensor, Tensor]],
+    backends: Mapping[str, ModuleType] = BACKENDS,
+    outlines: ModuleType = outline,
+) -> Callable[..., tuple[Tensor, Tensor]]:
+    """Make the function that runs a scan of a family on any of its backends.
 
     It takes the arguments of its definition, by position or by name, and ``kernels``: the backend to run on,
     or ``"auto"``, the default, for the best that can run on these inputs.
 
     Args:
-        definition: the function of `reference`.
+        definition: the function in the ``reference`` module of the family.
+        backends: the backends of the family.
+        outlines: the module that runs the family's scans on fake tensors.
     """
     name, signature = definition.__name__, inspect.signature(definition)
     arguments = [each for each in signature.parameters.values() if each.kind is not each.KEYWORD_ONLY]
@@ -142,10 +168,11 @@ def _dispatched(definition: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..
         assert isinstance(first, Tensor)
         assert isinstance(C, Tensor)
         if isinstance(first, FakeTensor) or first.is_meta:
-            return getattr(outline, name)(*inputs)
-        backend = _backend(name, first, accumulation_dtype(*inputs), C.shape[-1], kernels)
+            return getattr(outlines, name)(*inputs)
+        chosen = choose(kernels, first.device, accumulation_dtype(*inputs), C.shape[-1], backends)
+        backend = _backend(name, chosen, first, C.shape[-1], backends)
         note(name, backend, first.shape[1])
-        function = getattr(BACKENDS[backend], name)
+        function = getattr(backends[backend], name)
         A = None if A_at is None else inputs[A_at]
         return function(*inputs) if A is None or A.dim() < 3 else _by_rows(function, inputs, A)
 
@@ -156,12 +183,13 @@ def _dispatched(definition: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..
     return run
 
 
-def _backend(name: str, first: Tensor, dtype: torch.dtype, d_state: int, kernels: str) -> str:
-    # The name of the backend that runs the function ``name`` on inputs such as ``first`` [B,L,...].
-    chosen = choose(kernels, first.device, dtype, d_state)
-    if not hasattr(BACKENDS[chosen], name):  # mamba-ssm's kernel takes no matrices
-        chosen = "reference" if triton.unavailable(first.device, dtype, d_state) else "triton"
-    if first.numel() == 0 or (first.shape[1] == 1 and chosen != "cpu"):
+def _backend(name: str, chosen: str, first: Tensor, d_state: int, backends: Mapping[str, ModuleType]) -> str:
+    # The name of the backend that runs the function ``name`` on inputs such as ``first`` [B,L,...], given the
+    # one that was chosen for the scans of the family.
+    if not hasattr(backends[chosen], name):  # mamba-ssm's kernels take no matrices
+        impossible = backends["triton"].unavailable(first.device, torch.float32, d_state)
+        chosen = "reference" if impossible else "triton"
+    if first.numel() == 0 or (first.shape[1] == 1 and not getattr(backends[chosen], "TAKES_ONE_POSITION", False)):
         return "reference"  # there is nothing to do, or one update of the state
     return chosen
 
@@ -179,11 +207,11 @@ def _by_rows(run: Callable[..., Any], inputs: tuple[Tensor | None, ...], A: Tens
     return torch.cat(first), torch.cat(second)
 
 
-selective_scan = _dispatched(reference.selective_scan)
-selective_states = _dispatched(reference.selective_states)
-gated_scan = _dispatched(reference.gated_scan)
-explicit_scan = _dispatched(reference.explicit_scan)
-explicit_states = _dispatched(reference.explicit_states)
+selective_scan = dispatched(reference.selective_scan)
+selective_states = dispatched(reference.selective_states)
+gated_scan = dispatched(reference.gated_scan)
+explicit_scan = dispatched(reference.explicit_scan)
+explicit_states = dispatched(reference.explicit_states)
 
 
 def convolution(kernels: str, device: torch.device, dtype: torch.dtype, width: int) -> ModuleType | None:

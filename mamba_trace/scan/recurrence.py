@@ -6,7 +6,8 @@ them from A_bar and B_bar, which is needed once somebody has edited those. The m
 which of the two it has.
 
 A `Recurrence` has one axis of batch rows and one of positions; nothing outside depends on the axes of its
-state.
+state, and it runs the scans of either family (`family`). The shapes below are those of the selective family; those
+of the dual family stand in its `reference`.
 """
 
 from __future__ import annotations
@@ -18,24 +19,26 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .dispatch import explicit_scan, explicit_states, selective_scan, selective_states
+from .family import SELECTIVE, ScanFamily
 from .recompute import recompute
-from .reference import read_out
 
 Pair = tuple[Tensor, Tensor]
 
 
 @dataclass
 class Recurrence(ABC):
-    """A recurrence h_p = a_p h_{p-1} + b_p with outputs y_p = C_p h_p, run on the backend ``kernels``.
+    """A recurrence h_p = a_p h_{p-1} + b_p with outputs y_p = C_p h_p.
 
     Attributes:
         x: [B,L,E].
         C: [B,L,N].
+        family: whose scans run.
+        kernels: the backend to run them on, or ``"auto"``.
     """
 
     x: Tensor
     C: Tensor
+    family: ScanFamily = field(default=SELECTIVE, kw_only=True)
     kernels: str = field(default="auto", kw_only=True)
 
     @abstractmethod
@@ -48,7 +51,7 @@ class Recurrence(ABC):
 
     def read(self, h: Tensor, position: int | slice = slice(None)) -> Tensor:
         """Compute y from states: h [B,E,N] at one position, or [B,L,E,N] at all positions."""
-        return read_out(h, self.C[:, position])
+        return self.family.read_out(h, self.C[:, position])
 
 
 @dataclass
@@ -60,10 +63,10 @@ class Selective(Recurrence):
     B: Tensor
 
     def run(self, start: int, stop: int, h: Tensor | None) -> Pair:
-        return selective_scan(*self._stretch(start, stop), h, kernels=self.kernels)
+        return self.family.selective_scan(*self._stretch(start, stop), h, kernels=self.kernels)
 
     def states(self, start: int, stop: int, h: Tensor | None) -> Pair:
-        return selective_states(*self._stretch(start, stop), h, kernels=self.kernels)
+        return self.family.selective_states(*self._stretch(start, stop), h, kernels=self.kernels)
 
     def _stretch(self, start: int, stop: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         span = slice(start, stop)
@@ -78,10 +81,10 @@ class Explicit(Recurrence):
     B_bar: Tensor
 
     def run(self, start: int, stop: int, h: Tensor | None) -> Pair:
-        return explicit_scan(*self._matrices(start, stop), h, kernels=self.kernels)
+        return self.family.explicit_scan(*self._matrices(start, stop), h, kernels=self.kernels)
 
     def states(self, start: int, stop: int, h: Tensor | None) -> Pair:
-        return explicit_states(*self._matrices(start, stop), h, kernels=self.kernels)
+        return self.family.explicit_states(*self._matrices(start, stop), h, kernels=self.kernels)
 
     def _matrices(self, start: int, stop: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         span = slice(start, stop)
@@ -99,10 +102,10 @@ class Watched(Explicit):
     selective: Selective
 
     def run(self, start: int, stop: int, h: Tensor | None) -> Pair:
-        return self._by_matrices(self.selective.run, explicit_scan, start, stop, h)
+        return self._by_matrices(self.selective.run, self.family.explicit_scan, start, stop, h)
 
     def states(self, start: int, stop: int, h: Tensor | None) -> Pair:
-        return self._by_matrices(self.selective.states, explicit_states, start, stop, h)
+        return self._by_matrices(self.selective.states, self.family.explicit_states, start, stop, h)
 
     def _by_matrices(
         self, fast: Callable[..., Pair], slow: Callable[..., Pair], start: int, stop: int, h: Tensor | None

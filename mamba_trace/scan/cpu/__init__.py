@@ -4,8 +4,8 @@ Each differentiable scan is registered with PyTorch as a custom operator, so tha
 graphs; its second derivative is that of `reference`. Where no gradient is needed, softplus, D and the gate
 are computed in the loop of the scan, and SiLU in the loop of the convolution.
 
-A family of scans is a module with ``FORWARD`` and ``BACKWARD`` (`Layout`), ``forward`` and ``backward``
-(kernels) and ``WIDTH``, the channels in a block: `selective` and `explicit`.
+The loops of a scan are a module with ``FORWARD`` and ``BACKWARD`` (`Layout`), ``forward`` and ``backward``
+(kernels) and ``WIDTH``, the channels in a block: `selective` and `explicit` here, and those of `scan.dual`.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,6 +23,9 @@ from torch import Tensor
 from .. import reference
 from ..recompute import gradients_of, recompute
 from . import team
+
+#: Whether the kernels are worth a call for a single position.
+TAKES_ONE_POSITION = True
 
 
 def unavailable(
@@ -49,7 +54,7 @@ def _broken() -> str | None:
     if importlib.util.find_spec("numba") is None:
         return "it needs numba: pip install numba"
     try:
-        _ = _kernels("selective").forward.compiled
+        _ = _kernels(".selective").forward.compiled
         return None
     except Exception as error:
         return f"numba does not work here ({type(error).__name__}: {error})"
@@ -57,15 +62,15 @@ def _broken() -> str | None:
 
 @functools.cache
 def _kernels(module: str) -> Any:
-    # Importing the module imports numba, which nothing needs before the first scan.
-    return importlib.import_module(f".{module}", __package__)
+    # Importing the module, whose name is relative, imports numba, which nothing needs before the first scan.
+    return importlib.import_module(module, __package__)
 
 
 # -- what the kernels take and return ------------------------------------------------------------------------
 
 
-def _as_floats(*tensors: Tensor) -> list[Tensor]:
-    # In float32, with the last axis dense.
+def as_floats(*tensors: Tensor) -> list[Tensor]:
+    """The tensors in float32, with the last axis dense."""
     return [t if t.dtype == torch.float32 and t.stride(-1) == 1 else _as_dense(t) for t in tensors]
 
 
@@ -73,45 +78,53 @@ def _as_dense(tensor: Tensor) -> Tensor:
     return tensor.to(torch.float32).contiguous()
 
 
-def _starting_state(x: Tensor, A: Tensor, h: Tensor | None = None) -> Tensor:
-    # [B,E,N] in float32, for x [B,L,E] and A [...,N].
+def starting_state(x: Tensor, d_state: int, h: Tensor | None = None) -> Tensor:
+    """The state to begin at [B,...,N], dense in float32: ``h``, or zeros, for x [B,L,...]."""
     if h is None:
-        return x.new_zeros(x.shape[0], x.shape[2], A.shape[-1], dtype=torch.float32)
+        return x.new_zeros(x.shape[0], *x.shape[2:], d_state, dtype=torch.float32)
     return _as_dense(h)
 
 
 def _empty_results(x: Tensor, h: Tensor, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
-    # Room for y [B,L,E], h_last [B,E,N] and the states: [B,L,E,N], or [B,0,E,N] if they are not kept.
+    # Room for y [B,L,...], h_last [B,...,N] and the states: [B,L,...,N], or [B,0,...,N] if they are not kept.
     y, h_last = x.new_empty(x.shape), torch.empty_like(h, memory_format=torch.contiguous_format)
     return y, h_last, x.new_empty(x.shape[0], x.shape[1] if keep else 0, *h.shape[1:])
 
 
-def _pieces(kernels: Any, x: Tensor, **shares: int) -> int:
-    return team.pieces(x.shape[0] * -(-x.shape[2] // kernels.WIDTH), x.shape[1], **shares)
+def _pieces(kernels: Any, inputs: dict[str, Tensor], **shares: int) -> int:
+    batch, length, *heads, width = inputs["x"].shape
+    blocks = batch * math.prod(heads) * -(-width // kernels.WIDTH)
+    return team.pieces(blocks, length * -(-inputs["h_start"].shape[-1] // team.D_STATE), **shares)
 
 
 # -- the scans as operators ----------------------------------------------------------------------------------
 
 
-def _forward(family: str, inputs: dict[str, Tensor], **others: Any) -> None:
-    # Writes the results, which are among ``others``.
-    kernels, x = _kernels(family), inputs["x"]
+def run_forward(module: str, inputs: dict[str, Tensor], **others: Any) -> None:
+    """Run the forward kernel of a module of loops.
+
+    Args:
+        module: its name, relative to this package.
+        inputs: the arrays that it reads, by name.
+        **others: the numbers that it takes, and the arrays that it writes, by name.
+    """
+    kernels = _kernels(module)
     buffers = kernels.FORWARD.buffers
     for name, tensor in inputs.items():
         others[name] = tensor if buffers[name].without_gaps(tensor) else tensor.contiguous()
-    team.run(kernels.forward, _pieces(kernels, x), **others)
+    team.run(kernels.forward, _pieces(kernels, inputs), **others)
 
 
-def _backward(family: str, inputs: dict[str, Tensor], **grads: Tensor) -> list[Tensor]:
+def _backward(module: str, inputs: dict[str, Tensor], **grads: Tensor) -> list[Tensor]:
     # The gradient of each input. The kernel leaves some of them to be summed over a further first axis.
-    kernels = _kernels(family)
+    kernels = _kernels(module)
     buffers = kernels.BACKWARD.buffers
     inputs = {name: _as_dense(tensor) for name, tensor in inputs.items()}
     given = inputs | {name: _as_dense(grad) for name, grad in grads.items()}
     if "states" in buffers:
         y, h_last, given["states"] = _empty_results(inputs["x"], inputs["h_start"], True)
-        _forward(family, inputs, keep=1, y=y, h_last=h_last, states=given["states"])
-    x, count = inputs["x"], _pieces(kernels, inputs["x"], shares=1)
+        run_forward(module, inputs, keep=1, y=y, h_last=h_last, states=given["states"])
+    x, count = inputs["x"], _pieces(kernels, inputs, shares=1)
     sizes = {"pieces": count}
     for name, tensor in inputs.items():
         sizes.update(zip(buffers[name].names, tensor.shape, strict=True))
@@ -125,29 +138,33 @@ def _backward(family: str, inputs: dict[str, Tensor], **grads: Tensor) -> list[T
     return [grad.sum(0) if grad.dim() > tensor.dim() else grad for grad, tensor in pairs]
 
 
-def _operator(family: str, names: tuple[str, ...], **others: Any) -> Any:
-    """Register a family of scans with PyTorch.
+def operator(
+    module: str, names: tuple[str, ...], scan: Callable[..., Any], states: Callable[..., Any], **others: Any
+) -> Any:
+    """Register a scan with PyTorch, as ``torch.ops.mamba_trace.{name of its definition}_cpu``.
 
     Args:
-        family: its name; `reference` has the definitions, ``{family}_scan`` and ``{family}_states``.
+        module: the module with its loops, relative to this package.
         names: what the inputs are called; ``x`` and ``h_start`` are among them.
+        scan: its definition, ``(*inputs) -> (y, h_last)``.
+        states: the definition with all states in place of h_last.
         **others: what else the forward kernel takes.
 
     Returns:
         An operator ``(*inputs, keep) -> (y, h_last, states)``, whose ``states`` are empty unless ``keep``.
     """
-    scan, states = (getattr(reference, f"{family}_{what}") for what in ("scan", "states"))
+    name = f"mamba_trace::{scan.__qualname__}_cpu"
     gradient_names = ("gy", "gh_last", "gstates")
 
     def run(*given: Any) -> tuple[Tensor, Tensor, Tensor]:
         inputs, keep = dict(zip(names, given[:-1], strict=True)), given[-1]
         y, h_last, states = results = _empty_results(inputs["x"], inputs["h_start"], keep)
-        _forward(family, inputs, keep=int(keep), y=y, h_last=h_last, states=states, **others)
+        run_forward(module, inputs, keep=int(keep), y=y, h_last=h_last, states=states, **others)
         return results
 
     def run_backward(*given: Tensor) -> list[Tensor]:
         inputs, grads = given[: len(names)], given[len(names) :]
-        return _backward(family, dict(zip(names, inputs, strict=True)), **dict(zip(gradient_names, grads, strict=True)))
+        return _backward(module, dict(zip(names, inputs, strict=True)), **dict(zip(gradient_names, grads, strict=True)))
 
     def keep_inputs(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.save_for_backward(*inputs[:-1])
@@ -162,13 +179,13 @@ def _operator(family: str, names: tuple[str, ...], **others: Any) -> Any:
     arguments = ", ".join(f"Tensor {name}" for name in names)
     more = ", ".join(f"Tensor {name}" for name in gradient_names)
     operator: Any = torch.library.custom_op(
-        f"mamba_trace::{family}_scan_cpu",
+        name,
         run,
         mutates_args=(),
         schema=f"({arguments}, bool keep) -> (Tensor, Tensor, Tensor)",
     )
     backward: Any = torch.library.custom_op(
-        f"mamba_trace::{family}_scan_cpu_backward",
+        f"{name}_backward",
         run_backward,
         mutates_args=(),
         schema=f"({arguments}, {more}) -> Tensor[]",
@@ -181,10 +198,16 @@ def _operator(family: str, names: tuple[str, ...], **others: Any) -> Any:
 
 
 GATED = ("x", "delta", "A", "B", "C", "D", "skip")  # the inputs of the gated scan in float32
-_selective: Any = _operator(
-    "selective", ("x", "delta", "A", "B", "C", "h_start"), **{"gated": 0, "D": None, "skip": None}
+_selective: Any = operator(
+    ".selective",
+    ("x", "delta", "A", "B", "C", "h_start"),
+    reference.selective_scan,
+    reference.selective_states,
+    **{"gated": 0, "D": None, "skip": None},
 )
-_explicit: Any = _operator("explicit", ("A_bar", "B_bar", "x", "C", "h_start"))
+_explicit: Any = operator(
+    ".explicit", ("A_bar", "B_bar", "x", "C", "h_start"), reference.explicit_scan, reference.explicit_states
+)
 
 
 # -- the functions of `reference`, in float32 ----------------------------------------------------------------
@@ -194,7 +217,7 @@ def selective_scan(
     x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, h_start: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """As `reference.selective_scan`, in float32."""
-    y, h_last, _ = _selective(*_as_floats(x, delta, A, B, C), _starting_state(x, A, h_start), False)
+    y, h_last, _ = _selective(*as_floats(x, delta, A, B, C), starting_state(x, A.shape[-1], h_start), False)
     return y, h_last
 
 
@@ -202,7 +225,7 @@ def selective_states(
     x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, h_start: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """As `reference.selective_states`, in float32."""
-    y, _, states = _selective(*_as_floats(x, delta, A, B, C), _starting_state(x, A, h_start), True)
+    y, _, states = _selective(*as_floats(x, delta, A, B, C), starting_state(x, A.shape[-1], h_start), True)
     return y, states
 
 
@@ -210,7 +233,7 @@ def explicit_scan(
     A_bar: Tensor, B_bar: Tensor, x: Tensor, C: Tensor, h_start: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """As `reference.explicit_scan`, in float32."""
-    y, h_last, _ = _explicit(*_as_floats(A_bar, B_bar, x, C), _starting_state(x, A_bar, h_start), False)
+    y, h_last, _ = _explicit(*as_floats(A_bar, B_bar, x, C), starting_state(x, A_bar.shape[-1], h_start), False)
     return y, h_last
 
 
@@ -218,7 +241,7 @@ def explicit_states(
     A_bar: Tensor, B_bar: Tensor, x: Tensor, C: Tensor, h_start: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """As `reference.explicit_states`, in float32."""
-    y, _, states = _explicit(*_as_floats(A_bar, B_bar, x, C), _starting_state(x, A_bar, h_start), True)
+    y, _, states = _explicit(*as_floats(A_bar, B_bar, x, C), starting_state(x, A_bar.shape[-1], h_start), True)
     return y, states
 
 
@@ -238,10 +261,10 @@ def _gated(
     skip: Tensor,
     *h_start: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    inputs = dict(zip(GATED, _as_floats(x, delta_2, A, B, C, D, skip), strict=True))
-    inputs["h_start"] = h = _starting_state(x, A, *h_start)
+    inputs = dict(zip(GATED, as_floats(x, delta_2, A, B, C, D, skip), strict=True))
+    inputs["h_start"] = h = starting_state(x, A.shape[-1], *h_start)
     y, h_last = h.new_empty(x.shape), torch.empty_like(h)
-    _forward("selective", inputs, gated=1, keep=0, y=y, h_last=h_last, states=None)
+    run_forward(".selective", inputs, gated=1, keep=0, y=y, h_last=h_last, states=None)
     return y.to(x.dtype), h_last
 
 
@@ -258,10 +281,10 @@ def _convolve(x_in: Tensor, weight: Tensor, bias: Tensor | None, before: Tensor 
     past = weight.shape[1] - 1
     history = x_in.new_zeros(batch, past, width) if before is None else before[..., 1:].transpose(1, 2)
     bias = x_in.new_zeros(width) if bias is None else bias
-    (given,) = _as_floats(x_in)
+    (given,) = as_floats(x_in)
     out = given.new_empty(given.shape)
     team.run(
-        _kernels("conv").forward,
+        _kernels(".conv").forward,
         team.pieces(batch * length, -(-width // 4)),  # far less work at a position than in a scan
         past=past,
         activate=int(activate),

@@ -18,8 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-#: A piece with fewer steps than this (16 channels at one position are a step) is not worth a thread.
+#: A piece with fewer steps than this is not worth a thread. A step is one position of 16 channels whose states
+#: have `D_STATE` numbers.
 SMALL = 256
+#: The size of the states of a step.
+D_STATE = 16
 #: How many pieces each thread is to take, so that a thread that is held up does not hold up the others.
 SHARES = 4
 
