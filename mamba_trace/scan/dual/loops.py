@@ -1,7 +1,7 @@
 """Mamba-2's scan and its gradients as compiled loops over blocks of a head's channels, for float32 on a CPU.
 
 Both kernels run h_p = decay_p h_{p-1} + (scale_p x_p) B_p with y_p = C_p h_p, which has one decay and one scale
-for each head. A block is 32 channels of one head: its state [32,N] stays in the first level of cache. What happens
+for each head. A block is 64 channels of one head: its state [64,N] stays in the first levels of cache. What happens
 to it at a position is written in vector instructions (`vectors`), eight channels at a time.
 """
 
@@ -11,10 +11,11 @@ import numpy as np
 
 from ..buffers import Buffer, Layout
 from ..cpu.compiled import arguments_of, kernel, next_piece, silu
-from .vectors import backward_step, forward_step
+from .vectors import LANES, backward_step, fetch, forward_step
 
-WIDTH = 32  # channels in a block
+WIDTH = 64  # channels in a block
 GROUP = 8  # channels in a step
+AHEAD = 4  # positions from the one at which its memory is asked for
 CHUNK = 16  # positions between the states that the backward pass keeps
 forward_8, forward_1 = forward_step(GROUP), forward_step(1)
 backward_8, backward_1 = backward_step(GROUP), backward_step(1)
@@ -73,6 +74,12 @@ def forward(data):  # type: ignore[no-untyped-def]
                 B, C = p.B[b, t, group_B], p.C[b, t, group_C]
                 if p.keep:
                     after = p.states[b, t, head]
+                if t + AHEAD < p.length:
+                    for c in range(c0, end, LANES):
+                        fetch(p.x[b, t + AHEAD, head], c)
+                        fetch(p.y[b, t + AHEAD, head], c)
+                        if p.gated:
+                            fetch(p.skip[b, t + AHEAD, head], c)
                 c = c0
                 while c + GROUP <= end:
                     forward_8(before, after, x, y, B, C, c, c, c, a, s, p.n_state)

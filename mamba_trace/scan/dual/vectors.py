@@ -207,3 +207,18 @@ def backward_step(channels: int) -> Callable[..., None]:
 
 def _in_row(builder: Any, row: Any, k: int, n_state: Any, n: Any) -> Any:
     return builder.add(builder.mul(builder.add(row, INDEX(k)), n_state), n)
+
+
+@intrinsic
+def fetch(typingctx, array, index):  # type: ignore[no-untyped-def]
+    """Ask for a number of an array to be brought into the cache, from a place that no processor foresees."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        (start,) = _addresses(context, builder, signature.args[:1], args[:1])
+        place = builder.bitcast(builder.gep(start, [args[1]]), ir.IntType(8).as_pointer())
+        kind = ir.FunctionType(ir.VoidType(), [place.type, SHORT, SHORT, SHORT])
+        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        builder.call(function, [place, SHORT(0), SHORT(3), SHORT(1)])
+        return context.get_dummy_value()
+
+    return types.void(array, types.int64), codegen
