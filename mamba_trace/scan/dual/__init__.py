@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from types import ModuleType
 
-from . import cpu, outline, reference
+from . import cpu, outline, reference, triton
 
 #: The backends by name.
-BACKENDS: dict[str, ModuleType] = {"reference": reference, "cpu": cpu}
+BACKENDS: dict[str, ModuleType] = {"reference": reference, "cpu": cpu, "triton": triton}
 
-__all__ = ["BACKENDS", "cpu", "outline", "reference"]
+__all__ = ["BACKENDS", "cpu", "outline", "reference", "triton"]

@@ -81,10 +81,17 @@ def _failure(device: torch.device) -> str | None:
             (0.5, 1.0, (1, 5, 2)),
         )
     )
+    return failure_of(selective_scan, reference.selective_scan, device, x, delta, A, B, C)
+
+
+def failure_of(
+    run: Callable[..., Any], define: Callable[..., Any], device: torch.device, *inputs: Tensor
+) -> str | None:
+    """How ``run`` fails on ``device`` or differs from ``define``, given inputs on the CPU; ``None`` if it does not."""
     try:
         with torch.no_grad():
-            results = selective_scan(*(tensor.to(device) for tensor in (x, delta, A, B, C)))
-            expected = reference.selective_scan(x, delta, A, B, C)
+            results = run(*(tensor.to(device) for tensor in inputs))
+            expected = define(*inputs)
             errors = [(a.cpu() - b).abs().max().item() for a, b in zip(results, expected, strict=True)]
     except Exception as error:  # as above
         return f"a test of it on {device} failed ({type(error).__name__}: {error})"
