@@ -30,11 +30,13 @@ if TYPE_CHECKING:
 PROMPT = "Lately, Emma and Shelby had fun at school. Shelby gave an apple to"
 SOURCE = "Lately, Emma and Shelby had fun at school. Emma gave an apple to"
 DEMO = "demo"
+#: The models that ship: the argument of `MambaTrace.demo` for each name.
+DEMOS = {DEMO: "mamba", "demo-mamba2": "mamba2"}
 #: What ``patch`` can measure, and the dtypes that it can load a model in.
 MetricName = Literal["logit-diff", "logit", "log-prob", "prob"]
 Dtype = Literal["float32", "float64", "float16", "bfloat16"]
 #: Options of several commands.
-ModelName = Annotated[str, typer.Option(help="A hub id or a folder; 'demo' is the model that ships.")]
+ModelName = Annotated[str, typer.Option(help="A hub id or a folder; 'demo' and 'demo-mamba2' ship.")]
 Kernels = Annotated[str, typer.Option(help="The backend of the scan: auto or its name.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 
@@ -232,7 +234,7 @@ def versions() -> str:
 
 
 def load_model(name: str, kernels: str, quiet: bool, dtype: str | None = None, device: str | None = None) -> MambaTrace:
-    """Load the shipped model for ``"demo"``, a checkpoint for any other name."""
+    """Load a shipped model for a name in `DEMOS`, a checkpoint for any other name."""
     import torch
     from transformers.utils.logging import disable_progress_bar
 
@@ -250,7 +252,7 @@ def load_model(name: str, kernels: str, quiet: bool, dtype: str | None = None, d
     device = device or own_device()
     if device is not None:
         options["device_map"] = device
-    return MambaTrace.demo(**options) if name == DEMO else MambaTrace(name, **options)
+    return MambaTrace.demo(DEMOS[name], **options) if name in DEMOS else MambaTrace(name, **options)
 
 
 def check_text(**options: str) -> None:

@@ -33,7 +33,7 @@ from .conversion.initialization import initialize
 from .conversion.load_options import dtype_of
 from .conversion.model_loading import Loading
 from .conversion.weight_sizes import check_buildable
-from .errors import PromptError
+from .errors import CheckpointError, PromptError
 from .hooked.hooks import KEEPING_HOOKS, none_kept
 from .hooked.run_with import HookedRuns
 from .hooked.tokens import Tokens
@@ -52,6 +52,8 @@ from .tracing.visit import take_note_of_prompt
 #: This package's names for modules of Hugging Face's, by path.
 RENAME = {f"backbone.{name}": name for name in ("embeddings", "layers", "norm_f")} | {"mixer": "ssm"}
 DEMO = Path(__file__).parent / "demo_model"
+#: The models that ship, by the architecture that `MambaTrace.demo` takes.
+DEMOS = {"mamba": DEMO, "mamba2": Path(__file__).parent / "demo_model_mamba2"}
 
 
 class MambaTrace(HookedRuns, LensViews, Tokens, Loading, RootEnvoy):
@@ -168,17 +170,26 @@ class MambaTrace(HookedRuns, LensViews, Tokens, Loading, RootEnvoy):
     # -- other ways to make one ------------------------------------------------------------------------
 
     @classmethod
-    def demo(cls, **kwargs: Any) -> MambaTrace:
-        """The small trained model that ships with the package: who was given the apple?
+    def demo(cls, architecture: str = "mamba", **kwargs: Any) -> MambaTrace:
+        """A small trained model that ships with the package: who was given the apple?
+
+        Args:
+            architecture: ``"mamba"`` or ``"mamba2"``: both were trained on the same sentences.
+            **kwargs: as for `MambaTrace`.
 
         Returns:
             A model whose weights are loaded, without a download.
 
+        Raises:
+            CheckpointError: if no model of this architecture ships.
+
         Example::
 
-            model = MambaTrace.demo()
+            model = MambaTrace.demo("mamba2")
         """
-        return cls(str(DEMO), **{"dispatch": True, **kwargs})
+        if architecture not in DEMOS:
+            raise CheckpointError(f"no demo of {architecture!r} ships; there are {' and '.join(map(repr, DEMOS))}")
+        return cls(str(DEMOS[architecture]), **{"dispatch": True, **kwargs})
 
     @classmethod
     def from_config(
