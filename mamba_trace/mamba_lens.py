@@ -34,6 +34,7 @@ from transformers import PreTrainedTokenizerBase
 from .arguments.padding import remember, remembered
 from .arguments.prompts import prompt_of
 from .conversion import check_state_dict, convert_state_dict
+from .conversion.building import from_scratch
 from .errors import PromptError
 from .hooked.generation import generation_options
 from .hooked.mamba_cfg import (
@@ -46,7 +47,7 @@ from .hooked.mamba_cfg import (
     plain,
 )
 from .hooked.run_with import KERNEL_FLAGS, explain_away
-from .model import MambaTrace, from_scratch
+from .model import MambaTrace
 from .tracing.one_run import WithBlockNotFoundError
 
 __all__ = [

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._guards import detect_fake_mode
-from transformers import MambaConfig, MambaForCausalLM, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from . import names
 from .arguments import padding
@@ -27,12 +27,10 @@ from .arguments.prompt_forms import (
     check_token_lists,
     check_tokens,
 )
-from .conversion import check_state_dict, convert_config, convert_state_dict, residuals_per_layer
+from .conversion.building import from_scratch, from_weights
 from .conversion.config_names import check_names
-from .conversion.initialization import initialize
 from .conversion.load_options import dtype_of
 from .conversion.model_loading import Loading
-from .conversion.weight_sizes import check_buildable
 from .errors import CheckpointError, PromptError
 from .hooked.hooks import KEEPING_HOOKS, none_kept
 from .hooked.run_with import HookedRuns
@@ -61,7 +59,8 @@ class MambaTrace(HookedRuns, LensViews, Tokens, Loading, RootEnvoy):
 
     Args:
         repo_id: a hub id or a local folder, in Hugging Face's or the original state-spaces format; or a
-            loaded ``MambaForCausalLM``, which is made hookable in place.
+            loaded ``MambaForCausalLM``, ``FalconMambaForCausalLM`` or ``Mamba2ForCausalLM``, which is made
+            hookable in place.
         tokenizer: the tokenizer; if not given, the checkpoint's. The model uses a copy, in which a missing
             padding token becomes the end-of-sequence token.
         kernels: which scan runs: ``"auto"``, the fastest for each call, or one of ``"reference"``, ``"cpu"``,
@@ -204,7 +203,8 @@ class MambaTrace(HookedRuns, LensViews, Tokens, Loading, RootEnvoy):
         """A model from scratch, initialised as the Mamba authors do.
 
         Args:
-            config: a ``MambaConfig``, or a configuration in the original or MambaLens's format.
+            config: a ``MambaConfig``, ``FalconMambaConfig`` or ``Mamba2Config``, or a configuration in the
+                original or MambaLens's format.
             tokenizer: needed for prompts that are strings.
             seed: the seed of a generator of its own; torch's global generator is not used.
             dtype: the dtype of the parameters.
@@ -232,6 +232,9 @@ class MambaTrace(HookedRuns, LensViews, Tokens, Loading, RootEnvoy):
     ) -> MambaTrace:
         """A model from a configuration and a state dict, each in any of the three formats.
 
+        The parameters of a Falcon-Mamba have the names and shapes of a Mamba-1's: the configuration must be the
+        one that belongs to them.
+
         Args:
             config: original, MambaLens's or Hugging Face's.
             state_dict: original, MambaLens's or Hugging Face's; values are taken bit for bit.
@@ -239,19 +242,13 @@ class MambaTrace(HookedRuns, LensViews, Tokens, Loading, RootEnvoy):
             **kwargs: as for `MambaTrace`.
 
         Raises:
-            CheckpointError: if keys or shapes do not fit the configuration.
+            CheckpointError: if keys, shapes or the format do not fit the configuration.
 
         Example::
 
             same = MambaTrace.from_state_dict(model.config, model._module.state_dict())
         """
-        check_names(config)
-        hf_config = convert_config(config, "huggingface", trained=True)
-        weights = convert_state_dict(state_dict, "huggingface")
-        check_state_dict(weights, hf_config)
-        module = _empty(hf_config, next(iter(weights.values())).dtype)
-        module.load_state_dict(weights, strict=False)  # keys were checked above, but for a tied lm_head
-        return cls(module, tokenizer=tokenizer, **kwargs)
+        return cls(from_weights(config, state_dict), tokenizer=tokenizer, **kwargs)
 
     # -- the sites -------------------------------------------------------------------------------------
 
@@ -357,23 +354,6 @@ class MambaTrace(HookedRuns, LensViews, Tokens, Loading, RootEnvoy):
         check_tokens(self, invokes, kwargs)
         take_note_of_prompt(self.interleaver, kwargs)
         return args, kwargs
-
-
-def from_scratch(config: Any, dtype: torch.dtype, seed: int) -> nn.Module:
-    """A module of a configuration in any format, initialised as the Mamba authors do."""
-    module = _empty(convert_config(config, "huggingface"), dtype)
-    initialize(module, seed=seed, n_residuals_per_layer=residuals_per_layer(config))
-    return module
-
-
-def _empty(config: MambaConfig, dtype: torch.dtype) -> MambaForCausalLM:
-    """A module with uninitialised parameters. No random numbers are drawn."""
-    check_buildable("the configuration", config, dtype)
-    with torch.device("meta"):
-        module: Any = MambaForCausalLM(config)
-    module.to(dtype).to_empty(device="cpu")
-    module.tie_weights()
-    return module
 
 
 def _holds_text(inputs: Any) -> bool:

@@ -186,7 +186,7 @@ def test_what_can_only_be_a_folder_is_not_looked_for_on_the_hub(
 @pytest.mark.parametrize("name", [None, 3, b"a/b", MambaConfig()], ids=lambda name: type(name).__name__)
 def test_what_is_no_name_is_refused_without_asking_the_hub(monkeypatch: pytest.MonkeyPatch, name: Any) -> None:
     asked = hub(monkeypatch, lambda name, file: AssertionError("the hub was asked"))
-    words = "takes a hub id, a folder or a loaded MambaForCausalLM; for a configuration use MambaTrace.from_config"
+    words = "takes a hub id, a folder or a loaded model such as a MambaForCausalLM; for a configuration use MambaTrace"
     for take in (find_checkpoint, MambaTrace):
         assert words in fails(lambda take=take: take(name))  # type: ignore[misc]
     assert fails(lambda: find_checkpoint(name)).endswith(f"This is a {type(name).__name__}")

@@ -18,6 +18,7 @@ from ..block import HookableBlock, HookableRMSNorm
 from ..offers import Offers
 from ..selective import SelectiveMixer
 from .architecture import Architecture
+from .mamba import PARAMETERS, SHOWN, sizes_of
 
 
 class HookableFalconMambaBlock(HookableBlock, FalconMambaBlock):
@@ -59,4 +60,8 @@ FALCON_MAMBA = Architecture(
         FalconMambaRMSNorm: (HookableFalconMambaRMSNorm, None),
         FalconMambaWeightlessRMSNorm: (HookableFalconMambaWeightlessRMSNorm, None),
     },
+    formats=("huggingface",),
+    parameters=PARAMETERS,  # the inner norms have none, so that the weights of a Mamba-1 look the same
+    sizes=sizes_of,
+    shown=SHOWN,
 )
