@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from mamba_trace.conversion import (
     convert_config,
     detect_config_format,
 )
+from mamba_trace.conversion.formats import unnamed_settings
 from mamba_trace.errors import CheckpointError
 
 
@@ -31,6 +33,21 @@ def test_original_to_huggingface_is_the_hf_twin() -> None:
     assert found == plain(twin)
     assert (config.intermediate_size, config.time_step_rank) == (1536, 48)
     assert convert_config(MAMBA_130M, "huggingface", trained=True).rescale_prenorm_residual is False
+
+MAMBA2_130M: dict[str, Any] = {  # the config.json of state-spaces/mamba2-130m
+    "d_model": 768,
+    "d_intermediate": 0,
+    "n_layer": 24,
+    "vocab_size": 50277,
+    "ssm_cfg": {"layer": "Mamba2"},
+    "attn_layer_idx": [],
+    "attn_cfg": {},
+    "rms_norm": True,
+    "residual_in_fp32": True,
+    "fused_add_norm": True,
+    "pad_vocab_size_multiple": 16,
+    "tie_embeddings": True,
+}
 
 
 ORIGINALS = st.fixed_dictionaries(
@@ -88,6 +105,55 @@ MAMBA_LENSES = st.builds(
     auto=st.booleans(),
     left_out=st.sets(st.sampled_from(["initializer_cfg", "device", "d_inner", "d_state", "pad_vocab_size_multiple"])),
 )
+ORIGINALS_OF_MAMBA2 = st.fixed_dictionaries(
+    {
+        "d_model": st.sampled_from([8, 16]),
+        "n_layer": st.integers(1, 4),
+        "vocab_size": st.integers(1, 99),
+        "ssm_cfg": st.fixed_dictionaries(
+            {"layer": st.just("Mamba2"), "headdim": st.sampled_from([2, 4, 8])},
+            optional={
+                "d_state": st.integers(1, 32),
+                "d_conv": st.integers(2, 4),
+                "expand": st.integers(2, 4),
+                "ngroups": st.sampled_from([1, 2]),
+                "chunk_size": st.integers(1, 64),
+                "dt_limit": st.sampled_from([[0.0, math.inf], [0, 1], [0.1, 0.5]]),
+                "A_init_range": st.sampled_from([[1, 16], [0.5, 2.0]]),
+                "conv_init": st.sampled_from([None, 1, 0.5]),
+                "bias": st.booleans(),
+                "conv_bias": st.booleans(),
+                "rmsnorm": st.just(True),
+                "d_ssm": st.none(),
+            },
+        ),
+    },
+    optional={
+        "pad_vocab_size_multiple": st.sampled_from([1, 8, 16]),
+        "tie_embeddings": st.booleans(),
+        "d_intermediate": st.just(0),
+        "attn_layer_idx": st.just([]),
+        "attn_cfg": st.just({}),
+        "initializer_cfg": st.just({"initializer_range": 0.5}),
+        "unknown": st.sampled_from([None, "x", [1, {"y": 2}]]),
+    },
+)
+HUGGINGFACES_OF_MAMBA2 = st.builds(
+    lambda extra, head_dim, hidden_size, **fields: Mamba2Config(
+        head_dim=head_dim, hidden_size=hidden_size, num_heads=2 * hidden_size // head_dim, **fields, **extra
+    ),
+    extra=st.sampled_from([{}, {"unknown": [1]}, {"intermediate_size": 7, "norm_before_gate": True}]),
+    head_dim=st.sampled_from([2, 4]),
+    hidden_size=st.sampled_from([8, 16]),
+    n_groups=st.sampled_from([1, 2]),
+    vocab_size=st.integers(1, 99),
+    num_hidden_layers=st.integers(1, 4),
+    time_step_limit=st.sampled_from([(0.0, math.inf), [0.0, math.inf], (0.1, 0.5)]),
+    time_step_rank=st.just("auto") | st.integers(1, 9),
+    rescale_prenorm_residual=st.booleans(),
+    eos_token_id=st.sampled_from([0, 3, [1, 2]]),
+    tie_word_embeddings=st.booleans(),
+)
 ROUTES = st.lists(st.sampled_from(FORMATS), min_size=1, max_size=4)
 
 
@@ -106,6 +172,30 @@ def test_config_round_trip_by_any_route_is_exact(config: Any, route: list[str], 
     back = convert_config(found, start)
     assert plain(back) == before
     assert plain(config) == before, "the argument was changed"
+
+
+@settings(max_examples=100, deadline=None)
+@given(config=ORIGINALS_OF_MAMBA2 | HUGGINGFACES_OF_MAMBA2, again=st.booleans(), trained=st.booleans())
+def test_config_round_trip_of_mamba2_is_exact(config: Any, again: bool, trained: bool) -> None:
+    start = detect_config_format(config)
+    before, to = deepcopy(plain(config)), "original" if start == "huggingface" else "huggingface"
+    found = config
+    for format in (to, start, to)[:: 1 if again else 3]:
+        found = convert_config(found, format, trained=trained and format == to)
+        through = json.loads(json.dumps(plain(found)))
+        found = Mamba2Config.from_dict(through) if format == "huggingface" else through
+    assert plain(convert_config(found, start)) == before
+    assert plain(config) == before, "the argument was changed"
+
+
+def test_the_configuration_of_a_falcon_mamba_is_its_own() -> None:
+    config = FalconMambaConfig(hidden_size=16, mixer_rms_eps=1e-3, rescale_prenorm_residual=True)
+    assert detect_config_format(config) == detect_config_format(config.to_dict()) == "huggingface"
+    for given_ in (config, config.to_dict()):
+        found = convert_config(given_, "huggingface", trained=True)
+        assert isinstance(found, FalconMambaConfig)
+        assert (found.mixer_rms_eps, found.rescale_prenorm_residual) == (1e-3, False)
+    assert config.rescale_prenorm_residual is True
 
 
 def test_config_round_trip_survives_save_pretrained(tmp_path: Path) -> None:

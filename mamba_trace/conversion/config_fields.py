@@ -117,12 +117,16 @@ FIELDS_OF: dict[str, tuple[Field, ...]] = {
     ),
 }
 
+#: Stands for the width inside a block, which not all of Hugging Face's configurations have a field for.
+INNER_WIDTH = "E"
 #: Further names that `model.cfg` has for a field, as MambaLens does, with Hugging Face's name of it.
 LENS_ALIASES = {
     "n_layer": "num_hidden_layers",
+    "d_inner": INNER_WIDTH,
     "d_vocab": "vocab_size",
     "eps": "layer_norm_epsilon",
     "D": "hidden_size",
+    "E": INNER_WIDTH,
     "N": "state_size",
     "D_delta": "time_step_rank",
     "D_conv": "conv_kernel",
@@ -131,8 +135,6 @@ LENS_ALIASES = {
     "P": "head_dim",
     "G": "n_groups",
 }
-#: The names of the width inside a block, which some of Hugging Face's configurations have no field for.
-INNER_WIDTH = ("d_inner", "E")
 #: Names of `model.cfg` that tell the configuration of another model type than Mamba-1's.
 NOT_OF_MAMBA_LENS = {"n_heads": "Mamba-2", "inner_eps": "Falcon-Mamba"}
 
@@ -185,3 +187,9 @@ def ssm_options(architecture: Architecture) -> set[str]:
     known = {path[1] for path in paths if path and path[0] == "ssm_cfg"}
     known |= HARMLESS_SSM_OPTIONS[model_type] | ONLY_SSM_OPTIONS[model_type].keys()
     return known | ({"d_ssm"} if model_type == "mamba2" else set())
+
+
+def aliases_of(architecture: Architecture) -> dict[str, str]:
+    """The `LENS_ALIASES` whose field the architecture has."""
+    ours = {INNER_WIDTH, *(field.name for field in fields_of(architecture))}
+    return {name: theirs for name, theirs in LENS_ALIASES.items() if theirs in ours}

@@ -79,7 +79,7 @@ def detect(raw: Mapping[str, Any]) -> str:
         if "n_layer" in raw:
             return "original"
     keys = ", ".join(sorted(map(str, raw))[:12]) or "nothing"
-    hint = " If it is a Hugging Face configuration, add its model_type, for a Mamba-1 model_type='mamba'."
+    hint = " If it is a Hugging Face configuration, add its model_type; to a Mamba-1's add model_type='mamba'."
     raise CheckpointError(
         f"not a Mamba configuration. Found the keys {keys}. Expected {EXPECTED}.{hint if 'hidden_size' in raw else ''}"
     )
@@ -146,6 +146,14 @@ def read(format: str, raw: Config) -> Config:
     format has no place for, and the original format's initializer_cfg, which state-spaces/mamba keeps
     elsewhere.
     """
+    values = _held(format, raw)
+    if architecture_in(format, raw).model_type == "mamba2":
+        values["num_heads"] = heads_of(format, values)
+    return values
+
+
+def _held(format: str, raw: Config) -> Config:
+    """As `read`, without what follows from several values together."""
     architecture = architecture_in(format, raw)
     reject(format, raw, architecture)
     values: Config = {}
@@ -163,8 +171,6 @@ def read(format: str, raw: Config) -> Config:
     if values.get("time_step_rank") == "auto" and isinstance(values["hidden_size"], int):
         values["time_step_rank"] = math.ceil(values["hidden_size"] / 16)
     check_types(format, architecture, values)
-    if architecture.model_type == "mamba2":
-        values["num_heads"] = heads_of(format, values)
     if format != "huggingface":
         multiple = raw.get("pad_vocab_size_multiple", 8)
         if isinstance(multiple, bool) or not isinstance(multiple, int) or multiple < 1:
@@ -216,7 +222,7 @@ def template(format: str, values: Config, architecture: Architecture) -> Config:
 def write(format: str, base: Config, values: Config) -> Config:
     """A copy of `base`, a configuration of `format`, that holds `values`; only what differs is touched."""
     out = deepcopy(base)
-    current = {} if format == "huggingface" else read(format, out)
+    current = {} if format == "huggingface" else _held(format, out)
     for field in fields_of(architecture_in(format, out)):
         path, value = field.path(format), values[field.name]
         if field.kind is tuple:

@@ -18,10 +18,10 @@ from typing import Any
 from ..errors import CheckpointError
 from ..modeling.architectures import ARCHITECTURES, Architecture
 from ..names import nearest
-from .config_fields import INNER_WIDTH, LAYERS, LENS_ALIASES, Config, architecture_in, fields_of, layer_in, ssm_options
+from .config_fields import LAYERS, Config, aliases_of, architecture_in, fields_of, layer_in, ssm_options
 from .config_formats import parse, read
 
-# Top-level fields of each format that are in no table; those of `model.cfg.to_dict()` are in LENS_ALIASES.
+# Top-level fields of each format that are in no table; those of `model.cfg.to_dict()` are in `aliases_of`.
 BESIDES = {
     "original": "attn_cfg attn_layer_idx d_intermediate rms_norm fused_add_norm pad_vocab_size_multiple",
     "mamba_lens": "d_inner pad_vocab_size_multiple default_prepend_bos tokenizer_prepends_bos n_ctx device",
@@ -53,14 +53,14 @@ def _check_strictly(format: str, raw: Config, architecture: Architecture) -> Non
     """Refuse every field that the original or MambaLens's format does not have."""
     if format == "mamba_lens" or layer_in(raw) not in LAYERS:
         read(format, raw)  # refuses a model that is none of these before it is compared with their fields
-    known: dict[str, set[str]] = {"": set(BESIDES[format].split()), "ssm_cfg": ssm_options(architecture)}
+    known: dict[str, set[str]] = {"": set(BESIDES[format].split()), "ssm_cfg": set()}
+    if format == "original":
+        known["ssm_cfg"] |= ssm_options(architecture)
     for path in filter(None, (field.path(format) for field in fields_of(architecture))):
         known[""].add(path[0])
         if len(path) == 2:
             known.setdefault(path[0], set()).add(path[1])
-    ours = {field.name for field in fields_of(architecture)}
-    aliases = {name for name, theirs in LENS_ALIASES.items() if theirs in ours} | set(INNER_WIDTH)
-    accepted = STAMPS | (aliases if format == "mamba_lens" else set())
+    accepted = STAMPS | (aliases_of(architecture).keys() if format == "mamba_lens" else set())
     paths = {".".join(filter(None, (section, name))): name for section in known for name in known[section]}
     for section, names in known.items():
         holder = raw if not section else raw.get(section) or {}

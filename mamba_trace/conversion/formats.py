@@ -71,6 +71,7 @@ def convert_config(
     formats.check_format(to)
     format, raw = formats.parse(config, source)
     trained = trained and to == "huggingface"
+    links = _chain(format, raw)
     if format == to:
         formats.read(format, raw)
         if to != "huggingface":
@@ -79,7 +80,7 @@ def convert_config(
         same.rescale_prenorm_residual = same.rescale_prenorm_residual and not trained
         return same
     formats.check_expressible(format, raw, to)
-    converted = _convert(format, raw, to, trained, keep_source)
+    converted = _convert(links, to, trained, keep_source)
     return formats.huggingface(converted) if to == "huggingface" else converted
 
 
@@ -102,9 +103,9 @@ def unnamed_settings(config: Any) -> Config:
     return {name: values[name] for name in UNNAMED if name in values}
 
 
-def _convert(format: str, raw: Config, to: str, trained: bool, keep_source: bool) -> Config:
-    """Convert; if the configuration was once in format `to`, the result is that one with later edits."""
-    links = _chain(format, raw)
+def _convert(links: list[Link], to: str, trained: bool, keep_source: bool) -> Config:
+    """Convert the first link; if it was once in format `to`, the result is that one with later edits."""
+    format, raw, _ = links[0]
     position = next((i for i, link in enumerate(links) if link.format == to), None)
     earlier = None if position is None else links[position].raw
     unedited = position is not None and _unstamped(_replay(links[: position + 1])) == _unstamped(raw)
@@ -124,7 +125,7 @@ def _replay(links: list[Link]) -> Config:
     """The result of converting the last link again along the chain, to the format of the first link."""
     format, raw, _ = links[-1]
     for link in reversed(links[:-1]):
-        raw = _convert(format, raw, link.format, link.trained, keep_source=True)
+        raw = _convert(_chain(format, raw), link.format, link.trained, keep_source=True)
         format = link.format
     return raw
 

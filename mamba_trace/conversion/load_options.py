@@ -23,6 +23,7 @@ from transformers import PreTrainedConfig
 from transformers.utils import CONFIG_NAME
 
 from ..errors import CheckpointError
+from ..modeling.architectures import ARCHITECTURES
 from ..names import nearest
 from .checkpoint_index import read_json
 from .checkpoints import find_checkpoint
@@ -35,9 +36,9 @@ PLACED_BY_ACCELERATE = ("auto", "balanced", "balanced_low_0", "sequential")
 NOT_REPLACED = {*DTYPES, "architectures", "transformers_version", "output_loading_info"}
 
 
-def replaceable(config: PreTrainedConfig) -> set[str]:
-    """The fields of a configuration that a keyword argument of their name replaces."""
-    return {field.name for field in fields(type(config))} - NOT_REPLACED  # type: ignore[arg-type]
+def replaceable(config: PreTrainedConfig | type[PreTrainedConfig]) -> set[str]:
+    """The fields of a configuration, or of its class, that a keyword argument of their name replaces."""
+    return {field.name for field in fields(config)} - NOT_REPLACED
 
 
 def given_config(config: Any, **hub: Any) -> PreTrainedConfig | None:
@@ -64,10 +65,16 @@ def take_config(own: PreTrainedConfig, kwargs: dict[str, Any]) -> PreTrainedConf
     """A copy of a configuration, in which fields that ``kwargs`` names are replaced and taken from it.
 
     Raises:
-        CheckpointError: for a value that the field does not take.
+        CheckpointError: for a value that the field does not take, and for a field of another architecture.
     """
     config = copy.deepcopy(own)
     known = replaceable(config)
+    for other in ARCHITECTURES:
+        for name in (replaceable(other.config_class) - known) & kwargs.keys():
+            raise CheckpointError(
+                f"{name}={kwargs[name]!r} cannot be set: {name} is a field of {other.config_class.__name__}, and this "
+                f"checkpoint has a {type(config).__name__}, which has no such field"
+            )
     replaced = {name: kwargs.pop(name) for name in list(kwargs) if name in known}
     try:
         for name, value in replaced.items():

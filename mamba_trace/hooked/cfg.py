@@ -14,7 +14,7 @@ from collections import namedtuple
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from ..conversion.config_fields import FIELDS_OF, INNER_WIDTH, LENS_ALIASES, UNNAMED
+from ..conversion.config_fields import FIELDS_OF, INNER_WIDTH, UNNAMED, aliases_of
 from ..conversion.formats import unnamed_settings
 from ..modeling.architectures import ARCHITECTURES, BY_TYPE, axis_sizes
 from ..names import nearest
@@ -45,6 +45,10 @@ def _field(name: str) -> Read:
     return lambda model: getattr(model.config, name)
 
 
+def _inner_width(model: Any) -> int:
+    return axis_sizes(model._module)["E"]
+
+
 def _initializer(model: Any) -> Any:
     names, unnamed = _named(model.config.model_type, 2), unnamed_settings(model.config)
     values = (unnamed[name] if name in UNNAMED else getattr(model.config, name) for name in names.values())
@@ -62,12 +66,9 @@ def initializer_class(names: tuple[str, ...]) -> Any:
 @functools.cache
 def reads_of(model_type: str) -> Mapping[str, Read]:
     """Name -> how it is read from a model of this architecture, in the order of `LensConfig.to_dict`."""
-    named = _named(model_type, 1)
-    ours = {field.name for field in FIELDS_OF[model_type]}
-    aliases = {name: theirs for name, theirs in LENS_ALIASES.items() if theirs in ours}
+    names = _named(model_type, 1) | aliases_of(BY_TYPE[model_type])
     return {
-        **{name: _field(theirs) for name, theirs in (named | aliases).items()},
-        **dict.fromkeys(INNER_WIDTH, lambda model: axis_sizes(model._module)["E"]),
+        **{name: _inner_width if theirs == INNER_WIDTH else _field(theirs) for name, theirs in names.items()},
         "n_ctx": lambda model: None,
         "device": lambda model: model.device,
         "dtype": lambda model: model._module.dtype,

@@ -13,8 +13,8 @@ In Mamba-2 the same names are rows of in_proj alone, and conv1d is cut along its
 Contract: which parameter and which rows a name stands for comes from the architecture's table, which converts
 state dicts too (weight_pieces.py). A view shares the parameter's memory, device and dtype and is detached: it
 can be edited without ``torch.no_grad()``, and its ``grad`` is the same rows of the parameter's gradient. Shapes
-are checked before anything is written. Weights that cannot be edited (not loaded yet, offloaded, quantised, put together
-from a weight and an adapter) raise `CheckpointError`; calling one still applies the whole module.
+are checked before anything is written. Weights that cannot be edited (not loaded yet, offloaded, quantised, put
+together from a weight and an adapter) raise `CheckpointError`; calling one still applies the whole module.
 """
 
 from __future__ import annotations
