@@ -209,8 +209,8 @@ def template(format: str, values: Config, architecture: Architecture) -> Config:
         return sizes | (more if dual else {"ssm_cfg": {}}) | dict.fromkeys(flags, True)
     if format == "huggingface":
         # The special tokens of gpt-neox-20b's tokenizer; a fresh Mamba2Config has those of Codestral's.
-        tokens = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"), 0) if dual else {}
-        return {"model_type": architecture.model_type} | tokens
+        tokens = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"), 0)
+        return {"model_type": architecture.model_type} | (tokens if dual else {})
     known = {field.mamba_lens: values[field.name] for field in fields_of(architecture) if field.mamba_lens}
     flat = {path[0]: value for path, value in known.items() if len(path) == 1}
     initializer = {path[1]: value for path, value in known.items() if len(path) == 2}

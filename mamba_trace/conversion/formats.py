@@ -126,6 +126,8 @@ def _replay(links: list[Link]) -> Config:
     format, raw, _ = links[-1]
     for link in reversed(links[:-1]):
         raw = _convert(_chain(format, raw), link.format, link.trained, keep_source=True)
+        if link.format == "huggingface":  # as `parse` gave it the first time
+            raw = formats.parse(raw)[1]
         format = link.format
     return raw
 
