@@ -146,8 +146,8 @@ def _recognised(place: Location) -> tuple[str, Any]:
 
 def _declared_type(place: Location) -> Any:
     """The model_type in a config.json whose other values may be broken; None if nothing tells it."""
-    file = place.find(CONFIG_NAME, fetch=False)
     with contextlib.suppress(CheckpointError):
+        file = place.find(CONFIG_NAME, fetch=False)
         return None if file is None else read_json(file).get("model_type")
     return None
 

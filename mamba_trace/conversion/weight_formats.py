@@ -84,7 +84,8 @@ def convert_state_dict(state_dict: Mapping[str, Tensor], to: str, *, source: str
     """The same parameters under the names, and in the pieces, of another format.
 
     Args:
-        state_dict: the parameters of a whole Mamba language model, on any device and of any dtype. A tied
+        state_dict: the parameters of a whole Mamba language model, on any device and of any dtype. Those of a
+            Falcon-Mamba cannot be told from a Mamba-1's, and are converted as they would be. A tied
             lm_head is in the result exactly if it is here. mamba_ssm's and MambaLens's own load_state_dict
             want it: if it is absent, add `result["lm_head.weight"] = <the embedding>`.
         to: "original", "huggingface" or "mamba_lens".
