@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from transformers import MambaConfig
+from transformers import PreTrainedConfig
 
 MAMBA_130M: dict[str, Any] = {  # the config.json of state-spaces/mamba-130m
     "d_model": 768,
@@ -77,7 +77,7 @@ class ConfigLike:
 
 
 def plain(config: Any) -> Any:
-    """What can be compared: a dict, without the folder that a MambaConfig was read from."""
-    if not isinstance(config, MambaConfig):
+    """What can be compared: a dict, without the folder that a configuration was read from."""
+    if not isinstance(config, PreTrainedConfig):
         return config
     return {k: v for k, v in config.to_dict().items() if k not in ("_name_or_path", "transformers_version")}

@@ -41,7 +41,11 @@ def test_an_object_with_mamba_lens_attributes() -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"ssm_cfg": {"layer": "Mamba2"}}, "ssm_cfg.layer is 'Mamba2'; only Mamba-1"),
+        (
+            {"ssm_cfg": {"layer": "Mamba3"}},
+            "ssm_cfg.layer is 'Mamba3', and the layers that can be loaded are 'Mamba1', 'M",
+        ),
+        ({"ssm_cfg": {"layer": 2}}, "ssm_cfg.layer is 2, and the layers"),
         ({"attn_layer_idx": [3]}, r"attn_layer_idx is \[3\]: some layers are attention"),
         ({"d_intermediate": 64}, "d_intermediate is 64: the blocks have an MLP"),
         ({"rms_norm": False}, "rms_norm is False: the norms are LayerNorm"),
@@ -73,8 +77,12 @@ def test_inexpressible_models_are_rejected() -> None:
 
 
 def test_configurations_of_nothing_known_are_rejected() -> None:
-    with pytest.raises(CheckpointError, match="model_type 'falcon_mamba'; only Mamba-1 is supported so far"):
-        detect_config_format({"model_type": "falcon_mamba"})
+    known = "only 'mamba', 'falcon_mamba', 'mamba2' are supported, and state-spaces' original format"
+    for config in ({"model_type": "jamba"}, {"model_type": ["mamba"]}):
+        with pytest.raises(CheckpointError, match=known):
+            detect_config_format(config)
+    with pytest.raises(CheckpointError, match="model_type 'jamba'; " + known):
+        convert_config({"model_type": "jamba"}, "original", source="huggingface")
     with pytest.raises(CheckpointError, match=r"Found the keys hidden_size.*add model_type='mamba'"):
         detect_config_format({"hidden_size": 3})
     with pytest.raises(CheckpointError, match="found int"):

@@ -244,7 +244,8 @@ def test_initialisation_is_mambas(demo: ModuleType) -> None:
 
 
 def test_the_tutorial_runs_from_the_command_line(architecture: str, tmp_path: Path) -> None:
-    options = ["--architecture", architecture, "--steps", "2", "--batch-size", "4", "--layers", "1", "--eval-sentences", "4"]
+    options = ["--architecture", architecture, "--steps", "2", "--batch-size", "4", "--layers", "1"]
+    options += ["--eval-sentences", "4"]
     command = [sys.executable, ROOT / "tutorials" / "train_demo.py", "--out", tmp_path / "model", *options]
     run = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert run.returncode == 0, run.stderr

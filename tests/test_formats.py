@@ -12,7 +12,7 @@ import pytest
 from configurations import MAMBA_130M, MAMBA_LENS, plain
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import MambaConfig
+from transformers import FalconMambaConfig, Mamba2Config, MambaConfig
 
 from mamba_trace.conversion import (
     FORMATS,
@@ -22,17 +22,6 @@ from mamba_trace.conversion import (
 )
 from mamba_trace.conversion.formats import unnamed_settings
 from mamba_trace.errors import CheckpointError
-
-
-def test_original_to_huggingface_is_the_hf_twin() -> None:
-    config = convert_config(MAMBA_130M, "huggingface")
-    twin = MambaConfig(vocab_size=50280, hidden_size=768, num_hidden_layers=24, state_size=16)
-    twin.initializer_range, twin.rescale_prenorm_residual = 0.02, True  # mamba_ssm's defaults
-    found = plain(config)
-    del found[SOURCE_KEY]
-    assert found == plain(twin)
-    assert (config.intermediate_size, config.time_step_rank) == (1536, 48)
-    assert convert_config(MAMBA_130M, "huggingface", trained=True).rescale_prenorm_residual is False
 
 MAMBA2_130M: dict[str, Any] = {  # the config.json of state-spaces/mamba2-130m
     "d_model": 768,
@@ -48,6 +37,68 @@ MAMBA2_130M: dict[str, Any] = {  # the config.json of state-spaces/mamba2-130m
     "pad_vocab_size_multiple": 16,
     "tie_embeddings": True,
 }
+
+
+def test_original_mamba2_has_the_defaults_of_mamba_ssm() -> None:
+    config = convert_config(MAMBA2_130M, "huggingface")
+    twin = Mamba2Config(vocab_size=50288, hidden_size=768, num_hidden_layers=24, num_heads=24, head_dim=64, n_groups=1)
+    twin.state_size, twin.expand, twin.conv_kernel, twin.chunk_size = 128, 2, 4, 256
+    twin.time_step_limit, twin.tie_word_embeddings = [0.0, math.inf], True
+    twin.pad_token_id = twin.bos_token_id = twin.eos_token_id = 0  # of gpt-neox-20b's tokenizer
+    twin.initializer_range, twin.rescale_prenorm_residual = 0.02, True
+    found = plain(config)
+    del found[SOURCE_KEY]
+    assert found == plain(twin)
+    assert isinstance(config, Mamba2Config)
+    assert convert_config(MAMBA2_130M, "huggingface", trained=True).rescale_prenorm_residual is False
+    assert unnamed_settings(config) == {"n_residuals_per_layer": 1, "A_init_range": (1.0, 16.0), "conv_init": None}
+
+
+def test_ssm_options_of_mamba2_are_mapped() -> None:
+    ssm: dict[str, Any] = {"layer": "Mamba2", "d_state": 16, "d_conv": 3, "expand": 3, "headdim": 32, "ngroups": 4}
+    ssm |= {"dt_limit": [0.01, 0.5], "chunk_size": 64, "bias": True, "conv_bias": False}
+    ssm |= {"dt_min": 0.01, "dt_max": 0.2, "dt_init_floor": 0.003, "A_init_range": [2, 4], "conv_init": 0.5}
+    config = convert_config(MAMBA2_130M | {"ssm_cfg": ssm}, "huggingface")
+    assert (config.state_size, config.conv_kernel, config.expand, config.head_dim, config.n_groups) == (16, 3, 3, 32, 4)
+    assert (config.num_heads, config.chunk_size, config.use_bias, config.use_conv_bias) == (72, 64, True, False)
+    assert list(config.time_step_limit) == [0.01, 0.5]
+    assert (config.time_step_min, config.time_step_max, config.time_step_floor) == (0.01, 0.2, 0.003)
+    assert unnamed_settings(config)["A_init_range"] == (2.0, 4.0)
+    assert unnamed_settings(config)["conv_init"] == 0.5
+    assert convert_config(config, "original") == MAMBA2_130M | {"ssm_cfg": ssm}
+
+
+def test_original_result_of_mamba2_has_only_fields_of_mamba_ssm() -> None:
+    config = Mamba2Config(vocab_size=32, hidden_size=16, num_heads=8, head_dim=4, state_size=3, num_hidden_layers=2)
+    found = convert_config(config, "original", keep_source=False)
+    assert found.keys() == MAMBA2_130M.keys()
+    assert found["ssm_cfg"] == {"layer": "Mamba2", "d_state": 3, "headdim": 4, "ngroups": 8}
+    assert (found["vocab_size"], found["pad_vocab_size_multiple"], found["tie_embeddings"]) == (32, 16, False)
+    for vocab_size, multiple in ((24, 8), (21, 1)):
+        config.vocab_size = vocab_size
+        found = convert_config(config, "original", keep_source=False)
+        assert (found["vocab_size"], found["pad_vocab_size_multiple"]) == (vocab_size, multiple)
+
+
+@pytest.mark.parametrize("limit", [[0.0, {"__float__": "Infinity"}], [0.0, math.inf], (0.0, math.inf)])
+def test_an_endless_time_step_limit_in_any_spelling(limit: Any) -> None:
+    config = {"model_type": "mamba2", "hidden_size": 16, "num_heads": 8, "head_dim": 4, "time_step_limit": limit}
+    found = convert_config(config, "huggingface")
+    assert list(found.time_step_limit) == [0.0, math.inf]
+    assert "dt_limit" not in convert_config(config, "original", keep_source=False)["ssm_cfg"]
+    config["time_step_limit"] = [0.25, limit[1]]
+    assert convert_config(config, "original", keep_source=False)["ssm_cfg"]["dt_limit"] == [0.25, math.inf]
+
+
+def test_original_to_huggingface_is_the_hf_twin() -> None:
+    config = convert_config(MAMBA_130M, "huggingface")
+    twin = MambaConfig(vocab_size=50280, hidden_size=768, num_hidden_layers=24, state_size=16)
+    twin.initializer_range, twin.rescale_prenorm_residual = 0.02, True  # mamba_ssm's defaults
+    found = plain(config)
+    del found[SOURCE_KEY]
+    assert found == plain(twin)
+    assert (config.intermediate_size, config.time_step_rank) == (1536, 48)
+    assert convert_config(MAMBA_130M, "huggingface", trained=True).rescale_prenorm_residual is False
 
 
 ORIGINALS = st.fixed_dictionaries(

@@ -42,7 +42,6 @@ from .past import PastStates, masked, seen_by
 from .run_report import LayerRun, RunReport
 from .stretches import Stretches
 
-
 #: The modules that stand for SiLU, which the kernels of the convolution apply.
 SILU = (nn.SiLU, SiLUActivation)
 
