@@ -133,8 +133,9 @@ def check_channels(model: ArgumentModel, channels: Channels, heads: Heads = None
             f"are given as indices or a boolean mask [E]"
         )
     sizes = mixer_sizes(model)
-    if GROUPS.index(channels) >= sizes.get("H", sizes["E"]):
-        raise SiteValueError(f"channels={channels!r}: a layer of {sizes.get('H', sizes['E'])} heads has no such third")
+    units, count = ("heads", sizes["H"]) if "H" in sizes else ("channels", sizes["E"])
+    if GROUPS.index(channels) >= count:
+        raise SiteValueError(f"channels={channels!r}: a layer of {count} {units} has no such third")
 
 
 def channel_mask(model: ArgumentModel, layer: int, channels: Channels, heads: Heads = None) -> Tensor:
