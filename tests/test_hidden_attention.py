@@ -12,7 +12,7 @@ import reference
 import torch
 from accelerate.hooks import attach_align_device_hook
 from allocations import PeakMemory
-from conftest import LENGTH, N_LAYERS, SIZES, agree, layers_that_ran
+from conftest import LENGTH, N_LAYERS, SIZES, agree, layers_that_ran, make_hf
 from kinds import BACKENDS, DUAL, KINDS, made, make
 from torch import Tensor, nn
 
