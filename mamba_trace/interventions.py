@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from numbers import Real
 from typing import Any
@@ -23,8 +23,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .arguments.channels import GROUPS, Heads, head_numbers
 from .arguments.prompts import describe
-from .arguments.selection import GROUPS, Indices, check_padding, chosen_indices
+from .arguments.selection import Indices, check_padding, chosen_indices
 from .errors import PositionError, SiteValueError
 from .names import public_path
 from .sites import AXES, describe_axes
@@ -33,7 +34,7 @@ from .tracing.envoys import PositionEnvoy, SiteEnvoy
 
 __all__ = ["ablate", "steer"]
 
-#: The axis of channels is the first of these that a site has.
+#: The axis of channels is the first of these that a site has, if it has no heads.
 CHANNEL_AXES = "EDRNV"
 
 
@@ -43,6 +44,7 @@ def ablate(
     *,
     positions: Indices | None = None,
     channels: Indices | None = None,
+    heads: Heads = None,
 ) -> None:
     """Replace a site, at some positions and channels, by zero, a mean, or its value in another run.
 
@@ -58,11 +60,15 @@ def ablate(
             the tokens of this forward call; a decode step of ``generate`` has one. In a prompt padded on the
             left, positions from 0 on count the padding; negative ones are the same token in every row.
         channels: in the same forms, along the axis E of the site, or D, R, N or V if it has no E. Of a state
-            they take all n. `flow.decay_groups` has the slow and the fast channels of a layer.
+            they take all n. `flow.decay_groups` has the slow and the fast channels of a layer. In a state of
+            Mamba-2 [B,H,P,N] channel e is number e % P of head e // P; sites with one number for a head, such as
+            delta, have no channels.
+        heads: of Mamba-2, in place of channels and in the same forms: along the axis H of the site, or all
+            channels of these heads along E.
 
     Raises:
-        SiteValueError: if ``place`` is not a site, ``value`` does not broadcast, there is no such channel, or
-            outside of a trace.
+        SiteValueError: if ``place`` is not a site, ``value`` does not broadcast, there is no such channel or
+            head, or outside of a trace.
         PositionError: if there is no such position, or the site has no positions (as ``h[p]``).
         SiteOrderError: if the run has gone past this site.
 
@@ -84,15 +90,23 @@ def ablate(
     target = Target.of(place, "ablate")
     need_a_trace("ablate")
     target.check_value(value)
+    target.check_part(channels, heads)
     current = place.output
-    index = target.index(current, positions, channels)
+    index = target.index(current, positions, channels, heads)
     if isinstance(value, Tensor):
         current[index] = target.broadcast(value, current)[index]
     else:
         current[index] = float(value)
 
 
-def steer(place: Any, direction: Tensor, scale: float | Tensor = 1.0, *, positions: Indices | None = None) -> None:
+def steer(
+    place: Any,
+    direction: Tensor,
+    scale: float | Tensor = 1.0,
+    *,
+    positions: Indices | None = None,
+    heads: Heads = None,
+) -> None:
     """Add a direction to a site, at every position or at some.
 
     Call it inside a trace. In ``generate`` a line of a trace acts on the first forward call, which reads the
@@ -103,13 +117,13 @@ def steer(place: Any, direction: Tensor, scale: float | Tensor = 1.0, *, positio
     Args:
         place: as in `ablate`.
         direction: a floating tensor of the site's axes without B and L: [D] for the residual stream, [E] for
-            ``ssm.y``, [E,N] for ``ssm.h[p]``.
+            ``ssm.y``, [E,N] for ``ssm.h[p]``, in Mamba-2 [H,P,N].
         scale: its factor: a number, or a tensor with one element.
-        positions: as in `ablate`.
+        positions, heads: as in `ablate`. Only the part of the direction in these heads is added.
 
     Raises:
         SiteValueError: if ``place`` is not a site, the direction has another shape, ``scale`` is not one
-            number, or outside of a trace.
+            number, there is no such head, or outside of a trace.
         PositionError: if there is no such position, or the site has no positions (as ``h[p]``).
         SiteOrderError: if the run has gone past this site.
 
@@ -131,26 +145,34 @@ def steer(place: Any, direction: Tensor, scale: float | Tensor = 1.0, *, positio
     if not isinstance(direction, Tensor) or not direction.is_floating_point():
         raise SiteValueError(f"{target}: a direction is a floating tensor, not {describe(direction)}")
     target.check_scale(scale)
+    target.check_part(None, heads)
     current = place.output
     target.check_direction(direction, current.shape)
-    index = target.index(current, positions, None)
-    current[index] = current[index] + (scale * direction).to(current)
+    index = target.index(current, positions, None, heads)
+    current[index] = current[index] + (scale * direction).to(current).expand(current.shape)[index]
 
 
 @dataclass(frozen=True)
 class Target:
-    """The site that an intervention edits: its path as users write it, and the axes of its value."""
+    """The site that an intervention edits.
+
+    Attributes:
+        path: as users write it.
+        axes: of its value.
+        sizes: the sizes that its mixer fixes; empty for a site of a block or of the model.
+    """
 
     path: str
     axes: str
+    sizes: dict[str, int] = field(default_factory=dict)
 
     @classmethod
     def of(cls, place: Any, verb: str) -> Target:
         """The target of a user's ``place``. Raises `SiteValueError` if that is not a site."""
-        if isinstance(place, PositionEnvoy):
-            return cls(public_path(place.path), place._site.site.axes.replace("L", ""))
-        if isinstance(place, SiteEnvoy):
-            return cls(public_path(place.path), place.site.axes)
+        if isinstance(place, (PositionEnvoy, SiteEnvoy)):
+            site = place._site if isinstance(place, PositionEnvoy) else place
+            mixer = site.parent._module if site.site.scope == "mixer" else None
+            return cls(public_path(place.path), place._axes, getattr(mixer, "sizes", {}))
         path = getattr(place, "path", None)
         named = describe(place) if path is None else public_path(path)
         raise SiteValueError(
@@ -200,11 +222,29 @@ class Target:
                 f"{tuple(direction.shape)}. The same direction is added in every row and at every position"
             )
 
-    def index(self, current: Tensor, positions: Indices | None, channels: Indices | None) -> tuple[Any, ...]:
-        """The index of positions, channels or their outer product in the site's value ``current``.
+    def check_part(self, channels: Indices | None, heads: Heads) -> None:
+        """Raise a `SiteValueError` for channels or heads of a site that has none."""
+        if channels is not None and heads is not None:
+            raise SiteValueError(f"{self}: channels={channels!r} and heads={heads!r}: give one of them")
+        if channels is not None and "H" in self.axes and "P" not in self.axes:
+            raise SiteValueError(
+                f"{self}: channels={channels!r}: the {self.sizes['P']} channels of a head share this value: give "
+                f"heads=, of which there are {self.sizes['H']}"
+            )
+        if heads is None:
+            return
+        if self.sizes:
+            head_numbers(heads, self.sizes, f"{self}: ")
+        if not self.sizes or not set("HE") & set(self.axes):
+            raise SiteValueError(f"{self}: heads={heads!r}: this site has no axis of heads or of their channels")
+
+    def index(
+        self, current: Tensor, positions: Indices | None, channels: Indices | None, heads: Heads
+    ) -> tuple[Any, ...]:
+        """The index of positions, channels or heads or their outer product in the site's value ``current``.
 
         Raises:
-            PositionError, SiteValueError: if there are no such positions or channels.
+            PositionError, SiteValueError: if there are no such positions, channels or heads.
         """
         index: list[Any] = [slice(None)] * len(self.axes)
         if positions is not None:
@@ -214,17 +254,35 @@ class Target:
             length = current.shape[axis]
             chosen = chosen_indices(positions, length, self.no_position)
             check_padding("positions", positions, mask_of_call(length))
-            index[axis] = torch.tensor(chosen, dtype=torch.long, device=current.device)  # [P]
-        if channels is not None:
-            letter = next(axis for axis in CHANNEL_AXES if axis in self.axes)
-            axis = self.axes.index(letter)
-            if isinstance(channels, str):
-                raise self.no_channel(letter, self.named_channels(letter, channels))
-            chosen = chosen_indices(channels, current.shape[axis], partial(self.no_channel, letter))
-            index[axis] = torch.tensor(chosen, dtype=torch.long, device=current.device)  # [C]
+            index[axis] = torch.tensor(chosen, dtype=torch.long, device=current.device)  # [l]
+        if channels is not None or heads is not None:
+            part = self.of_heads(heads) if heads is not None else self.of_channels(channels, current.shape)
+            for letter, numbers in part.items():
+                index[self.axes.index(letter)] = torch.tensor(numbers, dtype=torch.long, device=current.device)  # [C]
             if positions is not None:
-                index[self.axes.index("L")].unsqueeze_(-1)  # [P,1]
+                index[self.axes.index("L")].unsqueeze_(-1)  # [l,1]
         return tuple(index)
+
+    def of_heads(self, heads: Indices) -> dict[str, list[int]]:
+        """The indices of heads along the axes of the site, by letter. Raises `SiteValueError`."""
+        chosen = head_numbers(heads, self.sizes, f"{self}: ")
+        if "H" in self.axes:
+            return {"H": chosen}
+        P = self.sizes["P"]
+        return {"E": [channel for head in chosen for channel in range(head * P, head * P + P)]}
+
+    def of_channels(self, channels: Any, shape: Sequence[int]) -> dict[str, list[int]]:
+        """The indices of channels along the axes of the site, by letter. Raises `SiteValueError`."""
+        by_head = "H" in self.axes
+        letter = "E" if by_head else next(axis for axis in CHANNEL_AXES if axis in self.axes)
+        if isinstance(channels, str):
+            raise self.no_channel(letter, self.named_channels(letter, channels))
+        size = self.sizes["E"] if by_head else shape[self.axes.index(letter)]
+        chosen = chosen_indices(channels, size, partial(self.no_channel, letter))
+        if not by_head:
+            return {letter: chosen}
+        P = self.sizes["P"]
+        return {"H": [channel // P for channel in chosen], "P": [channel % P for channel in chosen]}
 
     def no_position(self, reason: str) -> PositionError:
         """The error for positions that cannot be picked."""

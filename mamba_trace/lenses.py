@@ -32,7 +32,7 @@ from torch import Tensor
 from .arguments.prompts import prompt_tokens, single_token, token_strings
 from .arguments.selection import layer_numbers
 from .errors import ArgumentError
-from .modeling.effective import epsilon_of, input_dtype, norm_weight, without_bias
+from .modeling.effective import FrozenNorm, input_dtype, without_bias
 from .results.heatmap import Heatmap
 from .results.result import Result
 from .tracing.one_run import refuse_inside_a_trace
@@ -183,9 +183,10 @@ def state_lens(
     """What the state of each layer, read at each position, adds to the logits there.
 
     At position p the state writes ``out_proj(C_p h_p * SiLU(skip_p))`` into the residual stream: all that the
-    layer writes except the term of D and any bias. The logits of that term are computed with the scale of the
-    final norm frozen to its value in the run. Over all layers they add up, with the terms of D, the biases
-    and the embedding, to the model's logits, as in `ActivationCache.logit_attrs`.
+    layer writes except the term of D and any bias. In Mamba-2 the mixer's own RMSNorm stands between the gate
+    and out_proj; its scales, one for each group, are frozen to their values in the run. The logits of that term
+    are computed with the scale of the final norm frozen in the same way. Over all layers they add up, with the
+    terms of D, the biases and the embedding, to the model's logits, as in `ActivationCache.logit_attrs`.
 
     Args:
         model, prompt: as in `logit_lens`.
@@ -213,14 +214,14 @@ def state_lens(
     layers = layer_numbers(model, layer)
     model.dispatch()
     model._follow()
-    norm: Any = model.norm_f._module
-    weight, epsilon = norm_weight(norm, model.config.hidden_size), epsilon_of(norm)  # [D]
+    norm = FrozenNorm.of(model.norm_f._module, model.config.hidden_size)
+    inner = {number: FrozenNorm.inside(model.layers[number].ssm._module) for number in layers}
     with torch.no_grad(), model.trace(tokens, use_cache=False) as tracer:
         for number in layers:
-            written = wide(written_by_state(model.layers[number].ssm))  # [1,L,D]
-            cells.add(vocabulary_logits(model, written * weight.to(written.device), whole=False))
-        stream = wide(model.layers[-1].resid_post.output[0])  # [L,D]
-        scale = nnsight.save((stream.pow(2).mean(-1) + epsilon).rsqrt().cpu())  # [L]
+            written = wide(written_by_state(model.layers[number].ssm, inner[number]))  # [1,L,D]
+            cells.add(vocabulary_logits(model, written * norm.weight.to(written.device), whole=False))
+        stream = model.layers[-1].resid_post.output[0]  # [L,D]
+        scale = nnsight.save(norm.scale(stream)[:, 0].cpu())  # [L]
         tracer.stop()
     cells.multiply(scale)
     return StateLens(**cells.fields(tokens, [str(number) for number in layers]))
@@ -243,11 +244,19 @@ def vocabulary_logits(model: MambaTrace, normed: Tensor, whole: bool = True) -> 
     return wide(logits)
 
 
-def written_by_state(ssm: Any) -> Tensor:
-    """What the state of a mixer writes into the residual stream [1,L,D]."""
+def written_by_state(ssm: Any, norm: FrozenNorm | None) -> Tensor:
+    """What the state of a mixer writes into the residual stream [1,L,D].
+
+    Args:
+        ssm: the mixer, in a trace.
+        norm: its own norm, if it has one.
+    """
     skip = ssm.skip.output  # [1,L,E]
     y = ssm.y.output
-    gated = (y * F.silu(skip.to(y.dtype))).to(skip.dtype)
+    gated = y * F.silu(skip.to(y.dtype))
+    if norm is not None:
+        gated = gated * norm.factors(ssm.after_skip.output).to(gated)
+    gated = gated.to(skip.dtype)
     # Whatever out_proj is, even with an adapter, its bias is its output for zeros.
     return ssm.out_proj(gated) - ssm.out_proj(torch.zeros_like(gated[:, :1]))
 

@@ -19,7 +19,7 @@ from .arguments.padding import mask_of
 from .arguments.prompts import prompt_of
 from .arguments.selection import Layers, layer_numbers
 from .errors import ArgumentError, LayerError, PromptError, SiteValueError, UnknownSiteError
-from .names import nearest
+from .names import check_family, nearest, parse
 from .sites import BY_HOOK, BY_NAME, Site, describe_axes, site_named
 from .tracing.one_run import refuse_inside_a_trace
 
@@ -58,7 +58,7 @@ def mean_activation(
         is gone, such as [L,E], and ``means[1][5]`` is the mean for ``h[5]``.
 
     Raises:
-        UnknownSiteError: if there is no such site. Like the others, before anything runs.
+        UnknownSiteError: if this model has no such site. Like the others, before anything runs.
         LayerError: if the model has no such layer.
         SiteValueError: if the site is the same for every prompt.
         PromptError: if there are no prompts, or they have several lengths with ``over="prompts"``.
@@ -76,7 +76,7 @@ def mean_activation(
             logits = model.lm_head.output.save()
     """
     refuse_inside_a_trace(model, "mean_activation")
-    averaged = averaged_site(site)
+    averaged = averaged_site(model, site)
     sums = {layer: Sum() for layer in averaged_layers(model, averaged, layers)}
     if over not in ("positions", "prompts"):
         raise ArgumentError(f"over={over!r} is neither 'positions' nor 'prompts'")
@@ -131,16 +131,23 @@ def add_batch(
         tracer.stop()
 
 
-def averaged_site(name: str) -> Site:
-    """The site with a name or hook name. Raises `UnknownSiteError`, or `SiteValueError` if it has no B."""
+def averaged_site(model: MambaTrace, name: str) -> Site:
+    """The site with a name or hook name.
+
+    Raises:
+        UnknownSiteError: if this model has none that is called so.
+        SiteValueError: if it has no axis B.
+    """
     site = site_named(name)
     if site is None:
         raise UnknownSiteError(
             f"no site is called {name!r}{nearest(str(name), [*BY_NAME, *BY_HOOK])}. A mean is of one site at "
             f"several layers: site='y', layers=[1, 2]"
         )
+    family = model.architecture.family
+    check_family(parse(site.path(0)), family, name)
     if "B" not in site.axes:
-        raise SiteValueError(f"{name} {describe_axes(site.axes)} is the same for every prompt: read it once")
+        raise SiteValueError(f"{name} {describe_axes(site.axes_in(family))} is the same for every prompt: read it once")
     return site
 
 

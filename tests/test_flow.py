@@ -12,10 +12,11 @@ import reference
 import torch
 from accelerate.hooks import attach_align_device_hook
 from conftest import LENGTH, N_LAYERS, SIZES, ModuleFactory, agree
+from kinds import BACKENDS, DUAL, KINDS, made, make
 from torch import Tensor, nn
 
 from mamba_trace import MambaTrace
-from mamba_trace.errors import ArgumentError, LayerError, PositionError, SiteValueError
+from mamba_trace.errors import ArgumentError, LayerError, PositionError, PromptError, SiteValueError
 from mamba_trace.flow import (
     Cut,
     ZeroDelta,
@@ -59,6 +60,22 @@ CASES: dict[str, tuple[list[Cut | ZeroDelta], list[int] | None]] = {
         None,
     ),
 }
+#: The same by heads, for Mamba-2, and with whole heads where delta is zeroed.
+CASES_OF_HEADS: dict[str, tuple[list[Cut | ZeroDelta], list[int] | None]] = {
+    **{case: edits for case, edits in CASES.items() if case != "no time in channels"},
+    "heads": ([Cut([0, 3], [4, 8], heads=[0, -1])], None),
+    "one head": ([Cut(1, slice(2, None), heads=3)], [1]),
+    "a mask of heads": ([Cut(1, [5, 8], heads=torch.arange(6) > 3)], None),
+    "taps of a head": ([Cut(4, [4, 5, 6], scan=False, conv=True, heads=4)], [0, 2]),
+    "taps and scan of heads": ([Cut(4, [4, 6, 8], conv=True, heads=[1, 2])], None),
+    "taps of heads that overlap": (
+        [Cut([3, 4], 5, scan=False, conv=True, heads=0), Cut(4, [5, 6], scan=False, conv=True, heads=[2, 5])],
+        [0, 1],
+    ),
+    "no time in heads": ([ZeroDelta(4, heads=[0, 4])], [1]),
+    "no time in the channels of heads": ([ZeroDelta(4, [8, 9, 10, 11, 16, 17, 18, 19])], [1]),
+}
+EVERY_CASE = [(kind, case) for kind in KINDS for case in (CASES_OF_HEADS if kind in DUAL else CASES)]
 
 
 # -- the reference -----------------------------------------------------------------------------------------
@@ -71,13 +88,18 @@ def numbers(positions: Any) -> list[int]:
     return chosen.nonzero().flatten().tolist()
 
 
-def mask_of(weights: dict[str, Tensor], layer: int, channels: Any) -> Tensor:
+def mask_of(weights: dict[str, Tensor], layer: int, channels: Any, heads: Any = None) -> Tensor:
     """Channels as a mask [E]; the thirds by the mean of exp(A_log) are counted out here once more."""
     mask = torch.zeros(E, dtype=torch.bool)
+    A_log = weights[f"backbone.layers.{layer}.mixer.A_log"].double()
+    units = len(A_log)  # channels, in Mamba-2 heads
+    by_unit = mask.view(units, -1)
     if isinstance(channels, str):
-        rate = weights[f"backbone.layers.{layer}.mixer.A_log"].double().exp().mean(1).tolist()
+        rate = A_log.exp().view(units, -1).mean(1).tolist()
         third = ["slow", "medium", "fast"].index(channels)
-        mask[sorted(range(E), key=rate.__getitem__)[third * E // 3 : (third + 1) * E // 3]] = True
+        by_unit[sorted(range(units), key=rate.__getitem__)[third * units // 3 : (third + 1) * units // 3]] = True
+    elif heads is not None:
+        by_unit[heads] = True
     elif channels is None:
         mask[:] = True
     else:
@@ -95,9 +117,12 @@ class ByLoops:
 
     def __call__(self, hook: str, value: Tensor) -> Tensor:
         parts = hook.split(".")
-        if parts[0] == "blocks" and int(parts[1]) in self.layers:
-            make = {"hook_conv": self.conv, "hook_delta": self.delta, "hook_y": self.y}.get(parts[2])
-            value = make(int(parts[1]), value.clone()) if make and len(parts) == 3 else value
+        if parts[0] == "blocks" and int(parts[1]) in self.layers and len(parts) == 3:
+            layer, name = int(parts[1]), parts[2].removeprefix("hook_")
+            if name in ("conv", "B_conv", "C_conv"):
+                value = self.conv(layer, name, value.clone())
+            elif name in ("delta", "y"):
+                value = getattr(self, name)(layer, value.clone())
         self.values[hook] = value
         return value
 
@@ -107,7 +132,7 @@ class ByLoops:
         for cut in self.edits:
             if not isinstance(cut, Cut) or not getattr(cut, way):
                 continue
-            mask = mask_of(self.weights, layer, cut.channels)
+            mask = mask_of(self.weights, layer, cut.channels, cut.heads)
             for j in numbers(cut.source_positions):
                 for i in numbers(cut.target_positions):
                     found[j, i] = found.get((j, i), torch.zeros_like(mask)) | mask
@@ -116,29 +141,44 @@ class ByLoops:
     def of(self, layer: int, site: str) -> Tensor:
         return self.values[f"blocks.{layer}.hook_{site}"]
 
-    def conv(self, layer: int, value: Tensor) -> Tensor:
-        weight = self.weights[f"backbone.layers.{layer}.mixer.conv1d.weight"][:, 0].double()  # [E,K]
+    def conv(self, layer: int, name: str, value: Tensor) -> Tensor:
+        columns = self.of(layer, {"conv": "in_proj", "B_conv": "B_in", "C_conv": "C_in"}[name]).flatten(2)
+        weight = self.weights[f"backbone.layers.{layer}.mixer.conv1d.weight"][:, 0].double()  # [channels,K]
+        first, K = 0 if name == "conv" else E + (name == "C_conv") * columns.shape[2], weight.shape[1]
+        weight = weight[first : first + columns.shape[2]]
+        flat = value.flatten(2)  # [B,L,E], or [B,L,GN]
         for (j, i), mask in self.pairs(layer, "conv").items():
-            if 0 <= i - j < weight.shape[1]:
-                value[:, i] -= mask * weight[:, weight.shape[1] - 1 - (i - j)] * self.of(layer, "in_proj")[:, j]
-        return value
+            if 0 <= i - j < K:
+                if name != "conv":  # a group is cut as a whole if any of its channels is
+                    G, N = value.shape[2:]
+                    mask = torch.stack([mask[g * E // G : (g + 1) * E // G].any() for g in range(G)])
+                    mask = mask.repeat_interleave(N)
+                flat[:, i] -= mask * weight[:, K - 1 - (i - j)] * columns[:, j]
+        return flat.view(value.shape)
 
     def delta(self, layer: int, value: Tensor) -> Tensor:
         for edit in self.edits:
             if isinstance(edit, ZeroDelta):
+                mask = mask_of(self.weights, layer, edit.channels, edit.heads).view(value.shape[2], -1).all(1)
                 for i in numbers(edit.positions):
-                    value[:, i] = value[:, i] * ~mask_of(self.weights, layer, edit.channels)
+                    value[:, i] = value[:, i] * ~mask
         return value
 
     def y(self, layer: int, value: Tensor) -> Tensor:
         x, C = self.of(layer, "ssm_input"), self.of(layer, "C")
         A_bar, B_bar = self.of(layer, "A_bar"), self.of(layer, "B_bar")
+        if A_bar.dim() == 3:  # Mamba-2, written out for each channel
+            P = E // A_bar.shape[2]
+            A_bar, B_bar = A_bar.repeat_interleave(P, 2)[..., None], B_bar.repeat_interleave(P, 2)
+            C = C.repeat_interleave(E // C.shape[2], 2)
+        else:
+            C = C[:, :, None]
         for (j, i), mask in self.pairs(layer, "scan").items():
             if j <= i:
                 carried = B_bar[:, j] * x[:, j, :, None]  # [B,E,N]
                 for k in range(j + 1, i + 1):
                     carried = A_bar[:, k] * carried
-                value[:, i] -= mask * (carried * C[:, i, None, :]).sum(-1)
+                value[:, i] -= mask * (carried * C[:, i]).sum(-1)
         return value
 
 
@@ -171,23 +211,23 @@ def cut_run(
 # -- the numbers -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_what_a_cut_leaves_is_what_loops_over_all_pairs_leave(
-    exact_once: MambaTrace, tokens: Tensor, case: str
-) -> None:
-    edits, layers = CASES[case]
-    logits, values = cut_run(exact_once, tokens, edits, layers)
-    expected, everything = by_loops(exact_once, tokens, edits, layers)
+@pytest.mark.parametrize(("kind", "case"), EVERY_CASE)
+def test_what_a_cut_leaves_is_what_loops_over_all_pairs_leave(tokens: Tensor, kind: str, case: str) -> None:
+    model = made(kind)
+    edits, layers = (CASES_OF_HEADS if kind in DUAL else CASES)[case]
+    logits, values = cut_run(model, tokens, edits, layers)
+    expected, everything = by_loops(model, tokens, edits, layers)
     for hook, value in values.items():
         agree(value, everything[hook], 1e-12)
     agree(logits, expected, 1e-11)
-    uncut, _ = by_loops(exact_once, tokens, [])
+    uncut, _ = by_loops(model, tokens, [])
     assert (expected - uncut).abs().max() > 1e-3, "the cut matters, so the comparison means something"
 
 
+@pytest.mark.parametrize(("kind", "each_backend"), BACKENDS, indirect=["each_backend"])
 @pytest.mark.parametrize("case", ["many sources and targets", "overlapping cuts", "everything at once"])
-def test_every_backend_cuts_the_same(tiny_hf: ModuleFactory, tokens: Tensor, each_backend: str, case: str) -> None:
-    model = MambaTrace(tiny_hf(), kernels=each_backend)
+def test_every_backend_cuts_the_same(tokens: Tensor, kind: str, each_backend: str, case: str) -> None:
+    model = make(kind, each_backend, dtype=torch.float32)
     edits, layers = CASES[case]
     logits, values = cut_run(model, tokens, edits, layers)
     expected, everything = by_loops(model, tokens, edits, layers)
@@ -223,9 +263,10 @@ def test_in_half_precision_y_is_cut_in_float32(tiny_hf: ModuleFactory, tokens: T
     agree(rest.double(), whole, 1e-6)
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("changes", [{"conv_kernel": 1}, {"conv_kernel": 4}], ids=["one tap", "four taps"])
-def test_each_tap_is_the_one_of_its_distance(tiny_hf: ModuleFactory, tokens: Tensor, changes: dict[str, Any]) -> None:
-    model = MambaTrace(tiny_hf(dtype=torch.float64, **changes))
+def test_each_tap_is_the_one_of_its_distance(tokens: Tensor, changes: dict[str, Any], kind: str) -> None:
+    model = make(kind, **changes)
     edits: list[Cut | ZeroDelta] = [Cut(3, slice(2, 8), scan=False, conv=True)]
     agree(cut_run(model, tokens, edits)[0], by_loops(model, tokens, edits)[0], 1e-11)
 
@@ -276,7 +317,9 @@ def test_layers_that_are_not_cut_keep_their_kernels(tiny: MambaTrace, tokens: Te
     assert not tiny.last_run[2].reasons
 
 
-def test_gradients_are_those_of_the_cut_run(exact_once: MambaTrace, tokens: Tensor) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_are_those_of_the_cut_run(tokens: Tensor, kind: str) -> None:
+    exact_once = made(kind)
     edits, layers = CASES["everything at once"]
     weights = {n: w.detach().clone().requires_grad_() for n, w in exact_once._module.named_parameters()}
     logits = reference.forward(weights, exact_once._module.config, tokens, ByLoops(weights, edits, layers))
@@ -288,7 +331,9 @@ def test_gradients_are_those_of_the_cut_run(exact_once: MambaTrace, tokens: Tens
         agree(parameter.grad, weights[name].grad, 1e-9)
 
 
-def test_parameters_edited_by_an_earlier_invoke_are_those_of_the_cut(exact_once: MambaTrace, tokens: Tensor) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_parameters_edited_by_an_earlier_invoke_are_those_of_the_cut(tokens: Tensor, kind: str) -> None:
+    exact_once = made(kind)
     ssm = exact_once.layers[1].ssm
     with torch.no_grad(), exact_once.trace() as tracer:
         with tracer.invoke(tokens):
@@ -311,9 +356,9 @@ def test_parameters_edited_by_an_earlier_invoke_are_those_of_the_cut(exact_once:
     agree(logits, reference.forward(cut.weights, exact_once._module.config, tokens, edit), 1e-11)
 
 
-def test_a_state_edited_in_the_same_layer_is_read_less_the_sources_own_writes(
-    exact_once: MambaTrace, tokens: Tensor
-) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_state_edited_in_the_same_layer_is_read_less_the_sources_own_writes(tokens: Tensor, kind: str) -> None:
+    exact_once = made(kind)
     ssm = exact_once.layers[1].ssm
     found = []
     for edit_state in (False, True):
@@ -338,7 +383,9 @@ def test_a_state_edited_in_the_same_layer_is_read_less_the_sources_own_writes(
 # -- where it runs -----------------------------------------------------------------------------------------
 
 
-def test_each_invoke_of_a_padded_batch_is_cut_at_its_own_tokens(exact_once: MambaTrace, tokens: Tensor) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_invoke_of_a_padded_batch_is_cut_at_its_own_tokens(tokens: Tensor, kind: str) -> None:
+    exact_once = made(kind)
     mask = torch.ones_like(tokens)
     mask[0, :4] = 0
     short, long = tokens[:1, 4:], tokens[1:]
@@ -416,12 +463,10 @@ def test_without_padding_no_position_warns(tiny: MambaTrace, tokens: Tensor) -> 
             knockout(tiny, [0, 3], 5, 1, conv=True)
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("channels", [None, "slow"], ids=["all", "slow"])
-def test_offloaded_weights_are_fetched_and_left_to_the_run(
-    tiny_hf: ModuleFactory, tokens: Tensor, channels: str | None
-) -> None:
-    plain = MambaTrace(tiny_hf())
-    model = MambaTrace(tiny_hf())
+def test_offloaded_weights_are_fetched_and_left_to_the_run(tokens: Tensor, channels: str | None, kind: str) -> None:
+    plain, model = make(kind, dtype=torch.float32), make(kind, dtype=torch.float32)
     expected_groups = decay_groups(plain, 2)
     for block in model._module.backbone.layers:
         attach_align_device_hook(block, execution_device=torch.device("cpu"), offload=True)
@@ -439,7 +484,9 @@ def test_offloaded_weights_are_fetched_and_left_to_the_run(
     assert model.layers[1].ssm._module.A_log.is_meta
 
 
-def test_a_prompt_is_cut_before_it_is_continued(exact_once: MambaTrace, tokens: Tensor) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_prompt_is_cut_before_it_is_continued(tokens: Tensor, kind: str) -> None:
+    exact_once = made(kind)
     with torch.no_grad(), exact_once.generate(tokens, max_new_tokens=3, do_sample=False) as tracer:
         for step in tracer.iter[:3]:
             if step == 0:
@@ -452,14 +499,18 @@ def test_a_prompt_is_cut_before_it_is_continued(exact_once: MambaTrace, tokens: 
 
 
 @pytest.mark.parametrize("channels", [None, "fast", [1, -1]], ids=["all", "fast", "indices"])
-def test_shapes_are_found_without_running_anything(tiny: MambaTrace, tokens: Tensor, channels: Any) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_shapes_are_found_without_running_anything(tokens: Tensor, channels: Any, kind: str) -> None:
+    tiny = make(kind, dtype=torch.float32)
     with tiny.scan(tokens):
         knockout(tiny, [1, 2], -1, None, channels, conv=True)
         logits = tiny.lm_head.output.save()
     assert logits.shape == (*tokens.shape, SIZES["vocab_size"])
 
 
-def test_a_cut_can_be_made_for_good(exact_once: MambaTrace, tokens: Tensor) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_cut_can_be_made_for_good(tokens: Tensor, kind: str) -> None:
+    exact_once = made(kind)
     with exact_once.edit() as (_, edited):
         knockout(exact_once, 2, -1)
     with torch.no_grad(), edited.trace(tokens):
@@ -488,6 +539,49 @@ def test_every_channel_is_in_one_group_where_they_are_no_multiple_of_three(tiny_
     groups = decay_groups(MambaTrace(tiny_hf(hidden_size=10)), 0)  # 20 channels
     assert sorted(torch.cat(list(groups.values())).tolist()) == list(range(20))
     assert [len(group) for group in groups.values()] == [7, 7, 6]
+
+
+@pytest.mark.parametrize("kind", DUAL)
+def test_the_channels_of_a_head_have_its_rate_and_its_group(kind: str) -> None:
+    model = made(kind)
+    A_log = model.layers[1].ssm._module.A_log.detach()
+    rate = decay_rate(model, 1)
+    agree(rate, A_log.exp().repeat_interleave(4), 1e-12)
+    groups = decay_groups(model, 1)
+    order = A_log.argsort()
+    for group, heads in zip(groups.values(), order.split(2), strict=True):
+        assert (group // 4).unique().tolist() == heads.sort().values.tolist()
+        assert group.tolist() == sorted(group.tolist())
+    assert sorted(torch.cat(list(groups.values())).tolist()) == list(range(E))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_over_a_prompt_the_rate_is_the_mean_of_minus_delta_A(tokens: Tensor, kind: str) -> None:
+    model, prompt = made(kind), tokens[:1]
+    _, values = by_loops(model, prompt, [])
+    delta, A = values["blocks.2.hook_delta"][0], values["blocks.2.hook_A"]
+    expected = (-delta[..., None] * A).mean((0, 2)) if A.dim() == 2 else (-delta * A).mean(0).repeat_interleave(4)
+    agree(decay_rate(model, -1, prompt), expected, 1e-11)
+    groups = decay_groups(model, 2, prompt)
+    assert sorted(torch.cat(list(groups.values())).tolist()) == list(range(E))
+    assert expected[groups["slow"]].max() <= expected[groups["medium"]].min()
+    assert expected[groups["medium"]].max() <= expected[groups["fast"]].min()
+    if kind in DUAL:
+        assert all(len(set((group // 4).tolist())) * 4 == len(group) for group in groups.values())
+    with pytest.raises(RuntimeError, match="decay_rate with a prompt is a trace of its own"), model.trace(tokens):
+        decay_groups(model, 2, prompt)
+    with pytest.raises(PromptError, match="one prompt"):
+        decay_rate(model, 2, tokens)
+
+
+@pytest.mark.parametrize("n_heads", [1, 2])
+def test_a_third_without_heads_is_refused(tokens: Tensor, n_heads: int) -> None:
+    model = make("mamba2, one group", num_heads=n_heads, head_dim=E // n_heads)
+    words = rf"channels='fast': a layer of {n_heads} heads has no such third"
+    with pytest.raises(SiteValueError, match=words), model.trace(tokens):
+        knockout(model, 1, 4, channels="fast")
+    assert not len(model.last_run)
+    assert [len(group) for group in decay_groups(model, 0).values()] == [E // n_heads] * n_heads + [0] * (3 - n_heads)
 
 
 # -- what is refused ---------------------------------------------------------------------------------------
@@ -586,6 +680,63 @@ def test_what_cannot_be_cut_is_refused_before_anything_is_computed(tiny: MambaTr
     assert not len(tiny.last_run)
 
 
+#: Heads that a model lacks, and what is said of them.
+REFUSED_HEADS: dict[str, tuple[str, str, Callable[[MambaTrace], None]]] = {
+    "heads of Mamba-1": (
+        "mamba",
+        r"heads=\[0\]: a mixer of Mamba-1 has 0 heads.*channels=, which count along E \(d_inner\), of size 24",
+        lambda model: knockout(model, 1, 4, heads=[0]),
+    ),
+    "heads of Falcon-Mamba": (
+        "falcon_mamba",
+        r"heads=2: a mixer of Mamba-1 has 0 heads",
+        lambda model: zero_delta(model, 1, heads=2),
+    ),
+    "a head that is not there": (
+        DUAL[0],
+        r"heads=6, but there are 6, from -6 to 5.*Heads count along H \(heads\), of size 6, each of 4 channels",
+        lambda model: knockout_conv(model, 3, 4, heads=[0, 6]),
+    ),
+    "a mask of other heads": (
+        DUAL[1],
+        r"heads=a boolean mask of 24, but there are 6",
+        lambda model: knockout(model, 1, 4, heads=torch.ones(E) > 0),
+    ),
+    "heads by name": (
+        DUAL[1],
+        r"heads='slow': give an integer",
+        lambda model: knockout(model, 1, 4, heads="slow"),  # type: ignore[arg-type]
+    ),
+    "heads and channels": (
+        DUAL[1],
+        r"channels='slow' and heads=\[1\]: both choose channels",
+        lambda model: knockout(model, 1, 4, channels="slow", heads=[1]),
+    ),
+    "part of a head": (
+        DUAL[1],
+        r"channels=\[0, 1, 2, 3, 9\]: .* share one delta, and these have some of head 2, which is channels 8 to 11",
+        lambda model: zero_delta(model, 1, channels=[0, 1, 2, 3, 9]),
+    ),
+    "a channel that is not there": (
+        DUAL[1],
+        r"channels=24, but there are 24, from -24 to 23",
+        lambda model: zero_delta(model, 1, channels=[24]),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED_HEADS)
+def test_heads_that_are_not_there_are_refused_before_anything_is_computed(tokens: Tensor, case: str) -> None:
+    kind, message, call = REFUSED_HEADS[case]
+    model = make(kind)
+    with pytest.raises(SiteValueError, match=message), model.trace(tokens):
+        call(model)
+    assert not len(model.last_run)
+    with torch.no_grad(), model.trace(tokens):
+        logits = model.lm_head.output.save()
+    agree(logits, by_loops(model, tokens, [])[0], 1e-11)
+
+
 def test_a_position_is_refused_where_the_inputs_have_gone_past(tiny: MambaTrace, tokens: Tensor) -> None:
     def body() -> None:
         tiny.layers[1].resid_pre.output.shape  # noqa: B018
@@ -595,7 +746,9 @@ def test_a_position_is_refused_where_the_inputs_have_gone_past(tiny: MambaTrace,
         body()
 
 
-def test_reads_before_and_after_fit_into_the_same_block(exact_once: MambaTrace, tokens: Tensor) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_reads_before_and_after_fit_into_the_same_block(tokens: Tensor, kind: str) -> None:
+    exact_once = made(kind)
     _, values = by_loops(exact_once, tokens, [Cut(2, -1)], [1])
     with torch.no_grad(), exact_once.trace(tokens):
         before = exact_once.layers[1].resid_pre.output.save()

@@ -12,7 +12,8 @@ import reference
 import torch
 from accelerate.hooks import attach_align_device_hook
 from allocations import PeakMemory
-from conftest import LENGTH, N_LAYERS, SIZES, ModuleFactory, agree, layers_that_ran
+from conftest import LENGTH, N_LAYERS, SIZES, agree, layers_that_ran, make_hf
+from kinds import BACKENDS, DUAL, KINDS, made, make
 from torch import Tensor, nn
 
 from mamba_trace import MambaTrace
@@ -21,10 +22,11 @@ from mamba_trace.errors import ArgumentError, LayerError, PositionError, PromptE
 from mamba_trace.flow import decay_groups
 from mamba_trace.hidden_attention import Contributions, HiddenAttention, contributions, hidden_attention
 from mamba_trace.results import Result
+from mamba_trace.scan import dual, selective_scan
 from mamba_trace.scan import pairs as scan_pairs
-from mamba_trace.scan import selective_scan
-from mamba_trace.scan.pairs import ScanPairs
+from mamba_trace.scan.pairs import HeadPairs, ScanPairs
 
+H, P = 6, 4  # of Mamba-2
 D, E = SIZES["hidden_size"], SIZES["expand"] * SIZES["hidden_size"]
 
 
@@ -46,6 +48,11 @@ def values_of(model: MambaTrace, tokens: Tensor) -> dict[str, Tensor]:
 def attention_of(values: dict[str, Tensor], layer: int) -> Tensor:
     """alpha [L,L,E] of the one row, by multiplying A_bar position by position."""
     A_bar, B_bar, C = (values[f"blocks.{layer}.hook_{site}"][0].detach() for site in ("A_bar", "B_bar", "C"))
+    if A_bar.dim() == 2:  # Mamba-2, written out for each channel
+        A_bar, B_bar = A_bar.repeat_interleave(P, 1)[..., None], B_bar.repeat_interleave(P, 1)
+        C = C.repeat_interleave(E // C.shape[1], 1)  # [L,E,N]
+    else:
+        C = C[:, None]
     length = len(A_bar)
     alpha = torch.zeros(length, length, A_bar.shape[1], dtype=torch.float64)
     for j in range(length):
@@ -56,6 +63,23 @@ def attention_of(values: dict[str, Tensor], layer: int) -> Tensor:
     return alpha
 
 
+def by_unit(alpha: Tensor, kind: str) -> Tensor:
+    """alpha [L,L,E] as reduce=None keeps it: in Mamba-2 the first channel of each head."""
+    return alpha[..., ::P] if kind in DUAL else alpha
+
+
+def writes_of(model: MambaTrace, values: dict[str, Tensor], layer: int, parts: Tensor) -> Tensor:
+    """What parts of y [L,L,E] write into the residual stream [L,L,D], with the run's gate and scales of the norm."""
+    weights = {name: weight.double() for name, weight in model._module.state_dict().items()}
+    parts = parts * nn.functional.silu(site_of(values, layer, "skip"))[:, None]
+    if (weight := weights.get(f"backbone.layers.{layer}.mixer.norm.weight")) is not None:
+        config = model._module.config
+        gated = site_of(values, layer, "after_skip").unflatten(-1, (config.n_groups, -1))  # [L,G,E/G]
+        scale = 1 / (gated.square().mean(-1, keepdim=True) + config.layer_norm_epsilon).sqrt()
+        parts = parts * (scale.expand_as(gated).flatten(1) * weight)[:, None]
+    return parts @ weights[f"backbone.layers.{layer}.mixer.out_proj.weight"].T
+
+
 def site_of(values: dict[str, Tensor], layer: int, site: str) -> Tensor:
     return values[f"blocks.{layer}.hook_{site}"][0].detach()
 
@@ -64,6 +88,16 @@ def site_of(values: dict[str, Tensor], layer: int, site: str) -> Tensor:
 def prompt(tokens: Tensor) -> Tensor:
     """Token ids [1,9]."""
     return tokens[1:2]
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def kind(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def exact_once(kind: str) -> MambaTrace:
+    return made(kind)
 
 
 @pytest.fixture(scope="module")
@@ -81,10 +115,13 @@ def demo() -> MambaTrace:
 
 @pytest.mark.parametrize("layer", range(N_LAYERS))
 def test_every_pair_in_every_channel_is_the_product_of_the_matrices_between(
-    exact_once: MambaTrace, prompt: Tensor, values: dict[str, Tensor], layer: int
+    exact_once: MambaTrace, prompt: Tensor, values: dict[str, Tensor], layer: int, kind: str
 ) -> None:
     alpha = attention_of(values, layer)
-    agree(hidden_attention(exact_once, prompt, layer, reduce=None).values, alpha, 1e-11)
+    found = hidden_attention(exact_once, prompt, layer, reduce=None)
+    agree(found.values, by_unit(alpha, kind), 1e-11)
+    assert found.channels == list(range(E))
+    assert found.heads == (list(range(H)) if kind in DUAL else None)
     mean = hidden_attention(exact_once, prompt, layer).values
     agree(mean, alpha.mean(-1), 1e-11)
     assert not mean.triu(1).any()
@@ -94,15 +131,17 @@ def test_every_pair_in_every_channel_is_the_product_of_the_matrices_between(
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)], ids=str)
 @pytest.mark.parametrize("layer", range(N_LAYERS))
 def test_what_every_token_reads_adds_up_to_y(
-    tiny_hf: ModuleFactory, prompt: Tensor, layer: int, dtype: torch.dtype, tolerance: float
+    prompt: Tensor, layer: int, dtype: torch.dtype, tolerance: float, kind: str
 ) -> None:
-    model = MambaTrace(tiny_hf(dtype=dtype))
+    model = make(kind, dtype=dtype)
     with torch.no_grad(), model.trace(prompt):
         x = model.layers[layer].ssm.ssm_input.output[0].save()  # [L,E]
         y = model.layers[layer].ssm.y.output[0].save()
-    alpha = hidden_attention(model, prompt, layer, reduce=None).values
+    alpha = hidden_attention(model, prompt, layer, channels=range(E), reduce=None).values
     assert alpha.dtype == dtype
     agree((alpha * x).sum(1), y, tolerance)
+    units = hidden_attention(model, prompt, layer, reduce=None).values
+    agree(units.repeat_interleave(E // units.shape[-1], -1), alpha, 1e-12)
 
 
 @pytest.mark.parametrize("reduce", ["mean", "abs_mean", None], ids=str)
@@ -112,11 +151,17 @@ def test_what_every_token_reads_adds_up_to_y(
     ids=["last row", "some of both", "one column", "a square", "all later", "none earlier"],
 )
 def test_chosen_rows_and_columns_are_those_of_the_whole(
-    exact_once: MambaTrace, prompt: Tensor, values: dict[str, Tensor], rows: Any, columns: Any, reduce: str | None
+    exact_once: MambaTrace,
+    prompt: Tensor,
+    values: dict[str, Tensor],
+    rows: Any,
+    columns: Any,
+    reduce: str | None,
+    kind: str,
 ) -> None:
     found = hidden_attention(exact_once, prompt, 1, rows=rows, columns=columns, reduce=reduce)
     whole = attention_of(values, 1)[found.rows][:, found.columns]
-    expected = {"mean": whole.mean(-1), "abs_mean": whole.abs().mean(-1), None: whole}[reduce]
+    expected = {"mean": whole.mean(-1), "abs_mean": whole.abs().mean(-1), None: by_unit(whole, kind)}[reduce]
     torch.testing.assert_close(found.values, expected, rtol=0, atol=1e-12)
     chosen = torch.zeros(2, LENGTH, dtype=torch.bool)
     chosen[0, slice(None) if rows is None else rows] = True
@@ -142,32 +187,56 @@ def test_chosen_channels_are_those_of_the_whole(
     agree(found.values, attention_of(values, N_LAYERS - 1)[..., expected], 1e-11)
     mean = hidden_attention(exact_once, prompt, -1, channels=channels)
     agree(mean.values, attention_of(values, N_LAYERS - 1)[..., expected].mean(-1), 1e-11)
+    size = hidden_attention(exact_once, prompt, -1, channels=channels, reduce="abs_mean")
+    agree(size.values, attention_of(values, N_LAYERS - 1)[..., expected].abs().mean(-1), 1e-11)
+    parts = attention_of(values, N_LAYERS - 1) * site_of(values, N_LAYERS - 1, "ssm_input")
+    norms = contributions(exact_once, prompt, -1, channels=channels)
+    agree(norms.values, parts[..., expected].norm(dim=-1), 1e-11)
+    assert found.heads is mean.heads is norms.heads is None
 
 
-def test_every_backend_gives_the_same_matrix_and_contributions(
-    tiny_hf: ModuleFactory, prompt: Tensor, each_backend: str
+@pytest.mark.parametrize("heads", [4, [5, 1], slice(1, 4), torch.arange(H) == 2], ids=["one", "two", "slice", "mask"])
+@pytest.mark.parametrize("kind", DUAL, scope="module")
+def test_chosen_heads_are_those_of_the_whole(
+    exact_once: MambaTrace, prompt: Tensor, values: dict[str, Tensor], heads: Any
 ) -> None:
+    alpha = attention_of(values, 1)
+    chosen = torch.zeros(H, dtype=torch.bool)
+    chosen[heads] = True
+    channels = chosen.repeat_interleave(P)
+    found = hidden_attention(exact_once, prompt, 1, heads=heads, reduce=None)
+    assert found.heads == chosen.nonzero().flatten().tolist()
+    assert found.channels == channels.nonzero().flatten().tolist()
+    agree(found.values, alpha[..., ::P][..., chosen], 1e-11)
+    agree(hidden_attention(exact_once, prompt, 1, heads=heads).values, alpha[..., channels].mean(-1), 1e-11)
+    parts = (alpha * site_of(values, 1, "ssm_input")) * channels
+    agree(contributions(exact_once, prompt, 1, heads=heads).values, parts.norm(dim=-1), 1e-11)
+    direction = torch.linspace(-1, 1, D, dtype=torch.float64)
+    found_writes = contributions(exact_once, prompt, 1, heads=heads, residual_direction=direction).values
+    agree(found_writes, writes_of(exact_once, values, 1, parts) @ direction, 1e-11)
+
+
+@pytest.mark.parametrize(("kind", "each_backend"), BACKENDS, indirect=["each_backend"])
+def test_every_backend_gives_the_same_matrix_and_contributions(prompt: Tensor, kind: str, each_backend: str) -> None:
     """In float32, whose rounding (6e-8) grows to about 1e-6 over the layers, steps and products of a run."""
-    model, layer = MambaTrace(tiny_hf(), kernels=each_backend), 2
+    model, layer = make(kind, each_backend, dtype=torch.float32), 2
     values = values_of(model, prompt)
     alpha = attention_of(values, layer)
-    agree(hidden_attention(model, prompt, layer, reduce=None).values, alpha.float(), 1e-5)
+    agree(hidden_attention(model, prompt, layer, reduce=None).values, by_unit(alpha, kind).float(), 1e-5)
     agree(hidden_attention(model, prompt, layer).values, alpha.mean(-1).float(), 1e-5)
     parts = alpha * site_of(values, layer, "ssm_input")  # [L,L,E]
     agree(contributions(model, prompt, layer).values, parts.norm(dim=-1).float(), 1e-5)
     direction = torch.randn(D, generator=torch.Generator().manual_seed(4))
-    gate = nn.functional.silu(site_of(values, layer, "skip"))[:, None]  # [L,1,E]
-    out_proj = model._module.state_dict()[f"backbone.layers.{layer}.mixer.out_proj.weight"].double()
-    written = (parts * gate) @ out_proj.T @ direction.double()
+    written = writes_of(model, values, layer, parts) @ direction.double()
     agree(contributions(model, prompt, layer, residual_direction=direction).values, written.float(), 1e-5)
 
 
-def test_in_half_precision_the_matrix_is_that_of_the_run_in_float32(tiny_hf: ModuleFactory, prompt: Tensor) -> None:
-    model = MambaTrace(tiny_hf(dtype=torch.bfloat16))
+def test_in_half_precision_the_matrix_is_that_of_the_run_in_float32(prompt: Tensor, kind: str) -> None:
+    model = make(kind, dtype=torch.bfloat16)
     with torch.no_grad(), model.trace(prompt):
         x = model.layers[0].ssm.ssm_input.output[0].save()
         y = model.layers[0].ssm.y.output[0].save()
-    alpha = hidden_attention(model, prompt, 0, reduce=None).values
+    alpha = hidden_attention(model, prompt, 0, channels=range(E), reduce=None).values
     assert alpha.dtype == torch.float32
     agree((alpha * x.float()).sum(1), y, 1e-5)
 
@@ -182,9 +251,9 @@ def test_nothing_after_the_layer_is_computed(tiny: MambaTrace, prompt: Tensor) -
 
 @pytest.mark.parametrize("changes", [{}, {"use_bias": True}], ids=["plain", "with biases"])
 def test_contributions_are_alpha_x_by_norm_or_along_a_direction(
-    tiny_hf: ModuleFactory, prompt: Tensor, changes: dict[str, Any]
+    prompt: Tensor, changes: dict[str, Any], kind: str
 ) -> None:
-    model = MambaTrace(tiny_hf(dtype=torch.float64, **changes))
+    model = make(kind, **changes)
     values = values_of(model, prompt)
     parts = attention_of(values, 1) * site_of(values, 1, "ssm_input")  # [L,L,E]
     generator = torch.Generator().manual_seed(4)
@@ -192,9 +261,7 @@ def test_contributions_are_alpha_x_by_norm_or_along_a_direction(
     in_residual = torch.randn(D, generator=generator, dtype=torch.float64)
     agree(contributions(model, prompt, 1).values, parts.norm(dim=-1), 1e-11)
     agree(contributions(model, prompt, 1, y_direction=in_y.float()).values, parts @ in_y.float().double(), 1e-11)
-    gate = nn.functional.silu(site_of(values, 1, "skip"))[:, None]  # [L,1,E]
-    out_proj = model._module.state_dict()["backbone.layers.1.mixer.out_proj.weight"]
-    written = (parts * gate) @ out_proj.T  # [L,L,D]
+    written = writes_of(model, values, 1, parts)  # [L,L,D]
     found = contributions(model, prompt, 1, residual_direction=in_residual).values
     agree(found, written @ in_residual, 1e-11)
     some = contributions(
@@ -202,8 +269,21 @@ def test_contributions_are_alpha_x_by_norm_or_along_a_direction(
     )
     only = torch.zeros(E, dtype=torch.float64)
     only[[1, 8]] = 1
-    expected = ((parts * gate * only) @ out_proj.T @ in_residual)[[4, 6], :5]
+    expected = (writes_of(model, values, 1, parts * only) @ in_residual)[[4, 6], :5]
     agree(some.values, expected, 1e-11)
+    along_y = contributions(model, prompt, 1, y_direction=in_y, channels=[1, 8], rows=[4, 6], columns=slice(5))
+    agree(along_y.values, ((parts * only) @ in_y)[[4, 6], :5], 1e-11)
+
+
+def test_what_is_read_and_the_rest_add_up_to_what_the_mixer_writes(
+    exact_once: MambaTrace, prompt: Tensor, values: dict[str, Tensor]
+) -> None:
+    """All but the term of D, which has the same gate and the same scales; there is no bias."""
+    direction = torch.linspace(-1, 1, D, dtype=torch.float64)
+    found = contributions(exact_once, prompt, 1, residual_direction=direction).values
+    by_D = site_of(values, 1, "ssm_output") - site_of(values, 1, "y")  # [L,E]
+    rest = writes_of(exact_once, values, 1, by_D[:, None])[:, 0] @ direction
+    agree(found.sum(1) + rest, site_of(values, 1, "out_proj") @ direction, 1e-11)
 
 
 def test_along_a_direction_contributions_add_up_to_what_y_writes(demo: MambaTrace) -> None:
@@ -222,9 +302,9 @@ def test_along_a_direction_contributions_add_up_to_what_y_writes(demo: MambaTrac
     agree(along_y.sum(1), y[-1:].square().sum(-1), 1e-5)
 
 
-def test_out_proj_may_be_adapted_or_offloaded(tiny_hf: ModuleFactory, prompt: Tensor) -> None:
+def test_out_proj_may_be_adapted_or_offloaded(prompt: Tensor, kind: str) -> None:
     direction = torch.randn(D, generator=torch.Generator().manual_seed(4))
-    plain, offloaded = MambaTrace(tiny_hf()), MambaTrace(tiny_hf())
+    plain, offloaded = make(kind, dtype=torch.float32), make(kind, dtype=torch.float32)
     expected = contributions(plain, prompt, 1, residual_direction=direction).values
     for block in offloaded._module.backbone.layers:
         attach_align_device_hook(block, execution_device=torch.device("cpu"), offload=True)
@@ -235,10 +315,20 @@ def test_out_proj_may_be_adapted_or_offloaded(tiny_hf: ModuleFactory, prompt: Te
         def forward(self, x: Tensor) -> Tensor:
             return 2 * super().forward(x)
 
-    module = tiny_hf()
+    module = make_hf(**KINDS[kind])
     module.backbone.layers[1].mixer.out_proj.__class__ = Doubled
     found = contributions(MambaTrace(module), prompt, 1, residual_direction=direction).values
     agree(found, 2 * expected)
+
+
+@pytest.mark.parametrize("kind", DUAL, scope="module")
+def test_the_norm_may_be_hooked(prompt: Tensor, kind: str) -> None:
+    """A hook that halves what the norm returns halves its weight."""
+    direction = torch.randn(D, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    expected = contributions(made(kind), prompt, 1, residual_direction=direction).values
+    hooked = make(kind)
+    hooked.layers[1].ssm._module.norm.register_forward_hook(lambda module, inputs, output: output / 2)
+    agree(contributions(hooked, prompt, 1, residual_direction=direction).values, expected / 2, 1e-11)
 
 
 # -- the matrix in blocks ----------------------------------------------------------------------------------
@@ -277,6 +367,64 @@ def test_long_products_neither_overflow_nor_lose_their_digits(scale: float) -> N
     single = replace(exactly, **{n: getattr(exactly, n).float() for n in ("delta", "x", "A", "B", "C")})
     agree(single.each(), exactly.each().float(), 3e-6)
     agree(single.each().sum(1), y_of(exactly).float(), 1e-5)
+
+
+def random_heads(length: int, scale: float, dtype: torch.dtype = torch.float64) -> HeadPairs:
+    """A scan of Mamba-2 with 4 heads of 3 channels, in 2 groups."""
+    generator = torch.Generator().manual_seed(length)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    delta = scale * torch.rand(length, 4, generator=generator, dtype=torch.float64).to(dtype)
+    A, every = -torch.arange(1, 5, dtype=dtype), list(range(length))
+    return HeadPairs(
+        delta, draw(length, 4, 3), A, draw(length, 2, 5), draw(length, 2, 5), every, every, groups=[0, 0, 1, 1]
+    )
+
+
+def y_of_heads(pairs: HeadPairs) -> Tensor:
+    """y [L,H,P] by a scan."""
+    x, delta, B, C = (one[None] for one in (pairs.x, pairs.delta, pairs.B, pairs.C))
+    return dual.reference.selective_scan(x, delta, pairs.A, B, C)[0][0]
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 8, 13, 40])
+def test_rows_of_any_length_add_up_to_the_scan_of_heads(length: int) -> None:
+    pairs = random_heads(length, 0.3)
+    y, alpha = y_of_heads(pairs), pairs.each()  # [L,L,H]
+    agree(torch.einsum("ijh,jhp->ihp", alpha, pairs.x), y, 1e-12)
+    weight = torch.rand(length, 4, 3, dtype=torch.float64)
+    agree(pairs.along(weight).sum(1), (weight * y).sum((1, 2)), 1e-12)
+    every = alpha[..., None] * pairs.x  # [i,j,h,p]
+    for function in (torch.square, torch.abs):
+        agree(pairs.summed(function), function(every).sum((2, 3)), 1e-12)
+    some = replace(pairs, rows=[length - 1], columns=[0], A=pairs.A[2:3], delta=pairs.delta[:, 2:3],
+                   x=pairs.x[:, 2:3], groups=[1])  # fmt: skip
+    agree(some.each(), alpha[-1:, :1, 2:3], 1e-12)
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1e-2, 1.0, 100.0])
+def test_long_products_of_heads_neither_overflow_nor_lose_their_digits(scale: float) -> None:
+    exactly = random_heads(300, scale)
+    single = replace(exactly, **{n: getattr(exactly, n).float() for n in ("delta", "x", "A", "B", "C")})
+    assert single.each().isfinite().all()
+    agree(single.each(), exactly.each().float(), 3e-6)
+    ones = torch.ones_like(exactly.x)
+    agree(single.along(ones.float()).sum(1), y_of_heads(exactly).sum((1, 2)).float(), 1e-5)
+
+
+def test_memory_of_heads_is_that_of_a_channel_or_the_result() -> None:
+    pairs = random_heads(256, 0.3, torch.float32)
+    ones = torch.ones_like(pairs.x)
+    calls: list[Callable[[], Tensor]] = [
+        lambda: pairs.along(ones),
+        lambda: pairs.summed(torch.abs),
+    ]
+    for call in calls:
+        memory = PeakMemory.of(call)
+        assert memory.largest <= 256 * 256 * 4  # bytes of the result: [L,L,H] and [L,H,P,N] have more
+        assert memory.peak <= 3 * 256 * 256 * 4
 
 
 @pytest.mark.parametrize("elements", [1, 100, 200])

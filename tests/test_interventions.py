@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import BATCH, LENGTH, ModuleFactory, agree
+from kinds import BACKENDS, DUAL, KINDS, made, make
 from reference import forward
 from torch import Tensor
 
@@ -25,16 +26,41 @@ E, D, N = 24, 12, 5
 STEPS = 3
 Edits = Mapping[str, Callable[[Tensor], Tensor]]
 
-#: Every site at layer 1, with its hook in `reference`, and the state after a position counted either way.
-PLACES = [(site.path(1), site.hook_name(1), site.axes) for site in SITES if site.name != "h"]
-PLACES += [(f"layers[1].ssm.h[{p}]", f"blocks.1.hook_h.{p % LENGTH}", "BEN") for p in (2, -1)]
-PLACES += [("layers[1].ssm.h", "blocks.1.hook_h", "BLEN")]
-POSITIONAL = [(path, hook, axes) for path, hook, axes in PLACES if "L" in axes]
-SIZES = {"B": BATCH, "L": LENGTH, "D": D, "E": E, "N": N, "R": 4, "V": 31}
+SIZES = {"B": BATCH, "L": LENGTH, "D": D, "E": E, "N": N, "R": 4, "V": 31, "H": 6, "P": 4, "G": 2}
 
 
-def ids(places: list[tuple[str, str, str]]) -> list[str]:
-    return [path for path, _, _ in places]
+def places_of(kind: str) -> list[tuple[str, str, str, str]]:
+    """Every site at layer 1, with its hook in `reference`, and the state after a position counted either way."""
+    family = "dual" if kind in DUAL else "selective"
+    sites = [site for site in SITES if family in site.families]
+    places = [(kind, site.path(1), site.hook_name(1), site.axes_in(family)) for site in sites]
+    state = next(site for site in sites if site.name == "h").axes_in(family).replace("L", "")
+    return places + [(kind, f"layers[1].ssm.h[{p}]", f"blocks.1.hook_h.{p % LENGTH}", state) for p in (2, -1)]
+
+
+PLACES = [place for kind in KINDS for place in places_of(kind)]
+POSITIONAL = [place for place in PLACES if "L" in place[3]]
+
+
+def ids(places: list[tuple[str, str, str, str]]) -> list[str]:
+    return [f"{kind}-{path}" for kind, path, _, _ in places]
+
+
+def has_channels(axes: str) -> bool:
+    """Whether a site has an axis of channels, or of heads and of channels in them."""
+    return "H" not in axes or "P" in axes
+
+
+def at_channel(axes: str, channel: int) -> dict[str, int]:
+    """The index of a channel along the axes of a site, by letter."""
+    if "H" in axes:
+        return {"H": channel // 4, "P": channel % 4}
+    return {next(one for one in "EDRNV" if one in axes): channel}
+
+
+def fill(value: Tensor, axes: str, number: Any, **index: Any) -> None:
+    """Fill part of a value in place: one index or several along each axis given, by letter."""
+    value[tuple(index.get(axis, slice(None)) for axis in axes)] = number
 
 
 @pytest.fixture(scope="module")
@@ -86,39 +112,102 @@ def put(part: Any, replacement: Any) -> Callable[[Tensor], Tensor]:
 # -- ablation: where ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("path", "hook", "axes"), PLACES, ids=ids(PLACES))
-def test_zero_ablation_of_every_site(model: MambaTrace, tokens: Tensor, path: str, hook: str, axes: str) -> None:
+@pytest.mark.parametrize(("kind", "path", "hook", "axes"), PLACES, ids=ids(PLACES))
+def test_zero_ablation_of_every_site(tokens: Tensor, kind: str, path: str, hook: str, axes: str) -> None:
+    model = made(kind)
     logits = logits_with(model, tokens, lambda: ablate(model.hook(path)))
     agree(logits, by_hand(model, tokens, {hook: torch.zeros_like}), 1e-10)
 
 
-@pytest.mark.parametrize(("path", "hook", "axes"), POSITIONAL, ids=ids(POSITIONAL))
+WITH_CHANNELS = [place for place in POSITIONAL if has_channels(place[3])]
+
+
+@pytest.mark.parametrize(("kind", "path", "hook", "axes"), WITH_CHANNELS, ids=ids(WITH_CHANNELS))
 def test_positions_and_channels_are_an_outer_product(
-    model: MambaTrace, tokens: Tensor, path: str, hook: str, axes: str
+    tokens: Tensor, kind: str, path: str, hook: str, axes: str
 ) -> None:
+    model = made(kind)
+
     def edit(value: Tensor) -> Tensor:
         value = value.clone()
-        for row in range(BATCH):
-            for position in (1, LENGTH - 2):
-                for channel in (0, 2, 3):
-                    value[row, position, channel] = 0.5  # of a state, every n
+        for position in (1, LENGTH - 2):
+            for channel in (0, 2, 3):
+                fill(value, axes, 0.5, L=position, **at_channel(axes, channel))  # of a state, every n
         return value
 
     logits = logits_with(model, tokens, lambda: ablate(model.hook(path), 0.5, positions=[1, -2], channels=[0, 2, 3]))
     agree(logits, by_hand(model, tokens, {hook: edit}), 1e-10)
 
 
-NOT_POSITIONAL = [place for place in PLACES if "L" not in place[2]]
+NOT_POSITIONAL = [place for place in PLACES if "L" not in place[3] and has_channels(place[3])]
 
 
-@pytest.mark.parametrize(("path", "hook", "axes"), NOT_POSITIONAL, ids=ids(NOT_POSITIONAL))
+@pytest.mark.parametrize(("kind", "path", "hook", "axes"), NOT_POSITIONAL, ids=ids(NOT_POSITIONAL))
 def test_channels_of_sites_without_positions_are_those_of_d_inner(
-    model: MambaTrace, tokens: Tensor, path: str, hook: str, axes: str
+    tokens: Tensor, kind: str, path: str, hook: str, axes: str
 ) -> None:
-    axis, both = axes.index("E"), torch.tensor([1, E - 1])
-    edits: Edits = {hook: lambda value: value.index_fill(axis, both, -0.25)}
+    model = made(kind)
+
+    def edit(value: Tensor) -> Tensor:
+        value = value.clone()
+        for channel in (1, E - 1):
+            fill(value, axes, -0.25, **at_channel(axes, channel))
+        return value
+
     logits = logits_with(model, tokens, lambda: ablate(model.hook(path), -0.25, channels=[1, -1]))
-    agree(logits, by_hand(model, tokens, edits), 1e-10)
+    agree(logits, by_hand(model, tokens, {hook: edit}), 1e-10)
+
+
+OF_HEADS = [place for place in PLACES if place[0] in DUAL and set("HE") & set(place[3])]
+
+
+def fill_heads(value: Tensor, axes: str, number: Any, **index: Any) -> None:
+    """`fill` at heads 1 and 5."""
+    for head in (1, 5):
+        if "H" in axes:
+            fill(value, axes, number, H=head, **index)
+        else:
+            fill(value, axes, number, E=slice(4 * head, 4 * head + 4), **index)
+
+
+@pytest.mark.parametrize(("kind", "path", "hook", "axes"), OF_HEADS, ids=ids(OF_HEADS))
+def test_heads_are_those_of_the_site_or_their_channels(
+    tokens: Tensor, kind: str, path: str, hook: str, axes: str
+) -> None:
+    model = made(kind)
+    for positions in (None, [1, -2]) if "L" in axes else (None,):
+
+        def edit(value: Tensor, positions: Any = positions) -> Tensor:
+            value = value.clone()
+            for position in [slice(None)] if positions is None else positions:
+                fill_heads(value, axes, 0.25, **({"L": position} if "L" in axes else {}))
+            return value
+
+        logits = logits_with(
+            model,
+            tokens,
+            lambda positions=positions: ablate(model.hook(path), 0.25, positions=positions, heads=[-1, 1]),
+        )
+        agree(logits, by_hand(model, tokens, {hook: edit}), 1e-10)
+
+
+@pytest.mark.parametrize(("kind", "path", "hook", "axes"), OF_HEADS, ids=ids(OF_HEADS))
+def test_a_direction_is_added_in_some_heads(tokens: Tensor, kind: str, path: str, hook: str, axes: str) -> None:
+    model, direction = made(kind), direction_of(axes)
+    part = torch.zeros_like(direction)
+    fill_heads(part, axes.replace("B", "").replace("L", ""), 1.0)
+    logits = logits_with(model, tokens, lambda: steer(model.hook(path), direction, -0.5, heads=[1, 5]))
+    agree(logits, by_hand(model, tokens, {hook: lambda value: value - 0.5 * direction * part}), 1e-10)
+
+
+@pytest.mark.parametrize(
+    ("heads", "chosen"), [(2, [2]), (-1, [5]), (slice(4, 9), [4, 5]), (torch.arange(6) < 2, [0, 1])], ids=repr
+)
+def test_heads_come_in_many_forms(tokens: Tensor, heads: Any, chosen: list[int]) -> None:
+    model, other = made(DUAL[0]), noise(BATCH, LENGTH, 6)
+    logits = logits_with(model, tokens, lambda: ablate(model.layers[1].ssm.delta, other.abs(), heads=heads))
+    edit = put((..., chosen), other.abs()[..., chosen])
+    agree(logits, by_hand(model, tokens, {"blocks.1.hook_delta": edit}), 1e-10)
 
 
 FORMS = {
@@ -219,22 +308,23 @@ def test_resample_ablation_of_states_takes_them_from_another_invoke(model: Mamba
 # -- steering: where ---------------------------------------------------------------------------------------
 
 
-def direction_of(axes: str) -> Tensor:
-    return 0.3 * noise(*(SIZES[axis] for axis in axes if axis not in "BL"))
+def direction_of(axes: str, kind: str = "") -> Tensor:
+    sizes = {**SIZES, "G": KINDS.get(kind, {}).get("n_groups", 2)}
+    return 0.3 * noise(*(sizes[axis] for axis in axes if axis not in "BL"))
 
 
-@pytest.mark.parametrize(("path", "hook", "axes"), PLACES, ids=ids(PLACES))
-def test_a_direction_is_added_at_every_site(model: MambaTrace, tokens: Tensor, path: str, hook: str, axes: str) -> None:
-    direction = direction_of(axes)
+@pytest.mark.parametrize(("kind", "path", "hook", "axes"), PLACES, ids=ids(PLACES))
+def test_a_direction_is_added_at_every_site(tokens: Tensor, kind: str, path: str, hook: str, axes: str) -> None:
+    model, direction = made(kind), direction_of(axes, kind)
     logits = logits_with(model, tokens, lambda: steer(model.hook(path), direction, -0.5))
     agree(logits, by_hand(model, tokens, {hook: lambda value: value - 0.5 * direction}), 1e-10)
 
 
-@pytest.mark.parametrize(("path", "hook", "axes"), POSITIONAL, ids=ids(POSITIONAL))
+@pytest.mark.parametrize(("kind", "path", "hook", "axes"), POSITIONAL, ids=ids(POSITIONAL))
 def test_a_direction_is_added_at_some_positions_once(
-    model: MambaTrace, tokens: Tensor, path: str, hook: str, axes: str
+    tokens: Tensor, kind: str, path: str, hook: str, axes: str
 ) -> None:
-    direction = direction_of(axes)
+    model, direction = made(kind), direction_of(axes, kind)
 
     def edit(value: Tensor) -> Tensor:
         value = value.clone()
@@ -256,25 +346,34 @@ def test_a_direction_of_another_dtype_is_cast_and_the_site_keeps_its_own(tiny: M
 
 
 #: Places that end a fused scan in each of the ways there are, and one after which it stays whole.
-ENDING = [p for p in PLACES if p[0].split(".")[-1] in ("conv", "A_bar", "h[2]", "y", "resid_post")]
+ENDING = ("conv", "A_bar", "write", "h[2]", "y", "resid_post")
+ON_BACKENDS = [
+    (backend, *place) for kind, backend in BACKENDS for place in places_of(kind) if place[1].endswith(ENDING)
+]
 
 
-@pytest.mark.parametrize(("path", "hook", "axes"), ENDING, ids=ids(ENDING))
+@pytest.mark.parametrize(
+    ("each_backend", "kind", "path", "hook", "axes"), ON_BACKENDS, indirect=["each_backend"]
+)  # fmt: skip
 def test_every_backend_is_ablated_and_steered_the_same(
-    tiny_hf: ModuleFactory, tokens: Tensor, each_backend: str, path: str, hook: str, axes: str
+    tokens: Tensor, each_backend: str, kind: str, path: str, hook: str, axes: str
 ) -> None:
     """In float32, whose rounding (6e-8) grows to about 1e-6 over the layers and steps of a run."""
-    model, tokens = MambaTrace(tiny_hf(), kernels=each_backend), tokens[:1]
-    direction = direction_of(axes)
+    model, tokens = make(kind, each_backend, dtype=torch.float32), tokens[:1]
+    direction = direction_of(axes, kind)
+    part: dict[str, Any] = {"channels": [0, 2, 3]} if has_channels(axes) else {"heads": [1, 5]}
 
     def act() -> None:
-        ablate(model.hook(path), 0.5, channels=[0, 2, 3])
+        ablate(model.hook(path), 0.5, **part)
         steer(model.hook(path), direction)
 
     def edit(value: Tensor) -> Tensor:
         value = value.clone()
-        axis = next(axes.index(one) for one in "EDRNV" if one in axes)
-        value.index_fill_(axis, torch.tensor([0, 2, 3]), 0.5)
+        if "heads" in part:
+            fill_heads(value, axes, 0.5)
+        else:
+            for channel in part["channels"]:
+                fill(value, axes, 0.5, **at_channel(axes, channel))
         return value + direction
 
     agree(logits_with(model, tokens, act), by_hand(model, tokens, {hook: edit}).float(), 1e-5)
@@ -330,8 +429,9 @@ def test_steering_at_every_step_of_generate_is_a_loop_of_whole_forwards(model: M
     agree(last, by_hand(model, expected[:, :-1], edits)[:, -1], 1e-10)
 
 
-def test_a_state_steered_at_every_step_is_carried_on(model: MambaTrace, tokens: Tensor) -> None:
-    direction = 5 * noise(E, N)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_state_steered_at_every_step_is_carried_on(tokens: Tensor, kind: str) -> None:
+    model, direction = made(kind), 5 * (noise(6, 4, N) if kind in DUAL else noise(E, N))
     ids, last = generated(model, tokens, lambda: steer(model.layers[1].ssm.h[-1], direction))
 
     def edits(length: int) -> Edits:
@@ -342,8 +442,9 @@ def test_a_state_steered_at_every_step_is_carried_on(model: MambaTrace, tokens: 
     agree(last, by_hand(model, expected[:, :-1], edits(LENGTH + STEPS - 1))[:, -1], 1e-10)
 
 
-def test_ablation_at_every_step_of_generate_is_a_loop_of_whole_forwards(model: MambaTrace, tokens: Tensor) -> None:
-    mean = noise(E)
+@pytest.mark.parametrize("kind", KINDS)
+def test_ablation_at_every_step_of_generate_is_a_loop_of_whole_forwards(tokens: Tensor, kind: str) -> None:
+    model, mean = made(kind), noise(E)
     ids, last = generated(model, tokens, lambda: ablate(model.layers[1].ssm.y, mean, channels=range(12)))
     edits = {"blocks.1.hook_y": put((..., slice(0, 12)), mean[:12])}
     expected = greedy(model, tokens, lambda length: edits)
@@ -544,6 +645,84 @@ WRONG: dict[str, tuple[Callable[[Any], None], type[Exception], list[str]]] = {
         ["steer takes a site", "layers[1].ssm.in_proj"],
     ),
 }
+
+
+#: The same of heads: which kind of model is asked.
+WRONG_HEADS: dict[str, tuple[str, Callable[[Any], None], list[str]]] = {
+    "heads of Mamba-1": (
+        "mamba",
+        lambda m: ablate(m.layers[1].ssm.y, heads=[2]),
+        ["layers[1].ssm.y", "heads=[2]", "0 heads", "give channels=", "of size 24"],
+    ),
+    "heads of Falcon-Mamba to steer": (
+        "falcon_mamba",
+        lambda m: steer(m.layers[1].ssm.h[2], noise(E, N), heads=0),
+        ["layers[1].ssm.h[2]", "heads=0", "0 heads"],
+    ),
+    "head": (
+        DUAL[0],
+        lambda m: ablate(m.layers[1].ssm.delta, heads=[0, 6]),
+        ["layers[1].ssm.delta [B batch, L positions, H heads]", "heads=6", "there are 6, from -6 to 5"],
+    ),
+    "head of d_inner": (
+        DUAL[1],
+        lambda m: steer(m.layers[1].ssm.y, noise(E), heads=-7),
+        ["layers[1].ssm.y", "heads=-7", "there are 6", "each of 4 channels"],
+    ),
+    "heads of the stream": (
+        DUAL[1],
+        lambda m: ablate(m.layers[1].resid_post, heads=[0]),
+        ["layers[1].resid_post [B batch, L positions, D d_model]", "heads=[0]", "no axis of heads"],
+    ),
+    "heads of a group": (
+        DUAL[1],
+        lambda m: ablate(m.layers[1].ssm.B, heads=[0]),
+        ["layers[1].ssm.B [B batch, L positions, G groups, N d_state]", "no axis of heads"],
+    ),
+    "channels of heads alone": (
+        DUAL[1],
+        lambda m: ablate(m.layers[1].ssm.delta, channels=[3]),
+        ["layers[1].ssm.delta", "channels=[3]", "the 4 channels of a head share", "give heads=", "there are 6"],
+    ),
+    "channels of B_bar": (
+        DUAL[1],
+        lambda m: ablate(m.layers[1].ssm.B_bar, channels=[3]),
+        ["layers[1].ssm.B_bar", "give heads="],
+    ),
+    "channel of a state": (
+        DUAL[1],
+        lambda m: ablate(m.layers[1].ssm.h[2], channels=24),
+        ["layers[1].ssm.h[2] [B batch, H heads, P head_dim, N d_state]", "channels=24", "from -24 to 23"],
+    ),
+    "group of channels of a state": (
+        DUAL[1],
+        lambda m: ablate(m.layers[1].ssm.h[2], channels="slow"),  # type: ignore[arg-type]
+        ["channels='slow'", "decay_groups(model, 1)['slow']"],
+    ),
+    "channels and heads": (
+        DUAL[1],
+        lambda m: ablate(m.layers[1].ssm.y, channels=[3], heads=[0]),
+        ["layers[1].ssm.y", "channels=[3] and heads=[0]", "give one"],
+    ),
+    "direction without heads": (
+        DUAL[1],
+        lambda m: steer(m.layers[1].ssm.h[2], noise(E, N)),
+        ["shape (6, 4, 5) [H heads, P head_dim, N d_state]", "not (24, 5)"],
+    ),
+}
+
+
+@pytest.mark.parametrize(("kind", "act", "words"), WRONG_HEADS.values(), ids=list(WRONG_HEADS))
+def test_heads_that_do_not_fit_are_refused_with_words_and_change_nothing(
+    tokens: Tensor, kind: str, act: Callable[[Any], None], words: list[str]
+) -> None:
+    model = made(kind)
+    with pytest.raises(SiteValueError) as raised, model.trace(tokens):
+        act(model)
+        _ = model.lm_head.output.save()
+    for word in words:
+        assert word in str(raised.value)
+    agree(logits_with(model, tokens, lambda: None), by_hand(model, tokens, {}), 1e-10)
 
 
 @pytest.mark.parametrize(("act", "error", "words"), WRONG.values(), ids=list(WRONG))

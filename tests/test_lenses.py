@@ -10,7 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accelerate.hooks import attach_align_device_hook
-from conftest import N_LAYERS, ModuleFactory, agree, layers_that_ran, pair
+from conftest import N_LAYERS, ModuleFactory, agree, layers_that_ran, near, pair
+from kinds import BACKENDS, DUAL, KINDS, make
 from reference import forward
 from torch import Tensor
 from transformers import MambaForCausalLM
@@ -25,9 +26,14 @@ TOKEN, V = 7, 31
 RICH: dict[str, Any] = {"use_bias": True, "tie_word_embeddings": False}
 
 
+@pytest.fixture(scope="module", params=KINDS)
+def kind(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def modules(tiny_hf: ModuleFactory) -> tuple[MambaForCausalLM, MambaTrace]:
-    return pair(tiny_hf, dtype=torch.float64, **RICH)
+def modules(tiny_hf: ModuleFactory, kind: str) -> tuple[MambaForCausalLM, MambaTrace]:
+    return pair(tiny_hf, dtype=torch.float64, **RICH, **KINDS[kind])
 
 
 @pytest.fixture(scope="module")
@@ -76,19 +82,29 @@ def added_by_states(module: MambaForCausalLM, tokens: Tensor) -> Tensor:
     scale = 1 / (final.square().mean(-1, keepdim=True) + config.layer_norm_epsilon).sqrt()  # [1,L,1]
     head, rows = module.lm_head.weight.double(), []
     for i, block in enumerate(module.backbone.layers):
-        x, skip = values[f"blocks.{i}.hook_ssm_input"], values[f"blocks.{i}.hook_skip"]
-        without = (block.mixer.D.double() * x * F.silu(skip)) @ block.mixer.out_proj.weight.double().T
+        without = written_by(module, values, i, values[f"blocks.{i}.hook_ssm_output"] - values[f"blocks.{i}.hook_y"])
         bias = block.mixer.out_proj.bias
         written = values[f"blocks.{i}.hook_out_proj"] - without - (0 if bias is None else bias.double())
         rows.append((written * scale * module.backbone.norm_f.weight.double() @ head.T)[0])
     return torch.stack(rows).detach()
 
 
+def written_by(module: MambaForCausalLM, values: dict[str, Tensor], layer: int, part: Tensor) -> Tensor:
+    """What a part of ssm_output [1,L,E] writes into the stream [1,L,D], without the bias, norms frozen."""
+    mixer = module.backbone.layers[layer].mixer
+    part = part * F.silu(values[f"blocks.{layer}.hook_skip"])
+    if module.config.model_type == "mamba2":
+        gated = values[f"blocks.{layer}.hook_after_skip"].unflatten(-1, (module.config.n_groups, -1))
+        scale = 1 / (gated.square().mean(-1, keepdim=True) + module.config.layer_norm_epsilon).sqrt()
+        part = part * scale.expand_as(gated).flatten(-2) * mixer.norm.weight.double()
+    return part @ mixer.out_proj.weight.double().T
+
+
 # -- the logit lens ----------------------------------------------------------------------------------------
 
 
-def test_the_logit_lens_is_a_model_of_fewer_layers(tiny_hf: ModuleFactory, prompt: Tensor) -> None:
-    plain, model = pair(tiny_hf, **RICH)
+def test_the_logit_lens_is_a_model_of_fewer_layers(tiny_hf: ModuleFactory, prompt: Tensor, kind: str) -> None:
+    plain, model = pair(tiny_hf, **RICH, **KINDS[kind])
     lens = logit_lens(model, prompt, token=TOKEN)
     assert lens.row_labels == ["embedding", "0", "1", "2"]
     layers = plain.backbone.layers
@@ -142,9 +158,9 @@ def test_strings_are_those_of_the_tokenizer(demo: MambaTrace) -> None:
 
 @pytest.mark.parametrize("changes", [RICH, {}], ids=["with biases", "tied, without biases"])
 def test_the_state_lens_is_what_the_layer_writes_but_for_d_and_bias(
-    tiny_hf: ModuleFactory, prompt: Tensor, changes: dict[str, Any]
+    tiny_hf: ModuleFactory, prompt: Tensor, changes: dict[str, Any], kind: str
 ) -> None:
-    plain, model = pair(tiny_hf, dtype=torch.float64, **changes)
+    plain, model = pair(tiny_hf, dtype=torch.float64, **changes, **KINDS[kind])
     expected = added_by_states(plain, prompt)
     agree(state_lens(model, prompt, token=TOKEN).logits, expected[..., TOKEN], 1e-10)
     lens = state_lens(model, prompt, top=3)
@@ -159,13 +175,10 @@ def test_the_states_of_all_layers_and_the_other_terms_add_up_to_the_logits(
 ) -> None:
     with torch.no_grad():
         _, cache = model.run_with_cache(prompt)
-        others = [cache["embed"]]
-        for layer, block in zip(model.layers, plain.backbone.layers, strict=True):
-            i = block.mixer.layer_idx
-            out_proj = layer.ssm.out_proj._module
-            others.append(
-                out_proj(block.mixer.D * cache["ssm_input", i] * F.silu(cache["skip", i]))  # with its bias
-            )
+        others, values = [cache["embed"]], values_of(plain, prompt)
+        for i, block in enumerate(plain.backbone.layers):
+            by_D = values[f"blocks.{i}.hook_ssm_output"] - values[f"blocks.{i}.hook_y"]
+            others.append(written_by(plain, values, i, by_D) + block.mixer.out_proj.bias)
         rest = cache.logit_attrs(torch.stack(others), TOKEN).sum(0)[0]  # [L]
     total = state_lens(model, prompt, token=TOKEN).logits.sum(0) + rest
     agree(total, stopped_early(plain, prompt)[-1, :, TOKEN], 1e-10)
@@ -199,10 +212,10 @@ both = pytest.mark.parametrize("lens_of", LENSES, ids=["logit_lens", "state_lens
 
 @both
 def test_a_lens_is_of_the_model_as_it_is_edited(
-    tiny_hf: ModuleFactory, prompt: Tensor, lens_of: Callable[..., Any]
+    tiny_hf: ModuleFactory, prompt: Tensor, lens_of: Callable[..., Any], kind: str
 ) -> None:
     """An edit that amounts to other weights."""
-    plain, model = pair(tiny_hf, dtype=torch.float64, **RICH)
+    plain, model = pair(tiny_hf, dtype=torch.float64, **RICH, **KINDS[kind])
     with torch.no_grad():
         plain.backbone.layers[0].mixer.D.zero_()
     with model.edit() as (_, edited):
@@ -213,13 +226,14 @@ def test_a_lens_is_of_the_model_as_it_is_edited(
     agree(lens_of(edited, prompt, token=TOKEN).logits, expected[..., TOKEN], 1e-10)
 
 
+@pytest.mark.parametrize(("kind", "each_backend"), BACKENDS, indirect=["each_backend"])
 @both
 def test_every_backend_gives_the_same_lens(
-    tiny_hf: ModuleFactory, prompt: Tensor, each_backend: str, lens_of: Callable[..., Any]
+    tiny_hf: ModuleFactory, prompt: Tensor, each_backend: str, lens_of: Callable[..., Any], kind: str
 ) -> None:
     """In float32, whose rounding (6e-8) grows to about 1e-6 over the layers and steps of a run."""
-    plain = tiny_hf(**RICH)
-    lens = lens_of(MambaTrace(tiny_hf(**RICH), kernels=each_backend), prompt, token=TOKEN, top=3)
+    plain = tiny_hf(**RICH, **KINDS[kind])
+    lens = lens_of(make(kind, each_backend, dtype=torch.float32, **RICH), prompt, token=TOKEN, top=3)
     expected = (stopped_early if lens_of is logit_lens else added_by_states)(plain, prompt)
     agree(lens.logits, expected[..., TOKEN].float(), 1e-5)
     values, ids = expected.topk(3)
@@ -229,11 +243,15 @@ def test_every_backend_gives_the_same_lens(
         agree(lens.probabilities, expected.softmax(-1)[..., TOKEN].float(), 1e-5)
 
 
-@both
+#: The states of the others round further from those of their weights; the test after this one is of their runs.
+IN_HALF = [*((logit_lens, kind) for kind in KINDS), (state_lens, "mamba")]
+
+
+@pytest.mark.parametrize(("lens_of", "kind"), IN_HALF)
 def test_half_precision_gives_float32_close_to_the_numbers_of_its_weights(
-    tiny_hf: ModuleFactory, prompt: Tensor, lens_of: Callable[..., Any]
+    tiny_hf: ModuleFactory, prompt: Tensor, lens_of: Callable[..., Any], kind: str
 ) -> None:
-    plain, model = pair(tiny_hf, dtype=torch.bfloat16, **RICH)
+    plain, model = pair(tiny_hf, dtype=torch.bfloat16, **RICH, **KINDS[kind])
     lens = lens_of(model, prompt, token=TOKEN)
     expected = (stopped_early if lens_of is logit_lens else added_by_states)(plain, prompt)
     # bfloat16 rounds by 2^-9 of a number. This is ten such roundings; 3 and 6 are measured.
@@ -241,13 +259,30 @@ def test_half_precision_gives_float32_close_to_the_numbers_of_its_weights(
     assert lens.top_logits.dtype == torch.float32
 
 
+def test_in_half_precision_the_state_lens_is_that_of_the_run(tiny_hf: ModuleFactory, prompt: Tensor, kind: str) -> None:
+    plain, model = pair(tiny_hf, dtype=torch.bfloat16, **RICH, **KINDS[kind])
+    values = {}
+    with torch.no_grad(), model.trace(prompt):
+        for i, layer in enumerate(model.layers):
+            for site in (layer.ssm.skip, layer.ssm.y, layer.ssm.after_skip):
+                values[f"blocks.{i}.{site.site.hook}"] = site.output.double().save()
+        stream = model.layers[-1].resid_post.output.double().save()
+    scale = 1 / (stream.square().mean(-1, keepdim=True) + plain.config.layer_norm_epsilon).sqrt()
+    to_logits = scale * plain.backbone.norm_f.weight.double()
+    found = state_lens(model, prompt, token=TOKEN).logits
+    assert found.dtype == torch.float32
+    for i in range(N_LAYERS):
+        written = written_by(plain, values, i, values[f"blocks.{i}.hook_y"])
+        expected = (written * to_logits @ plain.lm_head.weight.double().T)[0, :, TOKEN].detach()
+        near(found[i], expected, 2e-2)  # five roundings by 2^-9: y, the gate, the norm, out_proj, the logits
+
+
 @both
-def test_weights_that_are_offloaded(
-    model: MambaTrace, tiny_hf: ModuleFactory, prompt: Tensor, lens_of: Callable[..., Any]
-) -> None:
-    offloaded = MambaTrace(tiny_hf(dtype=torch.float64, **RICH))
+def test_weights_that_are_offloaded(model: MambaTrace, prompt: Tensor, lens_of: Callable[..., Any], kind: str) -> None:
+    offloaded = make(kind, **RICH)
     module = offloaded._module
     parts = [module.backbone.norm_f, module.lm_head, *(b.mixer.out_proj for b in module.backbone.layers)]
+    parts += [b.mixer.norm for b in module.backbone.layers if kind in DUAL]
     for part in parts:
         attach_align_device_hook(part, execution_device=torch.device("cpu"), offload=True)
     assert all(part.weight.is_meta for part in parts)

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import BATCH, N_LAYERS, ModuleFactory, agree, layers_that_ran
+from kinds import BACKENDS, DUAL, KINDS, made, make
 from test_interventions import E, N, by_hand, logits_with, noise, put, values_of
 from torch import Tensor
 
@@ -28,11 +29,18 @@ def demo() -> MambaTrace:
     return MambaTrace.demo()
 
 
-MEAN_SITES = [site.name for site in SITES if "L" in site.axes]
+def family_of(kind: str) -> str:
+    return "dual" if kind in DUAL else "selective"
 
 
-@pytest.mark.parametrize("name", MEAN_SITES)
-def test_means_over_all_tokens_and_at_each_position(model: MambaTrace, tokens: Tensor, name: str) -> None:
+MEAN_SITES = [
+    (kind, site.name) for kind in KINDS for site in SITES if "L" in site.axes and family_of(kind) in site.families
+]
+
+
+@pytest.mark.parametrize(("kind", "name"), MEAN_SITES)
+def test_means_over_all_tokens_and_at_each_position(tokens: Tensor, kind: str, name: str) -> None:
+    model = made(kind)
     site, values = BY_NAME[name], values_of(model, tokens)
     over_all = mean_activation(model, tokens, name)
     at_each = mean_activation(model, tokens, site.hook, over="prompts")
@@ -45,11 +53,10 @@ def test_means_over_all_tokens_and_at_each_position(model: MambaTrace, tokens: T
 
 
 @pytest.mark.parametrize("name", ["conv", "B_bar", "h", "y", "resid_post"])
-def test_every_backend_gives_the_same_means(
-    tiny_hf: ModuleFactory, tokens: Tensor, each_backend: str, name: str
-) -> None:
+@pytest.mark.parametrize(("kind", "each_backend"), BACKENDS, indirect=["each_backend"])
+def test_every_backend_gives_the_same_means(tokens: Tensor, kind: str, each_backend: str, name: str) -> None:
     """In float32, whose rounding (6e-8) grows to about 1e-6 over the layers and steps of a run."""
-    model = MambaTrace(tiny_hf(), kernels=each_backend)
+    model = make(kind, each_backend, dtype=torch.float32)
     value = values_of(model, tokens)[BY_NAME[name].hook_name(1)]
     agree(mean_activation(model, tokens, name, 1)[1], value.mean((0, 1)).float(), 1e-5)
 
@@ -63,11 +70,13 @@ def test_the_batch_size_changes_nothing(model: MambaTrace, tokens: Tensor, batch
 
 
 @pytest.mark.parametrize("over", ["positions", "prompts"])
-def test_a_state_without_positions_is_averaged_over_prompts(model: MambaTrace, tokens: Tensor, over: str) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_state_without_positions_is_averaged_over_prompts(tokens: Tensor, over: str, kind: str) -> None:
+    model, axes = made(kind), (6, 4, N) if kind in DUAL else (E, N)
     with model.edit() as (_, started):
-        started.layers[1].ssm.h_start.output = noise(BATCH, E, N)
+        started.layers[1].ssm.h_start.output = noise(BATCH, *axes)
     means = mean_activation(started, tokens, "h_start", 1, over=over)
-    agree(means[1], noise(BATCH, E, N).mean(0), 1e-12)
+    agree(means[1], noise(BATCH, *axes).mean(0), 1e-12)
 
 
 PROMPTS = [
@@ -123,7 +132,9 @@ def test_layers_after_the_last_one_asked_for_do_not_run(model: MambaTrace, token
     assert layers_that_ran(model) == [0]
 
 
-def test_mean_ablation_of_states_position_by_position(model: MambaTrace, tokens: Tensor) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_mean_ablation_of_states_position_by_position(tokens: Tensor, kind: str) -> None:
+    model = made(kind)
     means = mean_activation(model, tokens[1:], "h", over="prompts")
 
     def act() -> None:
@@ -165,6 +176,23 @@ def test_means_that_make_no_sense_are_refused_before_anything_runs(
         mean_activation(demo, prompts, **{"site": "y", **arguments})
     handle.remove()
     assert not ran
+
+
+@pytest.mark.parametrize(
+    ("kind", "site", "error", "words"),
+    [
+        ("mamba", "B_conv", UnknownSiteError, "not a place of this model, a Mamba-1: it is a site of Mamba-2"),
+        ("falcon_mamba", "hook_inner_norm", UnknownSiteError, "it is a site of Mamba-2"),
+        (DUAL[1], "A", SiteValueError, r"A \[H heads\] is the same for every prompt"),
+    ],
+)  # fmt: skip
+def test_a_mean_of_a_site_of_another_family_is_refused_before_anything_runs(
+    tokens: Tensor, kind: str, site: str, error: type[Exception], words: str
+) -> None:
+    model = make(kind)
+    with pytest.raises(error, match=words):
+        mean_activation(model, tokens, site, 1)
+    assert not len(model.last_run)
 
 
 def test_a_mean_inside_a_trace_is_refused_before_anything_runs(tiny: MambaTrace, tokens: Tensor) -> None:

@@ -1,8 +1,8 @@
-"""Which site, layers, tokens and channels a function acts on, checked before it acts.
+"""Which layers and tokens a function acts on, checked before it acts; `channels` does the same for channels.
 
-Functions that edit a run take positions as an int, a slice or several ints, channels as indices, a mask or a
-group by how fast they forget, and layers as numbers. They are checked here against the model and the forward
-call as soon as both are known, so that a function never acts on something that does not exist.
+Functions that edit a run take positions as an int, a slice or several ints, and layers as numbers. They are
+checked here against the model and the forward call as soon as both are known, so that a function never acts on
+something that does not exist.
 """
 
 from __future__ import annotations
@@ -11,30 +11,22 @@ import operator
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from ..errors import LayerError, MambaTraceError, PositionError, SiteValueError
+from ..errors import LayerError, MambaTraceError, PositionError
 from ..modeling.past import ends
 from ..names import layer_index
-from ..scan.reference import accumulation_dtype
 from ..tracing import SiteOrderError, expect
 from ..tracing.frames import warn_user
-from ..tracing.placement import parameter_of
 from .model import ArgumentModel
 
 #: Indices: one, a slice, several, or a boolean mask of all. Negative ones count from the end.
 Indices = int | slice | Sequence[int] | Sequence[bool] | Tensor
 #: Tokens of one forward call.
 Positions = Indices
-#: Channels of d_inner: all, a group of `decay_groups`, or indices.
-Channels = Indices | str | None
 #: Layers: all, one, or several; negative counts from the end.
 Layers = None | int | Sequence[int]
-
-#: The thirds of a layer's channels, beginning with the channels that keep their state longest.
-GROUPS = ("slow", "medium", "fast")
 
 
 # -- layers --------------------------------------------------------------------------------------
@@ -167,87 +159,6 @@ def _reach(positions: Positions, length: int) -> tuple[set[str], dict[str, int]]
         listed = [at for at, chosen in enumerate(listed) if chosen]
     counted = {"start" if position >= 0 else "end" for position in listed}
     return counted, {"end": -min(listed), "start": max(listed) + 1}
-
-
-# -- channels ----------------------------------------------------------------------------------------------
-
-
-def decay_rate(model: ArgumentModel, layer: int) -> Tensor:
-    """How fast each channel of a layer forgets: the mean over its states of -A.
-
-    A state is multiplied by exp(delta A) at each token, so this is per unit of delta.
-
-    Args:
-        model: the model, inside a trace or not.
-        layer: its layer; negative counts from the end.
-
-    Returns:
-        [E] float32 (float64 in a float64 model), positive, without a gradient.
-
-    Raises:
-        LayerError: if there is no such layer.
-
-    Source:
-        Mamba (arXiv 2312.00752), section 3.2: A_bar = exp(delta A).
-
-    Example::
-
-        decay_rate(model, layer=1).argmin()  # the channel that remembers longest
-    """
-    layer = layer_number(model, layer)
-    model.dispatch()
-    A_log = parameter_of(model.layers[layer].ssm._module, "A_log")  # [E,N]
-    return A_log.to(accumulation_dtype(A_log)).exp().mean(-1)
-
-
-def decay_groups(model: ArgumentModel, layer: int) -> dict[str, Tensor]:
-    """The channels of a layer in thirds by `decay_rate`.
-
-    Args:
-        model, layer: as for `decay_rate`.
-
-    Returns:
-        ``"slow"``, ``"medium"`` and ``"fast"``: channel indices int64, ascending, each channel in one group.
-
-    Raises:
-        LayerError: if there is no such layer.
-
-    Example::
-
-        slow = decay_groups(model, layer=1)["slow"]
-    """
-    order = decay_rate(model, layer).argsort(stable=True)
-    return {name: part.sort().values for name, part in zip(GROUPS, order.tensor_split(3), strict=True)}
-
-
-def check_channels(model: ArgumentModel, channels: Channels) -> None:
-    """Refuse channels that this model does not have. Raises `SiteValueError`."""
-    if not isinstance(channels, str):
-        _channel_flags(model, channels)
-    elif channels not in GROUPS:
-        raise SiteValueError(
-            f"channels={channels!r}: the groups by decay are {', '.join(map(repr, GROUPS))}; other channels "
-            f"are given as indices or a boolean mask [E]"
-        )
-
-
-def channel_mask(model: ArgumentModel, layer: int, channels: Channels) -> Tensor:
-    """Channels of a layer, already accepted by `check_channels`, as a boolean mask [E]."""
-    if not isinstance(channels, str):
-        return torch.tensor(_channel_flags(model, channels), device="cpu")
-    index = decay_groups(model, layer)[channels]
-    mask = torch.zeros(model.config.intermediate_size, dtype=torch.bool, device=index.device)
-    return mask.index_fill(0, index, True)
-
-
-def _channel_flags(model: ArgumentModel, channels: Any) -> list[bool]:
-    """For each channel, whether it is chosen; no tensor, since under fake tensors there are no numbers."""
-    width = model.config.intermediate_size
-    if channels is None:
-        return [True] * width
-    counted = f"Channels count along E (d_inner), of size {width}"
-    chosen = set(chosen_indices(channels, width, lambda reason: SiteValueError(f"channels={reason}. {counted}")))
-    return [channel in chosen for channel in range(width)]
 
 
 # -- indices -----------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from einops import rearrange
 from torch import Tensor
 
 from ..errors import LayerError, PromptError, UnknownSiteError
-from ..modeling.effective import epsilon_of, input_dtype, n_outputs, norm_weight, token_directions
+from ..modeling.effective import FrozenNorm, input_dtype, n_outputs, token_directions
 from ..names import layer_index
 from ..tracing.placement import input_device
 
@@ -171,10 +171,8 @@ class ResidualAnalyses(Mapping[Any, Tensor]):
                 f"terms of the stream are [C, ...] with {tuple(stream.shape)} behind it, not "
                 f"{tuple(residual_stack.shape)}: give pos_slice if they are of some positions"
             )
-        wide = stream.to(torch.promote_types(stream.dtype, torch.float32))
-        scale = (wide.pow(2).mean(-1, keepdim=True) + epsilon_of(norm)).rsqrt()  # [B,L,1]
-        weight = norm_weight(norm, stream.shape[-1]).to(scale)
-        return residual_stack * (scale * weight).to(residual_stack.device)
+        factors = FrozenNorm.of(norm, stream.shape[-1]).factors(stream)  # [B,L,D]
+        return residual_stack * factors.to(residual_stack.device)
 
     def logit_attrs(
         self,

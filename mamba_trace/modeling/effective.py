@@ -9,15 +9,18 @@ in the model would give, without the module's bias.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import CheckpointError
+from ..scan.reference import accumulation_dtype
 from ..tracing import is_itself
 from ..tracing.placement import input_device
 from .block import HookableRMSNorm
+from .dual import DualMixer, HookableGatedRMSNorm
 
 #: How many rows of logits [n,V] are made at a time.
 ROWS = 64
@@ -82,14 +85,47 @@ def without_bias(head: Any, unembed: Any, normed: Tensor) -> Tensor:
     return logits - unembed(torch.zeros_like(normed[..., :1, :]))
 
 
-def norm_weight(norm: Any, width: int) -> Tensor:
-    """The weight [D] of an RMSNorm, detached.
+@dataclass(frozen=True)
+class FrozenNorm:
+    """An RMSNorm as the linear function that it is with its scales frozen at what they are in a run.
 
-    Raises:
-        CheckpointError: if there is no RMSNorm in ``norm``, so that it is not a weight times a scale.
+    Attributes:
+        weight: [D], detached.
+        epsilon: what it adds to the mean square.
+        group_size: how many numbers share one scale: all D, or those of a group in a mixer of Mamba-2.
     """
-    epsilon_of(norm)
-    if issubclass(type(norm), HookableRMSNorm) and is_itself(norm, type(norm)):
+
+    weight: Tensor
+    epsilon: float
+    group_size: int
+
+    @classmethod
+    def of(cls, norm: Any, width: int) -> FrozenNorm:
+        """Those of a norm over ``width`` numbers, adapted or not.
+
+        Raises:
+            CheckpointError: if there is no RMSNorm in ``norm``, so that it is not a weight times a scale.
+        """
+        plain = rms_norm_in(norm)
+        return cls(_norm_weight(norm, width), plain.variance_epsilon, getattr(plain, "group_size", width))
+
+    @classmethod
+    def inside(cls, mixer: Any) -> FrozenNorm | None:
+        """That of a mixer's own norm between its gate and out_proj; ``None`` in Mamba-1, which has none."""
+        return cls.of(mixer.norm, mixer.sizes["E"]) if isinstance(mixer, DualMixer) else None
+
+    def scale(self, value: Tensor) -> Tensor:
+        """What the norm divides its input [...,D] by, inverted: one number for each group [...,D / group_size]."""
+        groups = value.to(accumulation_dtype(value)).unflatten(-1, (-1, self.group_size))
+        return (groups.square().mean(-1) + self.epsilon).rsqrt()
+
+    def factors(self, value: Tensor) -> Tensor:
+        """What the norm multiplies each number of an input [...,D] by, which is this input in the run."""
+        return self.scale(value).repeat_interleave(self.group_size, -1) * self.weight.to(value.device)
+
+
+def _norm_weight(norm: Any, width: int) -> Tensor:
+    if isinstance(norm, (HookableRMSNorm, HookableGatedRMSNorm)) and is_itself(norm, type(norm)):
         return norm.weight.detach()
     # A stream of one large number is divided by it, which leaves the weight: its square swallows epsilon.
     dtype = input_dtype(norm)
@@ -98,11 +134,11 @@ def norm_weight(norm: Any, width: int) -> Tensor:
         return norm(torch.full((1, width), large, dtype=dtype, device=input_device(norm)))[0]
 
 
-def epsilon_of(norm: Any) -> float:
-    """The epsilon of an RMSNorm, adapted or not. Raises `CheckpointError` if ``norm`` has none."""
+def rms_norm_in(norm: Any) -> HookableRMSNorm | HookableGatedRMSNorm:
+    """The RMSNorm that ``norm`` is or adapts. Raises `CheckpointError` if there is none."""
     for module in norm.modules():
-        if isinstance(module, HookableRMSNorm):
-            return module.variance_epsilon
+        if isinstance(module, (HookableRMSNorm, HookableGatedRMSNorm)):
+            return module
     raise CheckpointError(
         f"a {type(norm).__name__} stands in the place of an RMSNorm, and is not linear in the stream "
         f"with one scale for each position: the terms of the stream have no logits of their own"

@@ -15,8 +15,16 @@ left half, then each half by itself. That takes L log L E N exponentials, wherea
 L^2 E N. Products of A_bar are exponentials of sums of delta that begin at m and have one sign, so none of
 them overflows and each is as exact as its own sum.
 
+In Mamba-2 the decay is one number for a head, so it comes out of the product over states, and with it whatever
+else differs from channel to channel: with r_i and w_j the decay from m up to i and from j to m,
+
+    sum over channels p of weight_i[p] alpha[i,j] x_j[p] = (C_i . B_j) (r_i weight_i) . (w_j delta_j x_j)
+
+which is two matrix products for each group of heads (Mamba-2, arXiv 2405.21060, section 6).
+
 Memory: channels are taken some at a time, so that no intermediate tensor has more than `ELEMENTS` numbers,
-unless a single channel of [L,N] already has more.
+unless a single channel of [L,N] already has more. In Mamba-2 none is larger than
+[L,E] or the result.
 """
 
 from __future__ import annotations
@@ -47,9 +55,66 @@ class PairBlock:
     columns: slice
 
 
+class WantedPairs:
+    """What `ScanPairs` and `HeadPairs` share: which pairs of tokens are wanted, and the time between them.
+
+    Attributes:
+        delta: step sizes [L,E], or [L,H].
+        rows, columns: positions, ascending.
+    """
+
+    delta: Tensor
+    rows: list[int]
+    columns: list[int]
+
+    def time_to_rows(self, block: PairBlock) -> Tensor:
+        """The sum of delta from the middle up to each row [rows,E]."""
+        rows = self.rows[block.rows]
+        time = self.delta[block.middle : rows[-1] + 1].cumsum(0)  # [l,E]: from the middle up to each position
+        return time[[row - block.middle for row in rows]]
+
+    def time_from_columns(self, block: PairBlock) -> Tensor:
+        """The sum of delta after each column, up to the middle and without it [columns,E]."""
+        columns = self.columns[block.columns]
+        time = self.delta[columns[0] + 1 : block.middle].flip(0).cumsum(0).flip(0)
+        time = torch.cat((time, torch.zeros_like(self.delta[:1])))  # [l,E]: from each position to the middle
+        return time[[column - columns[0] for column in columns]]
+
+    @property
+    def both(self) -> list[int]:
+        """The positions that are both a row and a column."""
+        return sorted(set(self.rows) & set(self.columns))
+
+    @property
+    def diagonal(self) -> tuple[Tensor, Tensor]:
+        """Where the positions that are both a row and a column stand in the result."""
+        rows = [bisect_left(self.rows, position) for position in self.both]
+        columns = [bisect_left(self.columns, position) for position in self.both]
+        rows, columns = torch.tensor([rows, columns], dtype=torch.long, device="cpu")
+        return rows, columns
+
+    def blocks(self) -> Iterator[PairBlock]:
+        """Blocks that together hold every pair of a row and an earlier column exactly once."""
+
+        def within(start: int, stop: int) -> Iterator[PairBlock]:
+            rows = slice(bisect_left(self.rows, start), bisect_left(self.rows, stop))
+            columns = slice(bisect_left(self.columns, start), bisect_left(self.columns, stop))
+            if stop - start < 2 or rows.start == rows.stop or columns.start == columns.stop:
+                return
+            middle = (start + stop) // 2
+            later = slice(bisect_left(self.rows, middle), rows.stop)
+            earlier = slice(columns.start, bisect_left(self.columns, middle))
+            if later.start < later.stop and earlier.start < earlier.stop:
+                yield PairBlock(middle, later, earlier)
+            yield from within(start, middle)
+            yield from within(middle, stop)
+
+        return within(0, len(self.delta))
+
+
 @dataclass(frozen=True)
-class ScanPairs:
-    """The scan of one prompt in some channels, and which pairs of its tokens are wanted.
+class ScanPairs(WantedPairs):
+    """The scan of Mamba-1 in some channels.
 
     Attributes:
         delta: step sizes [L,E].
@@ -118,18 +183,13 @@ class ScanPairs:
     def read(self, block: PairBlock) -> Tensor:
         """How each row reads the state as it is when the middle begins [rows,E,N]."""
         rows = self.rows[block.rows]
-        time = self.delta[block.middle : rows[-1] + 1].cumsum(0)  # [l,E]: from the middle up to each position
-        time = time[[row - block.middle for row in rows]]
-        return (time[..., None] * self.A).exp_().mul_(self.C[rows, None])
+        return (self.time_to_rows(block)[..., None] * self.A).exp_().mul_(self.C[rows, None])
 
     def written(self, block: PairBlock) -> Tensor:
         """What is left of each column's write when the middle begins [columns,E,N]."""
         columns = self.columns[block.columns]
-        time = self.delta[columns[0] + 1 : block.middle].flip(0).cumsum(0).flip(0)
-        time = torch.cat((time, torch.zeros_like(self.delta[:1])))  # [l,E]: from each position to the middle
-        time = time[[column - columns[0] for column in columns]]
         write = (self.delta[columns] * self.x[columns])[..., None]
-        return (time[..., None] * self.A).exp_().mul_(write).mul_(self.B[columns, None])
+        return (self.time_from_columns(block)[..., None] * self.A).exp_().mul_(write).mul_(self.B[columns, None])
 
     def products(self) -> Iterator[tuple[slice, slice, Tensor]]:
         """alpha[i,j] x_j in every channel, for j < i: yields (which rows, columns, [rows,columns,E])."""
@@ -142,35 +202,89 @@ class ScanPairs:
                 pairs = einsum(some, written, "i e n, j e n -> i j e")
                 yield slice(first, first + len(some)), block.columns, pairs
 
-    # -- which pairs -----------------------------------------------------------------------------------
 
-    @property
-    def both(self) -> list[int]:
-        """The positions that are both a row and a column."""
-        return sorted(set(self.rows) & set(self.columns))
+@dataclass(frozen=True)
+class HeadPairs(WantedPairs):
+    """The scan of Mamba-2 in some heads.
 
-    @property
-    def diagonal(self) -> tuple[Tensor, Tensor]:
-        """Where the positions that are both a row and a column stand in the result."""
-        rows = [bisect_left(self.rows, position) for position in self.both]
-        columns = [bisect_left(self.columns, position) for position in self.both]
-        rows, columns = torch.tensor([rows, columns], dtype=torch.long, device="cpu")
-        return rows, columns
+    Attributes:
+        delta: step sizes [L,H].
+        x: what each column is multiplied by [L,H,P].
+        A: [H].
+        B, C: [L,G,N].
+        rows, columns: positions, ascending.
+        groups: the group of each head, H numbers.
+    """
 
-    def blocks(self) -> Iterator[PairBlock]:
-        """Blocks that together hold every pair of a row and an earlier column exactly once."""
+    delta: Tensor
+    x: Tensor
+    A: Tensor
+    B: Tensor
+    C: Tensor
+    rows: list[int]
+    columns: list[int]
+    groups: list[int]
 
-        def within(start: int, stop: int) -> Iterator[PairBlock]:
-            rows = slice(bisect_left(self.rows, start), bisect_left(self.rows, stop))
-            columns = slice(bisect_left(self.columns, start), bisect_left(self.columns, stop))
-            if stop - start < 2 or rows.start == rows.stop or columns.start == columns.stop:
-                return
-            middle = (start + stop) // 2
-            later = slice(bisect_left(self.rows, middle), rows.stop)
-            earlier = slice(columns.start, bisect_left(self.columns, middle))
-            if later.start < later.stop and earlier.start < earlier.stop:
-                yield PairBlock(middle, later, earlier)
-            yield from within(start, middle)
-            yield from within(middle, stop)
+    @torch.no_grad()
+    def along(self, weight: Tensor) -> Tensor:
+        """The sum over channels of weight[i] alpha[i,j] x_j: weight [L,H,P] -> [rows, columns]."""
+        values = self.delta.new_zeros(len(self.rows), len(self.columns))
+        values[self.diagonal] += ((weight * self.x).sum(-1) * self.own())[self.both].sum(-1)
+        for group, heads in self.by_group():
+            for block in self.blocks():
+                read = self.read(block)[:, heads, None] * weight[self.rows[block.rows]][:, heads]  # [i,h,P]
+                written = self.written(block)[:, heads, None] * self.x[self.columns[block.columns]][:, heads]
+                products = read.flatten(1) @ written.flatten(1).T  # [i,j]
+                values[block.rows, block.columns] += products.mul_(self.matches(group, block))
+        return values
 
-        return within(0, len(self.delta))
+    @torch.no_grad()
+    def summed(self, function: Callable[[Tensor], Tensor]) -> Tensor:
+        """The sum over channels of f(alpha[i,j] x_j), for a function with f(a b) = f(a) f(b): [rows, columns]."""
+        values = self.delta.new_zeros(len(self.rows), len(self.columns))
+        factor = function(self.x).sum(-1)  # [L,H]
+        values[self.diagonal] += (function(self.own()) * factor)[self.both].sum(-1)
+        for group, heads in self.by_group():
+            for block in self.blocks():
+                written = function(self.written(block)[:, heads]) * factor[self.columns[block.columns]][:, heads]
+                products = function(self.read(block)[:, heads]) @ written.T  # [i,j]
+                values[block.rows, block.columns] += products.mul_(function(self.matches(group, block)))
+        return values
+
+    @torch.no_grad()
+    def each(self) -> Tensor:
+        """alpha[i,j] of every head, without x: [rows, columns, H], on the CPU."""
+        shape = len(self.rows), len(self.columns), len(self.A)
+        values = torch.zeros(shape, dtype=self.delta.dtype, device="cpu")
+        values[self.diagonal] = self.own()[self.both].cpu()
+        for group, heads in self.by_group():
+            for block in self.blocks():
+                read, written = self.read(block)[:, heads], self.written(block)[:, heads]
+                matches = self.matches(group, block)
+                for place, head in enumerate(heads):
+                    alpha = torch.outer(read[:, place], written[:, place]).mul_(matches)
+                    values[block.rows, block.columns, head] = alpha.cpu()
+        return values
+
+    # -- some heads ------------------------------------------------------------------------------------
+
+    def by_group(self) -> Iterator[tuple[int, list[int]]]:
+        """The groups that a head is in, and which heads are in each."""
+        for group in sorted(set(self.groups)):
+            yield group, [head for head, own in enumerate(self.groups) if own == group]
+
+    def own(self) -> Tensor:
+        """alpha[i,i], what a token reads of its own write, of every head [L,H]."""
+        return self.delta * (self.B * self.C).sum(-1)[:, self.groups]
+
+    def matches(self, group: int, block: PairBlock) -> Tensor:
+        """C_i . B_j of a group [rows,columns]."""
+        return self.C[self.rows[block.rows], group] @ self.B[self.columns[block.columns], group].T
+
+    def read(self, block: PairBlock) -> Tensor:
+        """What is left, at each row, of the state as it is when the middle begins [rows,H]."""
+        return self.time_to_rows(block).mul_(self.A).exp_()
+
+    def written(self, block: PairBlock) -> Tensor:
+        """What is left of each column's write when the middle begins, its delta included [columns,H]."""
+        return self.time_from_columns(block).mul_(self.A).exp_().mul_(self.delta[self.columns[block.columns]])
