@@ -184,9 +184,7 @@ def test_no_cell_makes_the_state_of_every_position(tiny_hf: ModuleFactory, site:
     shapes = PeakMemory.of(lambda: grid_of(model, site)).shapes
     with_states = {shape for shape in shapes if len(shape) == 5 and shape[-3:] == state and shape[1] > 1}
     assert {shape[0] for shape in with_states} <= {2}
-    assert any(len(shape) == 4 and shape[0] > 2 and shape[1:] == state for shape in shapes), (
-        "states of cells are of one position"
-    )
+    assert any(len(shape) == 4 and shape[0] > 2 and shape[1:] == state for shape in shapes)  # cells have one
 
 
 # -- memory --------------------------------------------------------------------------------------------------
