@@ -44,6 +44,34 @@ def test_a_name_keeps_what_varies() -> None:
     assert port_name("blocks.{layer}.{hook}") == 'model.hook(f"blocks.{layer}.{hook}").output'
 
 
+def test_names_of_transformer_lens_that_stand_for_another_tensor_say_so() -> None:
+    script = """cache["blocks.0.mixer.hook_ssm_state"][:, 3]
+    cache["blocks.1.mixer.hook_ssm_write"]
+    cache["blocks.2.mixer.out_proj.hook_in"]
+    cache["blocks.2.mixer.inner_norm.hook_out"]
+    """
+    found = port_script(script.replace("\n    ", "\n")).findings
+    assert [one.becomes for one in found] == [
+        "model.layers[0].ssm.h_read.output",
+        "model.layers[1].ssm.write.output",
+        "model.layers[2].ssm.after_skip.output",
+        "model.layers[2].ssm.inner_norm.output",
+    ]
+    assert [one.note for one in found[:2]] == [
+        "[B,E,L,N] in TransformerLens's Mamba-1 is [B,L,E,N] here; in Mamba-2 both have [B,L,H,P,N]"
+    ] * 2
+    assert "in a Mamba-2 it is ssm.inner_norm" in found[2].note
+    assert not found[3].note
+
+
+@pytest.mark.parametrize("name", ["state-spaces/mamba2-130m", "AntonV/mamba-2-1.3b", "mistralai/Mamba-Codestral-7B"])
+def test_a_mamba_2_is_no_hooked_mamba(name: str) -> None:
+    reasons = [reason for _, reason in said(port_script(LOAD.replace("state-spaces/mamba-130m", name)))]
+    assert reasons == [f"{name} is a Mamba-2 by its name, and HookedMamba loads none: MambaTrace({name!r})"]
+    for mamba_1 in ("state-spaces/mamba-2.8b", "tiiuae/falcon-mamba-7b"):
+        assert not said(port_script(LOAD.replace("state-spaces/mamba-130m", mamba_1)))
+
+
 @pytest.mark.parametrize(
     ("name", "said"),
     [

@@ -54,14 +54,16 @@ def answers(
     model.dispatch()
     processes = Processes.here(model.device) if distribute else Processes()
     changed = changes(model)
-    asked = question.described() | {"changes": [[change.what, change.mark] for change in changed]}
+    asked = question.described() | {
+        "changes": [[change.what, change.mark] for change in changed],
+        "architecture": model.architecture.name,
+        "settings": settings_of(model._module),
+    }
     processes.check_same(asked)
     if keep is not None:
         # The marks of the first process, as a metric may refer to the rank that it runs on.
         marks = [mark_of_function(metric) for metric in question.metrics.values()]
         asked["metric_functions"] = processes.gather([marks])[0]
-        asked["architecture"] = model.architecture.name
-        asked["settings"] = settings_of(model._module)
         asked["weights"] = mark_of_weights(model._module)
     with torch.no_grad():
         way = Whole(model, question, changed) if changed else InPhases(model, question, limits)

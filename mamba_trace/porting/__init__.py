@@ -129,7 +129,7 @@ def list_names(script: Script, node: Any, report: PortReport) -> None:
         try:
             name = read_name(key[0], script, key[1]) if short else read_name(node, script)
             assert name is not None
-            report.add(report.findings, Finding(line, found, f"model.{name.path}.output"))
+            report.add(report.findings, Finding(line, found, f"model.{name.path}.output", name.note))
         except UnknownSiteError as error:
             report.add(report.problems, Problem(line, found, str(error)))
         return

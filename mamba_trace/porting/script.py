@@ -27,6 +27,8 @@ NOT_NEEDED = {
     "default_padding_side": "padding never changes a result",
     "default_prepend_bos": "it is set after loading, model.default_prepend_bos = False, where it is not True",
 }
+#: What the names of Mamba-2's checkpoints have in them.
+MAMBA_2 = re.compile(r"mamba[-_]?2(?![.\d])|codestral", re.IGNORECASE)
 
 
 class Porter(cst.CSTTransformer):
@@ -137,6 +139,8 @@ class Porter(cst.CSTTransformer):
         which = getattr(node.args[0].value, "evaluated_value", None) if node.args else None
         if isinstance(which, str) and "mamba" not in which.lower():
             self.problem(node, f"{which} is no Mamba by its name, and HookedMamba loads nothing else")
+        elif isinstance(which, str) and MAMBA_2.search(which):
+            self.problem(node, f"{which} is a Mamba-2 by its name, and HookedMamba loads none: MambaTrace({which!r})")
         self.known(node, self.script.code(new))
         return new
 
