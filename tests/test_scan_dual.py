@@ -25,7 +25,7 @@ from mamba_trace.scan.record import Call, recording
 FUNCTIONS = ("selective_scan", "selective_states", "gated_scan", "explicit_scan", "explicit_states")
 KERNELS = ("reference", "cpu", "triton", "cuda")
 #: B, L, H, P, G, N: one of each, more heads than groups, blocks and vectors that are cut short, several chunks.
-SIZES = [(1, 1, 1, 1, 1, 1), (2, 7, 4, 3, 2, 5), (3, 20, 6, 17, 3, 16), (1, 70, 2, 9, 1, 33), (1, 5, 2, 75, 2, 20)]
+SIZES = [(1, 1, 1, 1, 1, 1), (2, 7, 4, 3, 2, 5), (2, 9, 6, 17, 3, 16), (1, 70, 2, 9, 1, 33), (1, 5, 2, 75, 2, 20)]
 FLOAT32, FLOAT64 = 2e-6, 1e-12  # of the largest value
 
 Arguments = dict[str, Tensor]
@@ -467,7 +467,7 @@ def test_limits_are_named() -> None:
     given = rounded(arguments("selective_scan", (1, 2, 1, 1, 1, 257)))
     with pytest.raises(BackendError, match="at most 256 state elements"):
         DUAL.selective_scan(**given, kernels="triton")
-    with pytest.raises(BackendError, match="float32, not torch.float64"):
+    with pytest.raises(BackendError, match=r"float32, not torch\.float64"):
         DUAL.selective_scan(**arguments("selective_scan"), kernels="cpu")
     assert (check("cpu", "dual"), check("auto", "dual")) == ("cpu", "auto")
     with pytest.raises(BackendError, match="there are auto, reference"):

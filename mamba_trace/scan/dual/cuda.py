@@ -139,8 +139,8 @@ def _update(
     else:
         state = h.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
     arrays = {
-        "state": state,
         "x": x,
+        "state": state,
         "dt": delta[:, 0, :, None].float().expand(-1, -1, width),
         "A": A[:, None, None].float().expand(-1, width, d_state),
         "B": B,
