@@ -159,6 +159,19 @@ def test_second_derivatives() -> None:
     assert torch.autograd.gradgradcheck(selective_scan, inputs)
 
 
+def test_second_derivatives_where_an_input_was_computed_from_another(each_backend: str) -> None:
+    """In a model delta is a function of x: what reaches x by way of delta is no part of the scan's own gradient."""
+    found = []
+    for kernels, dtype in (("reference", torch.float64), (each_backend, torch.float32)):
+        inputs = {name: tensor.to(dtype) for name, tensor in arguments(B=1, L=4, E=2, N=3).items()}
+        x = inputs["x"].requires_grad_()
+        given = inputs | {"delta": x.square()}
+        y, h_last = selective_scan(*pick(given, SELECTIVE), kernels=kernels)
+        (first,) = torch.autograd.grad(y.square().sum() + h_last.sum(), x, create_graph=True)
+        found.append(torch.autograd.grad(first.square().sum(), x)[0])
+    near(found[1], found[0], FLOAT32)
+
+
 def recurrences(inputs: Arguments) -> list[Recurrence]:
     return [
         Selective(inputs["x"], inputs["C"], inputs["delta"], inputs["A"], inputs["B"]),

@@ -97,12 +97,12 @@ def gated_scan(
 
     One kernel runs where no gradient is wanted, otherwise a differentiable scan between PyTorch's operations.
     """
-    inputs = (x, delta, A, B, C, D, skip, *h_start)
+    inputs: tuple[Any, ...] = (x, delta, A, B, C, D, skip, *h_start)
     if A.dim() == 2:
         return by_rows(gated_scan, inputs, A)
     if differentiated(*inputs):
         return reference.gated_scan(*inputs, scan=selective_scan)
-    run = _update if x.shape[1] == 1 else _scan
+    run: Any = _update if x.shape[1] == 1 else _scan
     y, h_last = run(x, delta, A, B, C, *(h_start or (None,)), D, skip)
     return y.to(x.dtype), h_last
 
@@ -139,8 +139,8 @@ def _update(
     else:
         state = h.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
     arrays = {
-        "state": state,
         "x": x,
+        "state": state,
         "dt": delta[:, 0, :, None].float().expand(-1, -1, width),
         "A": A[:, None, None].float().expand(-1, width, d_state),
         "B": B,

@@ -65,7 +65,7 @@ class Vectors:
         return self.builder.fmul(one, other, flags=FAST)
 
 
-class Sum:
+class Total:
     """A vector that a loop adds to, which ends up in a register."""
 
     def __init__(self, builder: Any) -> None:
@@ -85,7 +85,7 @@ class Sum:
         self.builder.store(total, self.place)
 
 
-def store_totals(builder: Any, sums: list[Sum], start: Any, index: Any) -> None:
+def store_totals(builder: Any, sums: list[Total], start: Any, index: Any) -> None:
     """Add up the lanes of each sum, and write the totals to an array beginning at a number.
 
     Two sums are halved and put side by side in one vector, two of these likewise, until all totals of up to
@@ -141,7 +141,7 @@ def forward_step(channels: int) -> Callable[..., None]:
             before_row, after_row, channel, decay, scale, n_state = args[6:]
             single, every = Vectors(builder, 1), range(channels)
             writes = [single.times(scale, single.load(x, builder.add(channel, INDEX(k)))) for k in every]
-            sums = [Sum(builder) for _ in every]
+            sums = [Total(builder) for _ in every]
             for vectors, n in parts(builder, n_state):
                 a, B_n, C_n = vectors.filled(decay), vectors.load(B, n), vectors.load(C, n)
                 for k in every:
@@ -182,7 +182,7 @@ def backward_step(channels: int) -> Callable[..., None]:
             single, every = Vectors(builder, 1), range(channels)
             at = [builder.add(channel, INDEX(k)) for k in every]
             writes, gys = ([single.load(start, place) for place in at] for start in (write, gy))
-            sums, decayed = [Sum(builder) for _ in every], Sum(builder)
+            sums, decayed = [Total(builder) for _ in every], Total(builder)
             for vectors, n in parts(builder, n_state):
                 a, B_n, C_n, gB_n, gC_n = vectors.filled(decay), *(vectors.load(each, n) for each in (B, C, gB, gC))
                 for k in every:
