@@ -68,7 +68,8 @@ class ActivationCache(ResidualAnalyses):
         kept_as = self._names(key)
         if isinstance(kept_as, str):
             return self.cache_dict[kept_as]
-        return torch.stack([self.cache_dict[name] for name in kept_as], dim=-3)  # [B,L,E,N]
+        states = [self.cache_dict[name] for name in kept_as]  # [B,E,N] each, in Mamba-2 [B,H,P,N]
+        return torch.stack(states, dim=int(self.has_batch_dim))  # [B,L,E,N]
 
     def __contains__(self, key: object) -> bool:
         try:
