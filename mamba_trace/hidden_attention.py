@@ -226,13 +226,14 @@ def contributions(
     check_direction("y_direction", y_direction, "E d_inner", mixer_sizes(model)["E"])
     check_direction("residual_direction", residual_direction, "D d_model", model.config.hidden_size)
     ids, asked = what_is_asked(model, prompt, layer, channels, heads, rows, columns)
-    scan = Scanned.of(model, ids, asked)
+    norm = None if residual_direction is None else FrozenNorm.inside(model.layers[asked["layer"]].ssm._module)
+    scan = Scanned.of(model, ids, asked, gated=norm is not None)
     pairs = scan.pairs(of_x=True)
     if residual_direction is not None:
         written = through_out_proj(model, asked["layer"], residual_direction, scan.skip)  # [E]
-        gate = F.silu(scan.skip.to(scan.x.dtype)) * written.to(scan.x.dtype)  # [L,E]
-        norm = FrozenNorm.inside(model.layers[asked["layer"]].ssm._module)
-        along = gate if norm is None else gate * norm.factors(scan.after_skip).to(gate)
+        along = F.silu(scan.skip.to(scan.x.dtype)) * written.to(scan.x.dtype)  # [L,E]
+        if norm is not None and scan.after_skip is not None:
+            along = along * norm.factors(scan.after_skip).to(along)
         values, measure = pairs.along(scan.by_head(along)), "alpha x along a direction of the residual stream"
     elif y_direction is not None:
         along = y_direction.to(scan.x).expand_as(scan.x)
@@ -281,8 +282,9 @@ class Scanned:
 
     Attributes:
         asked: what `what_is_asked` returned.
-        skip, x, after_skip: the sites skip, ssm_input and after_skip [L,E].
+        skip, x: the sites skip and ssm_input [L,E].
         delta, A, B, C: the sites of these names, without their batch axis.
+        after_skip: that site [L,E], if it was asked for, which lets the layer run on to there.
         P: the channels of a head in Mamba-2; ``None`` in Mamba-1.
     """
 
@@ -293,17 +295,17 @@ class Scanned:
     A: Tensor
     B: Tensor
     C: Tensor
-    after_skip: Tensor
+    after_skip: Tensor | None
     P: int | None
 
     @classmethod
-    def of(cls, model: MambaTrace, ids: Tensor, asked: dict[str, Any]) -> Scanned:
-        """Run token ids [1,L] up to the layer."""
+    def of(cls, model: MambaTrace, ids: Tensor, asked: dict[str, Any], gated: bool = False) -> Scanned:
+        """Run token ids [1,L] up to the scan of the layer, or up to its gate if ``gated``."""
         ssm = model.layers[asked["layer"]].ssm
         with torch.no_grad(), model.trace(ids) as tracer:
             skip, x, delta = (site.output[0] for site in (ssm.skip, ssm.ssm_input, ssm.delta))
             A, B, C = ssm.A.output, ssm.B.output[0], ssm.C.output[0]
-            read = nnsight.save([skip, x, delta, A, B, C, ssm.after_skip.output[0]])
+            read = nnsight.save([skip, x, delta, A, B, C, ssm.after_skip.output[0] if gated else None])
             tracer.stop()
         skip, x, delta, A, B, C, after_skip = read
         x, B, C = (value.to(delta.dtype) for value in (x, B, C))

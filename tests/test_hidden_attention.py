@@ -560,6 +560,39 @@ def test_what_cannot_be_answered_is_refused_before_anything_runs(tiny: MambaTrac
     assert not len(tiny.last_run)
 
 
+#: Heads that a kind of model lacks.
+REFUSED_HEADS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "heads of Mamba-1": ("mamba", r"heads=\[0\]: a mixer of Mamba-1 has 0 heads.*give channels=", {"heads": [0]}),
+    "heads of Falcon-Mamba": ("falcon_mamba", r"heads=1: a mixer of Mamba-1 has 0 heads", {"heads": 1}),
+    "a head that is not there": (DUAL[0], r"heads=6, but there are 6, from -6 to 5", {"heads": [5, 6]}),
+    "both": (DUAL[1], r"channels=\[1\] and heads=\[0\]: both choose", {"heads": [0], "channels": [1]}),
+}
+
+
+@pytest.mark.parametrize("question", [hidden_attention, contributions], ids=lambda one: one.__name__)
+@pytest.mark.parametrize("case", REFUSED_HEADS)
+def test_heads_that_are_not_there_are_refused_before_anything_runs(
+    prompt: Tensor, question: Callable[..., Any], case: str
+) -> None:
+    kind, message, arguments = REFUSED_HEADS[case]
+    model = make(kind)
+    with pytest.raises(SiteValueError, match=message):
+        question(model, prompt, 1, **arguments)
+    assert not len(model.last_run)
+
+
+@pytest.mark.parametrize("suffix", [".json", ".safetensors"])
+def test_heads_are_drawn_saved_and_read_back(tmp_path: Path, prompt: Tensor, suffix: str) -> None:
+    found = hidden_attention(made(DUAL[1]), prompt, 1, heads=[1, 4], reduce=None)
+    (heatmap,) = found.heatmaps()
+    agree(heatmap.values, found.values.mean(-1), 1e-12)
+    assert heatmap.title == "Hidden attention, layer 1\nmean of alpha, 2 heads"
+    read = HiddenAttention.load(found.save(tmp_path / f"attention{suffix}"))
+    assert read.heads == [1, 4]
+    assert read.channels == [4, 5, 6, 7, 16, 17, 18, 19]
+    assert torch.equal(read.values, found.values)
+
+
 @pytest.mark.parametrize("question", [hidden_attention, contributions], ids=lambda one: one.__name__)
 def test_inside_a_trace_both_are_refused_before_anything_runs(
     tiny: MambaTrace, prompt: Tensor, question: Callable[..., Any]

@@ -193,6 +193,15 @@ def test_a_state_that_is_erased_adds_nothing_from_there_on(model: MambaTrace, pr
     agree(after[0, :4], before[0, :4], 1e-10)
 
 
+def test_a_hooked_norm_counts_as_it_is(tiny_hf: ModuleFactory, prompt: Tensor) -> None:
+    """Its weight alone is changed by the hook, so that the lens is that of a model with this weight."""
+    plain, model = pair(tiny_hf, dtype=torch.float64, **RICH, **KINDS[DUAL[1]])
+    with torch.no_grad():
+        plain.backbone.layers[1].mixer.norm.weight.mul_(3)
+    model.layers[1].ssm._module.norm.register_forward_hook(lambda module, inputs, output: 3 * output)
+    agree(state_lens(model, prompt, token=TOKEN).logits, added_by_states(plain, prompt)[..., TOKEN], 1e-10)
+
+
 @pytest.mark.parametrize(
     ("layer", "rows"), [(1, [1]), (-1, [2]), ([2, 0], [0, 2]), (range(2), [0, 1]), (None, [0, 1, 2])], ids=str
 )

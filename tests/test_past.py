@@ -172,22 +172,35 @@ def test_a_state_at_padding_is_the_one_before_it(model: MambaTrace, tokens: Tens
         edit(model)
 
 
+VERBS = ("steer", "ablate", "zero_delta", "knockout", "cuts after edits", "conv")
+ANALYSES = [(t, verb) for t in TINY for verb in (*VERBS, *(("heads",) if t == "mamba2" else ()))]
+
+
 @pytest.mark.parametrize(("side", "cached"), CASES)
-@pytest.mark.parametrize("verb", ["steer", "ablate", "zero_delta", "knockout", "cuts after edits", "conv"])
+@pytest.mark.parametrize(("model", "verb"), ANALYSES, indirect=["model"])
 def test_an_analysis_of_a_padded_prompt(model: MambaTrace, tokens: Tensor, verb: str, side: str, cached: bool) -> None:
     # The same tokens by columns: all, or of the short prompt, which stands at either end.
     some = slice(None)
+    sizes = model.layers[1].ssm._module.sizes
 
     def edit(model: MambaTrace) -> None:
         ssm = model.layers[1].ssm
-        direction = torch.linspace(0.1, 0.4, model.config.intermediate_size, dtype=torch.float64)
+        direction = torch.linspace(0.1, 0.4, sizes["E"], dtype=torch.float64)
         if verb == "steer":
             steer(ssm.x_in, direction)
-            steer(ssm.write, direction[:, None].expand(-1, model.config.state_size))
+            of_states = direction[:, None].expand(-1, sizes["N"])
+            steer(ssm.write, of_states.unflatten(0, (-1, sizes["P"])) if "P" in sizes else of_states)
         elif verb == "ablate":
             ablate(ssm.x_in, direction)
             ablate(ssm.ssm_input, direction)
             ablate(ssm.delta, 0.3)
+        elif verb == "heads":
+            zero_delta(model, some, 0, heads=3)
+            steer(ssm.x_in, direction, heads=[0, 3])
+            ablate(ssm.B_in, 0.3)
+            ablate(ssm.C_conv, 0.2)
+            ablate(ssm.delta, 0.3, heads=[1, 2])
+            knockout(model, some, some, 2, heads=[1, 4], conv=True)
         elif verb == "zero_delta":
             zero_delta(model, some, 1)
         elif verb == "knockout":
@@ -204,6 +217,7 @@ def test_an_analysis_of_a_padded_prompt(model: MambaTrace, tokens: Tensor, verb:
     compare(model, tokens, edit, side, cached)
 
 
+@everywhere
 def test_means_are_over_tokens_alone_after_an_edit(model: MambaTrace, tokens: Tensor) -> None:
     with model.edit() as (_, edited):
         edited.layers[0].ssm.x_in.output[:] += 0.5
