@@ -1,6 +1,7 @@
 """The patching heatmap of the state, beside MambaLens's, and beside the matmuls that no sweep can do without.
 
-A model of mamba-130m's shape with random weights, 24 layers x 17 positions. MambaLens (in an environment of
+A model of mamba-130m's shape with random weights, 24 layers x 17 positions, or with ``--architecture mamba2`` of
+mamba2-130m's, where the same matmuls are the floor (MambaLens has no Mamba-2). MambaLens (in an environment of
 its own, see `peer_mamba_lens`) runs a forward for each of the 408 cells, on the same weights, and the values
 are compared. *floor* is the matmuls of the positions that a patch can change, layer by layer.
 
@@ -8,6 +9,7 @@ Two pairs of prompts are swept: one that differs from the first token on, so tha
 one that differs in one token in the middle, as prompts do that ask who did something.
 
     python tests/benchmarks/patching.py --mamba-lens .mamba_lens/bin/python --json patching.json
+    python tests/benchmarks/patching.py --architecture mamba2
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ import torch.nn.functional as F
 from forward import PACKAGES, SHAPE, in_words, mamba_lens
 from timing import Contender, measure, summary, table
 from torch import Tensor
+from transformers import AutoModelForCausalLM, Mamba2Config
 
 from mamba_trace import MambaTrace
 from mamba_trace.conversion import convert_state_dict
@@ -47,7 +50,8 @@ def floor(model: MambaTrace, first: int) -> Contender:
     tokens = sum(LENGTH - position for position in positions)  # of the runs that start in one layer
     steps: list[tuple[Tensor, Tensor]] = []  # input [tokens,width], weight
     for layer, block in enumerate(model._module.backbone.layers):
-        for linear in (block.mixer.in_proj, block.mixer.x_proj, block.mixer.dt_proj, block.mixer.out_proj):
+        linears = [module for module in block.mixer.modules() if isinstance(module, torch.nn.Linear)]
+        for linear in linears:
             steps.append((torch.randn((layer + 1) * tokens, linear.in_features), linear.weight))
     head = model._module.lm_head
     steps.append((torch.randn(len(model.layers) * len(positions), head.in_features), head.weight))
@@ -57,6 +61,17 @@ def floor(model: MambaTrace, first: int) -> Contender:
             F.linear(x, weight)
 
     return run
+
+
+def model_of(architecture: str) -> MambaTrace:
+    """A model of the shape of the smallest that was released, with random weights."""
+    if architecture == "mamba":
+        return MambaTrace.from_config(CONFIG)
+    # 24 heads of 64 channels in one group, states [24,64,128].
+    sizes = {**SHAPE, "state_size": 128, "num_heads": 24, "head_dim": 64, "n_groups": 1}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return MambaTrace(AutoModelForCausalLM.from_config(Mamba2Config(**sizes)).eval())
 
 
 def prompts() -> dict[int, tuple[Tensor, Tensor]]:
@@ -106,15 +121,20 @@ def compared(model: MambaTrace, pair: tuple[Tensor, Tensor], first: int, lens: A
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, default=2, help="of PyTorch and of the scan")
+    parser.add_argument("--architecture", choices=["mamba", "mamba2"], default="mamba")
     parser.add_argument("--repeats", type=int, default=5, help="timed runs of each contender")
     parser.add_argument("--mamba-lens", metavar="PYTHON", help="interpreter of an environment that has it")
     parser.add_argument("--json", type=Path, help="where to write the numbers")
     arguments = parser.parse_args()
+    if arguments.mamba_lens and arguments.architecture != "mamba":
+        parser.error("MambaLens has Mamba-1 only")
     torch.set_num_threads(arguments.threads)
     versions = {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
-    print(in_words(versions), f"{arguments.threads} threads", sep=", ")
-    model = MambaTrace.from_config(CONFIG)
-    results: dict[str, Any] = {"versions": versions, "threads": arguments.threads, "shape": SHAPE}
+    print(in_words(versions), f"{arguments.threads} threads", arguments.architecture, sep=", ")
+    model = model_of(arguments.architecture)
+    shape = {**SHAPE, "state_size": model.config.state_size}
+    results: dict[str, Any] = {"versions": versions, "threads": arguments.threads, "shape": shape}
+    results["architecture"] = arguments.architecture
     results |= {"length": LENGTH, "repeats": arguments.repeats, "first difference": {}}
     with mamba_lens(arguments.mamba_lens, arguments.threads) as lens:
         for first, pair in prompts().items():
