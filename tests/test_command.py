@@ -56,7 +56,5 @@ def test_a_site_that_the_model_lacks_is_refused_before_any_grid(
         assert sorted(path.name for path in tmp_path.iterdir()) == ["h", "inner_norm"]
         return
     monkeypatch.setattr(MambaTrace, "trace", None)
-    with pytest.raises(
-        UnknownSiteError, match=r"'inner_norm' is not a place of this model, a Mamba-1: .* of Mamba-2; "
-    ):
+    with pytest.raises(UnknownSiteError, match="'inner_norm' is not a place of this model, a Mamba-1"):
         patch.grids(model, metric)

@@ -10,10 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..scan import DUAL
+from ..scan.dual import short
 from ..scan.reference import accumulation_dtype
 from .discretisation import Discretisation, DualDiscretisation
 from .mixer import HookableMixer
 from .offers import Offers
+from .past import PastStates, SharedStates
 
 
 class DualMixer(HookableMixer):
@@ -61,6 +63,23 @@ class DualMixer(HookableMixer):
         delta_2 = offer("delta_2", offer("delta_1", delta_1) + self.dt_bias)  # [B,L,H]
         (B, C), (low, high) = others, self.time_step_limit
         return DualDiscretisation(self.by_head(x), delta_2, offer.mask, self.A_log, B, C, limit=(low, high))
+
+    def initial_state(self, offer: Offers, x: Tensor, past: PastStates) -> Tensor | SharedStates | None:
+        shared = past.shared()
+        if shared is None or offer.wants("h_start"):
+            return super().initial_state(offer, x, past)
+        offer.pass_over("h_start")
+        return shared
+
+    def fused(
+        self, x: Tensor, skip: Tensor, h: Tensor | SharedStates | None, parameters: Discretisation
+    ) -> tuple[Tensor, Tensor | None]:
+        steps, A, B, C = parameters.steps(), parameters.A, parameters.B, parameters.C
+        free = self.kernels in ("auto", "cpu") and A.dim() == 1
+        if not (isinstance(h, SharedStates) and free and short.takes(x, steps, A, B, C, self.D, skip, h.states)):
+            return super().fused(x, skip, h, parameters)
+        inputs = (self.by_head(x), steps, A, B, C, self.D, self.by_head(skip))
+        return self.by_channel(short.gated_scan(*inputs, h.states, h.places)), None
 
     def by_head(self, value: Tensor) -> Tensor:
         return value.unflatten(-1, (self.num_heads, self.head_dim))

@@ -38,7 +38,7 @@ from ..sites import Family
 from ..tracing import Visit
 from .discretisation import Discretisation
 from .offers import Offers
-from .past import PastStates, masked, seen_by
+from .past import PastStates, SharedStates, masked, seen_by
 from .run_report import LayerRun, RunReport
 from .stretches import Stretches
 
@@ -157,7 +157,7 @@ class HookableMixer(nn.Module):
         columns = self.offered(offer, self.columns_in, masked(columns, past.mask))
         x, *others = self.split(masked(self.convolve(offer, columns, past), past.mask))
         x = offer("ssm_input", x)  # [B,L,E]
-        h = self.initial_state(offer, x, past)  # [B,...,N] or None
+        h = self.initial_state(offer, x, past)  # [B,...,N], or shared by rows, or None
         gated, h = self.scan(offer, x, skip, h, self.discretisation(offer, x, delta_1, others))
         past.keep(h)
         after_skip = offer("after_skip", gated.to(hidden_states.dtype))  # [B,L,E]
@@ -235,18 +235,18 @@ class HookableMixer(nn.Module):
     # -- the scan --------------------------------------------------------------------------------------
 
     def scan(
-        self, offer: Offers, x: Tensor, skip: Tensor, h: Tensor | None, parameters: Discretisation
-    ) -> tuple[Tensor, Tensor]:
-        """The gated output of the SSM [B,L,E] and its last state [B,...,N], in as few kernels as will do."""
+        self, offer: Offers, x: Tensor, skip: Tensor, h: Tensor | SharedStates | None, parameters: Discretisation
+    ) -> tuple[Tensor, Tensor | None]:
+        """The gated output of the SSM [B,L,E] and its last state [B,...,N], in as few kernels as will do.
+
+        No state is returned where rows share those that they start from, and nobody wants one.
+        """
         parameters.offer(offer)
         wanted = offer.inside("scan", "states")
         if wanted is None:
             offer.leave_out("scan", "states")
-            steps, A, B, C = parameters.steps(), parameters.A, parameters.B, parameters.C
-            gated, h = self.scans.gated_scan(
-                self.by_head(x), steps, A, B, C, self.D, self.by_head(skip), h, kernels=self.kernels
-            )
-            return self.by_channel(gated), h
+            return self.fused(x, skip, h, parameters)
+        h = h.of_rows() if isinstance(h, SharedStates) else h
         edited = ", and A_bar, B_bar or write edited" if parameters.edited else ""
         self.last_run.reasons.append(f"{wanted} is wanted{edited}")
         pieces, h = Stretches(offer, parameters.recurrence(self.kernels), h).run()
@@ -255,11 +255,22 @@ class HookableMixer(nn.Module):
         ssm_output = offer("ssm_output", self.with_D(offer("y", y), x))  # [B,L,E]
         return F.silu(skip.to(ssm_output.dtype)).mul_(ssm_output), h
 
+    def fused(
+        self, x: Tensor, skip: Tensor, h: Tensor | SharedStates | None, parameters: Discretisation
+    ) -> tuple[Tensor, Tensor | None]:
+        """`scan` in one kernel."""
+        steps, A, B, C = parameters.steps(), parameters.A, parameters.B, parameters.C
+        h = h.of_rows() if isinstance(h, SharedStates) else h
+        gated, h = self.scans.gated_scan(
+            self.by_head(x), steps, A, B, C, self.D, self.by_head(skip), h, kernels=self.kernels
+        )
+        return self.by_channel(gated), h
+
     def with_D(self, y: Tensor, x: Tensor) -> Tensor:
         """y + D x [B,L,E]."""
         return torch.addcmul(y, x.to(y.dtype), self.D_of_channels().to(y.dtype))
 
-    def initial_state(self, offer: Offers, x: Tensor, past: PastStates) -> Tensor | None:
+    def initial_state(self, offer: Offers, x: Tensor, past: PastStates) -> Tensor | SharedStates | None:
         """The state before the first position [B,...,N], or ``None`` for zeros that nobody wants."""
         h = past.state()
         if not offer.wants("h_start"):

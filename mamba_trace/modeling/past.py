@@ -31,8 +31,8 @@ class StartingStates:
     rows may start from one place, which is kept once. No token of a call that starts here is padding.
 
     Attributes, each a list over the layers:
-        columns: the last K columns of x_in before each place [k,E,K].
-        states: the state before each place [k,E,N].
+        columns: the last K columns of the convolution before each place [k,channels,K].
+        states: the state before each place [k,...,N].
         places: the place that each row starts from: integers [B].
     """
 
@@ -41,7 +41,7 @@ class StartingStates:
     places: list[Tensor]
 
     def add(self, columns: Tensor, state: Tensor) -> None:
-        """Add a layer, each row of which starts from its own columns [B,K,E] and state [B,E,N]."""
+        """Add a layer, each row of which starts from its own columns [B,K,channels] and state [B,...,N]."""
         self.columns.append(rearrange(columns, "b k e -> b e k").contiguous())
         self.states.append(state.clone())
         self.places.append(torch.arange(len(state), device=state.device))
@@ -53,6 +53,23 @@ class StartingStates:
     def state(self, layer: int) -> Tensor:
         """The state before the call [B,E,N]."""
         return self.states[layer][self.places[layer]]
+
+
+@dataclass(frozen=True)
+class SharedStates:
+    """The states that the rows of a call start from, each of them once.
+
+    Attributes:
+        states: [k,...,N].
+        places: the number of each row's [B].
+    """
+
+    states: Tensor
+    places: Tensor
+
+    def of_rows(self) -> Tensor:
+        """The state that each row starts from [B,...,N]."""
+        return self.states[self.places]
 
 
 class CachedLayer(Protocol):
@@ -148,7 +165,13 @@ class PastStates:
                 return layer.recurrent_states[0].clone()
         return None
 
-    def keep(self, h: Tensor) -> None:
+    def shared(self) -> SharedStates | None:
+        """What `state` takes the states of a call from that starts in the middle of a prompt, else ``None``."""
+        return (
+            None if self.fixed is None else SharedStates(self.fixed.states[self.layer], self.fixed.places[self.layer])
+        )
+
+    def keep(self, h: Tensor | None) -> None:
         """Store the state after the last token of this call."""
         if self.cache is not None:
             self.cache.update_recurrent_state(h, self.layer)

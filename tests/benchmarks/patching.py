@@ -1,6 +1,7 @@
 """The patching heatmap of the state, beside MambaLens's, and beside the matmuls that no sweep can do without.
 
-A model of mamba-130m's shape with random weights, 24 layers x 17 positions. MambaLens (in an environment of
+A model of mamba-130m's shape with random weights, 24 layers x 17 positions, or with ``--architecture mamba2`` of
+mamba2-130m's, where the same matmuls are the floor (MambaLens has no Mamba-2). MambaLens (in an environment of
 its own, see `peer_mamba_lens`) runs a forward for each of the 408 cells, on the same weights, and the values
 are compared. *floor* is the matmuls of the positions that a patch can change, layer by layer.
 
@@ -8,6 +9,7 @@ Two pairs of prompts are swept: one that differs from the first token on, so tha
 one that differs in one token in the middle, as prompts do that ask who did something.
 
     python tests/benchmarks/patching.py --mamba-lens .mamba_lens/bin/python --json patching.json
+    python tests/benchmarks/patching.py --architecture mamba2
 """
 
 from __future__ import annotations
@@ -23,9 +25,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from forward import PACKAGES, SHAPE, in_words, mamba_lens
+from forward import PACKAGES, in_words, mamba_lens
 from timing import Contender, measure, summary, table
 from torch import Tensor
+from transformers import AutoConfig
 
 from mamba_trace import MambaTrace
 from mamba_trace.conversion import convert_state_dict
@@ -34,11 +37,6 @@ from mamba_trace.patching import attribution_grid, logit_diff, patch_grid
 LENGTH, DIFFERS = 17, 10
 PLUS, MINUS = 5, 6
 BESIDE = {"floor": "floor", "patch_grid": "floor", "attribution_grid": "floor"}
-CONFIG = {
-    "d_model": SHAPE["hidden_size"],
-    "n_layer": SHAPE["num_hidden_layers"],
-    "vocab_size": SHAPE["vocab_size"],
-}
 
 
 def floor(model: MambaTrace, first: int) -> Contender:
@@ -47,7 +45,8 @@ def floor(model: MambaTrace, first: int) -> Contender:
     tokens = sum(LENGTH - position for position in positions)  # of the runs that start in one layer
     steps: list[tuple[Tensor, Tensor]] = []  # input [tokens,width], weight
     for layer, block in enumerate(model._module.backbone.layers):
-        for linear in (block.mixer.in_proj, block.mixer.x_proj, block.mixer.dt_proj, block.mixer.out_proj):
+        linears = [module for module in block.mixer.modules() if isinstance(module, torch.nn.Linear)]
+        for linear in linears:
             steps.append((torch.randn((layer + 1) * tokens, linear.in_features), linear.weight))
     head = model._module.lm_head
     steps.append((torch.randn(len(model.layers) * len(positions), head.in_features), head.weight))
@@ -59,10 +58,15 @@ def floor(model: MambaTrace, first: int) -> Contender:
     return run
 
 
+def model_of(architecture: str) -> MambaTrace:
+    """A model of the shape of the smallest that was released, with random weights."""
+    return MambaTrace.from_config(AutoConfig.for_model(architecture, **SHAPES[architecture]))
+
+
 def prompts() -> dict[int, tuple[Tensor, Tensor]]:
     """Pairs of prompt and source [1,L], by the first position at which they differ."""
     generator = torch.Generator().manual_seed(0)
-    first, second = torch.randint(0, SHAPE["vocab_size"], (2, 1, LENGTH), generator=generator)
+    first, second = torch.randint(0, SHAPES["mamba"]["vocab_size"], (2, 1, LENGTH), generator=generator)
     one = first.clone()
     one[:, DIFFERS] = second[:, DIFFERS]
     return {0: (first, second), DIFFERS: (first, one)}
@@ -106,15 +110,20 @@ def compared(model: MambaTrace, pair: tuple[Tensor, Tensor], first: int, lens: A
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, default=2, help="of PyTorch and of the scan")
+    parser.add_argument("--architecture", choices=["mamba", "mamba2"], default="mamba")
     parser.add_argument("--repeats", type=int, default=5, help="timed runs of each contender")
     parser.add_argument("--mamba-lens", metavar="PYTHON", help="interpreter of an environment that has it")
     parser.add_argument("--json", type=Path, help="where to write the numbers")
     arguments = parser.parse_args()
+    if arguments.mamba_lens and arguments.architecture != "mamba":
+        parser.error("MambaLens has Mamba-1 only")
     torch.set_num_threads(arguments.threads)
     versions = {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
-    print(in_words(versions), f"{arguments.threads} threads", sep=", ")
-    model = MambaTrace.from_config(CONFIG)
-    results: dict[str, Any] = {"versions": versions, "threads": arguments.threads, "shape": SHAPE}
+    print(in_words(versions), f"{arguments.threads} threads", arguments.architecture, sep=", ")
+    model = model_of(arguments.architecture)
+    results: dict[str, Any] = {"versions": versions, "threads": arguments.threads}
+    results["shape"] = SHAPES[arguments.architecture]
+    results["architecture"] = arguments.architecture
     results |= {"length": LENGTH, "repeats": arguments.repeats, "first difference": {}}
     with mamba_lens(arguments.mamba_lens, arguments.threads) as lens:
         for first, pair in prompts().items():

@@ -53,7 +53,7 @@ class MambaLens:
 
     Example::
 
-        with MambaLens(".mamba_lens/bin/python", SHAPE, "blocks.12.hook_h.5", threads=2) as peer:
+        with MambaLens(".mamba_lens/bin/python", SHAPES["mamba"], "blocks.12.hook_h.5", threads=2) as peer:
             run = peer.contender("edit", 128)
             run()  # Milliseconds
     """
