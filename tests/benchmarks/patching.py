@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from forward import PACKAGES, in_words, mamba_lens
+from forward import PACKAGES, SHAPES, in_words, mamba_lens
 from timing import Contender, measure, summary, table
 from torch import Tensor
 from transformers import AutoConfig
