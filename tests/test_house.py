@@ -165,3 +165,20 @@ def foreign(node: ast.AST) -> list[str]:
     if isinstance(node, ast.Import):
         return [alias.name for alias in node.names]
     return [str(node.module)] if isinstance(node, ast.ImportFrom) and not node.level else []
+
+
+#: Fields of a configuration that mean something else, or are missing, in another architecture.
+SIZES_OF_A_MIXER = "intermediate_size state_size conv_kernel time_step_rank num_heads head_dim n_groups expand".split()
+
+
+def test_only_the_adapters_and_the_conversion_read_sizes_from_a_configuration() -> None:
+    """Everything else asks the mixer: in a hybrid ``config.intermediate_size`` is the width of an MLP."""
+    elsewhere = [
+        f"{module}, line {node.lineno}: config.{node.attr}"
+        for module, path in MODULES.items()
+        if not module.startswith(("conversion", "modeling.architectures"))
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Attribute) and node.attr in SIZES_OF_A_MIXER
+        if ast.unparse(node.value).endswith(("config", "cfg"))
+    ]
+    assert not elsewhere
