@@ -3,7 +3,8 @@
 `ActivationCache` is a mapping from hook names to tensors that also understands paths
 (``cache["layers[3].ssm.h[5]"]``) and TransformerLens's shorthand (``cache["resid_post", -1]``). It stacks the
 states of all positions (``cache["h", 3]`` is [B,L,E,N], in Mamba-2 [B,L,H,P,N]). For a missing value the error
-says whether there is no such place or whether the run left it out. The analyses of the residual stream are in `residual`.
+says whether there is no such place or whether the run left it out. The analyses of the residual stream are in
+`residual`.
 """
 
 from __future__ import annotations
