@@ -22,7 +22,7 @@ import typer
 from typer.core import TyperGroup
 
 from ._version import __version__
-from .errors import MambaTraceError, PromptError
+from .errors import FileError, MambaTraceError, PromptError
 
 if TYPE_CHECKING:
     from .model import MambaTrace
@@ -30,11 +30,13 @@ if TYPE_CHECKING:
 PROMPT = "Lately, Emma and Shelby had fun at school. Shelby gave an apple to"
 SOURCE = "Lately, Emma and Shelby had fun at school. Emma gave an apple to"
 DEMO = "demo"
+#: The models that ship: the argument of `MambaTrace.demo` for each name.
+DEMOS = {DEMO: "mamba", "demo-mamba2": "mamba2"}
 #: What ``patch`` can measure, and the dtypes that it can load a model in.
 MetricName = Literal["logit-diff", "logit", "log-prob", "prob"]
 Dtype = Literal["float32", "float64", "float16", "bfloat16"]
 #: Options of several commands.
-ModelName = Annotated[str, typer.Option(help="A hub id or a folder; 'demo' is the model that ships.")]
+ModelName = Annotated[str, typer.Option(help="A hub id or a folder; 'demo' and 'demo-mamba2' ship.")]
 Kernels = Annotated[str, typer.Option(help="The backend of the scan: auto or its name.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 
@@ -198,15 +200,23 @@ def info(
 
 @app.command()
 def port(
-    what: Annotated[str, typer.Argument(help="A hook name, or a script FILE.py.")], as_json: AsJson = False
+    what: Annotated[str, typer.Argument(help="A hook name, or a script FILE.py.")],
+    out: Annotated[Path | None, typer.Option(help="Write the ported script to this file.")] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Say what a hook name, or a script of MambaLens or TransformerLens, is here. Never runs the script."""
     from .porting import is_file, port_file, port_name
 
     if is_file(what):
         report = port_file(what)
+        if out is not None:
+            from .results.files import check_writable  # which needs torch
+
+            check_writable(out, (".py",)).write_text(report.script, encoding="utf-8", newline="")
         typer.echo(json.dumps(report.as_dict(), indent=1) if as_json else str(report))
         return
+    if out is not None:
+        raise FileError(f"--out writes a script, and {what} is a hook name")
     path = port_name(what)
     typer.echo(json.dumps({"found": what, "becomes": path}) if as_json else path)
 
@@ -224,7 +234,7 @@ def versions() -> str:
 
 
 def load_model(name: str, kernels: str, quiet: bool, dtype: str | None = None, device: str | None = None) -> MambaTrace:
-    """Load the shipped model for ``"demo"``, a checkpoint for any other name."""
+    """Load a shipped model for a name in `DEMOS`, a checkpoint for any other name."""
     import torch
     from transformers.utils.logging import disable_progress_bar
 
@@ -242,7 +252,7 @@ def load_model(name: str, kernels: str, quiet: bool, dtype: str | None = None, d
     device = device or own_device()
     if device is not None:
         options["device_map"] = device
-    return MambaTrace.demo(**options) if name == DEMO else MambaTrace(name, **options)
+    return MambaTrace.demo(DEMOS[name], **options) if name in DEMOS else MambaTrace(name, **options)
 
 
 def check_text(**options: str) -> None:

@@ -14,6 +14,9 @@ differ, both are taken. As there, a string gets a beginning-of-sequence token un
 and ``with model.generate(...)``, which are nnsight's, does not. ``generate`` without a ``with`` is
 TransformerLens's. Conversions lose nothing (`mamba_trace.conversion`).
 
+MambaLens has Mamba-1. A Falcon-Mamba, whose hook names are the same, is accepted as well; a Mamba-2 is not, since
+the names and shapes of its weights are none of MambaLens's: `MambaTrace` has all of this for it but those.
+
 What is different: ``fast_conv`` and ``fast_ssm`` choose nothing, as no kernel disables a hook; ``model.cfg``
 is read-only; the embedding and lm_head are one parameter where the checkpoint ties them; and there is no
 InputDependentHookPoint. MambaLens makes a hook for each position before each run, because a hook is an object
@@ -34,7 +37,9 @@ from transformers import PreTrainedTokenizerBase
 from .arguments.padding import remember, remembered
 from .arguments.prompts import prompt_of
 from .conversion import check_state_dict, convert_state_dict
-from .errors import PromptError
+from .conversion.building import from_scratch
+from .conversion.checkpoints import Checkpoint
+from .errors import CheckpointError, PromptError
 from .hooked.generation import generation_options
 from .hooked.mamba_cfg import (
     MambaCfg,
@@ -46,7 +51,8 @@ from .hooked.mamba_cfg import (
     plain,
 )
 from .hooked.run_with import KERNEL_FLAGS, explain_away
-from .model import MambaTrace, from_scratch
+from .model import MambaTrace
+from .modeling.architectures import ARCHITECTURES, Architecture, architecture_of
 from .tracing.one_run import WithBlockNotFoundError
 
 __all__ = [
@@ -82,7 +88,7 @@ class HookedMamba(MambaTrace):
         **kwargs: as for `MambaTrace`.
 
     Raises:
-        CheckpointError: if ``cfg`` is no configuration of a Mamba-1.
+        CheckpointError: if ``cfg`` is no configuration of a Mamba-1 or a Falcon-Mamba.
 
     Example::
 
@@ -110,6 +116,8 @@ class HookedMamba(MambaTrace):
             device = None  # a module stays where it is
             if not prepend:
                 self.default_prepend_bos = False
+        if isinstance(cfg, nn.Module):
+            _check_architecture(architecture_of(cfg))
         if device is not None:
             kwargs["device"] = device
         super().__init__(cfg, tokenizer=tokenizer, **kwargs)
@@ -131,13 +139,20 @@ class HookedMamba(MambaTrace):
             **kwargs: as for `MambaTrace`: ``dtype``, ``revision``, ``device_map``, ``kernels``, ...
 
         Raises:
-            CheckpointError: if there is no such checkpoint, or it is no Mamba.
+            CheckpointError: if there is no such checkpoint, or it is no Mamba-1 and no Falcon-Mamba.
 
         Example::
 
             model = HookedMamba.from_pretrained("state-spaces/mamba-370m")
         """
         return cls(pretrained_model_name, tokenizer, device=device, **{"dispatch": True, **kwargs})
+
+    def _find(self, *args: Any, **kwargs: Any) -> Checkpoint:
+        checkpoint = super()._find(*args, **kwargs)
+        for architecture in ARCHITECTURES:
+            if isinstance(checkpoint.config, architecture.config_class):
+                _check_architecture(architecture)
+        return checkpoint
 
     # -- running ---------------------------------------------------------------------------------------
 
@@ -307,6 +322,15 @@ class HookedMamba(MambaTrace):
 
     def _remoteable_class(self) -> type:
         return MambaTrace  # the model that servers know
+
+
+def _check_architecture(architecture: Architecture) -> None:
+    """Refuse an architecture that MambaLens has no names for. Raises `CheckpointError`."""
+    if architecture.family != "selective":
+        raise CheckpointError(
+            f"this is a {architecture.name}, and a HookedMamba, as in MambaLens, is a Mamba-1 or a Falcon-Mamba: "
+            f"mamba_trace.MambaTrace takes it, and has the same hook names, run_with_cache and run_with_hooks"
+        )
 
 
 def _get(cfg: Any, name: str, default: Any) -> Any:

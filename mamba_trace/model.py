@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._guards import detect_fake_mode
-from transformers import MambaConfig, MambaForCausalLM, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from . import names
 from .arguments import padding
@@ -27,13 +27,11 @@ from .arguments.prompt_forms import (
     check_token_lists,
     check_tokens,
 )
-from .conversion import check_state_dict, convert_config, convert_state_dict, residuals_per_layer
+from .conversion.building import from_scratch, from_weights
 from .conversion.config_names import check_names
-from .conversion.initialization import initialize
 from .conversion.load_options import dtype_of
 from .conversion.model_loading import Loading
-from .conversion.weight_sizes import check_buildable
-from .errors import PromptError
+from .errors import CheckpointError, PromptError
 from .hooked.hooks import KEEPING_HOOKS, none_kept
 from .hooked.run_with import HookedRuns
 from .hooked.tokens import Tokens
@@ -52,6 +50,8 @@ from .tracing.visit import take_note_of_prompt
 #: This package's names for modules of Hugging Face's, by path.
 RENAME = {f"backbone.{name}": name for name in ("embeddings", "layers", "norm_f")} | {"mixer": "ssm"}
 DEMO = Path(__file__).parent / "demo_model"
+#: The models that ship, by the architecture that `MambaTrace.demo` takes.
+DEMOS = {"mamba": DEMO, "mamba2": Path(__file__).parent / "demo_model_mamba2"}
 
 
 class MambaTrace(HookedRuns, LensViews, Tokens, Loading, RootEnvoy):
@@ -59,7 +59,8 @@ class MambaTrace(HookedRuns, LensViews, Tokens, Loading, RootEnvoy):
 
     Args:
         repo_id: a hub id or a local folder, in Hugging Face's or the original state-spaces format; or a
-            loaded ``MambaForCausalLM``, which is made hookable in place.
+            loaded ``MambaForCausalLM``, ``FalconMambaForCausalLM`` or ``Mamba2ForCausalLM``, which is made
+            hookable in place.
         tokenizer: the tokenizer; if not given, the checkpoint's. The model uses a copy, in which a missing
             padding token becomes the end-of-sequence token.
         kernels: which scan runs: ``"auto"``, the fastest for each call, or one of ``"reference"``, ``"cpu"``,
@@ -168,17 +169,26 @@ class MambaTrace(HookedRuns, LensViews, Tokens, Loading, RootEnvoy):
     # -- other ways to make one ------------------------------------------------------------------------
 
     @classmethod
-    def demo(cls, **kwargs: Any) -> MambaTrace:
-        """The small trained model that ships with the package: who was given the apple?
+    def demo(cls, architecture: str = "mamba", **kwargs: Any) -> MambaTrace:
+        """A small trained model that ships with the package: who was given the apple?
+
+        Args:
+            architecture: ``"mamba"`` or ``"mamba2"``: both were trained on the same sentences.
+            **kwargs: as for `MambaTrace`.
 
         Returns:
             A model whose weights are loaded, without a download.
 
+        Raises:
+            CheckpointError: if no model of this architecture ships.
+
         Example::
 
-            model = MambaTrace.demo()
+            model = MambaTrace.demo("mamba2")
         """
-        return cls(str(DEMO), **{"dispatch": True, **kwargs})
+        if architecture not in DEMOS:
+            raise CheckpointError(f"no demo of {architecture!r} ships; there are {' and '.join(map(repr, DEMOS))}")
+        return cls(str(DEMOS[architecture]), **{"dispatch": True, **kwargs})
 
     @classmethod
     def from_config(
@@ -193,7 +203,8 @@ class MambaTrace(HookedRuns, LensViews, Tokens, Loading, RootEnvoy):
         """A model from scratch, initialised as the Mamba authors do.
 
         Args:
-            config: a ``MambaConfig``, or a configuration in the original or MambaLens's format.
+            config: a ``MambaConfig``, ``FalconMambaConfig`` or ``Mamba2Config``, or a configuration in the
+                original or MambaLens's format.
             tokenizer: needed for prompts that are strings.
             seed: the seed of a generator of its own; torch's global generator is not used.
             dtype: the dtype of the parameters.
@@ -221,6 +232,9 @@ class MambaTrace(HookedRuns, LensViews, Tokens, Loading, RootEnvoy):
     ) -> MambaTrace:
         """A model from a configuration and a state dict, each in any of the three formats.
 
+        The parameters of a Falcon-Mamba have the names and shapes of a Mamba-1's: the configuration must be the
+        one that belongs to them.
+
         Args:
             config: original, MambaLens's or Hugging Face's.
             state_dict: original, MambaLens's or Hugging Face's; values are taken bit for bit.
@@ -228,19 +242,13 @@ class MambaTrace(HookedRuns, LensViews, Tokens, Loading, RootEnvoy):
             **kwargs: as for `MambaTrace`.
 
         Raises:
-            CheckpointError: if keys or shapes do not fit the configuration.
+            CheckpointError: if keys, shapes or the format do not fit the configuration.
 
         Example::
 
             same = MambaTrace.from_state_dict(model.config, model._module.state_dict())
         """
-        check_names(config)
-        hf_config = convert_config(config, "huggingface", trained=True)
-        weights = convert_state_dict(state_dict, "huggingface")
-        check_state_dict(weights, hf_config)
-        module = _empty(hf_config, next(iter(weights.values())).dtype)
-        module.load_state_dict(weights, strict=False)  # keys were checked above, but for a tied lm_head
-        return cls(module, tokenizer=tokenizer, **kwargs)
+        return cls(from_weights(config, state_dict), tokenizer=tokenizer, **kwargs)
 
     # -- the sites -------------------------------------------------------------------------------------
 
@@ -259,7 +267,7 @@ class MambaTrace(HookedRuns, LensViews, Tokens, Loading, RootEnvoy):
             with model.trace("Emma gave an apple to"):
                 state = model.hook("blocks.1.hook_h.2").output.save()  # [B,E,N]
         """
-        place = names.check_family(names.parse(name), self.architecture.family, name)
+        place = names.parse(name, self.architecture.family)
         if place.layer is not None:
             names.layer_index(place.layer, len(self.layers), repr(name))
         return self.get(place.module_path)
@@ -346,23 +354,6 @@ class MambaTrace(HookedRuns, LensViews, Tokens, Loading, RootEnvoy):
         check_tokens(self, invokes, kwargs)
         take_note_of_prompt(self.interleaver, kwargs)
         return args, kwargs
-
-
-def from_scratch(config: Any, dtype: torch.dtype, seed: int) -> nn.Module:
-    """A module of a configuration in any format, initialised as the Mamba authors do."""
-    module = _empty(convert_config(config, "huggingface"), dtype)
-    initialize(module, seed=seed, n_residuals_per_layer=residuals_per_layer(config))
-    return module
-
-
-def _empty(config: MambaConfig, dtype: torch.dtype) -> MambaForCausalLM:
-    """A module with uninitialised parameters. No random numbers are drawn."""
-    check_buildable("the configuration", config, dtype)
-    with torch.device("meta"):
-        module: Any = MambaForCausalLM(config)
-    module.to(dtype).to_empty(device="cpu")
-    module.tie_weights()
-    return module
 
 
 def _holds_text(inputs: Any) -> bool:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 import math
 import os
+import re
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -33,8 +34,10 @@ from transformers import (
     PreTrainedConfig,
 )
 
-from mamba_trace import MambaTrace
+from mamba_trace import MambaTrace, names
 from mamba_trace.conversion.checkpoints import save_original
+from mamba_trace.modeling.run_report import LayerRun
+from mamba_trace.sites import SITES
 
 BATCH, LENGTH, N_LAYERS = 3, 9, 3
 SIZES = {
@@ -55,6 +58,8 @@ TINY: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
         {**SIZES, "num_heads": 6, "head_dim": 4, "n_groups": 2, "chunk_size": 4, "tie_word_embeddings": True},
     ),
 }
+#: One model type of each family. `test_reference` has Falcon-Mamba, whose sites are Mamba-1's.
+MODEL_TYPES = ["mamba", "mamba2"]
 #: Changes of the tiny configuration that take other paths through the code or change which axes are equal.
 VARIANTS: list[dict[str, Any]] = [
     {},
@@ -73,6 +78,18 @@ OTHERS: list[dict[str, Any]] = [
     {"model_type": "mamba2", "use_conv_bias": False, "num_heads": 2, "head_dim": 12, "conv_kernel": 1},
     {"model_type": "mamba2", "n_groups": 6, "state_size": 1, "tie_word_embeddings": False},
 ]
+
+
+def has(model_type: str, path: str) -> bool:
+    """Whether the models of this type have the site or the inner module at the end of a path."""
+    family = "dual" if model_type == "mamba2" else "selective"
+    return family in names.families_of(re.sub(r"\[.*", "", path.rsplit(".", 1)[-1]))
+
+
+#: For a test with `tiny` or `hf` that holds in both families.
+both_families = pytest.mark.parametrize("model_type", MODEL_TYPES)
+#: The sites of Mamba-1.
+MAMBA_SITES = [site for site in SITES if has("mamba", site.name)]
 
 
 class ModuleFactory(Protocol):
@@ -144,12 +161,24 @@ def agree(actual: Tensor, expected: Tensor, tolerance: float = 1e-5, what: str =
     near(actual, expected, tolerance, what)
 
 
-def near(actual: Tensor, expected: Tensor, tolerance: float, what: str = "the value") -> None:
-    """`agree` for an ``expected`` value in float64, which is the exact value of ``actual`` in any dtype."""
+def near(actual: Tensor, expected: Tensor, tolerance: float, what: str = "the value", smallest: float = 0.0) -> None:
+    """`agree` for an ``expected`` value in float64, which is the exact value of ``actual`` in any dtype.
+
+    An error of ``smallest`` is none: the least that a half-precision dtype tells from 0.
+    """
     assert actual.shape == expected.shape, what
     actual, expected = actual.detach().double(), expected.detach().double()
     error, largest = (float(t.abs().max()) if t.numel() else 0.0 for t in (actual - expected, expected))
-    assert error <= tolerance * largest, f"{what}: off by {error:.1e}, the largest value being {largest:.1e}"
+    assert error <= tolerance * largest + smallest, f"{what}: off by {error:.1e}, the largest value being {largest:.1e}"
+
+
+#: The kernels of a layer in which nothing is wanted that they do not hand out.
+FUSED = ["conv_silu", "gated_scan"]
+
+
+def functions(run: LayerRun) -> list[str]:
+    """The kernel calls of a layer by their names, in order."""
+    return [call.function for call in run.calls]
 
 
 def layers_that_ran(model: MambaTrace) -> list[int]:
@@ -176,9 +205,21 @@ def tiny_hf() -> ModuleFactory:
 
 
 @pytest.fixture
-def tiny(tiny_hf: ModuleFactory) -> MambaTrace:
+def model_type() -> str:
+    """The model type of `tiny` and `hf`: Mamba-1, unless a test or a file says otherwise."""
+    return "mamba"
+
+
+@pytest.fixture
+def tiny(tiny_hf: ModuleFactory, model_type: str) -> MambaTrace:
     """A new MambaTrace over ``tiny_hf()``."""
-    return MambaTrace(tiny_hf())
+    return MambaTrace(tiny_hf(model_type=model_type))
+
+
+@pytest.fixture
+def hf(tiny_hf: ModuleFactory, model_type: str) -> MambaForCausalLM:
+    """The weights of ``tiny`` in Hugging Face's own module, in float64."""
+    return tiny_hf(model_type=model_type).double()
 
 
 @pytest.fixture

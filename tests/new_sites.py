@@ -23,7 +23,11 @@ NEW = [
     (
         'Site("conv", "mixer"',
         'Site("conv_out", "mixer", "BLE", "hook_conv_out", "SiLU of conv", stage="conv")',
-        ("mixer", 'self.act(offer("conv", conv))', 'offer("conv_out", self.act(offer("conv", conv)))'),
+        (
+            "mixer",
+            "self.act(self.offered(offer, self.columns_out, conv))",
+            'offer("conv_out", self.act(self.offered(offer, self.columns_out, conv)))',
+        ),
     ),
     (
         'Site("h", "mixer"',
@@ -33,7 +37,7 @@ NEW = [
     (
         'Site("h_read", "mixer"',
         'Site("raw_y", "mixer", "BLE", "hook_raw_y", "C h", stage="scan", alias=True)',
-        ("mixer", 'offer("y", y)', 'offer("y", offer("raw_y", joined(pieces)))'),
+        ("mixer", 'offer("y", y)', 'offer("y", offer("raw_y", y))'),
     ),
     (
         'Site("out_proj", "mixer"',

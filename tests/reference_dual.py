@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from reference import EditValue, _hook_name
+from reference import EditValue, _convolution, _hook_name
 from torch import Tensor
 
 
@@ -37,22 +37,12 @@ def _block(w: Mapping[str, Tensor], config: Any, resid: Tensor, edit: EditValue)
     skip, x_in, B_in, C_in, delta_1 = rows.split([E, E, G * N, G * N, H], dim=-1)
     skip, x_in = edit("skip", skip), edit("in_proj", x_in)
     B_in, C_in = (edit(name, t.unflatten(-1, (G, N))) for name, t in (("B_in", B_in), ("C_in", C_in)))
-    kernel, bias = (
-        w["mixer.conv1d.weight"][:, 0],
-        w.get("mixer.conv1d.bias", torch.zeros(E + 2 * G * N).double()),
-    )
-    parts = zip(
-        (x_in, B_in.flatten(2), C_in.flatten(2)),
-        kernel.split([E, G * N, G * N]),
-        bias.split([E, G * N, G * N]),
-        strict=True,
-    )
-    conv, B_conv, C_conv = (_convolution(columns, taps) + b for columns, taps, b in parts)
+    joined = torch.cat((x_in, B_in.flatten(2), C_in.flatten(2)), dim=-1)
+    columns = _convolution(joined, w["mixer.conv1d.weight"]) + w.get("mixer.conv1d.bias", 0)
+    columns = edit("mixer.conv1d.hook_out", columns.transpose(1, 2))  # [B,E+2GN,L+K-1]: both ends are padded
+    conv, B_conv, C_conv = columns.transpose(1, 2)[:, : u.shape[1]].split([E, G * N, G * N], dim=-1)
     conv = edit("conv", conv)
-    B_conv, C_conv = (
-        edit("B_conv", B_conv.unflatten(-1, (G, N))),
-        edit("C_conv", C_conv.unflatten(-1, (G, N))),
-    )
+    B_conv, C_conv = (edit(name, t.unflatten(-1, (G, N))) for name, t in (("B_conv", B_conv), ("C_conv", C_conv)))
     x = edit("ssm_input", _silu(conv))
     h = edit("h_start", x.new_zeros(x.shape[0], H, P, N))
     delta_1 = edit("delta_1", delta_1)
@@ -76,12 +66,6 @@ def _block(w: Mapping[str, Tensor], config: Any, resid: Tensor, edit: EditValue)
     normed = edit("inner_norm", _rms(gated.unflatten(-1, (G, -1)), eps).flatten(-2) * w["mixer.norm.weight"])
     out = edit("out_proj", normed @ w["mixer.out_proj.weight"].T + w.get("mixer.out_proj.bias", 0))
     return edit("resid_post", resid + out)
-
-
-def _convolution(x: Tensor, weight: Tensor) -> Tensor:
-    taps, length = weight.shape[-1], x.shape[1]
-    before = torch.cat((x.new_zeros(x.shape[0], taps - 1, x.shape[2]), x), dim=1)
-    return sum(before[:, k : k + length] * weight[:, k] for k in range(taps))
 
 
 def _rms(x: Tensor, eps: float) -> Tensor:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate.hooks import attach_align_device_hook
-from conftest import LENGTH, N_LAYERS, ModuleFactory, agree
+from conftest import LENGTH, N_LAYERS, TINY, ModuleFactory, agree
 from reference import forward
 from torch import Tensor
 
@@ -27,9 +27,9 @@ PROMPT = "Lately, Emma and Shelby had fun at school. Shelby gave an apple to"
 LAST = N_LAYERS - 1
 
 
-@pytest.fixture(scope="module")
-def model(tiny_hf: ModuleFactory) -> MambaTrace:
-    return MambaTrace(tiny_hf(dtype=torch.float64, tie_word_embeddings=False))
+@pytest.fixture(scope="module", params=TINY)
+def model(tiny_hf: ModuleFactory, request: pytest.FixtureRequest) -> MambaTrace:
+    return MambaTrace(tiny_hf(model_type=request.param, dtype=torch.float64, tie_word_embeddings=False))
 
 
 @pytest.fixture(scope="module")
@@ -102,17 +102,23 @@ def test_a_site_of_every_layer_stacked(cache: ActivationCache, values: dict[str,
 
 def test_every_site_has_a_shorthand(model: MambaTrace, tokens: Tensor) -> None:
     """Those that MambaLens has no hook for, too."""
+    family = model.architecture.family
     others = [site.hook_name(0) for site in SITES if not site.in_mamba_lens]
     assert "blocks.0.mixer.hook_ssm_state" in others
     _, cache = model.run_with_cache(tokens, [lambda name: True, *others])
     for site in SITES:
         key: Any = site.name if site.scope == "model" else (site.name, 0)
-        assert cache[key].dim() == len(site.axes), site.name
+        if family in site.families:
+            assert cache[key].dim() == len(site.axes_in(family)), site.name
+        else:
+            assert key not in cache
+            with pytest.raises(UnknownSiteError, match=f"{site.name}' is not a place .* a Mamba-1: .* of Mamba-2; "):
+                cache[key]
 
 
 @pytest.mark.parametrize(
     "key",
-    [("write", 1), ("h_read", 2), "blocks.1.mixer.x_proj.hook_out", "layers[0].ssm.conv1d"],
+    [("write", 1), ("h_read", 2), "blocks.1.mixer.in_proj.hook_out", "layers[0].ssm.conv1d"],
     ids=str,
 )
 def test_what_mamba_lens_has_no_hook_of_is_kept_when_asked_for(
@@ -215,6 +221,23 @@ def test_without_the_batch_axis(demo: MambaTrace) -> None:
     agree(cache.decompose_resid().sum(0), cache["resid_post", -1])
     attributions = cache.logit_attrs(cache.decompose_resid(), " Emma").sum(0)
     agree(attributions.detach(), cache["logits"][:, demo.to_single_token(" Emma")])
+
+
+def test_the_states_of_all_positions_without_the_batch_axis(tiny_hf: ModuleFactory, tokens: Tensor) -> None:
+    model = MambaTrace(tiny_hf(model_type="mamba2"))
+    _, cache = model.run_with_cache(tokens[:1], remove_batch_dim=True)
+    H, P, N = 6, 4, 5
+    assert cache["h", 1].shape == (LENGTH, H, P, N)
+    assert torch.equal(cache["h", 1][5], cache["blocks.1.hook_h.5"])
+    assert cache["A", 1].shape == (H,)
+
+
+def test_a_name_of_another_architecture_is_no_key(cache: ActivationCache, model: MambaTrace) -> None:
+    dual = model.architecture.family == "dual"
+    key, had = ("blocks.0.mixer.x_proj.hook_out", "Mamba-1") if dual else ("blocks.0.hook_B_conv", "Mamba-2")
+    assert key not in cache
+    with pytest.raises(UnknownSiteError, match=f"'{key}' is not a place of this model, .* of a? ?{had}; "):
+        cache[key]
 
 
 def test_several_prompts_keep_their_axis(cache: ActivationCache) -> None:

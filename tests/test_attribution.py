@@ -9,13 +9,12 @@ import pytest
 import reference
 import torch
 from conftest import ModuleFactory
-from grids import LONG, MINUS, OURS, PLUS, THEIRS
+from grids import LONG, MINUS, OURS, PATCHED, PLUS, THEIRS
 from torch import Tensor
 
 from mamba_trace import MambaTrace
 from mamba_trace.errors import ArgumentError, MetricError
 from mamba_trace.patching import attribution_grid, log_prob, logit_diff, patch_grid
-from mamba_trace.patching.question import POSITIONAL
 from mamba_trace.sites import BY_NAME
 
 
@@ -63,13 +62,14 @@ def first_order(module: Any, site: str, steps: int) -> Tensor:
 
 
 @pytest.mark.parametrize("steps", [1, 3])
-@pytest.mark.parametrize("site", POSITIONAL)
+@pytest.mark.parametrize(("model_type", "site"), PATCHED)
 def test_a_grid_is_the_difference_of_values_times_the_gradient(
-    exact: MambaTrace, tiny_hf: ModuleFactory, site: str, steps: int
+    tiny_hf: ModuleFactory, model_type: str, site: str, steps: int
 ) -> None:
-    got = attribution_grid(exact, OURS, THEIRS, site, logit_diff(exact, PLUS, MINUS), steps=steps)
-    expected = first_order(tiny_hf(dtype=torch.float64), site, steps)
-    torch.testing.assert_close(got.values, expected, rtol=1e-9, atol=1e-9)
+    model = MambaTrace(tiny_hf(model_type=model_type, dtype=torch.float64))
+    got = attribution_grid(model, OURS, THEIRS, site, logit_diff(model, PLUS, MINUS), steps=steps)
+    expected = first_order(tiny_hf(model_type=model_type, dtype=torch.float64), site, steps)
+    torch.testing.assert_close(got.values, expected, rtol=1e-10, atol=1e-10)
     assert (expected - got.prompt_metric).abs().max() > 1e-4
     assert got.method == ("attribution" if steps == 1 else "integrated gradients")
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import make_hf
+from family_models import MODEL_TYPES, each_architecture, family_model
 from safetensors import safe_open
 
 from mamba_trace import MambaTrace
@@ -115,3 +116,62 @@ def test_it_cannot_be_assigned_to(tiny: MambaTrace, name: str, words: str) -> No
         tiny.cfg = 1
     assert isinstance(tiny.cfg, LensConfig)
     assert tiny.cfg.d_model == tiny.config.hidden_size == 12
+
+
+# ---------------------------------------------------------------- the other architectures
+
+
+def test_mamba2_under_the_same_names() -> None:
+    cfg = MambaTrace(family_model("mamba2", time_step_min=0.01)).cfg
+    assert (cfg.d_model, cfg.D, cfg.n_layers, cfg.d_inner, cfg.E, cfg.expand) == (12, 12, 3, 24, 24, 2)
+    assert (cfg.d_state, cfg.N, cfg.d_conv, cfg.D_conv, cfg.vocab_size, cfg.V) == (5, 5, 3, 3, 31, 31)
+    assert (cfg.n_heads, cfg.H, cfg.d_head, cfg.P, cfg.n_groups, cfg.G) == (6, 6, 4, 4, 2, 2)
+    assert (cfg.bias, cfg.conv_bias, cfg.eps, cfg.n_ctx) == (False, True, 1e-5, None)
+    assert (cfg.chunk_size, tuple(cfg.dt_limit)) == (4, (0.0, float("inf")))
+    assert (cfg.initializer_cfg.dt_min, cfg.initializer_cfg.A_init_range) == (0.01, (1.0, 16.0))
+    assert cfg.H * cfg.P == cfg.E
+
+
+def test_falcon_mamba_under_the_same_names() -> None:
+    cfg, of_mamba = (MambaTrace(family_model(each)).cfg for each in ("falcon_mamba", "mamba"))
+    assert cfg.inner_eps == 1e-6
+    values = cfg.to_dict()
+    del values["inner_eps"]
+    assert values == of_mamba.to_dict()
+
+
+@each_architecture
+def test_every_name_has_a_value(model_type: str) -> None:
+    cfg = MambaTrace(family_model(model_type)).cfg
+    assert list(cfg) == list(cfg.to_dict())
+    assert all(getattr(cfg, name) is not None for name in cfg if name != "n_ctx")
+    assert "  n_layers: 3\n" in repr(cfg)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "name", "words"),
+    [
+        ("mamba", "d_head", "a Mamba has no attention heads, and only a Mamba-2 has heads of its own"),
+        ("falcon_mamba", "n_heads", "a Mamba has no attention heads, and only a Mamba-2 has heads of its own"),
+        ("mamba", "n_groups", "which only a Mamba-2 has: this is a Mamba-1"),
+        ("mamba", "inner_eps", "which only a Falcon-Mamba has: this is a Mamba-1"),
+        ("mamba2", "inner_eps", "which only a Falcon-Mamba has: this is a Mamba-2"),
+        ("mamba2", "dt_rank", "in a Mamba-2 delta_1 has one number for each of the n_heads heads"),
+        ("mamba2", "D_delta", "in a Mamba-2 delta_1 has one number for each of the n_heads heads"),
+        ("mamba2", "n_key_value_heads", "a Mamba has no attention heads"),
+        ("mamba2", "num_heads", r"it is model\.config\.num_heads"),
+    ],
+)
+def test_names_that_another_architecture_has(model_type: str, name: str, words: str) -> None:
+    cfg = MambaTrace(family_model(model_type)).cfg
+    with pytest.raises(AttributeError, match=words):
+        getattr(cfg, name)
+    assert name not in cfg
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_sizes_before_the_weights_are_loaded(tmp_path: Path, model_type: str) -> None:
+    family_model(model_type).save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="no tokenizer"):
+        model = MambaTrace(tmp_path)
+    assert (model.cfg.E, model.cfg.device) == (24, torch.device("meta"))

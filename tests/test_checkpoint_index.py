@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from transformers import MambaForCausalLM
 
 from mamba_trace import MambaTrace
+from mamba_trace.conversion.checkpoint_index import read_json
 from mamba_trace.conversion.checkpoints import save_original
 from mamba_trace.errors import CheckpointError
 
@@ -199,3 +202,19 @@ def test_an_index_without_what_transformers_asks_for(tiny_hf, tokens, tmp_path) 
             MambaTrace(tmp_path / format)
         index_file.write_text(json.dumps(content | {"metadata": {}}))
         assert torch.equal(logits(tmp_path / format, tokens), want)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ('{"a": [0.0, {"__float__": "Infinity"}]}', {"a": [0.0, math.inf]}),
+        ('{"a": {"b": {"__float__": "-Infinity"}}}', {"a": {"b": -math.inf}}),
+        ('{"a": [0.0, Infinity]}', {"a": [0.0, math.inf]}),
+        ('{"a": {"__float__": "x"}, "b": {"__float__": 1}}', {"a": {"__float__": "x"}, "b": {"__float__": 1}}),
+        ('{"a": {"__float__": "Infinity", "b": 1}}', {"a": {"__float__": "Infinity", "b": 1}}),
+        ('{"a": {"__float__": ["Infinity"]}}', {"a": {"__float__": ["Infinity"]}}),
+    ],
+)
+def test_endless_numbers_as_transformers_writes_them(tmp_path: Path, text: str, value: Any) -> None:
+    (tmp_path / "config.json").write_text(text)
+    assert read_json(tmp_path / "config.json") == value

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from checkpoint_folders import refused
+from family_models import family_config
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import MambaForCausalLM, PreTrainedTokenizerFast
 
@@ -105,3 +106,17 @@ def test_a_tokenizer_of_code_is_not_run_and_nobody_is_asked(folder: Path, tmp_pa
 def test_a_tokenizer_that_is_a_folder(folder: Path) -> None:
     (folder / "tokenizer.json").mkdir()
     assert f"{folder / 'tokenizer.json'} is a folder" in refused(folder)
+
+
+@pytest.mark.parametrize("model_type", ["mamba", "mamba2", "falcon_mamba"])
+def test_only_what_was_trained_with_the_default_tokenizer_gets_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model_type: str
+) -> None:
+    family_config(model_type, vocab_size=65024).save_pretrained(tmp_path)
+    asked = default_tokenizer(monkeypatch, word_tokenizer())
+    if model_type != "falcon_mamba":
+        assert load_tokenizer(find_checkpoint(tmp_path)) is not None
+        return
+    with pytest.warns(UserWarning, match="a Falcon-Mamba was not trained with EleutherAI/gpt-neox-20b"):
+        assert load_tokenizer(find_checkpoint(tmp_path)) is None
+    assert not asked

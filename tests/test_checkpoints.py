@@ -142,12 +142,14 @@ def test_folders_that_are_neither_format(tmp_path: Path) -> None:
     words = fails(lambda: find_checkpoint(tmp_path))
     assert "Found the keys layers." in words
     assert "The folder has config.json, notes.txt." in words
-    for model_type in ("falcon_mamba", "mamba2", "llama"):
+    for model_type in ("jamba", "bamba", "llama"):
         config.write_text(json.dumps({"model_type": model_type}))
         words = fails(lambda: find_checkpoint(tmp_path))
-        assert f"model_type '{model_type}'; only Mamba-1 is supported so far" in words
-    config.write_text(json.dumps(ORIGINAL | {"ssm_cfg": {"layer": "Mamba2"}}))
-    assert "ssm_cfg.layer is 'Mamba2'; only Mamba-1" in fails(lambda: find_checkpoint(tmp_path))
+        assert f"model_type '{model_type}'; only 'mamba', 'falcon_mamba', 'mamba2' are supported" in words
+    config.write_text(json.dumps(ORIGINAL | {"ssm_cfg": {"layer": "Mamba3"}}))
+    assert "ssm_cfg.layer is 'Mamba3', and the layers that can be loaded are" in fails(
+        lambda: find_checkpoint(tmp_path)
+    )
     config.write_text(json.dumps({"d_model": 12, "n_layers": 2, "vocab_size": 24}))
     assert "has the config of a MambaLens model; convert it with convert_config" in fails(
         lambda: find_checkpoint(tmp_path)
@@ -186,7 +188,7 @@ def test_what_can_only_be_a_folder_is_not_looked_for_on_the_hub(
 @pytest.mark.parametrize("name", [None, 3, b"a/b", MambaConfig()], ids=lambda name: type(name).__name__)
 def test_what_is_no_name_is_refused_without_asking_the_hub(monkeypatch: pytest.MonkeyPatch, name: Any) -> None:
     asked = hub(monkeypatch, lambda name, file: AssertionError("the hub was asked"))
-    words = "takes a hub id, a folder or a loaded MambaForCausalLM; for a configuration use MambaTrace.from_config"
+    words = "takes a hub id, a folder or a loaded model such as a MambaForCausalLM; for a configuration use MambaTrace"
     for take in (find_checkpoint, MambaTrace):
         assert words in fails(lambda take=take: take(name))  # type: ignore[misc]
     assert fails(lambda: find_checkpoint(name)).endswith(f"This is a {type(name).__name__}")

@@ -322,6 +322,21 @@ def test_main_is_the_app(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
 # -- port --------------------------------------------------------------------------------------------------
 
 
+def test_port_writes_the_script(tmp_path: Path) -> None:
+    script, ported = tmp_path / "script.py", tmp_path / "ported.py"
+    script.write_bytes(b"import mamba_lens  # why\r\nx = 1\r\n")
+    assert run("port", str(script), "--out", str(ported)).exit_code == 0
+    assert ported.read_bytes() == b"from mamba_trace import mamba_lens  # why\r\nx = 1\r\n"
+    assert script.read_bytes().startswith(b"import mamba_lens")
+    for arguments, words in (
+        ((str(script), "--out", str(tmp_path / "ported.txt")), "ported.txt"),
+        (("blocks.3.hook_h.5", "--out", str(ported)), "--out writes a script"),
+    ):
+        result = run("port", *arguments)
+        assert result.exit_code == 2
+        assert words in result.stderr
+
+
 def test_port_says_one_name() -> None:
     result = run("port", "blocks.3.hook_h.5")
     assert (result.exit_code, result.stdout) == (0, "model.layers[3].ssm.h[5].output\n")

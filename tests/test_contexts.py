@@ -14,12 +14,12 @@ from typing import Any
 import nnsight
 import pytest
 import torch
-from conftest import agree
+from conftest import MAMBA_SITES, agree
 from test_sites import by_hand, change, same
 from torch import Tensor
 
 from mamba_trace import MambaTrace
-from mamba_trace.sites import SITES, walk
+from mamba_trace.sites import walk
 
 N_LAYERS, STEPS = 3, 4
 MIXER = "model.backbone.layers.{}.mixer"
@@ -55,11 +55,6 @@ def tokenizer():
 
 
 @pytest.fixture
-def hf(tiny_hf):
-    return tiny_hf().double()
-
-
-@pytest.fixture
 def texts(tiny_hf, tokenizer):
     """A model with a tokenizer."""
     return MambaTrace(tiny_hf(), tokenizer=tokenizer)
@@ -77,7 +72,7 @@ def plain(model: Any, tokens: Tensor) -> Tensor:
 # -- invokes -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("path", [site.path(0) for site in SITES if site.name != "A"] + ["layers[0].ssm.h[2]"])
+@pytest.mark.parametrize("path", [site.path(0) for site in MAMBA_SITES if site.name != "A"] + ["layers[0].ssm.h[2]"])
 def test_an_edit_in_one_invoke_leaves_the_other(tiny, hf, tokens, path):
     place = tiny.hook(path)
     with torch.no_grad(), tiny.trace() as tracer:
@@ -98,7 +93,7 @@ def test_an_edit_in_one_invoke_leaves_the_other(tiny, hf, tokens, path):
     same(other_logits, expected["lm_head"])
 
 
-@pytest.mark.parametrize("path", [site.path(1) for site in SITES] + ["layers[1].ssm.h[2]", "layers[1].ssm.h[-1]"])
+@pytest.mark.parametrize("path", [site.path(1) for site in MAMBA_SITES] + ["layers[1].ssm.h[2]", "layers[1].ssm.h[-1]"])
 def test_a_value_goes_from_one_invoke_to_another_behind_a_barrier(tiny, tokens, path):
     place = tiny.hook(path)
     with torch.no_grad(), tiny.trace(tokens[:1]):
@@ -240,7 +235,7 @@ def greedy(model: Any, tokens: Tensor, steps: int = STEPS) -> Tensor:
 OPTIONS = {"max_new_tokens": STEPS, "do_sample": False}
 
 
-@pytest.mark.parametrize("path", [site.path(1) for site in SITES] + ["layers[1].ssm.h[-1]", "layers[1].ssm.h[0]"])
+@pytest.mark.parametrize("path", [site.path(1) for site in MAMBA_SITES] + ["layers[1].ssm.h[-1]", "layers[1].ssm.h[0]"])
 def test_a_site_at_every_step_of_generate(tiny, hf, tokens, path):
     place, length = tiny.hook(path), tokens.shape[1]
     with tiny.generate(tokens, **OPTIONS) as tracer:
@@ -656,7 +651,9 @@ def test_cached_inputs_and_outputs(tiny, tokens):
 # -- stop --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("path", [site.path(0) for site in SITES] + ["layers[0].ssm.h[3]", "layers[0].ssm.x_proj"])
+@pytest.mark.parametrize(
+    "path", [site.path(0) for site in MAMBA_SITES] + ["layers[0].ssm.h[3]", "layers[0].ssm.x_proj"]
+)
 def test_stop(tiny, hf, tokens, path):
     place = tiny.hook(path)
     with torch.no_grad(), tiny.trace(tokens) as tracer:
@@ -796,7 +793,9 @@ def test_a_module_called_out_of_its_turn(tiny, hf, tokens):
 
 
 @pytest.mark.parametrize("traced", [False, True], ids=["untraced", "traced"])
-@pytest.mark.parametrize("path", [site.path(0) for site in SITES] + ["layers[0].ssm.x_proj", "layers[0].ssm.dt_proj"])
+@pytest.mark.parametrize(
+    "path", [site.path(0) for site in MAMBA_SITES] + ["layers[0].ssm.x_proj", "layers[0].ssm.dt_proj"]
+)
 def test_a_pytorch_hook_sees_and_replaces_a_value(tiny, hf, tokens, path, traced):
     clean, seen = by_hand(hf, tokens), []
 

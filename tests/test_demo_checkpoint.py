@@ -21,10 +21,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoTokenizer, MambaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
-FOLDER = ROOT / "mamba_trace" / "demo_model"
+FOLDERS = {"mamba": ROOT / "mamba_trace" / "demo_model", "mamba2": ROOT / "mamba_trace" / "demo_model_mamba2"}
+CLASSES = {"mamba": "MambaForCausalLM", "mamba2": "Mamba2ForCausalLM"}
 END = "<|endoftext|>"
 PROMPTS = {
     "Lately, Emma and Shelby had fun at school. Shelby gave an apple to": (" Emma", " Shelby"),
@@ -43,19 +44,29 @@ def demo() -> ModuleType:
     return module
 
 
-@pytest.fixture(scope="module")
-def tokenizer() -> Any:
-    return AutoTokenizer.from_pretrained(FOLDER, local_files_only=True)
+@pytest.fixture(scope="module", params=FOLDERS)
+def architecture(request: pytest.FixtureRequest) -> str:
+    return request.param
 
 
 @pytest.fixture(scope="module")
-def model() -> Any:
-    return MambaForCausalLM.from_pretrained(FOLDER, local_files_only=True).eval()
+def folder(architecture: str) -> Path:
+    return FOLDERS[architecture]
 
 
 @pytest.fixture(scope="module")
-def splits() -> dict[str, Any]:
-    return json.loads((FOLDER / "splits.json").read_text())
+def tokenizer(folder: Path) -> Any:
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+
+
+@pytest.fixture(scope="module")
+def model(folder: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder, local_files_only=True).eval()
+
+
+@pytest.fixture(scope="module")
+def splits(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "splits.json").read_text())
 
 
 def names_in(prompt: str, demo: ModuleType) -> set[str]:
@@ -72,8 +83,8 @@ def logits_after(model: Any, tokenizer: Any, prompts: list[str]) -> torch.Tensor
     return torch.cat(parts)
 
 
-def test_the_folder_is_small_and_holds_data_only() -> None:
-    files = {path.name: path.stat().st_size for path in FOLDER.iterdir()}
+def test_the_folder_is_small_and_holds_data_only(folder: Path) -> None:
+    files = {path.name: path.stat().st_size for path in folder.iterdir()}
     for name in (
         "config.json",
         "model.safetensors",
@@ -86,9 +97,9 @@ def test_the_folder_is_small_and_holds_data_only() -> None:
     assert sum(files.values()) <= 2_000_000
 
 
-def test_config_is_that_of_a_small_real_mamba(model: Any, tokenizer: Any) -> None:
-    config = json.loads((FOLDER / "config.json").read_text())
-    assert config["architectures"] == ["MambaForCausalLM"]
+def test_config_is_that_of_a_small_real_mamba(architecture: str, folder: Path, model: Any, tokenizer: Any) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    assert config["architectures"] == [CLASSES[architecture]]
     assert not config.get("rescale_prenorm_residual"), "Hugging Face 5 would rescale loaded weights"
     assert (config["expand"], config["state_size"], config["conv_kernel"]) == (2, 16, 4)
     assert config["vocab_size"] == len(tokenizer)
@@ -96,8 +107,8 @@ def test_config_is_that_of_a_small_real_mamba(model: Any, tokenizer: Any) -> Non
     assert {p.dtype for p in model.parameters()} == {torch.float32}
 
 
-def test_loaded_weights_are_the_stored_ones(model: Any) -> None:
-    stored = load_file(FOLDER / "model.safetensors")
+def test_loaded_weights_are_the_stored_ones(folder: Path, model: Any) -> None:
+    stored = load_file(folder / "model.safetensors")
     loaded = model.state_dict()
     assert set(loaded) - set(stored) <= {"lm_head.weight"}
     for name, value in stored.items():
@@ -232,10 +243,13 @@ def test_initialisation_is_mambas(demo: ModuleType) -> None:
         assert torch.equal(mixer.D, torch.ones(128))
 
 
-def test_the_tutorial_runs_from_the_command_line(tmp_path: Path) -> None:
-    options = ["--steps", "2", "--batch-size", "4", "--layers", "1", "--eval-sentences", "4"]
+def test_the_tutorial_runs_from_the_command_line(architecture: str, tmp_path: Path) -> None:
+    options = ["--architecture", architecture, "--steps", "2", "--batch-size", "4", "--layers", "1"]
+    options += ["--eval-sentences", "4"]
     command = [sys.executable, ROOT / "tutorials" / "train_demo.py", "--out", tmp_path / "model", *options]
     run = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert run.returncode == 0, run.stderr
-    assert MambaForCausalLM.from_pretrained(tmp_path / "model").config.num_hidden_layers == 1
+    written = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    assert type(written).__name__ == CLASSES[architecture]
+    assert written.config.num_hidden_layers == 1
     assert len(AutoTokenizer.from_pretrained(tmp_path / "model")) > 100

@@ -17,18 +17,17 @@ import nnsight
 import pytest
 import torch
 from allocations import PeakMemory
-from conftest import SIZES, ModuleFactory, agree, layers_that_ran
+from conftest import FUSED, MAMBA_SITES, SIZES, ModuleFactory, agree, functions
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_kernels import parameter_gradients, weighted
 from torch import Tensor, nn
 
 from mamba_trace import MambaTrace
-from mamba_trace.errors import BackendError, LayerError
-from mamba_trace.modeling.run_report import LayerRun
+from mamba_trace.errors import BackendError
 from mamba_trace.scan import dispatch, reference
 from mamba_trace.scan.record import Call
-from mamba_trace.sites import SITES, STATE, walk
+from mamba_trace.sites import STATE, walk
 
 N_LAYERS, LENGTH = SIZES["num_hidden_layers"], 9
 BACKENDS = ("reference", "cpu", "cuda", "triton")
@@ -175,7 +174,6 @@ def test_any_set_of_sites_means_the_same_on_every_backend(
 
 # -- the table, row by row --------------------------------------------------------------------------------
 
-FUSED = ["conv_silu", "gated_scan"]
 ROWS = [
     ([], FUSED),
     (["conv"], ["causal_conv", "gated_scan"]),
@@ -197,10 +195,6 @@ ROWS = [
     (["dt_proj"], FUSED),
     (["conv1d"], ["causal_conv", "gated_scan"]),
 ]
-
-
-def functions(run: LayerRun) -> list[str]:
-    return [call.function for call in run.calls]
 
 
 @pytest.mark.parametrize("kernels", ["cpu", "cuda"])
@@ -229,93 +223,6 @@ def test_an_edited_matrix_costs_the_explicit_scan_of_its_layer(
         getattr(model.layers[1].ssm, name).output[:, 2] = 0
     assert [run.calls[-1].function for run in model.last_run] == ["gated_scan", "explicit_scan", "gated_scan"]
     assert model.last_run[1].calls[-1].backend == runs
-
-
-def test_the_forward_does_what_its_source_says_where_that_is_wanted(tiny: MambaTrace, tokens: Tensor) -> None:
-    ssm = tiny.layers[1].ssm
-    assert "self_convolve" in str(ssm.source)
-    with torch.no_grad(), tiny.trace(tokens):
-        ssm.source.self_scan_0.output.save()
-    assert functions(tiny.last_run[1]) == ["causal_conv", "selective_scan"]
-    assert functions(tiny.last_run[0]) == FUSED
-
-
-def test_a_pytorch_hook_on_an_inner_module_fires(tiny: MambaTrace, tokens: Tensor) -> None:
-    mixer = tiny._module.backbone.layers[1].mixer
-    for name in ("conv1d", "act", "in_proj", "x_proj", "dt_proj", "out_proj"):
-        fired = []
-        handle = getattr(mixer, name).register_forward_hook(lambda *args, fired=fired: fired.append(1))
-        tiny._module(tokens)
-        assert fired == [1], name
-        handle.remove()
-    tiny._module(tokens)
-    assert [functions(run) for run in tiny.last_run] == [FUSED] * 3
-
-
-def test_a_hook_on_all_modules_fires_on_every_one(tiny: MambaTrace, tokens: Tensor) -> None:
-    called: set[int] = set()
-    handle = nn.modules.module.register_module_forward_hook(lambda module, *args: called.add(id(module)))
-    try:
-        tiny._module(tokens)
-    finally:
-        handle.remove()
-    named = dict(tiny._module.named_modules())
-    missed = [name for name, module in named.items() if id(module) not in called]
-    assert missed == ["backbone.layers"]  # a list, which is never called
-
-
-def test_a_replaced_convolution_is_called(tiny: MambaTrace, tokens: Tensor) -> None:
-    class Doubled(nn.Conv1d):
-        def forward(self, x: Tensor) -> Tensor:
-            return 2 * super().forward(x)
-
-    before = tiny._module(tokens).logits
-    tiny._module.backbone.layers[1].mixer.conv1d.__class__ = Doubled
-    del tiny._module.backbone.layers[1].mixer.conv1d.forward  # what nnsight had put there
-    assert not torch.allclose(tiny._module(tokens).logits, before)
-    assert functions(tiny.last_run[1]) == ["causal_conv", "gated_scan"]
-
-
-def test_a_convolution_with_another_forward_is_called(tiny: MambaTrace, tokens: Tensor) -> None:
-    conv1d = tiny._module.backbone.layers[1].mixer.conv1d
-    own = conv1d.forward
-    conv1d.forward = lambda x: 2 * own(x)
-    tiny._module(tokens)
-    assert functions(tiny.last_run[1]) == ["causal_conv", "gated_scan"]
-
-
-def test_the_inner_convolution_is_found_at_a_later_step(tiny: MambaTrace, tokens: Tensor) -> None:
-    """A step that bypassed it counts as a visit all the same."""
-    found = []
-    with torch.no_grad(), tiny.generate(tokens, max_new_tokens=3, do_sample=False) as tracer:
-        for _ in tracer.iter[2]:
-            found.append(tiny.layers[1].ssm.conv1d.output.save())
-            found.append(tiny.layers[1].ssm.delta.output.save())
-    assert found[0].shape[0] == tokens.shape[0]
-    assert found[1].shape == (tokens.shape[0], 1, 24)
-
-
-# -- the report -------------------------------------------------------------------------------------------
-
-
-def test_a_layer_that_did_not_run_is_not_reported(tiny: MambaTrace, tokens: Tensor) -> None:
-    assert str(tiny.last_run) == "nothing has run yet"
-    with torch.no_grad():
-        tiny._module(tokens)
-        assert layers_that_ran(tiny) == [0, 1, 2]
-        with tiny.trace(tokens) as tracer:
-            tiny.layers[1].ssm.conv.output.save()
-            tracer.stop()
-        assert layers_that_ran(tiny) == [0, 1]
-        with pytest.raises(LayerError, match="layer 2 did not run in the last forward call; these did: 0, 1"):
-            _ = tiny.last_run[2]
-        with tiny.trace(tokens):
-            stream = tiny.layers[0].resid_pre.output
-            tiny.layers[1].skip(stream)
-        assert layers_that_ran(tiny) == [0, 2]
-        stream, _ = tiny.run_with_cache(tokens, stop_at_layer=1)
-        tiny.run_with_hooks(stream, start_at_layer=1)
-        assert layers_that_ran(tiny) == [1, 2]
 
 
 # -- decoding ---------------------------------------------------------------------------------------------
@@ -439,7 +346,7 @@ def test_a_scan_takes_the_arguments_of_its_definition_and_the_backend(name: str)
 def test_every_site_of_a_mixer_has_a_row() -> None:
     """A new site comes with what it costs."""
     rows = {site.split("[")[0] for sites, _ in ROWS for site in sites}
-    assert {site.name for site in SITES if site.scope == "mixer"} <= rows
+    assert {site.name for site in MAMBA_SITES if site.scope == "mixer"} <= rows
 
 
 # -- transforms of functions --------------------------------------------------------------------------------

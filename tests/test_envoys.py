@@ -12,14 +12,15 @@ import pickle
 
 import pytest
 import torch
+from by_hand import by_hand, same
+from conftest import MAMBA_SITES
 from nnsight.intervention.envoy import Envoy
 from nnsight.intervention.eproperty import eproperty
-from test_sites import by_hand, same
 from transformers.models.mamba.modeling_mamba import MambaMixer
 
 from mamba_trace import MambaTrace
 from mamba_trace.errors import SiteValueError, UnknownSiteError
-from mamba_trace.sites import SITES, describe_axes, walk
+from mamba_trace.sites import describe_axes, walk
 from mamba_trace.tracing import SiteOrderError
 from mamba_trace.tracing.envoys import (
     BlockEnvoy,
@@ -80,7 +81,7 @@ def test_the_users_own_envoys_come_first(tiny_hf, tokens):
 
 def test_print_shows_every_site_with_its_shape(tiny):
     text = repr(tiny)
-    for site in SITES:
+    for site in MAMBA_SITES:
         assert site.hook in text, site.name
     for shape in (
         "[B, L, 24], hook_conv",

@@ -13,7 +13,7 @@ from typing import Any
 import nnsight
 import pytest
 import torch
-from conftest import ModuleFactory
+from conftest import ModuleFactory, near
 from torch import Tensor
 
 from mamba_trace import MambaTrace
@@ -28,6 +28,8 @@ DEVICE = torch.device("cuda:0")
 BACKENDS: dict[str, ModuleType] = {"cuda": cuda, "triton": triton}
 HALVES = (torch.bfloat16, torch.float16)
 VALUES, GRADIENTS = 1e-4, 1e-3
+#: The least number that float16, and that a kernel in float32, tells from 0.
+SMALLEST_HALF, SMALLEST = 1e-7, 1e-30
 #: L, N and the dtypes of the inputs; the kernels work in pieces of 64 to 2048 positions.
 SIZES: list[tuple[int, int, torch.dtype]] = [
     (1, 16, torch.float32),
@@ -107,16 +109,8 @@ def exact(function: str, L: int, N: int, dtype: torch.dtype, start: bool) -> Any
     return outcome(reference, function, [t.double() for t in arguments(function, L, N, dtype, start)])
 
 
-def close(actual: Tensor, expected: Tensor, tolerance: float, what: str) -> None:
-    assert actual.shape == expected.shape, what
-    assert bool(actual.isfinite().all()), what
-    error, largest = (
-        float((actual.double() - expected).detach().abs().max()),
-        float(expected.detach().abs().max()),
-    )
-    message = f"{what}: {error:.1e}, the largest value being {largest:.1e}"
-    smallest = 1e-7 if actual.dtype == torch.float16 else 1e-30  # that is told from 0
-    assert error <= tolerance * largest + smallest, message
+def smallest(actual: Tensor) -> float:
+    return SMALLEST_HALF if actual.dtype == torch.float16 else SMALLEST
 
 
 # -- the functions of a backend --------------------------------------------------------------------------
@@ -130,11 +124,12 @@ def compare(backend: ModuleType, function: str, L: int, N: int, dtype: torch.dty
     for index, (one, other) in enumerate(zip(results, expected, strict=True)):
         rounded = function == "gated_scan" and index == 0
         assert one.dtype == (dtype if rounded else torch.float32)
-        close(one, other, max(VALUES, rounding if rounded else 0), f"result {index}")
+        near(one, other, max(VALUES, rounding if rounded else 0), f"result {index}", smallest(one))
     for index, (some, others) in enumerate(zip(grads, expected_grads, strict=True)):
         for name, one, other in zip(ARGUMENTS[function], some, others, strict=False):
             assert one.dtype == dtype
-            close(one, other, max(GRADIENTS, 4 * rounding), f"gradient of {name} through result {index}")
+            where = f"gradient of {name} through result {index}"
+            near(one, other, max(GRADIENTS, 4 * rounding), where, smallest(one))
 
 
 @pytest.mark.parametrize("start", [True, False], ids=["start", "no start"])
@@ -157,7 +152,7 @@ def test_a_long_prompt(backend: ModuleType) -> None:
     inputs = arguments("selective_scan", 65536, 16, torch.float32, start=True, E=4)
     expected = reference.selective_scan(*[tensor.double() for tensor in inputs])
     for actual, other in zip(backend.selective_scan(*inputs), expected, strict=True):
-        close(actual, other, VALUES, "65536 positions")
+        near(actual, other, VALUES, "65536 positions")
 
 
 @pytest.mark.parametrize("function", ["selective_scan", "selective_states", "gated_scan"])
@@ -173,10 +168,10 @@ def test_any_layout_will_do(function: str, backend: ModuleType) -> None:
         results, grads = outcome(backend, function, views)
         expected, expected_grads = outcome(backend, function, inputs)
         for one, other in zip(results, expected, strict=True):
-            close(one, other.double(), 1e-6, "result")
+            near(one, other.double(), 1e-6, "result")
         for some, others in zip(grads, expected_grads, strict=True):
             for one, other in zip(some, others, strict=True):
-                close(one, other.double(), 1e-5, "gradient")  # summed in any order
+                near(one, other.double(), 1e-5, "gradient")  # summed in any order
 
 
 @pytest.mark.parametrize("function", ["selective_scan", "selective_states", "gated_scan"])
@@ -189,7 +184,7 @@ def test_numbers_at_the_edge(function: str, decay: float, step: float, backend: 
     results, grads = outcome(backend, function, inputs)
     expected = getattr(reference, function)(*[tensor.double() for tensor in inputs])
     for one, other in zip(results, expected, strict=True):
-        close(one, other, VALUES, "result")
+        near(one, other, VALUES, "result", smallest(one))
     assert all(bool(grad.isfinite().all()) for some in grads for grad in some)
 
 
@@ -198,9 +193,9 @@ def test_states_are_begun_at_and_read_exactly(backend: ModuleType) -> None:
     for scale in (1e-10, 1.0, 1e10):
         h = (scale * h_start).requires_grad_()
         _, h_last = backend.selective_scan(x, torch.zeros_like(delta), 50 * A, B, C, h)
-        close(h_last, h.detach().double(), 1e-6, "h_last")
+        near(h_last, h.detach().double(), 1e-6, "h_last")
         (grad,) = torch.autograd.grad(h_last, h, weights(h_last))
-        close(grad, weights(h_last).double(), 1e-6, "gradient")
+        near(grad, weights(h_last).double(), 1e-6, "gradient")
 
 
 # -- the convolution -------------------------------------------------------------------------------------
@@ -226,7 +221,7 @@ def test_the_convolution(L: int, K: int, dtype: torch.dtype) -> None:
             found.append((out, *torch.autograd.grad((out * weights(out)).sum(), leaves)))
         for one, other in zip(*found, strict=True):
             assert one.dtype == dtype
-            close(one, other, max(VALUES, 4 * rounding), f"of arguments {kept}")
+            near(one, other, max(VALUES, 4 * rounding), f"of arguments {kept}", smallest(one))
 
 
 # -- a model ---------------------------------------------------------------------------------------------
@@ -260,7 +255,7 @@ def test_a_trace_gives_the_numbers_of_the_reference(tiny_hf: ModuleFactory, toke
     expected = traced(model_on(tiny_hf, "reference"), here)
     for index, (one, other) in enumerate(zip(actual, expected, strict=True)):
         tolerance = VALUES if index < 4 else GRADIENTS  # the logits and three states, then gradients
-        close(one, other.double(), tolerance, f"number {index}")
+        near(one, other.double(), tolerance, f"number {index}")
 
 
 @pytest.mark.parametrize("kernels", ["auto", *BACKENDS])
@@ -272,7 +267,7 @@ def test_nothing_watched_gives_the_logits_of_the_reference(
         with torch.no_grad():
             actual = model_on(tiny_hf, kernels, dtype=dtype)._module(here).logits
             expected = model_on(tiny_hf, "reference", dtype=dtype)._module(here).logits
-        close(actual, expected.double(), max(VALUES, 8 * torch.finfo(dtype).eps), str(dtype))
+        near(actual, expected.double(), max(VALUES, 8 * torch.finfo(dtype).eps), str(dtype))
 
 
 @pytest.mark.parametrize("kernels", ["auto", *BACKENDS])
@@ -293,4 +288,4 @@ def test_decoding_gives_the_tokens_and_states_of_the_reference(
     (actual, states), (expected, expected_states) = found
     assert torch.equal(actual, expected)
     for one, other in zip(states, expected_states, strict=True):
-        close(one, other.double(), VALUES, "a state")
+        near(one, other.double(), VALUES, "a state")

@@ -252,21 +252,6 @@ def test_gradients_of_a_soft_prompt(model: MambaTrace) -> None:
     assert_close((gradient * noise(state.shape, seed=11)).sum(), central_difference(at), 100.0)
 
 
-@pytest.mark.parametrize("name", ["A_bar", "B_bar"])
-def test_the_gradient_of_a_matrix_that_was_read_beside_the_whole_trajectory(tiny_hf, tokens, name) -> None:
-    model = MambaTrace(tiny_hf(dtype=torch.float64))
-    grads = []
-    for whole in (False, True):
-        with model.trace(tokens):
-            matrix = model.layers[0].ssm.get(name).output
-            if whole:
-                model.layers[0].ssm.h.output.sum()
-            loss = model.lm_head.output.square().sum()
-            with loss.backward():
-                grads.append(matrix.grad.clone().save())
-    torch.testing.assert_close(grads[1], grads[0], rtol=1e-9, atol=1e-9)
-
-
 CONSTANTS = {
     "A_bar": ("delta",),
     "B_bar": ("delta", "B"),
@@ -301,27 +286,6 @@ def test_the_gradient_of_a_place_behind_constants(model: MambaTrace, name: str) 
         expected = central_difference(lambda t: float(run(t, [])))
     assert abs(expected) > 1e-6
     assert_close((gradient * noise(gradient.shape, seed=11)).sum(), expected, 100.0)
-
-
-@pytest.mark.parametrize("frozen", [False, True])
-def test_detached_matrices_let_no_gradient_through(tiny_hf: ModuleFactory, frozen: bool) -> None:
-    """Also where nothing else takes one: the matrices are all that lead from the state to A_log."""
-    model = MambaTrace(tiny_hf(dtype=torch.float64))
-    mixer = model._module.backbone.layers[0].mixer
-    for parameter in model._module.parameters():
-        parameter.requires_grad_(not frozen)
-    mixer.A_log.requires_grad_()
-    mixer.dt_proj.bias.requires_grad_()
-    with model.trace(draw_tokens()):
-        for name in ("A_bar", "B_bar"):
-            place = model.layers[0].ssm.get(name)
-            place.output = place.output.detach()
-        y = model.layers[0].ssm.y.output.sum().save()
-    if frozen:
-        assert not y.requires_grad
-    else:
-        found = torch.autograd.grad(y, [mixer.A_log, mixer.dt_proj.bias], allow_unused=True)
-        assert found == (None, None)
 
 
 # -- random programs ---------------------------------------------------------------------------------------

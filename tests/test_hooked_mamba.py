@@ -14,11 +14,12 @@ import textwrap
 import warnings
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from conftest import agree
+from conftest import ModuleFactory, agree
 from safetensors import safe_open
 from torch import Tensor
 from transformers import MambaForCausalLM
@@ -26,6 +27,7 @@ from transformers import MambaForCausalLM
 import mamba_trace.hooked.run_with
 from mamba_trace import MambaTrace, mamba_lens
 from mamba_trace.conversion import SOURCE_KEY, convert_config, convert_state_dict
+from mamba_trace.conversion.model_loading import Loading
 from mamba_trace.errors import CheckpointError, PromptError, UnknownSiteError
 from mamba_trace.hooked import mamba_cfg as lens_formats
 from mamba_trace.mamba_lens import HookedMamba, MambaCfg, MambaInitCfg
@@ -613,3 +615,46 @@ def test_examples_of_the_documentation_run(name: str, text: str, model: HookedMa
     script = Path(__file__).parent / f"example of {name}"
     linecache.cache[str(script)] = (len(example), None, example.splitlines(keepends=True), str(script))
     exec(compile(example, str(script), "exec"), space)
+
+
+# -- other architectures -----------------------------------------------------------------------------------
+
+
+def test_a_mamba_2_is_refused_with_what_takes_it(
+    tiny_hf: ModuleFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = tiny_hf(model_type="mamba2")
+    said = (
+        r"this is a Mamba-2, and a HookedMamba, as in MambaLens, is a Mamba-1 or a Falcon-Mamba: .*\.MambaTrace takes"
+    )
+    for make in (
+        HookedMamba,
+        lambda taken: HookedMamba(cfg=taken),
+        lambda taken: HookedMamba(MambaTrace(taken)._module),
+    ):
+        with pytest.raises(CheckpointError, match=said):
+            make(module)
+    assert MambaTrace(module).architecture.name == "Mamba-2"
+    module.save_pretrained(tmp_path)
+    for make in (HookedMamba.from_pretrained, HookedMamba, lambda folder: HookedMamba(module.config)):
+        with pytest.raises(CheckpointError, match="Mamba-1"):
+            make(str(tmp_path))
+    found = SimpleNamespace(config=module.config)
+    monkeypatch.setattr(Loading, "_find", lambda *args, **kwargs: found)
+    with pytest.raises(CheckpointError, match=said):  # by its configuration, before a weight is read
+        HookedMamba.from_pretrained(str(tmp_path))
+
+
+def test_a_falcon_mamba_runs_by_mamba_lenss_calls(tiny_hf: ModuleFactory, tokens: Tensor) -> None:
+    plain = tiny_hf(model_type="falcon_mamba")
+    model = HookedMamba(tiny_hf(model_type="falcon_mamba"))
+    with torch.no_grad():
+        agree(model(tokens), plain(tokens).logits)
+        logits, cache = model.run_with_cache(tokens)
+        agree(logits, plain(tokens).logits)
+        zeroed = model.run_with_hooks(tokens, fwd_hooks=[("blocks.1.hook_h.2", lambda h, hook: h * 0)])
+    assert list(cache) == model.hook_names(tokens.shape[1])
+    assert not torch.equal(zeroed, logits)
+    agree(zeroed[:, :2], logits[:, :2])
+    ids = model.generate(tokens, max_new_tokens=2, do_sample=False)
+    assert torch.equal(ids, plain.generate(tokens, max_new_tokens=2, do_sample=False))

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import test_mamba_lens as recorded
 import torch
-from conftest import LENGTH, agree
+from allocations import PeakMemory
+from conftest import LENGTH, TINY, ModuleFactory, agree
 from reference import forward
 from torch import Tensor
 
@@ -36,6 +37,12 @@ def demo() -> MambaTrace:
 def lens() -> MambaTrace:
     """The model that MambaLens's values were recorded from."""
     return recorded.model_from("weights.", recorded.SPEC["config"])
+
+
+@pytest.fixture(params=TINY)
+def each(tiny_hf: ModuleFactory, request: pytest.FixtureRequest) -> MambaTrace:
+    """A model of each architecture, in float64."""
+    return MambaTrace(tiny_hf(model_type=request.param, dtype=torch.float64))
 
 
 def plain(model: MambaTrace, *inputs: Any) -> Tensor:
@@ -99,25 +106,63 @@ def test_hooks_on_one_name_run_in_the_order_given(exact: MambaTrace, tokens: Ten
     agree(logits.detach(), referred(exact, tokens, edit), 1e-10)
 
 
-def test_a_predicate_edits_the_state_after_every_token(exact: MambaTrace, tokens: Tensor) -> None:
+def test_a_predicate_edits_the_state_after_every_token(each: MambaTrace, tokens: Tensor) -> None:
     def decay(h: Tensor, hook: Any) -> Tensor:
         return h * (0.9 if hook.layer() == 1 else 1.0)
 
     states = [(lambda name: ".hook_h." in name, decay)]
-    logits, cache = exact.run_with_cache(tokens, fwd_hooks=states)
+    logits, cache = each.run_with_cache(tokens, fwd_hooks=states)
     values = {}
 
     def edit(hook: str, value: Tensor) -> Tensor:
         values[hook] = value * 0.9 if hook.startswith("blocks.1.hook_h.") else value
         return values[hook]
 
-    expected = referred(exact, tokens, edit)
+    expected = referred(each, tokens, edit)
     agree(logits.detach(), expected, 1e-10)
     for name, value in cache.items():
         agree(value, values[name], 1e-10)
 
 
-def test_the_whole_trajectory_by_its_path(exact: MambaTrace, tokens: Tensor) -> None:
+def test_every_hook_name_edits_its_place(each: MambaTrace, tokens: Tensor) -> None:
+    """One layer's at a time, all of its hooks at once; and the cache holds what they leave."""
+    for layer in range(3):
+        hooked = [name for name in each.hook_names(LENGTH) if name.startswith(f"blocks.{layer}.")]
+        seen: list[str] = []
+
+        def fn(value: Tensor, hook: Any, seen: list[str] = seen) -> Tensor:
+            seen.append(hook.name)
+            return value * 0.97
+
+        logits, cache = each.run_with_cache(tokens, hooked, fwd_hooks=[(name, fn) for name in hooked])
+        assert seen == hooked == list(cache)
+        values: dict[str, Tensor] = {}
+
+        def edit(hook: str, value: Tensor, hooked: list[str] = hooked, values: dict[str, Tensor] = values) -> Tensor:
+            values[hook] = value * 0.97 if hook in hooked else value
+            return values[hook]
+
+        agree(logits.detach(), referred(each, tokens, edit), 1e-10)
+        for name, value in cache.items():
+            agree(value, values[name], 1e-10, name)
+
+
+def test_a_hook_on_a_state_makes_no_state_of_every_position(tiny_hf: ModuleFactory, tokens: Tensor) -> None:
+    model = MambaTrace(tiny_hf(model_type="mamba2"))
+    H, P, N = model.layers[0].ssm._module.state_shape
+    names = ["blocks.1.hook_h.3", "blocks.1.hook_h.7"]
+
+    def shapes_of(cached: list[str]) -> set[tuple[int, ...]]:
+        hooks: list[Any] = [(names[0], lambda h, hook: h * 2)]
+        with torch.no_grad():
+            return set(PeakMemory.of(lambda: model.run_with_cache(tokens, cached, fwd_hooks=hooks)).shapes)
+
+    sizes = [shape[1] for shape in shapes_of(names) if len(shape) == 5 and shape[2:] == (H, P, N)]
+    assert not [size for size in sizes if size > 1]
+    assert (3, LENGTH, H, P, N) in shapes_of(["blocks.1.mixer.hook_ssm_state"])
+
+
+def test_the_whole_trajectory_by_its_path(each: MambaTrace, tokens: Tensor) -> None:
     """An edit of it is not carried on."""
     shapes = []
 
@@ -125,8 +170,8 @@ def test_the_whole_trajectory_by_its_path(exact: MambaTrace, tokens: Tensor) -> 
         shapes.append((hook.name, tuple(h.shape)))
         h[:, 2] = 0
 
-    logits = exact.run_with_hooks(tokens, [("layers[1].ssm.h", edit_one)])
-    assert shapes == [("layers[1].ssm.h", (3, LENGTH, 24, 5))]
+    logits = each.run_with_hooks(tokens, [("layers[1].ssm.h", edit_one)])
+    assert shapes == [("layers[1].ssm.h", (3, LENGTH, *each.layers[1].ssm._module.state_shape))]
 
     def edit(hook: str, value: Tensor) -> Tensor:
         if hook != "blocks.1.hook_h":
@@ -135,18 +180,18 @@ def test_the_whole_trajectory_by_its_path(exact: MambaTrace, tokens: Tensor) -> 
         value[:, 2] = 0
         return value
 
-    agree(logits.detach(), referred(exact, tokens, edit), 1e-10)
+    agree(logits.detach(), referred(each, tokens, edit), 1e-10)
 
 
-def test_the_state_that_transformer_lens_hooks_is_not_carried_on(exact: MambaTrace, tokens: Tensor) -> None:
+def test_the_state_that_transformer_lens_hooks_is_not_carried_on(each: MambaTrace, tokens: Tensor) -> None:
     """mixer.hook_ssm_state is read by y at its position alone; hook_h.p is what the next tokens see."""
 
     def clear(h: Tensor, hook: Any) -> None:
         h[:, 2] = 0
 
     name = "blocks.1.mixer.hook_ssm_state"
-    logits, cache = exact.run_with_cache(tokens, [name, "blocks.1.hook_h"], fwd_hooks=[(name, clear)])
-    assert torch.equal(logits, exact.run_with_hooks(tokens, [("layers[1].ssm.h", clear)]))
+    logits, cache = each.run_with_cache(tokens, [name, "blocks.1.hook_h"], fwd_hooks=[(name, clear)])
+    assert torch.equal(logits, each.run_with_hooks(tokens, [("layers[1].ssm.h", clear)]))
     assert not cache[name][:, 2].any()
     assert cache["blocks.1.hook_h.2"].all()
 
@@ -258,8 +303,8 @@ def test_a_gradient_can_be_replaced(exact: MambaTrace, tokens: Tensor, name: str
     agree(weight.grad, expected, 1e-9)
 
 
-def test_incl_bwd_keeps_every_gradient(exact: MambaTrace, tokens: Tensor) -> None:
-    loss, cache = exact.run_with_cache(tokens, return_type="loss", incl_bwd=True)
+def test_incl_bwd_keeps_every_gradient(each: MambaTrace, tokens: Tensor) -> None:
+    loss, cache = each.run_with_cache(tokens, return_type="loss", incl_bwd=True)
     values = {}
 
     def edit(hook: str, value: Tensor) -> Tensor:
@@ -267,11 +312,11 @@ def test_incl_bwd_keeps_every_gradient(exact: MambaTrace, tokens: Tensor) -> Non
         values[hook].retain_grad()  # of a tensor of its own, as several hooks may be given the same
         return values[hook]
 
-    weights = {key: value.detach().requires_grad_() for key, value in exact._module.state_dict().items()}
-    expected = next_token_loss(forward(weights, exact.config, tokens, edit), tokens)
+    weights = {key: value.detach().requires_grad_() for key, value in each._module.state_dict().items()}
+    expected = next_token_loss(forward(weights, each.config, tokens, edit), tokens)
     expected.backward()
     agree(loss.detach(), expected.detach(), 1e-10)
-    names = exact.hook_names(LENGTH)
+    names = each.hook_names(LENGTH)
     assert sorted(cache) == sorted([*names, *(f"{name}_grad" for name in names)])
     for name in names:
         agree(cache[name], values[name].detach(), 1e-10)
@@ -279,11 +324,11 @@ def test_incl_bwd_keeps_every_gradient(exact: MambaTrace, tokens: Tensor) -> Non
     assert torch.equal(cache["h_grad", 1][:, 2], cache["blocks.1.hook_h.2_grad"])
 
 
-def test_backward_hooks_run_after_a_forward_edit(exact: MambaTrace, tokens: Tensor) -> None:
+def test_backward_hooks_run_after_a_forward_edit(each: MambaTrace, tokens: Tensor) -> None:
     """The gradient is that of the value that went on, also where that is a constant."""
     constant, found = torch.ones(3, LENGTH, 12, dtype=torch.float64), []
     name = "blocks.1.hook_resid_post"
-    loss = exact.run_with_hooks(
+    loss = each.run_with_hooks(
         tokens,
         fwd_hooks=[(name, lambda value, hook: constant)],
         bwd_hooks=[(name, lambda gradient, hook: found.append(gradient))],
@@ -291,7 +336,7 @@ def test_backward_hooks_run_after_a_forward_edit(exact: MambaTrace, tokens: Tens
     )
     loss.backward()
     stream = constant.clone().requires_grad_()
-    logits = exact.run_with_hooks(stream, start_at_layer=2)
+    logits = each.run_with_hooks(stream, start_at_layer=2)
     next_token_loss(logits, tokens).backward()
     agree(found[0], stream.grad, 1e-9)
     assert not constant.requires_grad
@@ -331,6 +376,46 @@ def test_a_name_that_is_none_is_refused_before_anything_runs(
             tiny.run_with_cache(tokens, name)
     assert all(run is old for run, old in zip(tiny.last_run, before, strict=True))
     agree(tiny.run_with_hooks(tokens).detach(), plain(tiny, tokens))
+
+
+@pytest.mark.parametrize(
+    ("model_type", "name", "match"),
+    [
+        ("mamba", "blocks.1.hook_B_in", "^'blocks.1.hook_B_in' is not a place .* a Mamba-1: it is a site of Mamba-2; "),
+        ("falcon_mamba", "layers[1].ssm.inner_norm", "a Mamba-1: it is a site of Mamba-2; "),
+        ("mamba", "blocks.1.mixer.inner_norm.hook_in", "in TransformerLens 4 it is one of a Mamba-2; "),
+        ("mamba2", "layers[1].ssm.x_proj", "a Mamba-2: it is a module of Mamba-1; "),
+        ("mamba2", "blocks.1.mixer.hook_dt_proj", "in TransformerLens 4 it is one of a Mamba-1; "),
+    ],
+)
+def test_a_place_of_another_architecture_is_refused_before_anything_runs(
+    tiny_hf: ModuleFactory, tokens: Tensor, model_type: str, name: str, match: str
+) -> None:
+    model = MambaTrace(tiny_hf(model_type=model_type))
+    logits = model.run_with_hooks(tokens)
+    before = list(model.last_run)
+    for arguments in ({"fwd_hooks": [(name, nothing)]}, {"bwd_hooks": [(name, nothing)]}, {"names_filter": [name]}):
+        with pytest.raises(UnknownSiteError, match=match):
+            model.run_with_cache(tokens, **arguments)
+    for hooks in ("fwd_hooks", "bwd_hooks"):
+        with pytest.raises(UnknownSiteError, match="none of the hook names"):
+            model.run_with_hooks(tokens, **{hooks: [(lambda one: one == name, nothing)]})
+    assert all(run is old for run, old in zip(model.last_run, before, strict=True))
+    assert torch.equal(model.run_with_hooks(tokens), logits)
+
+
+@pytest.mark.parametrize("model_type", TINY)
+def test_a_bridge_name_means_what_it_means_in_this_model(
+    tiny_hf: ModuleFactory, tokens: Tensor, model_type: str
+) -> None:
+    model = MambaTrace(tiny_hf(model_type=model_type))
+    path = "layers[1].ssm.inner_norm" if model_type == "mamba2" else "layers[1].ssm.after_skip"
+    seen: list[str] = []
+    name = "blocks.1.mixer.out_proj.hook_in"
+    _, cache = model.run_with_cache(tokens, name, fwd_hooks=[(name, lambda value, hook: seen.append(hook.path))])
+    assert seen == [path]
+    assert cache[name] is cache[path]
+    assert len(cache) == 1
 
 
 @pytest.mark.parametrize("wrong", [*"hook_hh hook_h_3 hook_h5 hook_delt hook_ssm_out mixer.hook_write".split()])

@@ -185,25 +185,6 @@ def test_training(tiny_hf: ModuleFactory, tokens: Tensor, checkpointing: dict[st
     assert module.training
 
 
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_training_with_an_edit(tiny_hf: ModuleFactory, tokens: Tensor, reentrant: bool) -> None:
-    """What checkpointing computes again in the backward pass has the edit too."""
-
-    def gradient(checkpointing: bool) -> Tensor:
-        model = MambaTrace(tiny_hf())
-        model._module.train()
-        if checkpointing:
-            options = {"use_reentrant": reentrant}
-            model._module.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
-        with model.trace(tokens, labels=tokens):
-            model.layers[1].ssm.h[3].output[:] *= -2
-            loss = model.output.loss.save()
-        loss.backward()
-        return model._module.backbone.embeddings.weight.grad
-
-    agree(gradient(checkpointing=True), gradient(checkpointing=False))
-
-
 def test_inference_mode(tiny_hf: ModuleFactory, tokens: Tensor) -> None:
     plain, model = pair(tiny_hf)
     with torch.inference_mode():

@@ -9,8 +9,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import MambaConfig, MambaForCausalLM
+from transformers import (
+    FalconMambaConfig,
+    FalconMambaForCausalLM,
+    Mamba2Config,
+    Mamba2ForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+)
 
+from mamba_trace import MambaTrace
 from mamba_trace.conversion.initialization import initialize
 from mamba_trace.errors import InitializationError
 
@@ -196,3 +204,97 @@ def test_what_cannot_be_initialized_is_said() -> None:
         initialize(model, seed=0)
     with pytest.raises(InitializationError, match="n_residuals_per_layer must be at least 1, found 0"):
         initialize(small(), seed=0, n_residuals_per_layer=0)
+
+
+# ---------------------------------------------------------------- the other architectures
+
+H = 2048
+
+
+def mamba2_of(**changes: Any) -> Mamba2ForCausalLM:
+    """Many heads of one channel each, for the distributions of what there is one of in each head."""
+    sizes = {"hidden_size": D, "num_heads": H, "head_dim": 1, "n_groups": 8, "state_size": N, "vocab_size": 160}
+    return Mamba2ForCausalLM(Mamba2Config(**{**sizes, "num_hidden_layers": 1, **changes}))
+
+
+@pytest.fixture(scope="module")
+def large2() -> dict[str, Tensor]:
+    return initialized(mamba2_of(use_bias=True, tie_word_embeddings=False, initializer_range=0.05))
+
+
+def test_mamba2_has_uniform_projections_and_torch_convolutions(large2: dict[str, Tensor]) -> None:
+    assert_uniform(mixer(large2, "in_proj.weight"), D**-0.5)
+    assert_uniform(mixer(large2, "out_proj.weight"), E**-0.5)
+    assert_uniform(mixer(large2, "conv1d.weight"), K**-0.5)
+    assert_uniform(mixer(large2, "conv1d.bias"), K**-0.5)
+    assert_uniform(large2["lm_head.weight"], D**-0.5)
+    for name, value in (("in_proj.bias", 0), ("out_proj.bias", 0), ("D", 1), ("norm.weight", 1)):
+        assert (mixer(large2, name) == value).all(), name
+    assert (large2["backbone.layers.0.norm.weight"] == 1).all()
+    assert (large2["backbone.norm_f.weight"] == 1).all()
+    assert abs(float(large2["backbone.embeddings.weight"].std()) / 0.05 - 1) < 0.02
+
+
+def test_a_of_mamba2_is_uniform_and_not_the_number_of_the_head(large2: dict[str, Tensor]) -> None:
+    A = mixer(large2, "A_log").double().exp()  # [H]
+    assert 1 - 1e-5 <= A.min() < 1.05
+    assert 15.95 < A.max() <= 16 * (1 + 1e-5)
+    assert ks_distance(A, (A - 1) / 15) < 1.95 / math.sqrt(H)
+    other = mixer(initialized(mamba2_of(), A_init_range=(2.0, 4.0)), "A_log").double().exp()
+    assert 2 - 1e-5 <= other.min() < other.max() <= 4 * (1 + 1e-5)
+
+
+def test_dt_of_mamba2_is_log_uniform_with_a_floor() -> None:
+    dt = F.softplus(mixer(initialized(mamba2_of(time_step_min=0.002, time_step_max=0.3)), "dt_bias").double())
+    assert 0.002 * (1 - 1e-5) <= dt.min() < 0.0021
+    assert ks_distance(dt, (dt.log() - math.log(0.002)) / math.log(0.3 / 0.002)) < 1.95 / math.sqrt(H)
+    dt = F.softplus(mixer(initialized(mamba2_of(time_step_floor=0.01)), "dt_bias").double())
+    assert dt.min() >= 0.01 * (1 - 1e-5)
+    assert abs(float(((dt - 0.01).abs() < 1e-7).double().mean()) - 0.5) < 4 * 0.5 / math.sqrt(H)
+
+
+def test_convolutions_of_mamba2_may_have_a_bound_of_their_own() -> None:
+    assert_uniform(mixer(initialized(mamba2_of(), conv_init=0.125), "conv1d.weight"), 0.125)
+
+
+@pytest.mark.parametrize("n_residuals", [1, 2])
+def test_rescaling_of_mamba2(n_residuals: int) -> None:
+    sizes = {"hidden_size": 32, "num_heads": 8, "head_dim": 8, "num_hidden_layers": 3, "vocab_size": 24}
+    plain, rescaled = (
+        initialized(mamba2_of(**sizes, rescale_prenorm_residual=on), n_residuals_per_layer=n_residuals)
+        for on in (False, True)
+    )
+    for name, tensor in plain.items():
+        divisor = math.sqrt(n_residuals * 3) if "out_proj" in name else 1.0
+        assert torch.equal(rescaled[name], tensor / divisor), name
+
+
+def test_falcon_mamba_starts_as_mamba_does() -> None:
+    sizes = {"vocab_size": 24, "hidden_size": 32, "num_hidden_layers": 3, "conv_kernel": K, "state_size": N}
+    falcon = FalconMambaForCausalLM(FalconMambaConfig(**sizes))
+    expected, found = initialized(small()), initialized(falcon)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+def test_the_original_format_says_how_a_mamba2_starts() -> None:
+    ssm = {"layer": "Mamba2", "headdim": 2, "d_state": N, "A_init_range": [3, 4], "conv_init": 0.01}
+    config = {"d_model": 32, "n_layer": 2, "vocab_size": 24, "ssm_cfg": ssm, "pad_vocab_size_multiple": 16}
+    config["initializer_cfg"] = {"n_residuals_per_layer": 2, "initializer_range": 0.5}
+    model = MambaTrace.from_config(config, seed=1)
+    weights = model._module.state_dict()
+    assert (model.architecture.name, model.config.vocab_size, model.config.num_heads) == ("Mamba-2", 32, 32)
+    A = mixer(weights, "A_log").exp()
+    assert 3 - 1e-5 < A.min() < A.max() < 4 + 1e-5
+    assert 0.009 < mixer(weights, "conv1d.weight").abs().max() <= 0.01
+    assert 0.4 < weights["backbone.embeddings.weight"].std() < 0.6
+    assert mixer(weights, "out_proj.weight").abs().max() <= 64**-0.5 / math.sqrt(4) * (1 + 1e-6)
+    again = MambaTrace.from_config(model.config, seed=1)._module.state_dict()
+    assert all(torch.equal(again[name], tensor) for name, tensor in weights.items())
+
+
+def test_settings_without_meaning_in_an_architecture() -> None:
+    with pytest.raises(InitializationError, match=r"A_init_range needs 0 < low <= high, found 0.0 and 1.0"):
+        initialize(mamba2_of(), seed=0, A_init_range=(0.0, 1.0))
+    with pytest.raises(InitializationError, match="the initialisation of a mamba has no A_init_range"):
+        initialize(small(), seed=0, A_init_range=(1.0, 2.0))

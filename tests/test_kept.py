@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ModuleFactory
+from conftest import TINY, ModuleFactory
 from grids import MINUS, OURS, PLUS, THEIRS, Interrupted, grid_of
 
 from mamba_trace import MambaTrace
@@ -14,7 +14,9 @@ from mamba_trace.errors import FileError
 from mamba_trace.patching import logit, logit_diff, patch_grid
 
 
-def test_what_is_done_outlives_an_interrupt(tiny: MambaTrace, tmp_path: Path) -> None:
+@pytest.mark.parametrize("model_type", TINY)
+def test_what_is_done_outlives_an_interrupt(tiny_hf: ModuleFactory, tmp_path: Path, model_type: str) -> None:
+    tiny = MambaTrace(tiny_hf(model_type=model_type))
     metric, folder = logit_diff(tiny, PLUS, MINUS), tmp_path / "kept" / "h"
     whole = grid_of(tiny, batch_size=3)
     with pytest.raises(KeyboardInterrupt) as caught:

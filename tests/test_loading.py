@@ -11,9 +11,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import (
     AutoTokenizer,
-    FalconMambaConfig,
     GPT2Config,
     GPT2LMHeadModel,
+    JambaConfig,
     MambaConfig,
     MambaForCausalLM,
 )
@@ -241,8 +241,8 @@ def test_a_folder_that_is_no_checkpoint(tmp_path):
 
 
 def test_an_architecture_that_is_no_mamba(tmp_path):
-    FalconMambaConfig().save_pretrained(tmp_path)
-    with pytest.raises(CheckpointError, match="falcon_mamba"):
+    JambaConfig().save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match="model_type 'jamba'"):
         MambaTrace(tmp_path)
     gpt2 = GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=1, n_embd=8, vocab_size=20))
     with pytest.raises(CheckpointError, match="GPT2LMHeadModel"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -89,6 +90,45 @@ def test_weights_of_another_model(tiny_hf: ModuleFactory) -> None:
     with torch.no_grad():
         module.backbone.layers[1].mixer.D.mul_(0.5)
     assert mark_of_weights(module) != before
+
+
+def test_a_folder_of_one_architecture_is_none_of_another(
+    tiny_hf: ModuleFactory, tokens: Tensor, tmp_path: Path
+) -> None:
+    """Where the weights have the same names, shapes and numbers, and a metric says nothing."""
+
+    def grid(model_type: str, **changes: Any) -> None:
+        model = MambaTrace(tiny_hf(model_type=model_type, **changes))
+        metrics: Any = {"m": lambda logits: 0.0 * logits[:, 0]}
+        patch_grid(model, tokens[:1], tokens[1:2], "h", metrics, keep=tmp_path / model_type, progress=False)
+
+    assert mark_of_weights(tiny_hf(model_type="falcon_mamba")) == mark_of_weights(tiny_hf(model_type="mamba"))
+    grid("falcon_mamba")
+    (tmp_path / "falcon_mamba").rename(tmp_path / "mamba")
+    with pytest.raises(FileError, match="its architecture is 'Falcon-Mamba', and this one's 'Mamba-1'"):
+        grid("mamba")
+    grid("mamba2")
+    grid("mamba2")
+    for other in ({"time_step_limit": (0.1, 0.3)}, {"layer_norm_epsilon": 1e-2}, {"n_groups": 1, "state_size": 10}):
+        with pytest.raises(FileError, match="its settings is"):
+            grid("mamba2", **other)
+
+
+def test_a_folder_from_before_architectures_were_told_apart_is_a_mamba_1(
+    tiny: MambaTrace, tiny_hf: ModuleFactory, tokens: Tensor, tmp_path: Path
+) -> None:
+    def grid(model: MambaTrace) -> None:
+        patch_grid(model, tokens[:1], tokens[1:2], "h", logit_diff(model, 3, 4), keep=tmp_path, progress=False)
+
+    grid(tiny)
+    path = tmp_path / "question.json"
+    question = json.loads(path.read_text())
+    for name in ("architecture", "settings"):
+        del question[name]
+    path.write_text(json.dumps(question))
+    grid(tiny)
+    with pytest.raises(FileError, match="its architecture is 'Mamba-1', and this one's 'Mamba-2'"):
+        grid(MambaTrace(tiny_hf(model_type="mamba2")))
 
 
 def test_a_folder_belongs_to_its_metric_and_weights(tiny_hf: ModuleFactory, tokens: Tensor, tmp_path: Path) -> None:

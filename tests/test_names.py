@@ -5,18 +5,20 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import nnsight
 import pytest
 import torch
+from conftest import near, pair
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
 from test_sites import by_hand, same
 
-from mamba_trace import names
+from mamba_trace import MambaTrace, names
 from mamba_trace.errors import PositionError, UnknownSiteError
 from mamba_trace.means import mean_activation
 from mamba_trace.names import BRIDGE_BLOCK, BRIDGE_MODEL, hook_names, to_bridge_name, to_hook_name, to_path
-from mamba_trace.sites import SITES, walk
+from mamba_trace.sites import FAMILIES, SITES, walk
 
 #: The names of design.md's table, written out: these are fixed.
 TABLE = {
@@ -56,16 +58,21 @@ def test_the_fixed_names(path, hook):
 
 
 def test_the_table_has_no_other_row():
-    assert {site.path(7) for site in SITES if site.in_mamba_lens} - {"layers[7].ssm.h"} <= set(TABLE)
+    mamba_1 = [site for site in SITES if "selective" in site.families]
+    assert {site.path(7) for site in mamba_1 if site.in_mamba_lens} - {"layers[7].ssm.h"} <= set(TABLE)
+    only_in_mamba2 = {site.hook for site in SITES} - {site.hook for site in mamba_1}
+    assert only_in_mamba2 == {"hook_B_in", "hook_C_in", "hook_B_conv", "hook_C_conv", "hook_inner_norm"}
 
 
-def test_paths_and_hook_names_are_inverse_over_every_name():
-    every = hook_names(3, 9)
-    in_mamba_lens = sum(site.in_mamba_lens for site in SITES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_paths_and_hook_names_are_inverse_over_every_name(family):
+    every = hook_names(3, 9, family)
+    in_mamba_lens = sum(site.in_mamba_lens for site in SITES if family in site.families)
     assert len(every) == len(set(every)) == 3 + 3 * (in_mamba_lens - 4 + 9)
-    assert [to_hook_name(to_path(name)) for name in every] == every
-    paths = [to_path(name) for name in every]
-    assert [to_path(to_hook_name(path)) for path in paths] == paths
+    for of in (family, None):  # the model's family, or none
+        assert [to_hook_name(to_path(name, of), of) for name in every] == every
+        paths = [to_path(name, of) for name in every]
+        assert [to_path(to_hook_name(path, of), of) for path in paths] == paths
 
 
 @given(st.sampled_from(SITES), st.integers(0, 99), st.integers(-300, 300))
@@ -171,24 +178,90 @@ def test_the_whole_trajectory_has_a_path_and_no_hook():
     ],
 )
 def test_bridge_names(bridge, path):
-    assert to_path(bridge) == path
+    assert to_path(bridge) == to_path(bridge, "selective") == path
 
 
-def test_every_bridge_name_of_the_map_leads_to_a_place():
-    for bridge in [*BRIDGE_MODEL, *(f"blocks.2.{name}" for name in BRIDGE_BLOCK)]:
-        path = to_path(bridge)
-        assert to_path(path) == path
+#: What the bridge's names of Mamba-2 mean, by hand: in ``ssm2_mixer`` the norm is given the gate, and gates first.
+IN_MAMBA_2 = {
+    "blocks.1.mixer.inner_norm.hook_gate": "layers[1].ssm.skip",
+    "blocks.1.mixer.inner_norm.hook_in": "layers[1].ssm.ssm_output",
+    "blocks.1.mixer.inner_norm.hook_out": "layers[1].ssm.inner_norm",
+    "blocks.1.mixer.hook_inner_norm": "layers[1].ssm.inner_norm",
+    "blocks.1.mixer.out_proj.hook_in": "layers[1].ssm.inner_norm",
+    "blocks.1.mixer.out_proj.hook_out": "layers[1].ssm.out_proj",
+    "blocks.1.mixer.hook_ssm_out": "layers[1].ssm.out_proj",
+    "blocks.1.mixer.hook_in_proj": "layers[1].ssm.in_proj",
+    "blocks.1.mixer.conv1d.hook_out": "layers[1].ssm.conv1d",
+    "blocks.1.mixer.hook_ssm_write": "layers[1].ssm.write",
+    "blocks.1.mixer.hook_ssm_state": "layers[1].ssm.h_read",
+    "blocks.1.hook_mixer_in": "layers[1].norm",
+    "unembed.hook_in": "norm_f",
+}
 
 
-def test_bridge_names_and_paths_are_inverse():
-    paths = {*BRIDGE_MODEL.values(), *(f"layers[2].{path}" for path in BRIDGE_BLOCK.values())}
+@pytest.mark.parametrize(("bridge", "path"), IN_MAMBA_2.items())
+def test_bridge_names_in_mamba_2(bridge, path):
+    assert to_path(bridge, "dual") == path
+
+
+def test_a_bridge_name_without_a_family_is_that_of_whichever_has_it():
+    """Mamba-1's, where they differ, which one name does."""
+    different = {name for name, path in IN_MAMBA_2.items() if to_path(name) != path}
+    assert different == {"blocks.1.mixer.out_proj.hook_in"}
+    assert to_bridge_name("layers[0].ssm.inner_norm") == "blocks.0.mixer.inner_norm.hook_out"
+    assert to_bridge_name("layers[0].ssm.after_skip") == "blocks.0.mixer.out_proj.hook_in"
+
+
+@pytest.mark.parametrize(
+    "name", ["x_proj.hook_in", "hook_x_proj", "dt_proj.hook_in", "dt_proj.hook_out", "hook_ssm_dt", "hook_dt_proj"]
+)
+def test_names_of_x_proj_and_dt_proj_are_none_of_mamba_2(name):
+    assert to_path(f"blocks.0.mixer.{name}", "selective")
+    said = rf"'blocks.0.mixer.{name}' is not a place of this model, a Mamba-2: in TransformerLens 4 .* of a Mamba-1;"
+    with pytest.raises(UnknownSiteError, match=said):
+        to_path(f"blocks.0.mixer.{name}", "dual")
+    with pytest.raises(UnknownSiteError, match="a Mamba-1: in TransformerLens 4 it is one of a Mamba-2; "):
+        to_path("blocks.0.mixer.inner_norm.hook_in", "selective")
+
+
+@pytest.mark.parametrize("name", ["layers[0].ssm.B_in", "blocks.0.hook_inner_norm", "backbone.layers.0.mixer.C_conv"])
+def test_a_name_that_the_family_lacks_says_which_models_have_it(name):
+    assert to_path(name) == to_path(name, "dual")
+    for function in (to_path, to_hook_name, to_bridge_name):
+        with pytest.raises(UnknownSiteError, match="of this model, a Mamba-1: it is a site of Mamba-2; ") as error:
+            function(name, "selective")
+        assert str(error.value).startswith(repr(name))
+    for path in ("layers[0].ssm.x_proj", "layers.0.ssm.dt_proj.output"):
+        with pytest.raises(UnknownSiteError, match="of this model, a Mamba-2: it is a module of Mamba-1; "):
+            to_path(path, "dual")
+
+
+def test_no_name_of_another_family_is_suggested():
+    for family, suggested in ((None, True), ("dual", True), ("selective", False)):
+        with pytest.raises(UnknownSiteError) as error:
+            to_path("blocks.0.hook_B_convv", family)
+        assert ("hook_B_conv?" in str(error.value) or "hook_B_conv or" in str(error.value)) == suggested
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_bridge_name_of_the_map_leads_to_a_place(family):
+    for bridge in [*BRIDGE_MODEL, *(f"blocks.2.{name}" for name in BRIDGE_BLOCK[family])]:
+        path = to_path(bridge, family)
+        assert to_path(path) == to_path(path, family) == path
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bridge_names_and_paths_are_inverse(family):
+    paths = {*BRIDGE_MODEL.values(), *(f"layers[2].{path}" for path in BRIDGE_BLOCK[family].values())}
     paths |= {"layers[2].ssm.write", "layers[2].ssm.h_read"}
     for path in paths:
+        assert to_path(to_bridge_name(path, family), family) == path
         assert to_path(to_bridge_name(path)) == path
     assert to_bridge_name("blocks.3.hook_delta_2") == "blocks.3.mixer.dt_proj.hook_out"
-    for place in ("layers[0].ssm.h[3]", "layers[0].ssm.h", "layers[0].ssm.A_bar"):
-        with pytest.raises(UnknownSiteError, match=r"has no name in TransformerLens 4's Mamba bridge"):
-            to_bridge_name(place)
+    gone = {"selective": ["skip", "ssm_output"], "dual": ["delta_1", "delta_2", "ssm_input", "after_skip"]}[family]
+    for place in ("h[3]", "h", "A_bar", *gone):
+        with pytest.raises(UnknownSiteError, match=r"has no name in TransformerLens 4's Mamba bridge of a Mamba-"):
+            to_bridge_name(f"layers[0].ssm.{place}", family)
 
 
 @pytest.mark.parametrize("site", [site for site in SITES if site.name != "h"], ids=lambda site: site.name)
@@ -198,7 +271,7 @@ def test_bridge_names_read_what_the_bridge_would(tiny, tokens, site):
     bridges = [name for name, path in outs.items() if path == site.name]
     bridges += [
         f"blocks.1.{name}"
-        for name, path in BRIDGE_BLOCK.items()
+        for name, path in BRIDGE_BLOCK["selective"].items()
         if name.endswith(".hook_out") and path.rsplit(".", 1)[-1] == site.name
     ]
     for bridge in bridges:
@@ -228,11 +301,42 @@ def test_what_transformerlens_alone_has_is_never_taken_for_h():
 # -- on a model --------------------------------------------------------------------------------------------
 
 
+def test_bridge_names_of_mamba_2_read_what_the_bridge_would(tiny_hf, tokens):
+    """What the inner norm is given and returns, in Hugging Face's own forward, which passes the gate to it."""
+    plain, model = pair(tiny_hf, model_type="mamba2")
+    mixer, seen = plain.backbone.layers[1].mixer, {}
+    mixer.norm.register_forward_hook(
+        lambda m, args, kwargs, out: seen.update(hook_in=args[0], hook_gate=kwargs.get("gate", args[-1]), hook_out=out),
+        with_kwargs=True,
+    )
+    mixer.out_proj.register_forward_hook(lambda m, args, out: seen.update(out_proj=args[0]))
+    with torch.no_grad():
+        plain(tokens)
+        with model.trace(tokens):
+            values = nnsight.save({})
+            for name in ("hook_gate", "hook_in", "hook_out"):
+                values[name] = model.hook(f"blocks.1.mixer.inner_norm.{name}").output
+        with model.trace(tokens):
+            values["out_proj"] = model.hook("blocks.1.mixer.out_proj.hook_in").output
+    for name, value in values.items():
+        near(value, seen[name].view_as(value).double(), 1e-5, name)
+
+
+def test_the_model_decides_what_a_bridge_name_means(tiny, tiny_hf):
+    dual = MambaTrace(tiny_hf(model_type="mamba2"))
+    name = "blocks.1.mixer.out_proj.hook_in"
+    assert tiny.hook(name) is tiny.layers[1].ssm.after_skip
+    assert dual.hook(name) is dual.layers[1].ssm.inner_norm
+    falcon = MambaTrace(tiny_hf(model_type="falcon_mamba"))
+    assert falcon.hook(name) is falcon.layers[1].ssm.after_skip
+    with pytest.raises(UnknownSiteError, match="of this model, a Mamba-2: in TransformerLens 4 it is one of a Mamba-1"):
+        dual.hook("blocks.1.mixer.x_proj.hook_in")
+
+
 def test_every_hook_name_reads_its_place(tiny, tiny_hf, tokens):
     expected = by_hand(tiny_hf().double(), tokens)
     every = tiny.hook_names(tokens.shape[1])
     assert every == hook_names(3, tokens.shape[1])
-    import nnsight
 
     with torch.no_grad(), tiny.trace(tokens):
         values = nnsight.save({})

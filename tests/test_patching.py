@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from grids import MINUS, OURS, PLUS, THEIRS, slow_grid
+from conftest import OTHERS, ModuleFactory
+from grids import MINUS, OURS, PATCHED, PLUS, THEIRS, slow_grid
 from torch import Tensor
 from transformers import AutoTokenizer, MambaForCausalLM
 
@@ -16,8 +17,8 @@ from mamba_trace.arguments.prompts import aligned
 from mamba_trace.cli import PROMPT, SOURCE
 from mamba_trace.errors import ArgumentError, MetricError, PositionError, PromptError, UnknownSiteError
 from mamba_trace.model import DEMO
-from mamba_trace.patching import Metric, PatchGrid, logit, logit_diff, patch_grid
-from mamba_trace.patching.question import POSITIONAL
+from mamba_trace.patching import Metric, PatchGrid, attribution_grid, logit, logit_diff, patch_grid
+from mamba_trace.patching.question import positional
 from mamba_trace.sites import SITES
 
 NAME = 10  # where the seed's prompts differ: the name of who gives
@@ -57,14 +58,16 @@ def refusal(kind: type[Exception], call: Callable[[], Any]) -> str:
 # -- the numbers -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("site", POSITIONAL)
-def test_every_cell_of_every_site_is_what_a_forward_of_its_own_gives(tiny_hf: Any, site: str) -> None:
-    model = MambaTrace(tiny_hf(dtype=torch.float64))
+@pytest.mark.parametrize(("model_type", "site"), PATCHED)
+def test_every_cell_of_every_site_is_what_a_forward_of_its_own_gives(
+    tiny_hf: ModuleFactory, model_type: str, site: str
+) -> None:
+    model = MambaTrace(tiny_hf(model_type=model_type, dtype=torch.float64))
     metric = logit_diff(model, PLUS, MINUS)
     got = patch_grid(model, OURS, THEIRS, site, metric, batch_size=4, progress=False)
-    expected = slow_grid(tiny_hf(dtype=torch.float64), site)
+    expected = slow_grid(tiny_hf(model_type=model_type, dtype=torch.float64), site)
     assert got.values.dtype == torch.float64
-    torch.testing.assert_close(got.values, expected, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(got.values, expected, rtol=1e-10, atol=1e-10)
     assert (expected - got.prompt_metric).abs().max() > 1e-3, "the site matters, so the comparison means something"
 
 
@@ -75,7 +78,19 @@ def test_prompts_that_are_the_same_have_one_answer(tiny: MambaTrace) -> None:
 
 
 def test_the_sites_of_a_grid_are_those_with_positions() -> None:
-    assert {site.name for site in SITES} - set(POSITIONAL) == {"A", "h_start"}
+    assert {site.name for site in SITES} - set(positional()) == {"A", "h_start"}
+    only_in_mamba2 = {"B_in", "C_in", "B_conv", "C_conv", "inner_norm"}
+    assert set(positional("dual")) - set(positional("selective")) == only_in_mamba2
+
+
+@pytest.mark.parametrize("variant", OTHERS, ids=str)
+def test_cells_of_every_variant_start_from_what_was_before_them(tiny_hf: ModuleFactory, variant: dict) -> None:
+    """Biases, limits of delta, one group or a group for each head, other kernels of the convolution."""
+    model = MambaTrace(tiny_hf(dtype=torch.float64, **variant))
+    for site in ("h", "conv"):
+        got = patch_grid(model, OURS, THEIRS, site, logit_diff(model, PLUS, MINUS), memory=100_000, progress=False)
+        expected = slow_grid(tiny_hf(dtype=torch.float64, **variant), site)
+        torch.testing.assert_close(got.values, expected, rtol=1e-10, atol=1e-10)
 
 
 def test_resid_pre_on_the_shipped_model_is_what_hooks_on_plain_transformers_give(
@@ -269,6 +284,25 @@ def test_unknown_sites_are_refused_with_the_nearest(demo: MambaTrace, metric: Me
             patch_grid(demo, PROMPT, SOURCE, site, metric)
         refused = str(caught.value)
         assert "has no positions to patch one by one. A grid patches one of embeddings, " in refused
+
+
+@pytest.mark.usefixtures("never_run")
+@pytest.mark.parametrize("make", [patch_grid, attribution_grid])
+def test_sites_of_another_architecture_are_refused(tiny: MambaTrace, make: Callable[..., Any]) -> None:
+    for site in ("B_in", "hook_C_conv", "inner_norm"):
+        said = refusal(UnknownSiteError, lambda site=site: make(tiny, OURS, THEIRS, site, logit(tiny, 3)))
+        assert said.startswith(f"{site!r} is not a place of this model, a Mamba-1: it is a site of Mamba-2; ")
+    said = refusal(UnknownSiteError, lambda: make(tiny, OURS, THEIRS, "B_inn", logit(tiny, 3)))
+    assert "did you mean" in said
+    assert "B_in" not in said.replace("B_inn", "")
+
+
+@pytest.mark.usefixtures("never_run")
+def test_a_state_has_no_positions_to_patch_by_the_axes_of_its_model(tiny_hf: ModuleFactory) -> None:
+    model = MambaTrace(tiny_hf(model_type="mamba2"))
+    said = refusal(PositionError, lambda: patch_grid(model, OURS, THEIRS, "h_start", logit(model, 3)))
+    assert "h_start [B batch, H heads, P head_dim, N d_state] has no positions" in said
+    assert "C_conv, ssm_input" in said
 
 
 @pytest.mark.usefixtures("never_run")

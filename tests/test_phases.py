@@ -7,24 +7,30 @@ from typing import Any
 import pytest
 import torch
 from allocations import PeakMemory
-from conftest import ModuleFactory, agree
+from conftest import TINY, ModuleFactory, agree
 from grids import LONG, MINUS, OURS, PLUS, THEIRS, difference, grid_of, slow_grid
 from torch import Tensor
-from transformers import MambaConfig
+from transformers import AutoModelForCausalLM, Mamba2Config, MambaConfig
 
 from mamba_trace import MambaTrace
 from mamba_trace.modeling.past import PastStates
 from mamba_trace.patching import PatchGrid, logit, logit_diff, patch_grid
 
+WINDOWED = [("mamba", site) for site in ("h", "resid_pre", "conv", "B_bar", "resid_post", "write")]
+WINDOWED += [("falcon_mamba", site) for site in ("h", "B")]
+WINDOWED += [("mamba2", site) for site in ("h", "resid_pre", "B_in", "C_conv", "A_bar", "write", "inner_norm")]
 
-@pytest.mark.parametrize("site", ["h", "resid_pre", "conv", "B_bar", "resid_post", "write"])
+
+@pytest.mark.parametrize(("model_type", "site"), WINDOWED)
 @pytest.mark.parametrize("window", [2, 3])
-def test_a_window_patches_layers_together(exact: MambaTrace, tiny_hf: ModuleFactory, site: str, window: int) -> None:
-    got = patch_grid(exact, OURS, THEIRS, site, logit_diff(exact, PLUS, MINUS), window=window, progress=False)
+def test_a_window_patches_layers_together(tiny_hf: ModuleFactory, model_type: str, site: str, window: int) -> None:
+    of: dict[str, Any] = {"model_type": model_type, "dtype": torch.float64}
+    model = MambaTrace(tiny_hf(**of))
+    got = patch_grid(model, OURS, THEIRS, site, logit_diff(model, PLUS, MINUS), window=window, progress=False)
     offsets = {2: range(0, 2), 3: range(-1, 2)}[window]
-    agree(got.values, slow_grid(tiny_hf(dtype=torch.float64), site, window=offsets), 1e-9)
+    agree(got.values, slow_grid(tiny_hf(**of), site, window=offsets), 1e-10)
     assert got.window == window
-    assert (got.values - slow_grid(tiny_hf(dtype=torch.float64), site)).abs().max() > 1e-3
+    assert (got.values - slow_grid(tiny_hf(**of), site)).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("site", ["h", "norm", "embeddings", "lm_head"])
@@ -82,18 +88,33 @@ def test_metrics_may_do_anything_to_their_logits(tiny: MambaTrace, site: str, lo
     assert torch.equal(got["again"], grids({"m": lambda logits: first(logits, MINUS)})["m"])
 
 
-@pytest.mark.parametrize("site", ["h", "delta"])
-def test_how_much_runs_at_once_changes_nothing(exact: MambaTrace, tiny_hf: ModuleFactory, site: str) -> None:
+@pytest.mark.parametrize(
+    ("model_type", "site"),
+    [
+        ("mamba", "h"),
+        ("mamba", "delta"),
+        ("falcon_mamba", "h"),
+        ("mamba2", "h"),
+        ("mamba2", "C_in"),
+        ("mamba2", "B_bar"),
+    ],
+)
+def test_how_much_runs_at_once_changes_nothing(tiny_hf: ModuleFactory, model_type: str, site: str) -> None:
     """With little memory, states are made for a stretch of positions at a time, and layers run apart."""
-    expected = slow_grid(tiny_hf(dtype=torch.float64), site, difference, prompt=LONG[:1], source=LONG[1:])
+    of: dict[str, Any] = {"model_type": model_type, "dtype": torch.float64}
+    model = MambaTrace(tiny_hf(**of))
+    expected = slow_grid(tiny_hf(**of), site, difference, prompt=LONG[:1], source=LONG[1:])
     for limits in ({}, {"batch_size": 1}, {"batch_size": 7}, {"memory": 1}, {"memory": 200_000}):
-        agree(grid_of(exact, site, **limits).values, expected, 1e-9)
+        agree(grid_of(model, site, **limits).values, expected, 1e-10)
 
 
+@pytest.mark.parametrize("model_type", TINY)
 @pytest.mark.parametrize("kernels", ["reference", "cpu"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_cell_is_what_a_trace_of_its_own_gives(tiny_hf: ModuleFactory, kernels: str, dtype: torch.dtype) -> None:
-    model = MambaTrace(tiny_hf(dtype=dtype), kernels=kernels)
+def test_a_cell_is_what_a_trace_of_its_own_gives(
+    tiny_hf: ModuleFactory, kernels: str, dtype: torch.dtype, model_type: str
+) -> None:
+    model = MambaTrace(tiny_hf(model_type=model_type, dtype=dtype), kernels=kernels)
     got = grid_of(model).values
     with torch.no_grad(), model.trace(LONG[1:]):
         states = [layer.ssm.h.output for layer in model.layers].save()
@@ -155,15 +176,36 @@ def test_the_kernels_stay_fused_but_where_the_patch_is(tiny: MambaTrace) -> None
     assert patched == [True], "the last cell is in the last layer"
 
 
+@pytest.mark.parametrize("site", ["h", "B_conv", "resid_post"])
+def test_no_cell_makes_the_state_of_every_position(tiny_hf: ModuleFactory, site: str) -> None:
+    """The unpatched runs of source and prompt do, span by span, as their states are what cells start from."""
+    model = MambaTrace(tiny_hf(model_type="mamba2"))
+    state = model.layers[0].ssm._module.state_shape
+    shapes = PeakMemory.of(lambda: grid_of(model, site)).shapes
+    with_states = {shape for shape in shapes if len(shape) == 5 and shape[-3:] == state and shape[1] > 1}
+    assert {shape[0] for shape in with_states} <= {2}
+    assert any(len(shape) == 4 and shape[0] > 2 and shape[1:] == state for shape in shapes)  # cells have one
+
+
 # -- memory --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("site", ["h", "conv", "A_bar"])
+BOUNDED = {
+    "mamba": MambaConfig(num_hidden_layers=4, hidden_size=64, state_size=16, vocab_size=50),
+    "mamba2": Mamba2Config(
+        num_hidden_layers=4, hidden_size=64, state_size=16, vocab_size=50, num_heads=4, head_dim=32, n_groups=2
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "site"),
+    [("mamba", "h"), ("mamba", "conv"), ("mamba", "A_bar"), ("mamba2", "h"), ("mamba2", "B_in"), ("mamba2", "write")],
+)
 @pytest.mark.parametrize("length", [40, 100])
-def test_memory_is_bounded(site: str, length: int) -> None:
+def test_memory_is_bounded(model_type: str, site: str, length: int) -> None:
     """By the bound, for each of activations, states and streams, and what two runs take, at every length."""
-    config = MambaConfig(num_hidden_layers=4, hidden_size=64, state_size=16, vocab_size=50)
-    model = MambaTrace.from_config(config)
+    model = MambaTrace(AutoModelForCausalLM.from_config(BOUNDED[model_type]).eval())
     tokens = torch.randint(1, 50, (2, length), generator=torch.Generator().manual_seed(0))
     memory = 4 * 2**20
 

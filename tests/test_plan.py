@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
-import pytest
-from transformers import MambaConfig
+from typing import Any
 
-from mamba_trace.patching.plan import Budgets, Job, Limits, jobs_of
-from mamba_trace.sites import BY_NAME
+import pytest
+from conftest import ModuleFactory
+from torch import Tensor
+
+from mamba_trace import MambaTrace
+from mamba_trace.patching import logit
+from mamba_trace.patching.grid import asked
+from mamba_trace.patching.plan import Budgets, Job, Limits, Plan, jobs_of
+from mamba_trace.sites import BY_NAME, Family
+
+#: Of mamba-130m and of mamba2-130m.
+SIZES: dict[Family, dict[str, int]] = {
+    "selective": {"D": 768, "E": 1536, "N": 16, "R": 48, "K": 4, "V": 50280},
+    "dual": {"D": 768, "E": 1536, "H": 24, "P": 64, "G": 1, "N": 128, "K": 4, "V": 50288},
+}
 
 
 @pytest.mark.parametrize("most", [1, 5, 24, 100, 10_000])
@@ -22,14 +34,27 @@ def test_a_plan_has_every_cell_once_and_no_more_of_them_together_than_fit(n_rows
 
 
 def test_a_footprint_counts_what_a_site_makes() -> None:
-    config = MambaConfig(hidden_size=768, state_size=16)
-
-    def rows(site: str, memory: int) -> int:
-        budgets = Budgets(None, Limits(None, memory), config, itemsize=4, overhead=72)  # type: ignore[arg-type]
+    def rows(site: str, memory: int, family: Family = "selective") -> int:
+        limits: Any = Limits(None, memory)
+        budgets = Budgets(None, limits, family, SIZES[family], itemsize=4, overhead=72)  # type: ignore[arg-type]
         return budgets.rows_of_a_forward(17, BY_NAME[site])
 
     assert rows("h", 2**29) > 5 * rows("A_bar", 2**29) >= 5
     assert rows("h", 1) == 1
+    # In Mamba-2 a decay is one number for each head, and only what is written is as large as a state.
+    assert rows("A_bar", 2**29, "dual") == rows("B_bar", 2**29, "dual") > 5 * rows("write", 2**29, "dual") >= 5
+    assert rows("h", 2**29, "dual") < rows("h", 2**29)  # a state is eight times as large
+
+
+def test_sizes_are_those_of_the_mixer(tiny_hf: ModuleFactory, tokens: Tensor) -> None:
+    for model_type, state in (("mamba", 24 * 5), ("falcon_mamba", 24 * 5), ("mamba2", 6 * 4 * 5)):
+        model = MambaTrace(tiny_hf(model_type=model_type))
+        question = asked("patch_grid", model, tokens[:1], tokens[1:2], "h", logit(model, 3), -1, 1)
+        # Memory for the states of four positions and not of nine, in all three layers.
+        plan = Plan.of(model, question, Limits(None, 4 * 4 * state * 4 * 3))
+        assert not plan.short
+        assert max(len(span.positions) for span in plan.spans) <= 4
+        assert Plan.of(model, question, Limits(None, 4 * 9 * state * 4 * 3)).short
 
 
 def test_jobs_have_cells() -> None:

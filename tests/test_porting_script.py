@@ -44,6 +44,34 @@ def test_a_name_keeps_what_varies() -> None:
     assert port_name("blocks.{layer}.{hook}") == 'model.hook(f"blocks.{layer}.{hook}").output'
 
 
+def test_names_of_transformer_lens_that_stand_for_another_tensor_say_so() -> None:
+    script = """cache["blocks.0.mixer.hook_ssm_state"][:, 3]
+    cache["blocks.1.mixer.hook_ssm_write"]
+    cache["blocks.2.mixer.out_proj.hook_in"]
+    cache["blocks.2.mixer.inner_norm.hook_out"]
+    """
+    found = port_script(script.replace("\n    ", "\n")).findings
+    assert [one.becomes for one in found] == [
+        "model.layers[0].ssm.h_read.output",
+        "model.layers[1].ssm.write.output",
+        "model.layers[2].ssm.after_skip.output",
+        "model.layers[2].ssm.inner_norm.output",
+    ]
+    assert [one.note for one in found[:2]] == [
+        "[B,E,L,N] in TransformerLens's Mamba-1 is [B,L,E,N] here; in Mamba-2 both have [B,L,H,P,N]"
+    ] * 2
+    assert "in a Mamba-2 it is ssm.inner_norm" in found[2].note
+    assert not found[3].note
+
+
+@pytest.mark.parametrize("name", ["state-spaces/mamba2-130m", "AntonV/mamba-2-1.3b", "mistralai/Mamba-Codestral-7B"])
+def test_a_mamba_2_is_no_hooked_mamba(name: str) -> None:
+    reasons = [reason for _, reason in said(port_script(LOAD.replace("state-spaces/mamba-130m", name)))]
+    assert reasons == [f"{name} is a Mamba-2 by its name, and HookedMamba loads none: MambaTrace({name!r})"]
+    for mamba_1 in ("state-spaces/mamba-2.8b", "tiiuae/falcon-mamba-7b"):
+        assert not said(port_script(LOAD.replace("state-spaces/mamba-130m", mamba_1)))
+
+
 @pytest.mark.parametrize(
     ("name", "said"),
     [
@@ -329,7 +357,7 @@ def test_a_port_is_python_with_every_comment(script: str) -> None:
             "from mamba_trace.mamba_lens import (\n    HookedMamba,  # it\n)",
         ),
         ("from mamba_lens import *", "from mamba_trace.mamba_lens import *"),
-        ("from mamba_lens.HookedMamba import A as H", "from mamba_trace.mamba_lens import A as H"),
+        ("from mamba_lens.HookedMamba import HookedMamba as H", "from mamba_trace.mamba_lens import HookedMamba as H"),
         ("import os, mamba_lens  # both", "import os  # both\nfrom mamba_trace import mamba_lens"),
         (
             "from transformer_lens.hook_points import HookPoint",
@@ -359,6 +387,15 @@ def test_imports_are_renamed(line: str, becomes: str) -> None:
     report = port_script(f"{line}\n")
     assert report.script.strip() == becomes
     assert bool(report.problems) == ("test_prompt" in line)
+
+
+def test_a_name_that_mamba_lens_has_and_this_package_has_not_is_a_problem() -> None:
+    report = port_script("from mamba_lens import HookedMamba, InputDependentHookPoint as I")
+    assert [(one.found, one.reason) for one in report.problems] == [
+        ("InputDependentHookPoint", "mamba_trace.mamba_lens has no such name")
+    ]
+    shared = ", ".join(mamba_lens.__all__)
+    assert not port_script(f"from mamba_lens import {shared}").problems
 
 
 def test_what_is_imported_is_there() -> None:
@@ -527,6 +564,15 @@ def test_what_is_no_script_is_refused(tmp_path: Path) -> None:
     (tmp_path / "bytes.py").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(FileError, match="no text in UTF-8"):
         port_file(tmp_path / "bytes.py")
+    (tmp_path / "odd.py").write_bytes(b"# coding: klingon\n")
+    with pytest.raises(FileError, match="nor in an encoding it names"):
+        port_file(tmp_path / "odd.py")
+    (tmp_path / "book.ipynb").write_text('{"cells": []}', encoding="utf-8")
+    with pytest.raises(FileError, match=r"is a notebook.*nbconvert --to script"):
+        port_file(tmp_path / "book.ipynb")
+    for terms in (400, 30_000):  # libcst gives up on the first, Python on the second
+        with pytest.raises(FileError, match=r"long\.py nests expressions too deeply"):
+            port_script("a = " + " + ".join(["1"] * terms), "long.py")
     with pytest.raises(FileError, match=r"broken\.py, line 2 is no Python"):
         port_script("a = 1\nb = (", "broken.py")
     with pytest.raises(FileError, match="is no Python"):
@@ -536,6 +582,46 @@ def test_what_is_no_script_is_refused(tmp_path: Path) -> None:
 def test_line_ends_stay(tmp_path: Path) -> None:
     (tmp_path / "dos.py").write_bytes(b"\xef\xbb\xbfimport mamba_lens\r\nx = 1  # one\r\n")
     assert port_file(tmp_path / "dos.py").script == "from mamba_trace import mamba_lens\r\nx = 1  # one\r\n"
+
+
+def test_a_script_is_read_in_the_encoding_that_it_names(tmp_path: Path) -> None:
+    (tmp_path / "latin.py").write_bytes(b'# coding: latin-1\nimport mamba_lens\ns = "\xe9"\n')
+    expected = '# coding: latin-1\nfrom mamba_trace import mamba_lens\ns = "é"\n'
+    assert port_file(tmp_path / "latin.py").script == expected
+
+
+@pytest.mark.parametrize("around", ["", "def work():\n    "])
+def test_hooks_may_be_reset_before_any_is_added(around: str) -> None:
+    source = f"""
+model = load()
+{around}model.reset_hooks()
+model.add_hook("blocks.0.hook_y", fn)
+out = model("Hi")
+model.reset_hooks()
+model.add_hook("blocks.0.hook_y", fn, dir="bwd")
+"""
+    ported, seen = port_script(source).script, []
+
+    class Model:
+        def run_with_hooks(self, *args: Any, **hooks: Any) -> None:
+            seen.append(hooks["fwd_hooks"][:])
+
+    space: dict[str, Any] = {"load": Model, "fn": print}
+    exec(ported, space)
+    assert seen == [[("blocks.0.hook_y", print)]]
+    assert (space["model_fwd_hooks"], len(space["model_bwd_hooks"])) == ([], 1)
+
+
+def test_a_variable_of_the_script_is_not_taken() -> None:
+    source = 'model_fwd_hooks=3\nf(model_fwd_hooks_=1).model_fwd_hooks_\nmodel.add_hook("hook_embed", fn)\nmodel("Hi")'
+    assert 'model.run_with_hooks("Hi", fwd_hooks=model_fwd_hooks_)' in port_script(source).script
+
+
+def test_a_run_under_another_name_of_a_hooked_model_is_a_problem() -> None:
+    report = port_script('model.add_hook("hook_embed", fn)\nother = model\nother("Hi")\nunknown("Hi")')
+    assert [(one.line, one.reason) for one in report.problems] == [
+        (3, "hooks are added to model: if this is one, give it fwd_hooks=")
+    ]
 
 
 def test_a_script_without_hooks_says_so() -> None:

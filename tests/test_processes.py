@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import ModuleFactory
+from grids import grid_of
 
 from mamba_trace import MambaTrace
 from mamba_trace.cli import PROMPT, SOURCE
@@ -59,6 +61,38 @@ except ProcessesError as error:
 """
 
 
+#: The same of a tiny model of the type that the third argument names.
+TINY_PROGRAM = """
+import os, sys
+import torch
+sys.path.insert(0, sys.argv[4])
+from conftest import make_hf
+from grids import LONG
+from mamba_trace import MambaTrace
+from mamba_trace.errors import ProcessesError
+from mamba_trace.patching import logit_diff, patch_grid
+
+folder, calls, rank = sys.argv[1], int(sys.argv[2]), int(os.environ["RANK"])
+model = MambaTrace(make_hf(model_type=sys.argv[3]))
+plain = logit_diff(model, 5, 6)
+
+def metric(logits):
+    global calls
+    calls -= 1
+    if calls == -1 and rank == 1:
+        os._exit(9)
+    return plain(logits)
+
+options = {"batch_size": 3, "keep": f"{folder}/kept", "progress": False}
+patch_grid(model, LONG[:1], LONG[1:], "h", {"m": metric}, **options)["m"].save(f"{folder}/{rank}.safetensors")
+other = MambaTrace(make_hf(model_type=["mamba", "falcon_mamba"][rank]))
+try:
+    patch_grid(other, LONG[:1], LONG[1:], "h", plain, progress=False)
+except ProcessesError as error:
+    print(f"<{rank}: {error}>", flush=True)
+"""
+
+
 def launch(launcher: Sequence[str], *arguments: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "120"}
     return subprocess.run(
@@ -92,6 +126,28 @@ def test_a_killed_process_loses_its_own_cells_and_the_next_run_goes_on(tmp_path:
         assert refused in done.stdout
     assert "patching h on 2 processes: 100%" in done.stderr
     assert "120/120" in done.stderr
+
+
+@pytest.mark.parametrize("model_type", ["falcon_mamba", "mamba2"])
+def test_processes_share_a_grid_of_every_architecture(tmp_path: Path, tiny_hf: ModuleFactory, model_type: str) -> None:
+    (tmp_path / "program.py").write_text(TINY_PROGRAM)
+    run = (str(tmp_path / "program.py"), str(tmp_path))
+    rest = (model_type, str(Path(__file__).parent))
+    assert launch(TORCHRUN, *run, "3", *rest).returncode != 0
+    kept = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "kept").glob("cells-*")}
+    assert 2 <= len(kept) < 13
+    done = launch(TORCHRUN, *run, "1000", *rest)
+    assert done.returncode == 0, done.stderr
+    again = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "kept").glob("cells-*")}
+    assert len(again) == 13
+    assert again.items() >= kept.items()
+    torch.set_num_threads(1)
+    alone = grid_of(MambaTrace(tiny_hf(model_type=model_type)), batch_size=3)
+    for rank in (0, 1):
+        assert torch.equal(PatchGrid.load(tmp_path / f"{rank}.safetensors").values, alone.values)
+        assert (
+            f"<{rank}: 2 processes share this grid, but process 1 asks for architecture 'Falcon-Mamba'" in done.stdout
+        )
 
 
 @pytest.mark.parametrize("launcher", [TORCHRUN, ACCELERATE], ids=["torchrun", "accelerate"])

@@ -12,16 +12,15 @@ from typing import Any
 import nnsight
 import pytest
 import torch
-from conftest import agree
+from conftest import MAMBA_SITES, agree
 from torch import Tensor
 
 from mamba_trace import MambaTrace
 from mamba_trace.errors import SiteValueError
-from mamba_trace.sites import SITES
 from mamba_trace.tracing import served
 from mamba_trace.tracing.views import same_part
 
-PATHS = [site.path(1) for site in SITES] + ["layers[1].ssm.h[2]", "layers[1].ssm.h[-1]"]
+PATHS = [site.path(1) for site in MAMBA_SITES] + ["layers[1].ssm.h[2]", "layers[1].ssm.h[-1]"]
 NATIVE = [f"layers[1].ssm.{name}" for name in ("in_proj", "conv1d", "x_proj", "dt_proj")]
 
 

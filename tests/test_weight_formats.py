@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import pytest
 import torch
+from family_models import family_model
 from safetensors import safe_open
 from torch import Tensor
 from transformers import MambaConfig, MambaForCausalLM
@@ -136,7 +137,7 @@ def test_other_state_dicts_are_rejected() -> None:
         convert_state_dict(weights | {name: weights[name].to(torch.complex64)}, "original")
     with pytest.raises(CheckpointError, match="'epoch' is a int"):
         convert_state_dict(weights | {"epoch": cast(Tensor, 3)}, "original")
-    with pytest.raises(CheckpointError, match="Mamba-2's; only Mamba-1"):
+    with pytest.raises(CheckpointError, match=r"1 unexpected.*the layers look like those of a Mamba-2: give the"):
         convert_state_dict(weights | {"backbone.layers.0.mixer.dt_bias": torch.zeros(4)}, "original")
     with pytest.raises(CheckpointError, match="has no layers"):
         convert_state_dict({"embedding.weight": torch.zeros(8, 4)}, "original")
@@ -144,6 +145,41 @@ def test_other_state_dicts_are_rejected() -> None:
     lens["blocks.0.skip_proj.weight"] = lens["blocks.0.skip_proj.weight"].half()
     with pytest.raises(CheckpointError, match=r"in_proj.weight must have one dtype, found torch.float32, torch"):
         convert_state_dict(lens, "original")
+
+
+@pytest.mark.parametrize("lm_head", [False, True])
+@pytest.mark.parametrize("changes", [{}, {"use_bias": True, "use_conv_bias": False}], ids=str)
+def test_state_dicts_of_mamba2(changes: dict[str, Any], lm_head: bool) -> None:
+    module = family_model("mamba2", **changes)
+    weights = module.state_dict()
+    check_state_dict(weights, module.config)
+    if not lm_head:
+        del weights["lm_head.weight"]
+    original = convert_state_dict(weights, "original")
+    assert original.keys() - weights.keys() == {"backbone.embedding.weight"}
+    assert weights.keys() - original.keys() == {"backbone.embeddings.weight"}
+    assert detect_state_dict_format(original) == "original"
+    assert_identical(convert_state_dict(original, "huggingface"), weights)
+    assert original["backbone.layers.0.mixer.dt_bias"] is weights["backbone.layers.0.mixer.dt_bias"]
+    for given_ in (weights, original):
+        with pytest.raises(CheckpointError, match="weights of a Mamba-2, which has no mamba_lens format"):
+            convert_state_dict(given_, "mamba_lens")
+
+
+def test_state_dicts_of_mamba2_that_do_not_fit() -> None:
+    module = family_model("mamba2")
+    weights = module.state_dict()
+    short = {name: tensor for name, tensor in weights.items() if name != "backbone.layers.1.mixer.dt_bias"}
+    with pytest.raises(CheckpointError, match=r"1 missing: backbone.layers.1.mixer.dt_bias"):
+        convert_state_dict(short, "original")
+    name = "backbone.layers.2.mixer.in_proj.weight"
+    with pytest.raises(CheckpointError, match=rf"of the wrong shape: {name} \[70, 12\], expected \[74, 12\]"):
+        convert_state_dict(weights | {name: weights[name][:70]}, "original")
+    name = "backbone.layers.0.mixer.D"  # as with D_has_hdim
+    with pytest.raises(CheckpointError, match=rf"of the wrong shape: {name} \[24\], expected \[6\]"):
+        check_state_dict(weights | {name: torch.zeros(24)}, module.config)
+    with pytest.raises(CheckpointError, match="the layers look like those of a Mamba-1 or a Falcon-Mamba: give"):
+        check_state_dict(family_model("mamba").state_dict(), module.config)
 
 
 def test_check_state_dict_lists_everything_at_once() -> None:

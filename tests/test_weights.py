@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import accelerate
 import numpy as np
@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import N_LAYERS, VARIANTS, make_hf
 from einops import rearrange
+from family_models import family_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -218,6 +219,11 @@ def test_a_weight_stands_for_its_tensor(tiny: MambaTrace) -> None:
     assert torch.equal(block.W_C.weight[1:], 2 * plain[1:])
 
 
+class Pair(NamedTuple):
+    first: Tensor
+    second: Tensor
+
+
 #: Operations that no list of this package names.
 OPERATIONS: dict[str, Callable[[Any], Any]] = {
     "power": lambda w: w**2,
@@ -229,10 +235,16 @@ OPERATIONS: dict[str, Callable[[Any], Any]] = {
     "a function": lambda w: torch.linalg.svdvals(w),
     "by keyword": lambda w: F.linear(input=torch.ones(E), weight=w),
     "in lists": lambda w: torch.cat([torch.cat((w, w)), w]),
+    "in a named tuple": lambda w: torch.cat(Pair(w, w)),
     "rearranged": lambda w: rearrange(w, "N E -> E N"),
+    # These never ask what stands for the tensor, and read it itself.
+    "a new tensor": lambda w: torch.tensor(w),
+    "mapped": lambda w: torch.func.vmap(lambda row: row.sum())(w),
+    "differentiated": lambda w: torch.func.grad(lambda v: (v**2).sum())(w),
 }
 
 
+@pytest.mark.filterwarnings("ignore:To copy construct:UserWarning")
 @pytest.mark.parametrize("case", OPERATIONS)
 def test_every_operation_of_a_tensor_is_one_of_a_weight(tiny: MambaTrace, case: str) -> None:
     weights, operation = tiny.blocks[0].W_B, OPERATIONS[case]
@@ -382,3 +394,162 @@ def test_an_adapter_without_a_weight_says_so(tiny_hf) -> None:
     mixer.x_proj = Adapter(mixer.x_proj)
     with pytest.raises(CheckpointError, match=r"W_B\.weight: a Adapter stands where it is kept"):
         _ = MambaTrace(module).blocks[0].W_B.weight
+
+
+# ---------------------------------------------------------------- Mamba-2: rows of in_proj and channels of conv1d
+
+H, P, GN = 6, 4, 10  # two groups of N
+#: Name -> shape, the parameter of a mixer or of a block, and its first row there.
+OF_MAMBA2: dict[str, tuple[tuple[int, ...], str, int]] = {
+    "norm.weight": ((D,), "norm.weight", 0),
+    "skip_proj.weight": ((E, D), "mixer.in_proj.weight", 0),
+    "skip_proj.bias": ((E,), "mixer.in_proj.bias", 0),
+    "in_proj.weight": ((E, D), "mixer.in_proj.weight", E),
+    "in_proj.bias": ((E,), "mixer.in_proj.bias", E),
+    "conv1d.weight": ((E, 1, K), "mixer.conv1d.weight", 0),
+    "conv1d.bias": ((E,), "mixer.conv1d.bias", 0),
+    "B_conv1d.weight": ((GN, 1, K), "mixer.conv1d.weight", E),
+    "B_conv1d.bias": ((GN,), "mixer.conv1d.bias", E),
+    "C_conv1d.weight": ((GN, 1, K), "mixer.conv1d.weight", E + GN),
+    "C_conv1d.bias": ((GN,), "mixer.conv1d.bias", E + GN),
+    "W_delta_1.weight": ((H, D), "mixer.in_proj.weight", 2 * E + 2 * GN),
+    "W_delta_1.bias": ((H,), "mixer.in_proj.bias", 2 * E + 2 * GN),
+    "W_B.weight": ((GN, D), "mixer.in_proj.weight", 2 * E),
+    "W_B.bias": ((GN,), "mixer.in_proj.bias", 2 * E),
+    "W_C.weight": ((GN, D), "mixer.in_proj.weight", 2 * E + GN),
+    "W_C.bias": ((GN,), "mixer.in_proj.bias", 2 * E + GN),
+    "W_delta_2.bias": ((H,), "mixer.dt_bias", 0),
+    "A_log": ((H,), "mixer.A_log", 0),
+    "W_D": ((H,), "mixer.D", 0),
+    "inner_norm.weight": ((E,), "mixer.norm.weight", 0),
+    "out_proj.weight": ((D, E), "mixer.out_proj.weight", 0),
+    "out_proj.bias": ((D,), "mixer.out_proj.bias", 0),
+}
+
+
+@pytest.fixture
+def mamba2() -> MambaTrace:
+    return MambaTrace(family_model("mamba2", use_bias=True))
+
+
+def rows_of(model: MambaTrace, name: str) -> Tensor:
+    """The rows of the parameter itself, cut by hand."""
+    shape, parameter, start = OF_MAMBA2[name]
+    whole = dict(model._module.named_parameters())[f"backbone.layers.1.{parameter}"]
+    return whole.detach()[start : start + shape[0]]
+
+
+def test_the_names_and_shapes_of_mamba2(mamba2: MambaTrace) -> None:
+    views = mamba2.blocks[1].named_weights()
+    assert list(views) == list(OF_MAMBA2)
+    for name, view in views.items():
+        assert tuple(view.shape) == OF_MAMBA2[name][0], name
+        assert torch.equal(view, rows_of(mamba2, name)), name
+        assert view.data_ptr() == rows_of(mamba2, name).data_ptr(), name
+    plain = MambaTrace(family_model("mamba2", use_conv_bias=False)).blocks[1]
+    missing = {name for name in OF_MAMBA2 if name.endswith("bias") and name != "W_delta_2.bias"}
+    assert plain.named_weights().keys() == OF_MAMBA2.keys() - missing
+
+
+@pytest.mark.parametrize("name", OF_MAMBA2)
+def test_editing_a_view_of_mamba2_edits_the_model(mamba2: MambaTrace, tokens: Tensor, name: str) -> None:
+    before, other = logits(mamba2, tokens), MambaTrace(family_model("mamba2", use_bias=True))
+    view, rows = get(mamba2.blocks[1], name), rows_of(other, name)
+    for each in (view, rows):
+        each[1:] *= 1.5
+        each[0] = 0.25
+    after = logits(mamba2, tokens)
+    assert torch.equal(after, logits(other, tokens))
+    assert (after - before).abs().max() > 1e-4 * before.abs().max()
+    value = torch.rand(OF_MAMBA2[name][0], dtype=torch.float64) / 4
+    group, _, leaf = name.rpartition(".")
+    if leaf == "bias":
+        getattr(mamba2.blocks[1], group).bias = value
+    else:
+        setattr(mamba2.blocks[1], group or leaf, value)
+    rows.copy_(value)
+    assert torch.equal(logits(mamba2, tokens), logits(other, tokens))
+
+
+def test_calling_a_weight_of_mamba2_gives_its_site(mamba2: MambaTrace, tokens: Tensor) -> None:
+    names = [
+        "skip",
+        "x_in",
+        "B_in",
+        "C_in",
+        "conv",
+        "B_conv",
+        "C_conv",
+        "delta_1",
+        "delta_2",
+        "after_skip",
+        "inner_norm",
+    ]
+    sites: dict[str, Tensor] = {}
+    with torch.no_grad(), mamba2.trace(tokens):
+        sites["norm"] = mamba2.layers[1].norm.output.save()
+        for name in (*names, "out_proj"):
+            sites[name] = getattr(mamba2.layers[1].ssm, name).output.save()
+    norm = sites["norm"]
+    block, length = mamba2.blocks[1], tokens.shape[1]
+    for site, name in {"skip": "skip_proj", "x_in": "in_proj", "delta_1": "W_delta_1"}.items():
+        torch.testing.assert_close(getattr(block, name)(norm), sites[site])
+    for letter in "BC":
+        torch.testing.assert_close(getattr(block, f"W_{letter}")(norm), sites[f"{letter}_in"].flatten(-2))
+    for site, name, into in (
+        ("conv", "conv1d", "x_in"),
+        ("B_conv", "B_conv1d", "B_in"),
+        ("C_conv", "C_conv1d", "C_in"),
+    ):
+        columns = sites[into].flatten(2).transpose(1, 2)  # [B,channels,L]
+        found = getattr(block, name)(columns)[..., :length].transpose(1, 2)
+        torch.testing.assert_close(found, sites[site].flatten(2))
+    torch.testing.assert_close(block.W_delta_2(sites["delta_1"]), sites["delta_2"])
+    torch.testing.assert_close(block.inner_norm(sites["after_skip"]), sites["inner_norm"])
+    torch.testing.assert_close(block.out_proj(sites["inner_norm"]), sites["out_proj"])
+
+
+def test_gradients_of_mamba2_are_seen_in_the_views(mamba2: MambaTrace, tokens: Tensor) -> None:
+    with mamba2.trace(tokens):
+        mamba2.lm_head.output.square().mean().backward()
+    mixer = mamba2._module.backbone.layers[1].mixer
+    block = mamba2.blocks[1]
+    assert torch.equal(block.W_C.weight.grad, mixer.in_proj.weight.grad[2 * E + GN : 2 * E + 2 * GN])
+    assert torch.equal(block.B_conv1d.bias.grad, mixer.conv1d.bias.grad[E : E + GN])
+    assert torch.equal(block.W_delta_2.bias.grad, mixer.dt_bias.grad)
+    mamba2._module.zero_grad()
+    block.C_conv1d(torch.ones(1, GN, 5)).sum().backward()
+    assert (mixer.conv1d.weight.grad[: E + GN] == 0).all()
+    assert (mixer.conv1d.bias.grad[E + GN :] == 5 + K - 1).all()
+    block.W_delta_2(torch.zeros(H)).sum().backward()
+    assert (mixer.dt_bias.grad == 1).all()
+
+
+def test_what_mamba2_lacks_and_mamba_lacks(mamba2: MambaTrace, tiny: MambaTrace) -> None:
+    for action in (
+        lambda: mamba2.blocks[0].W_delta_2.weight,
+        lambda: mamba2.blocks[0].W_delta_2 * 2,
+        lambda: setattr(mamba2.blocks[0], "W_delta_2", torch.zeros(H, H)),
+    ):
+        with pytest.raises(UnknownSiteError, match=r"W_delta_2 has no weight in Mamba-2: it adds its bias"):
+            action()
+    with pytest.raises(UnknownSiteError, match=r"W_delta_2 has no 'weight' that could be assigned to"):
+        mamba2.blocks[0].W_delta_2.weight = torch.zeros(H, H)
+    assert repr(mamba2.blocks[0].W_delta_2) == "model.blocks[0].W_delta_2: bias [6]"
+    assert {"B_conv1d", "inner_norm", "W_delta_2"} <= set(dir(mamba2.blocks[0]))
+    for model in (tiny, MambaTrace(family_model("falcon_mamba"))):
+        for name in ("inner_norm", "B_conv1d"):
+            with pytest.raises(UnknownSiteError, match=rf"has no '{name}': a {model.architecture.name} has none"):
+                getattr(model.blocks[0], name)
+    with pytest.raises(SiteValueError, match=r"W_B\.weight takes shape \[10, 12\] \(GN D\), not \[12, 10\]"):
+        mamba2.blocks[0].W_B = torch.zeros(D, GN)
+
+
+def test_falcon_mamba_has_the_weights_of_mamba(tokens: Tensor) -> None:
+    model = MambaTrace(family_model("falcon_mamba"))
+    assert {name: tuple(view.shape) for name, view in model.blocks[0].named_weights().items()} == SHAPES
+    model.blocks[0].W_B[:] = 0
+    assert (model._module.backbone.layers[0].mixer.x_proj.weight[R : R + N] == 0).all()
+    with torch.no_grad(), model.trace(tokens):
+        B = model.layers[0].ssm.B.output.save()
+    assert (B == 0).all()

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ModuleFactory
+from conftest import TINY, ModuleFactory
 from grids import MINUS, OURS, PLUS, THEIRS, Interrupted
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
@@ -164,6 +164,18 @@ def test_every_kind_of_site_is_patched(exact: MambaTrace, site: str) -> None:
     check(exact, site)
 
 
+@pytest.mark.parametrize(
+    ("model_type", "site"),
+    [("falcon_mamba", "h"), ("mamba2", "h"), ("mamba2", "B_in"), ("mamba2", "write"), ("mamba2", "inner_norm")],
+)
+@pytest.mark.parametrize("name", ["a state", "all positions of the first layer"])
+def test_every_architecture_runs_whole(tiny_hf: ModuleFactory, model_type: str, site: str, name: str) -> None:
+    model = MambaTrace(tiny_hf(model_type=model_type, dtype=torch.float64))
+    CHANGES[name](model)
+    grids = check(model, site, window=2)
+    assert grids["first"].plan.startswith("each cell in a forward of its own")
+
+
 def test_a_hook_on_all_modules_is_one(exact: MambaTrace) -> None:
     norms = exact._module.backbone.layers[1].norm
 
@@ -225,12 +237,13 @@ def adapted(module: nn.Module, **options: Any) -> MambaTrace:
     return MambaTrace(module.eval())
 
 
-def test_an_adapted_model_is_swept_as_a_plain_one(tiny_hf: ModuleFactory) -> None:
-    model = adapted(tiny_hf(dtype=torch.float64))
+@pytest.mark.parametrize("model_type", TINY)
+def test_an_adapted_model_is_swept_as_a_plain_one(tiny_hf: ModuleFactory, model_type: str) -> None:
+    model = adapted(tiny_hf(model_type=model_type, dtype=torch.float64))
     assert changes(model) == []
     grids = check(model, "h", window=2)
     assert grids["first"].plan.startswith("each cell from its layer and its position on")
-    assert changes(adapted(tiny_hf(), use_dora=True)) != []
+    assert changes(adapted(tiny_hf(model_type=model_type), use_dora=True)) != []
 
 
 @pytest.mark.parametrize(
@@ -247,6 +260,36 @@ def test_changes_are_named(tiny: MambaTrace, change: Callable[[MambaTrace], None
     assert changes(tiny) == []
     change(tiny)
     assert [one.what for one in changes(tiny)] == [said]
+
+
+INNER = {
+    "falcon_mamba": ["dt_layernorm", "b_layernorm", "c_layernorm", "x_proj", "conv1d", "act"],
+    "mamba2": ["norm", "in_proj", "conv1d", "act"],
+}
+
+
+@pytest.mark.parametrize(("model_type", "inner"), [(kind, inner) for kind in INNER for inner in INNER[kind]])
+def test_inner_modules_of_every_architecture_are_plain_until_they_are_changed(
+    tiny_hf: ModuleFactory, model_type: str, inner: str
+) -> None:
+    model = MambaTrace(tiny_hf(model_type=model_type))
+    assert changes(model) == []
+    mixer, name = model._module.backbone.layers[1].mixer, f"backbone.layers.1.mixer.{inner}"
+    handle = getattr(mixer, inner).register_forward_hook(lambda module, args, out: None)
+    assert [one.what for one in changes(model)] == [f"a PyTorch hook on {name}"]
+    handle.remove()
+    assert changes(model) == []
+    setattr(mixer, inner, Mixing(getattr(mixer, inner)))
+    assert [one.what for one in changes(model)] == [f"a Mixing as {name}"]
+
+
+@pytest.mark.parametrize("model_type", TINY)
+def test_a_convolution_that_looks_further_is_a_change(tiny_hf: ModuleFactory, model_type: str) -> None:
+    model = MambaTrace(tiny_hf(model_type=model_type))
+    mixer = model._module.backbone.layers[1].mixer
+    channels = mixer.conv1d.in_channels
+    mixer.conv1d = nn.Conv1d(channels, channels, 5, padding=4, groups=channels)
+    assert [one.what for one in changes(model)] == ["a Conv1d as backbone.layers.1.mixer.conv1d"]
 
 
 def test_a_weight_that_computes_is_a_change(tiny: MambaTrace) -> None:

@@ -32,7 +32,8 @@ from .weight_sizes import some
 
 WEIGHT_FILES = [SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME]
 BOTH_FORMATS = (
-    "A Hugging Face checkpoint has a config.json with model_type 'mamba'; an original state-spaces one has a "
+    "A Hugging Face checkpoint has a config.json with model_type 'mamba', 'falcon_mamba' or 'mamba2'; an original "
+    "state-spaces one has a "
     f"config.json with d_model, n_layer and vocab_size and no model_type. Weights are in "
     f"{SAFE_WEIGHTS_NAME} or {WEIGHTS_NAME}."
 )

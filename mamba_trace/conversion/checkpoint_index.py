@@ -12,13 +12,14 @@ followed. Everything else is a `CheckpointError` that names the file, what is wr
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from ..errors import CheckpointError
 
 BLOBS, SNAPSHOTS = "blobs", "snapshots"
+FLOAT, ENDLESS = "__float__", ("Infinity", "-Infinity", "NaN")
 SHARED_BLOBS = ".huggingface-shared-blobs"  # marks the blobs that all repositories of a cache share
 REWRITE = "Download the checkpoint again, or write its index anew: save_pretrained does"
 
@@ -35,9 +36,23 @@ def read_json(file: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:  # ValueError also for UTF-8 and for endless whole numbers
         empty = not isinstance(error, UnicodeDecodeError) and not text.strip()
         raise CheckpointError(f"{file} is not JSON: {'it is empty' if empty else error}. {again}") from error
+    content = decoded(content)
     if not isinstance(content, dict):
         raise CheckpointError(f"{file} must hold a JSON object, found a {type(content).__name__}. {again}")
     return content
+
+
+def decoded(content: Any) -> Any:
+    """A copy of what a JSON file holds, with numbers where transformers 5 writes ``{"__float__": "Infinity"}``.
+
+    >>> decoded({"time_step_limit": [0.0, {"__float__": "Infinity"}]})
+    {'time_step_limit': [0.0, inf]}
+    """
+    if isinstance(content, Mapping):
+        if content.keys() == {FLOAT} and content[FLOAT] in ENDLESS:
+            return float(content[FLOAT])
+        return {key: decoded(value) for key, value in content.items()}
+    return list(map(decoded, content)) if isinstance(content, list) else content
 
 
 def shards_of(index: Path) -> list[str]:

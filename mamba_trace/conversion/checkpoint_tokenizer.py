@@ -14,6 +14,7 @@ from typing import Any
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ..errors import CheckpointError
+from ..modeling.architectures import BY_TYPE
 from .checkpoint_files import check_file, offline
 from .checkpoint_index import read_json
 from .checkpoints import Checkpoint
@@ -38,7 +39,7 @@ def load_tokenizer(checkpoint: Checkpoint, **options: Any) -> PreTrainedTokenize
     options = checkpoint.hub | options
     tokenizer, problem = _own_tokenizer(checkpoint, options), ""
     if tokenizer is None:
-        tokenizer, problem = _default_tokenizer(checkpoint.config.vocab_size, options)
+        tokenizer, problem = _default_tokenizer(checkpoint, options)
     if tokenizer is None:
         warnings.warn(
             f"no tokenizer: {checkpoint.name} has none, and {problem}. Strings cannot be used until "
@@ -85,8 +86,11 @@ def _no_tokenizer(folder: Path, error: Exception) -> str:
     return f"the tokenizer in {folder} cannot be loaded: {reason}. Mend its files, or give tokenizer="
 
 
-def _default_tokenizer(vocab_size: int, options: dict[str, Any]) -> tuple[PreTrainedTokenizerBase | None, str]:
+def _default_tokenizer(checkpoint: Checkpoint, options: dict[str, Any]) -> tuple[PreTrainedTokenizerBase | None, str]:
     """DEFAULT_TOKENIZER, or None and why; first from the cache, since an unreachable hub takes a minute."""
+    vocab_size, architecture = checkpoint.config.vocab_size, BY_TYPE[checkpoint.config.model_type]
+    if "original" not in architecture.formats:
+        return None, f"a {architecture.name} was not trained with {DEFAULT_TOKENIZER}"
     if vocab_size < DEFAULT_TOKENIZER_SIZE:
         return None, f"{DEFAULT_TOKENIZER} has {DEFAULT_TOKENIZER_SIZE} tokens, the model {vocab_size}"
     options = {key: value for key, value in options.items() if key not in ("revision", "subfolder")}

@@ -1,7 +1,8 @@
 """A checkpoint's name does not say where it is or what wrote it, and the wrong loader fails in riddles.
 
-The name is a local folder or a hub id. Either holds Hugging Face's format or the original format of
-state-spaces/mamba, on which transformers alone fails with a size mismatch.
+The name is a local folder or a hub id. Either holds Hugging Face's format, in which a Falcon-Mamba looks like a
+Mamba-1 but for its config.json, or the original format of state-spaces/mamba, on which transformers alone fails
+with a size mismatch.
 
 Contract: `find_checkpoint` says which it is, from config.json alone; `save_original` writes a model in the
 original format. Whatever does not fit is a `CheckpointError` that says what was found, what was expected and
@@ -10,6 +11,7 @@ what to do.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from dataclasses import dataclass
@@ -18,10 +20,11 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from transformers import MambaConfig, MambaForCausalLM
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_NAME
 
 from ..errors import CheckpointError
+from ..modeling.architectures import BY_TYPE
 from .checkpoint_files import BOTH_FORMATS, Location, check_file, listing, weight_files, weight_names
 from .checkpoint_index import read_json
 from .config_fields import MOST_LAYERS
@@ -45,11 +48,11 @@ class Checkpoint(Location):
     """
 
     format: str
-    config: MambaConfig
+    config: Any
     given: bool
 
 
-def find_checkpoint(name_or_path: str | Path, *, config: MambaConfig | None = None, **hub: Any) -> Checkpoint:
+def find_checkpoint(name_or_path: str | Path, *, config: PreTrainedConfig | None = None, **hub: Any) -> Checkpoint:
     """Find a checkpoint and recognise its format by its config.json; nothing else is read or fetched.
 
     Args:
@@ -61,15 +64,15 @@ def find_checkpoint(name_or_path: str | Path, *, config: MambaConfig | None = No
 
     Raises:
         CheckpointError: if the name is no name, there is no such folder or hub id, the hub is not reached, or
-            the checkpoint has neither format or is not a Mamba-1.
+            the checkpoint has neither format or is not a Mamba, or the config is one of another architecture.
 
     >>> find_checkpoint("state-spaces/mamba-130m").format    # doctest: +SKIP
     'original'
     """
     if not isinstance(name_or_path, (str, Path)):
         raise CheckpointError(
-            f"MambaTrace takes a hub id, a folder or a loaded MambaForCausalLM; for a configuration use "
-            f"MambaTrace.from_config. This is a {type(name_or_path).__name__}"
+            f"MambaTrace takes a hub id, a folder or a loaded model such as a MambaForCausalLM; for a configuration "
+            f"use MambaTrace.from_config. This is a {type(name_or_path).__name__}"
         )
     name = str(name_or_path)
     if not name.strip():
@@ -82,6 +85,15 @@ def find_checkpoint(name_or_path: str | Path, *, config: MambaConfig | None = No
         if config is None or shapes is None:
             raise
         format, own = ("original" if EMBEDDING["original"] in shapes else "huggingface"), config
+        if format not in BY_TYPE[config.model_type].formats:
+            raise CheckpointError(
+                f"the weights of {name} are in state-spaces' original format, in which there is no "
+                f"{BY_TYPE[config.model_type].name}, and config= has model_type {config.model_type!r}"
+            ) from None
+    if config is not None:
+        _check_types(
+            place, declared=own.model_type if own is not config else _declared_type(place), given=config.model_type
+        )
     return Checkpoint(name, place.path, hub, format, config or own, given=config is not None)
 
 
@@ -101,7 +113,7 @@ def _local_folder(name: str) -> Path | None:
     return None
 
 
-def _recognised(place: Location) -> tuple[str, MambaConfig]:
+def _recognised(place: Location) -> tuple[str, Any]:
     """The format of a config.json, "huggingface" or "original", and Hugging Face's form of it."""
     name, folder = place.name, place.path
     file = place.download(CONFIG_NAME) if folder is None else folder / CONFIG_NAME
@@ -132,6 +144,24 @@ def _recognised(place: Location) -> tuple[str, MambaConfig]:
         raise CheckpointError(f"cannot load {name}: in its {CONFIG_NAME}, {error}") from error
 
 
+def _declared_type(place: Location) -> Any:
+    """The model_type in a config.json whose other values may be broken; None if nothing tells it."""
+    with contextlib.suppress(CheckpointError):
+        file = place.find(CONFIG_NAME, fetch=False)
+        return None if file is None else read_json(file).get("model_type")
+    return None
+
+
+def _check_types(place: Location, declared: Any, given: str) -> None:
+    """Refuse the configuration of one architecture for a checkpoint of another."""
+    if declared in BY_TYPE and declared != given:
+        raise CheckpointError(
+            f"the {CONFIG_NAME} of {place.name} is that of a {BY_TYPE[declared].name}, and config= that of a "
+            f"{BY_TYPE[given].name} (model_type {given!r}). The weights of one, loaded as the other, compute "
+            f"something else: give a config of model_type {declared!r}"
+        )
+
+
 def _shapes_here(place: Location) -> Shapes | None:
     """The shapes of the weights that are on this machine; None if there are none."""
     files = weight_files(place, weight_names({}), fetch=False)
@@ -139,12 +169,12 @@ def _shapes_here(place: Location) -> Shapes | None:
 
 
 def save_original(
-    model: MambaForCausalLM, folder: str | Path, *, safe_serialization: bool = False, lm_head: bool = True
+    model: PreTrainedModel, folder: str | Path, *, safe_serialization: bool = False, lm_head: bool = True
 ) -> None:
-    """Write a Hugging Face Mamba as a checkpoint in the original format, for state-spaces' mamba_ssm.
+    """Write a Mamba-1 or Mamba-2 of Hugging Face's as a checkpoint in the original format, for state-spaces' mamba_ssm.
 
     Args:
-        model: any MambaForCausalLM; the dtypes of its parameters are kept.
+        model: any MambaForCausalLM or Mamba2ForCausalLM; the dtypes of its parameters are kept.
         folder: made if it is not there; gets config.json and the weights.
         safe_serialization: model.safetensors; mamba_ssm itself reads pytorch_model.bin only.
         lm_head: write a tied lm_head too, which mamba_ssm's from_pretrained requires.
@@ -154,6 +184,7 @@ def save_original(
 
     >>> save_original(model, "mamba-original")    # doctest: +SKIP
     """
+    config = convert_config(model.config, "original", keep_source=False)
     state_dict = {name: tensor.detach() for name, tensor in model.state_dict().items()}
     check_state_dict(state_dict, model.config)
     absent = [name for name, tensor in state_dict.items() if tensor.is_meta]
@@ -161,7 +192,6 @@ def save_original(
         raise CheckpointError(f"{len(absent)} parameters are on the meta device, {absent[0]} first: load them first")
     if model.config.tie_word_embeddings and not lm_head:
         del state_dict["lm_head.weight"]
-    config = convert_config(model.config, "original", keep_source=False)
     weights = convert_state_dict(state_dict, "original", source="huggingface")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

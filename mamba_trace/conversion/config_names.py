@@ -15,14 +15,13 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
-from transformers import MambaConfig
-
 from ..errors import CheckpointError
+from ..modeling.architectures import ARCHITECTURES, Architecture
 from ..names import nearest
-from .config_fields import FIELDS, HARMLESS_SSM_OPTIONS, LENS_ALIASES, Config
+from .config_fields import LAYERS, Config, aliases_of, architecture_in, fields_of, layer_in, ssm_options
 from .config_formats import parse, read
 
-# Top-level fields of each format that are not in FIELDS; those of `model.cfg.to_dict()` are in LENS_ALIASES.
+# Top-level fields of each format that are in no table; those of `model.cfg.to_dict()` are in `aliases_of`.
 BESIDES = {
     "original": "attn_cfg attn_layer_idx d_intermediate rms_norm fused_add_norm pad_vocab_size_multiple",
     "mamba_lens": "d_inner pad_vocab_size_multiple default_prepend_bos tokenizer_prepends_bos n_ctx device",
@@ -43,20 +42,25 @@ def check_names(config: Any) -> None:
     >>> check_names({"d_model": 8, "n_layer": 1, "vocab_size": 20, "ssm_cfg": {"d_state": 2}})
     """
     format, raw = parse(config)
+    architecture = architecture_in(format, raw)
     if format == "huggingface":
-        _check_huggingface(raw)
+        _check_huggingface(raw, architecture)
     else:
-        _check_strictly(format, raw)
+        _check_strictly(format, raw, architecture)
 
 
-def _check_strictly(format: str, raw: Config) -> None:
+def _check_strictly(format: str, raw: Config, architecture: Architecture) -> None:
     """Refuse every field that the original or MambaLens's format does not have."""
-    known: dict[str, set[str]] = {"": set(BESIDES[format].split()), "ssm_cfg": set(HARMLESS_SSM_OPTIONS)}
-    for path in filter(None, (field.path(format) for field in FIELDS)):
+    if format == "mamba_lens" or layer_in(raw) not in LAYERS:
+        read(format, raw)  # refuses a model that is none of these before it is compared with their fields
+    known: dict[str, set[str]] = {"": set(BESIDES[format].split()), "ssm_cfg": set()}
+    if format == "original":
+        known["ssm_cfg"] |= ssm_options(architecture)
+    for path in filter(None, (field.path(format) for field in fields_of(architecture))):
         known[""].add(path[0])
         if len(path) == 2:
             known.setdefault(path[0], set()).add(path[1])
-    accepted = STAMPS | (LENS_ALIASES.keys() if format == "mamba_lens" else set())
+    accepted = STAMPS | (aliases_of(architecture).keys() if format == "mamba_lens" else set())
     paths = {".".join(filter(None, (section, name))): name for section in known for name in known[section]}
     for section, names in known.items():
         holder = raw if not section else raw.get(section) or {}
@@ -75,18 +79,22 @@ def _nearest(name: str, paths: Mapping[str, str]) -> str:
     return f"; did you mean {next(path for path, end in paths.items() if end == close[0])}" if close else ""
 
 
-def _check_huggingface(raw: Config) -> None:
+def _check_huggingface(raw: Config, architecture: Architecture) -> None:
     """Refuse what is nearly the name of a field, or another format's name of a field with another value."""
     values = read("huggingface", raw)
-    known = {field.name for field in fields(MambaConfig)}
-    theirs = {path[-1]: field.name for field in FIELDS for path in field[1:3] if path and path[-1] != "bias"}
+    config = architecture.config_class.__name__
+    known = {field.name for field in fields(architecture.config_class)}
+    # What one class has, older files of another have as well: a Mamba-2's has Mamba-1's time_step_scale.
+    related = {field.name for other in ARCHITECTURES for field in fields(other.config_class)}
+    paths = {field.name: field[1:3] for field in fields_of(architecture)}
+    theirs = {path[-1]: name for name in paths for path in paths[name] if path and path[-1] != "bias"}
     theirs |= {"rms_norm": "", "d_inner": ""}
-    for name in raw.keys() - known - STAMPS:
+    for name in raw.keys() - known - related - STAMPS:
         field = theirs.get(name)
         if field is None and difflib.get_close_matches(name, known, n=1, cutoff=0.8):
-            raise CheckpointError(f"a MambaConfig has no field {name!r}{nearest(name, sorted(known))}")
+            raise CheckpointError(f"a {config} has no field {name!r}{nearest(name, sorted(known))}")
         if field in values and raw[name] != values[field]:
             raise CheckpointError(
-                f"a MambaConfig has no field {name!r}: it is called {field}, which is {values[field]!r} here "
+                f"a {config} has no field {name!r}: it is called {field}, which is {values[field]!r} here "
                 f"and not {raw[name]!r}"
             )

@@ -10,11 +10,11 @@ dicts are converted in weight_formats.py.
 from copy import deepcopy
 from typing import Any, NamedTuple
 
-from transformers import MambaConfig
+from transformers import PreTrainedConfig
 
 from ..errors import CheckpointError
 from . import config_formats as formats
-from .config_fields import FORMATS, N_RESIDUALS, Config
+from .config_fields import FORMATS, N_RESIDUALS, UNNAMED, Config, architecture_in
 
 SOURCE_KEY = "mamba_trace_source"
 STAMPS = ("architectures", "dtype")  # set by save_pretrained; no edits of the user's
@@ -43,7 +43,8 @@ def convert_config(
     """The same model's configuration in another format.
 
     Args:
-        config: a dict, a transformers MambaConfig, or an object with MambaLens's MambaCfg attributes.
+        config: a dict, a transformers MambaConfig, FalconMambaConfig or Mamba2Config, or an object with
+            MambaLens's MambaCfg attributes.
         to: "original", "huggingface" or "mamba_lens".
         source: the format of `config`; detected when None.
         trained: whether the result will be used with existing weights. If rescale_prenorm_residual is set, as
@@ -56,12 +57,13 @@ def convert_config(
             mamba_ssm.
 
     Returns:
-        MambaConfig for "huggingface", a dict otherwise; always a copy. A mamba_lens dict is in MambaCfg's
-        names with initializer_cfg a dict, device a string, and MambaLens's accidental tuples of one replaced
-        by their element.
+        A MambaConfig, FalconMambaConfig or Mamba2Config for "huggingface", a dict otherwise; always a copy. A
+        mamba_lens dict is in MambaCfg's names with initializer_cfg a dict, device a string, and MambaLens's
+        accidental tuples of one replaced by their element.
 
     Raises:
-        CheckpointError: not a Mamba-1 configuration, or one that `to` cannot express.
+        CheckpointError: not the configuration of a Mamba, or one that `to` cannot express: Falcon-Mamba has
+            Hugging Face's format only, and MambaLens's has Mamba-1 only.
 
     >>> convert_config({"d_model": 768, "n_layer": 24, "vocab_size": 50277}, "huggingface").vocab_size
     50280
@@ -69,15 +71,16 @@ def convert_config(
     formats.check_format(to)
     format, raw = formats.parse(config, source)
     trained = trained and to == "huggingface"
+    links = _chain(format, raw)
     if format == to:
         formats.read(format, raw)
         if to != "huggingface":
             return raw
-        same = deepcopy(config) if isinstance(config, MambaConfig) else formats.huggingface(raw)
+        same = deepcopy(config) if isinstance(config, PreTrainedConfig) else formats.huggingface(raw)
         same.rescale_prenorm_residual = same.rescale_prenorm_residual and not trained
         return same
     formats.check_expressible(format, raw, to)
-    converted = _convert(format, raw, to, trained, keep_source)
+    converted = _convert(links, to, trained, keep_source)
     return formats.huggingface(converted) if to == "huggingface" else converted
 
 
@@ -87,12 +90,22 @@ def residuals_per_layer(config: Any) -> int:
     >>> residuals_per_layer(MambaConfig())
     1
     """
-    return _values(_chain(*formats.parse(config)))[N_RESIDUALS]
+    return unnamed_settings(config)[N_RESIDUALS]
 
 
-def _convert(format: str, raw: Config, to: str, trained: bool, keep_source: bool) -> Config:
-    """Convert; if the configuration was once in format `to`, the result is that one with later edits."""
-    links = _chain(format, raw)
+def unnamed_settings(config: Any) -> Config:
+    """The settings of the initialisation that Hugging Face's configurations have no field for, by their names.
+
+    >>> unnamed_settings(Mamba2Config())["A_init_range"]
+    (1.0, 16.0)
+    """
+    values = _values(_chain(*formats.parse(config)))
+    return {name: values[name] for name in UNNAMED if name in values}
+
+
+def _convert(links: list[Link], to: str, trained: bool, keep_source: bool) -> Config:
+    """Convert the first link; if it was once in format `to`, the result is that one with later edits."""
+    format, raw, _ = links[0]
     position = next((i for i, link in enumerate(links) if link.format == to), None)
     earlier = None if position is None else links[position].raw
     unedited = position is not None and _unstamped(_replay(links[: position + 1])) == _unstamped(raw)
@@ -101,7 +114,9 @@ def _convert(format: str, raw: Config, to: str, trained: bool, keep_source: bool
     values = _values(links)
     if trained:
         values["rescale_prenorm_residual"] = False
-    base = formats.template(to, values) if earlier is None else _without_source(to, earlier)
+    base = (
+        formats.template(to, values, architecture_in(format, raw)) if earlier is None else _without_source(to, earlier)
+    )
     out = formats.write(to, base, values)
     return _with_source(to, out, format, raw, trained) if keep_source else out
 
@@ -110,7 +125,9 @@ def _replay(links: list[Link]) -> Config:
     """The result of converting the last link again along the chain, to the format of the first link."""
     format, raw, _ = links[-1]
     for link in reversed(links[:-1]):
-        raw = _convert(format, raw, link.format, link.trained, keep_source=True)
+        raw = _convert(_chain(format, raw), link.format, link.trained, keep_source=True)
+        if link.format == "huggingface":  # as `parse` gave it the first time
+            raw = formats.parse(raw)[1]
         format = link.format
     return raw
 
@@ -119,13 +136,13 @@ def _unstamped(raw: Any) -> Any:
     """`raw` without what save_pretrained adds to every Hugging Face configuration in it."""
     if not isinstance(raw, dict):
         return raw
-    stamps = STAMPS if raw.get("model_type") == "mamba" else ()
+    stamps = STAMPS if "model_type" in raw else ()
     return {key: _unstamped(value) for key, value in raw.items() if key not in stamps}
 
 
 def _values(links: list[Link]) -> Config:
     """Every value of a configuration, each from the first link that has a place for it."""
-    values = formats.defaults(links[-1].format)
+    values = formats.defaults(links[-1].format, architecture_in(links[-1].format, links[-1].raw))
     for link in reversed(links):
         held = formats.read(link.format, link.raw)
         if link.trained and not held["rescale_prenorm_residual"]:
@@ -146,6 +163,12 @@ def _chain(format: str, raw: Config) -> list[Link]:
         links.append(Link(format, raw, bool(source and source["trained"])))
         if not source:
             return links
+        now, before = architecture_in(format, raw), architecture_in(source["format"], source["config"])
+        if now is not before:
+            raise CheckpointError(
+                f"this is the configuration of a {now.name}, and {SOURCE_KEY} says that it was converted from that "
+                f"of a {before.name}. Give the configuration that belongs to the weights"
+            )
         format, raw = source["format"], source["config"]
 
 

@@ -19,10 +19,11 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import MambaConfig
+from transformers import PreTrainedConfig
 from transformers.utils import CONFIG_NAME
 
 from ..errors import CheckpointError
+from ..modeling.architectures import ARCHITECTURES
 from ..names import nearest
 from .checkpoint_index import read_json
 from .checkpoints import find_checkpoint
@@ -33,13 +34,17 @@ DTYPES = ("dtype", "torch_dtype")
 PLACED_BY_ACCELERATE = ("auto", "balanced", "balanced_low_0", "sequential")
 #: Fields of a configuration that from_pretrained takes as arguments of its own, so that they replace nothing.
 NOT_REPLACED = {*DTYPES, "architectures", "transformers_version", "output_loading_info"}
-FIELDS = {field.name for field in fields(MambaConfig)} - NOT_REPLACED
 
 
-def given_config(config: Any, **hub: Any) -> MambaConfig | None:
+def replaceable(config: PreTrainedConfig | type[PreTrainedConfig]) -> set[str]:
+    """The fields of a configuration, or of its class, that a keyword argument of their name replaces."""
+    return {field.name for field in fields(config)} - NOT_REPLACED
+
+
+def given_config(config: Any, **hub: Any) -> PreTrainedConfig | None:
     """The configuration given as ``config=``, in Hugging Face's format; None if none is given.
 
-    It may be a ``MambaConfig``, a configuration in any other format, or the name of a folder, of a
+    It may be one of transformers' configurations, a configuration in any other format, or the name of a folder, of a
     config.json or of a hub id that has one; ``hub`` is as for `find_checkpoint`.
 
     Raises:
@@ -56,18 +61,26 @@ def given_config(config: Any, **hub: Any) -> MambaConfig | None:
     return convert_config(config, "huggingface", trained=detect_config_format(config) != "huggingface")
 
 
-def take_config(own: MambaConfig, kwargs: dict[str, Any]) -> MambaConfig:
+def take_config(own: PreTrainedConfig, kwargs: dict[str, Any]) -> PreTrainedConfig:
     """A copy of a configuration, in which fields that ``kwargs`` names are replaced and taken from it.
 
     Raises:
-        CheckpointError: for a value that the field does not take.
+        CheckpointError: for a value that the field does not take, and for a field of another architecture.
     """
     config = copy.deepcopy(own)
-    replaced = {name: kwargs.pop(name) for name in list(kwargs) if name in FIELDS}
+    known = replaceable(config)
+    for other in ARCHITECTURES:
+        for name in (replaceable(other.config_class) - known) & kwargs.keys():
+            raise CheckpointError(
+                f"{name}={kwargs[name]!r} cannot be set: {name} is a field of {other.config_class.__name__}, and this "
+                f"checkpoint has a {type(config).__name__}, which has no such field"
+            )
+    replaced = {name: kwargs.pop(name) for name in list(kwargs) if name in known}
     try:
         for name, value in replaced.items():
             setattr(config, name, value)
-        config.intermediate_size = int(config.expand * config.hidden_size)
+        if "intermediate_size" in type(config)().to_dict():  # which transformers computes when one is made
+            config.intermediate_size = int(config.expand * config.hidden_size)
     except (StrictDataclassError, TypeError, ValueError) as error:
         raise CheckpointError(f"{name}={value!r} cannot be set: {' '.join(str(error).split())}") from error
     return convert_config(config, "huggingface") if replaced else config

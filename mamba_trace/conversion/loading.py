@@ -17,15 +17,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers import GenerationConfig, MambaForCausalLM
+from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import ADAPTER_CONFIG_NAME, GENERATION_CONFIG_NAME, is_peft_available
 
 from ..errors import CheckpointError, MambaTraceError
+from ..modeling.architectures import BY_TYPE
 from ..names import nearest
 from .checkpoint_files import BOTH_FORMATS, first_file, listing, weight_files, weight_names
 from .checkpoint_index import read_json
 from .checkpoints import Checkpoint
-from .load_options import DTYPES, FIELDS
+from .load_options import DTYPES, replaceable
 from .tensor_files import shapes_of
 from .weight_sizes import EMBEDDING, LAYER, LM_HEAD, check_buildable, check_weights, expected_shapes, misfits
 
@@ -71,7 +72,7 @@ def examine(checkpoint: Checkpoint, kwargs: Mapping[str, Any], *, fetch: bool = 
     _check_found(checkpoint, missing, extra, wrong)
 
 
-def load_model(checkpoint: Checkpoint, kwargs: Mapping[str, Any]) -> MambaForCausalLM:
+def load_model(checkpoint: Checkpoint, kwargs: Mapping[str, Any]) -> PreTrainedModel:
     """The model of a checkpoint with its weights, loaded by transformers, bit for bit.
 
     Args:
@@ -89,11 +90,13 @@ def load_model(checkpoint: Checkpoint, kwargs: Mapping[str, Any]) -> MambaForCau
     if original:
         source = _prepare_original(checkpoint, options)
     try:
-        loaded: Any = MambaForCausalLM.from_pretrained(source, config=checkpoint.config, **options)
+        loaded: Any = BY_TYPE[checkpoint.config.model_type].model_class.from_pretrained(
+            source, config=checkpoint.config, **options
+        )
     except (MambaTraceError, ImportError):
         raise
     except Exception as error:  # files that are broken where `examine` does not look break it in any way
-        raise CheckpointError(_why_not(checkpoint.name, error)) from error
+        raise CheckpointError(_why_not(checkpoint, error)) from error
     model, report = loaded
     # Quantised weights have other names, which their quantiser checks.
     if getattr(model, "hf_quantizer", None) is None and not kwargs.get("ignore_mismatched_sizes"):
@@ -153,15 +156,16 @@ def _what(checkpoint: Checkpoint) -> str:
     return "config=" if checkpoint.given else "its config.json"
 
 
-def _why_not(name: str, error: Exception) -> str:
+def _why_not(checkpoint: Checkpoint, error: Exception) -> str:
     """What transformers says about a checkpoint that it does not load, in one sentence."""
     unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
     if unknown is not None and isinstance(error, TypeError):
-        known = [*DTYPES, *inspect.signature(MambaForCausalLM.from_pretrained).parameters, *MORE, *FIELDS]
+        known = [*DTYPES, *inspect.signature(PreTrainedModel.from_pretrained).parameters, *MORE]
+        known += replaceable(checkpoint.config)
         hint = nearest(unknown[1], sorted(known))
         return f"MambaTrace and from_pretrained take no argument {unknown[1]}{hint}"
     reason = " ".join(str(error).split()) or type(error).__name__
-    return f"cannot load the weights of {name}: {reason[:300]}"
+    return f"cannot load the weights of {checkpoint.name}: {reason[:300]}"
 
 
 def _names(checkpoint: Checkpoint, kwargs: Mapping[str, Any]) -> list[str]:

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import MambaForCausalLM, TextGenerationPipeline
+from transformers import TextGenerationPipeline
 
-from ..modeling.architectures import make_hookable
+from ..modeling.architectures import BY_TYPE, make_hookable
 from ..tracing.placement import full_device_map, one_device, usable_device_map
 from ..tracing.remote import TASK
 from .checkpoint_tokenizer import load_tokenizer
@@ -62,7 +62,7 @@ class Loading:
     def _load_meta(self, repo_id: str, *args: Any, **kwargs: Any) -> nn.Module:
         check_place(kwargs)
         checkpoint = self._find(repo_id, kwargs)
-        module: Any = MambaForCausalLM(checkpoint.config)
+        module: Any = BY_TYPE[checkpoint.config.model_type].model_class(checkpoint.config)
         module.to(dtype_of(kwargs) or checkpoint.config.dtype or torch.float32)
         full_device_map(kwargs.get("device_map"), module)  # a wrong name is refused at once
         self._find_tokenizer(checkpoint)
@@ -75,7 +75,8 @@ class Loading:
         device = kwargs.pop("device", None)
         config = checkpoint.config
         if "device_map" in kwargs:
-            kwargs["device_map"] = usable_device_map(kwargs["device_map"], config)
+            build = BY_TYPE[config.model_type].model_class
+            kwargs["device_map"] = usable_device_map(kwargs["device_map"], lambda: build(config))
         # If this is set, transformers 5 rescales weights that it loads, too; it is meant for new weights.
         rescale, config.rescale_prenorm_residual = config.rescale_prenorm_residual, False
         module: Any = load_model(checkpoint, kwargs)

@@ -1,11 +1,14 @@
 """The parameters of one Mamba go by three sets of names, and MambaLens cuts two of its matrices into pieces.
 
 Conversion goes through Hugging Face's names. The original format differs from them in `backbone.embedding`
-only. MambaLens drops `backbone.` and `mixer.`, says `blocks`, `norm`, `W_D` and `W_delta_2` for `layers`,
-`norm_f`, `D` and `dt_proj`, and splits two matrices by rows, from the top:
+only, in Mamba-2 as in Mamba-1. MambaLens, which has Mamba-1 only, drops `backbone.` and `mixer.`, says `blocks`,
+`norm`, `W_D` and `W_delta_2` for `layers`, `norm_f`, `D` and `dt_proj`, and splits two matrices by rows, from
+the top:
 
     in_proj [2E,D] -> in_proj [E,D], skip_proj [E,D]
     x_proj [R+2N,E] -> W_delta_1 [R,E], W_B [N,E], W_C [N,E]
+
+The architecture has the table of these names.
 
 Contract: `convert_state_dict` loses nothing and invents nothing: the same values in the same dtypes, split
 and joined only along rows, `lm_head.weight` present exactly where it was. Every key and shape is checked on
@@ -14,20 +17,21 @@ the way, and `CheckpointError` lists what is missing, what is unexpected and whi
 
 from collections.abc import Mapping
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import MambaConfig
 
 from ..errors import CheckpointError
+from ..modeling.architectures import ARCHITECTURES, Architecture
+from ..modeling.architectures.architecture import size_of
 from .config_formats import check_format
 from .weight_sizes import (
-    AXES,
     EMBEDDING,
     LAYER,
     LM_HEAD,
     Shapes,
+    all_shapes,
     expected_shapes,
     layers_in,
     misfits,
@@ -37,24 +41,21 @@ from .weight_sizes import (
 
 StateDict = dict[str, Tensor]
 
-# MambaLens's names for the parameters of a layer that it does not split, by Hugging Face's names.
-RENAMED = {
-    "norm.weight": "norm.weight",
-    "mixer.A_log": "A_log",
-    "mixer.D": "W_D",
-    "mixer.conv1d.weight": "conv1d.weight",
-    "mixer.conv1d.bias": "conv1d.bias",
-    "mixer.dt_proj.weight": "W_delta_2.weight",
-    "mixer.dt_proj.bias": "W_delta_2.bias",
-    "mixer.out_proj.weight": "out_proj.weight",
-    "mixer.out_proj.bias": "out_proj.bias",
-}
-# Its names for the pieces of those that it does split, from the top row down.
-SPLIT = {
-    "mixer.in_proj.weight": ("in_proj.weight", "skip_proj.weight"),
-    "mixer.in_proj.bias": ("in_proj.bias", "skip_proj.bias"),
-    "mixer.x_proj.weight": ("W_delta_1.weight", "W_B.weight", "W_C.weight"),
-}
+
+class Model(NamedTuple):
+    """The model that a state dict belongs to, as far as its parameters tell.
+
+    Attributes:
+        architecture: Mamba-1 for Falcon-Mamba too, whose parameters are the same.
+        sizes: of the axes of the parameters.
+        flags: which of the optional parameters there are.
+        layers: the number of layers.
+    """
+
+    architecture: Architecture
+    sizes: dict[str, int]
+    flags: SimpleNamespace
+    layers: int
 
 
 def detect_state_dict_format(state_dict: Mapping[str, object]) -> str:
@@ -83,7 +84,8 @@ def convert_state_dict(state_dict: Mapping[str, Tensor], to: str, *, source: str
     """The same parameters under the names, and in the pieces, of another format.
 
     Args:
-        state_dict: the parameters of a whole Mamba language model, on any device and of any dtype. A tied
+        state_dict: the parameters of a whole Mamba language model, on any device and of any dtype. Those of a
+            Falcon-Mamba cannot be told from a Mamba-1's, and are converted as they would be. A tied
             lm_head is in the result exactly if it is here. mamba_ssm's and MambaLens's own load_state_dict
             want it: if it is absent, add `result["lm_head.weight"] = <the embedding>`.
         to: "original", "huggingface" or "mamba_lens".
@@ -104,12 +106,19 @@ def convert_state_dict(state_dict: Mapping[str, Tensor], to: str, *, source: str
     format = check_format(source) if source is not None else detect_state_dict_format(state_dict)
     _check_tensors(state_dict)
     shapes = {name: tuple(tensor.shape) for name, tensor in state_dict.items()}
-    model = _sizes_of(shapes)
-    pieces = {name: _pieces(format, name, shape, model) for name, shape in expected_shapes(model).items()}
+    model = _model_of(shapes)
+    for other in (format, to):
+        if other not in model.architecture.formats:
+            raise CheckpointError(
+                f"these are the weights of a {model.architecture.name}, which has no {other} format: MambaLens has "
+                f"Mamba-1 only. It has {' and '.join(map(repr, model.architecture.formats))}"
+            )
+    expected = all_shapes(model.architecture, model.sizes, model.flags, model.layers)
+    pieces = {name: _pieces(format, name, shape, model) for name, shape in expected.items()}
     native = {key: shape for parts in pieces.values() for key, shape in parts.items()}
     _check(shapes, native, optional={LM_HEAD})
     out: StateDict = {}
-    for name, shape in expected_shapes(model).items():
+    for name, shape in expected.items():
         given = [state_dict[key] for key in pieces[name] if key in state_dict]
         if given:  # lm_head may be absent
             wanted = _pieces(to, name, shape, model)
@@ -117,7 +126,7 @@ def convert_state_dict(state_dict: Mapping[str, Tensor], to: str, *, source: str
     return out
 
 
-def check_state_dict(state_dict: Mapping[str, Tensor], config: MambaConfig) -> None:
+def check_state_dict(state_dict: Mapping[str, Tensor], config: Any) -> None:
     """Raise `CheckpointError` unless a Hugging Face state dict is exactly what a model of this config needs.
 
     Keys and shapes must be the model's. If the config ties lm_head to the embedding, lm_head may be absent,
@@ -143,7 +152,7 @@ def _differ(embedding: Tensor, head: Tensor | None) -> bool:
     return not torch.equal(embedding.to(head.device, head.dtype), head)
 
 
-def _pieces(format: str, name: str, shape: tuple[int, ...], model: Any) -> Shapes:
+def _pieces(format: str, name: str, shape: tuple[int, ...], model: Model) -> Shapes:
     """The names and shapes that a Hugging Face parameter has in another format, from the top row down."""
     if name == EMBEDDING["huggingface"]:
         return {EMBEDDING[format]: shape}
@@ -152,12 +161,9 @@ def _pieces(format: str, name: str, shape: tuple[int, ...], model: Any) -> Shape
     layer = LAYER.search(name)
     if layer is None:
         return {"norm.weight": shape}  # the only one left: backbone.norm_f.weight
-    block, key = f"blocks.{layer[1]}.", layer[2]
-    if key not in SPLIT:
-        return {block + RENAMED[key]: shape}
-    E, N, R = model.intermediate_size, model.state_size, model.time_step_rank
-    rows = (R, N, N) if key == "mixer.x_proj.weight" else (E, E)
-    return {block + piece: (n, *shape[1:]) for piece, n in zip(SPLIT[key], rows, strict=True)}
+    block, parameter = f"blocks.{layer[1]}.", model.architecture.parameters[layer[2]]
+    rows = (size_of(axis, model.sizes) for axis in parameter.rows)
+    return {block + piece: (n, *shape[1:]) for piece, n in zip(parameter.pieces, rows, strict=True)}
 
 
 def _repartition(name: str, given: list[Tensor], wanted: Shapes) -> list[Tensor]:
@@ -173,18 +179,31 @@ def _repartition(name: str, given: list[Tensor], wanted: Shapes) -> list[Tensor]
     return [torch.cat(given)]
 
 
-def _sizes_of(shapes: Shapes) -> SimpleNamespace:
-    """The sizes of the model that a state dict of any format belongs to, under a MambaConfig's names.
+def _model_of(shapes: Shapes) -> Model:
+    """The model that a state dict of any format belongs to.
 
     A size that no parameter shows is 0, so that `_check` names the parameters that should show it.
     """
     layers = layers_in(shapes)
     if not layers:
         raise CheckpointError(f"the state dict has no layers: found {some(shapes)}")
-    biased = any(name.endswith(("in_proj.bias", "out_proj.bias")) for name in shapes)
-    conv_biased = any(name.endswith("conv1d.bias") for name in shapes)
-    sizes = dict.fromkeys(AXES, 0) | sizes_in(shapes)
-    return SimpleNamespace(num_hidden_layers=layers, use_bias=biased, use_conv_bias=conv_biased, **sizes)
+    names = {layer[2] for layer in map(LAYER.search, shapes) if layer}
+    # The one whose names are most of these; Mamba-1, which comes first, where several have them.
+    architecture = max(ARCHITECTURES, key=lambda each: len(names & _names_of(each)))
+    flags = {parameter.flag: False for parameter in architecture.parameters.values() if parameter.flag}
+    for name, parameter in architecture.parameters.items():
+        if parameter.flag and not names.isdisjoint({name, *parameter.pieces}):
+            flags[parameter.flag] = True
+    axes = {axis for parameter in architecture.parameters.values() for axis in (*parameter.rows, *parameter.others)}
+    sizes = dict.fromkeys(axes | {"V", "D"}, 0) | sizes_in(architecture, shapes)
+    return Model(architecture, sizes, SimpleNamespace(**flags), layers)
+
+
+def _names_of(architecture: Architecture) -> set[str]:
+    """The names of the parameters of a layer of an architecture in all of its formats."""
+    pieces = (parameter.pieces for parameter in architecture.parameters.values())
+    known = {piece for parts in pieces for piece in parts} if "mamba_lens" in architecture.formats else set()
+    return known | architecture.parameters.keys()
 
 
 def _check_tensors(state_dict: Mapping[str, Tensor]) -> None:

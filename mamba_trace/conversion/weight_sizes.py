@@ -3,24 +3,26 @@
 So the sizes that a configuration declares are compared with the shapes of the weights before anything is
 built, and a model for which there are no weights yet has an upper limit.
 
-Contract: `expected_shapes` lists the parameters of a Hugging Face Mamba; `layers_in` and `sizes_in` take the
-sizes of a model out of the shapes of its parameters; `check_weights` compares those with a configuration, and
-`misfits` the parameters themselves, each in words. `check_buildable` refuses a configuration that cannot be
-built. Each `CheckpointError` names what is declared and what there is.
+Contract: `expected_shapes` lists the parameters of a model of Hugging Face's; `layers_in` and `sizes_in` take
+the sizes of a model out of the shapes of its parameters; `check_weights` compares those with a configuration,
+and `misfits` the parameters themselves, each in words. `check_buildable` refuses a configuration that cannot
+be built. Which parameters there are, of which shapes, the architecture says. Each `CheckpointError` names what
+is declared and what there is.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import psutil
 import torch
-from transformers import MambaConfig
 
 from ..errors import CheckpointError
+from ..modeling.architectures import ARCHITECTURES, BY_TYPE, Architecture
+from ..modeling.architectures.architecture import Shown, size_of
 from .config_fields import MOST_LAYERS
 
 Shapes = dict[str, tuple[int, ...]]
@@ -34,57 +36,41 @@ LM_HEAD = "lm_head.weight"  # in every format
 LAYER = re.compile(r"(?:^|\.)(?:layers|blocks)\.(\d{1,9})\.(.+)")  # in every format
 MOST_PARAMETERS = 10**12
 
-# Where each size shows: the end of a parameter's name in any format, and an axis of its shape.
-AXES = {
-    "vocab_size": (re.compile(r"(?:^|\.)embeddings?\.weight$"), 0),
-    "hidden_size": (re.compile(r"(?:^|\.)embeddings?\.weight$"), 1),
-    "intermediate_size": (re.compile(r"\.A_log$"), 0),
-    "state_size": (re.compile(r"\.A_log$"), 1),
-    "conv_kernel": (re.compile(r"\.conv1d\.weight$"), 2),
-    "time_step_rank": (re.compile(r"\.(?:dt_proj|W_delta_2)\.weight$"), 1),
-}
+# Where the embedding shows sizes: the end of its name in any format. A layer's are in `Architecture.shown`.
+_EMBEDDING = re.compile(r"(?:^|\.)embeddings?\.weight$")
+_OF_EMBEDDING = {"V": ("vocab_size", 0), "D": ("hidden_size", 1)}
 HINTS = {
     "vocab_size": "Hugging Face's vocab_size counts the padding of the vocabulary",
     "intermediate_size": "intermediate_size is expand * hidden_size",
 }
 
 
-def layer_shapes(config: Any) -> Shapes:
-    """The parameters of one layer of a Hugging Face Mamba, by their names within the layer."""
-    D, E, N, K = config.hidden_size, config.intermediate_size, config.state_size, config.conv_kernel
-    R = int(config.time_step_rank)
-    shapes: Shapes = {
-        "mixer.A_log": (E, N),
-        "mixer.D": (E,),
-        "mixer.conv1d.weight": (E, 1, K),
-        "mixer.conv1d.bias": (E,),
-        "mixer.in_proj.weight": (2 * E, D),
-        "mixer.in_proj.bias": (2 * E,),
-        "mixer.x_proj.weight": (R + 2 * N, E),
-        "mixer.dt_proj.weight": (E, R),
-        "mixer.dt_proj.bias": (E,),
-        "mixer.out_proj.weight": (D, E),
-        "mixer.out_proj.bias": (D,),
-        "norm.weight": (D,),
+def layer_shapes(architecture: Architecture, sizes: Mapping[str, int], flags: Any) -> Shapes:
+    """The parameters of one layer, by their names within the layer; ``flags`` has the fields of the optional ones."""
+    return {
+        name: parameter.shape(sizes)
+        for name, parameter in architecture.parameters.items()
+        if not parameter.flag or getattr(flags, parameter.flag)
     }
-    absent = set() if config.use_bias else {"mixer.in_proj.bias", "mixer.out_proj.bias"}
-    absent |= set() if config.use_conv_bias else {"mixer.conv1d.bias"}
-    return {name: shape for name, shape in shapes.items() if name not in absent}
+
+
+def all_shapes(architecture: Architecture, sizes: Mapping[str, int], flags: Any, layers: int) -> Shapes:
+    """Every parameter of a model of these sizes, by its Hugging Face name, in the model's order."""
+    V, D, layer = sizes["V"], sizes["D"], layer_shapes(architecture, sizes, flags)
+    shapes: Shapes = {EMBEDDING["huggingface"]: (V, D)}
+    for i in range(layers):
+        shapes |= {f"backbone.layers.{i}.{name}": shape for name, shape in layer.items()}
+    return shapes | {"backbone.norm_f.weight": (D,), LM_HEAD: (V, D)}
 
 
 def expected_shapes(config: Any) -> Shapes:
-    """Every parameter of a Hugging Face Mamba, by its name, lm_head included, in the model's order.
-
-    The config may be anything that has a MambaConfig's fields of sizes.
+    """Every parameter of the model of a configuration, by its Hugging Face name, lm_head included.
 
     >>> expected_shapes(MambaConfig(num_hidden_layers=1))["backbone.norm_f.weight"]
     (768,)
     """
-    V, D, layer = config.vocab_size, config.hidden_size, layer_shapes(config)
-    shapes: Shapes = {EMBEDDING["huggingface"]: (V, D)}
-    for i in range(config.num_hidden_layers):
-        shapes |= {f"backbone.layers.{i}.{name}": shape for name, shape in layer.items()}
-    return shapes | {"backbone.norm_f.weight": (D,), LM_HEAD: (V, D)}
+    architecture = BY_TYPE[config.model_type]
+    return all_shapes(architecture, architecture.sizes(config), config, config.num_hidden_layers)
 
 
 def layers_in(names: Iterable[str]) -> int:
@@ -101,19 +87,45 @@ def layers_in(names: Iterable[str]) -> int:
     return layers
 
 
-def sizes_in(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
-    """The sizes of a model, each from the first parameter that shows it; sizes that none shows are absent."""
-    sizes = {}
-    for field, (ending, axis) in AXES.items():
-        shape = next((shape for name, shape in shapes.items() if ending.search(name)), ())
-        if axis < len(shape):
-            sizes[field] = shape[axis]
+def sizes_in(architecture: Architecture, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
+    """The size of each axis of a model, from the first parameter that shows it; axes that none shows are absent."""
+    sizes = {"1": 1}
+    embedding = next((shape for name, shape in shapes.items() if _EMBEDDING.search(name)), ())
+    sizes |= {axis: embedding[dim] for axis, (_, dim) in _OF_EMBEDDING.items() if dim < len(embedding)}
+    for shown in architecture.shown:
+        parameter = architecture.parameters[shown.parameter]
+        shape = _first(architecture, shown, shapes)
+        if shown.dim >= len(shape):
+            continue
+        axes = parameter.rows if shown.dim == 0 else (parameter.others[shown.dim - 1],)
+        rest = [axis for axis in axes if axis != shown.axis]
+        if all(axis in sizes for axis in rest):
+            left = shape[shown.dim] - sum(sizes[axis] for axis in rest)
+            sizes[shown.axis] = max(left // axes.count(shown.axis), 0)
     return sizes
+
+
+def _first(architecture: Architecture, shown: Shown, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
+    """The shape of the first parameter of that kind, whatever format its name is of; empty if there is none."""
+    pieces = architecture.parameters[shown.parameter].pieces
+    names = {shown.parameter.removeprefix("mixer."), *(pieces if len(pieces) == 1 else ())}
+    ending = re.compile(rf"\.(?:{'|'.join(map(re.escape, names))})$")
+    return next((shape for name, shape in shapes.items() if ending.search(name)), ())
+
+
+def others_in(architecture: Architecture, names: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """Names of weights that this architecture does not have and others have, each with the names of those."""
+    for name in names:
+        layer = LAYER.search(name)
+        if layer is None or layer[2] in architecture.parameters:
+            continue
+        if theirs := [other.name for other in ARCHITECTURES if layer[2] in other.parameters]:
+            yield name, " or a ".join(theirs)
 
 
 def check_weights(
     name: str,
-    config: MambaConfig,
+    config: Any,
     shapes: Shapes,
     what: str = "its config.json",
     *,
@@ -130,27 +142,43 @@ def check_weights(
     Raises:
         CheckpointError: naming what is declared and what the weights have.
     """
-    layers, sizes = layers_in(shapes), sizes_in(shapes)
-    if not layers or "vocab_size" not in sizes:
+    architecture = BY_TYPE[config.model_type]
+    layers, sizes = layers_in(shapes), sizes_in(architecture, shapes)
+    if not layers or "V" not in sizes:
         raise CheckpointError(
             f"the files of {name} do not hold the weights of a Mamba: they have {some(shapes)}; "
             "expected an embedding and layers"
         )
-    problems = []
-    declared = config.num_hidden_layers
-    if declared != layers and not (declared < layers and fewer_layers):
-        problems.append(f"declares num_hidden_layers {declared} and the weights have {layers} layers")
+    if foreign := next(others_in(architecture, shapes), None):
+        key, theirs = foreign
+        raise CheckpointError(
+            f"the weights of {name} do not fit {what}: it says model_type {architecture.model_type!r}, "
+            f"{architecture.name}, and they have {key}, as a {theirs} has. Use the config that belongs to the weights"
+        )
+    problems = list(_differences(architecture, config, layers, sizes, fewer_layers))
     if not config.tie_word_embeddings and not any(key.endswith(LM_HEAD) for key in shapes):
-        problems.append("declares tie_word_embeddings false and the weights have no lm_head.weight")
-    for field, size in sizes.items():
-        if getattr(config, field) != size:
-            hint = f" ({HINTS[field]})" if field in HINTS else ""
-            problems.append(f"declares {field} {getattr(config, field)} and the weights have {size}{hint}")
+        problems.insert(0, "declares tie_word_embeddings false and the weights have no lm_head.weight")
     if problems:
         raise CheckpointError(
             f"the weights of {name} do not fit {what}: it {'; it '.join(problems)}. Use the config that "
             "belongs to the weights"
         )
+
+
+def _differences(
+    architecture: Architecture, config: Any, layers: int, sizes: Mapping[str, int], fewer_layers: bool
+) -> Iterator[str]:
+    """Each size that a configuration declares differently from the weights, in words."""
+    declared = config.num_hidden_layers
+    if declared != layers and not (declared < layers and fewer_layers):
+        yield f"declares num_hidden_layers {declared} and the weights have {layers} layers"
+    fields = {axis: field for axis, (field, _) in _OF_EMBEDDING.items()}
+    fields |= {shown.axis: shown.field for shown in architecture.shown}
+    for axis, field in fields.items():
+        said = size_of(axis, architecture.sizes(config))
+        if axis in sizes and said != sizes[axis]:
+            hint = f" ({HINTS[field]})" if field in HINTS else ""
+            yield f"declares {field} {said} and the weights have {sizes[axis]}{hint}"
 
 
 def misfits(missing: Iterable[str], extra: Iterable[str], wrong: Mapping[str, tuple[Any, Any]]) -> str:
@@ -162,8 +190,9 @@ def misfits(missing: Iterable[str], extra: Iterable[str], wrong: Mapping[str, tu
     shapes = [f"{key} {list(shape)}, expected {list(right)}" for key, (shape, right) in wrong.items()]
     kinds = (("missing", list(missing)), ("unexpected", list(extra)), ("of the wrong shape", shapes))
     problems = [f"{len(names)} {what}: {some(names)}" for what, names in kinds if names]
-    if any(key.endswith((".dt_bias", "mixer.norm.weight")) for key in kinds[1][1]):
-        problems.append("the layers look like Mamba-2's; only Mamba-1 is supported so far")
+    unexpected = {layer[2] for layer in map(LAYER.search, kinds[1][1]) if layer}
+    if theirs := [other.name for other in ARCHITECTURES if not unexpected.isdisjoint(other.parameters)]:
+        problems.append(f"the layers look like those of a {' or a '.join(theirs)}: give the configuration of one")
     if not wrong.keys().isdisjoint(EMBEDDING.values()):
         problems.append("a Hugging Face vocab_size counts the padding of the vocabulary")
     return ". ".join(problems)
@@ -176,14 +205,16 @@ def some(names: Iterable[Any], most: int = 8, between: str = "; ") -> str:
     return (between.join(names[:most]) or "nothing") + more
 
 
-def parameters_of(config: MambaConfig) -> int:
+def parameters_of(config: Any) -> int:
     """How many numbers a model of this configuration has; a tied lm_head is counted once."""
-    layer = sum(math.prod(shape) for shape in layer_shapes(config).values())
-    V, D = config.vocab_size, config.hidden_size
-    return config.num_hidden_layers * layer + V * D * (1 if config.tie_word_embeddings else 2) + D
+    architecture = BY_TYPE[config.model_type]
+    sizes = architecture.sizes(config)
+    layer = sum(math.prod(shape) for shape in layer_shapes(architecture, sizes, config).values())
+    head = math.prod((sizes["V"], sizes["D"])) * (1 if config.tie_word_embeddings else 2)
+    return config.num_hidden_layers * layer + head + sizes["D"]
 
 
-def check_buildable(what: str, config: MambaConfig, dtype: torch.dtype | None = None) -> None:
+def check_buildable(what: str, config: Any, dtype: torch.dtype | None = None) -> None:
     """Refuse a model that is too large for any machine or, if a dtype is given, for the memory of this one.
 
     Args:

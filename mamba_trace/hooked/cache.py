@@ -2,8 +2,9 @@
 
 `ActivationCache` is a mapping from hook names to tensors that also understands paths
 (``cache["layers[3].ssm.h[5]"]``) and TransformerLens's shorthand (``cache["resid_post", -1]``). It stacks the
-states of all positions (``cache["h", 3]`` is [B,L,E,N]). For a missing value the error says whether there is
-no such place or whether the run left it out. The analyses of the residual stream are in `residual`.
+states of all positions (``cache["h", 3]`` is [B,L,E,N], in Mamba-2 [B,L,H,P,N]). For a missing value the error
+says whether there is no such place or whether the run left it out. The analyses of the residual stream are in
+`residual`.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import Tensor
 from .. import names
 from ..errors import LayerError, PromptError, UnknownSiteError
 from ..names import Place, layer_index
-from ..sites import BY_HOOK, BY_NAME, STATE, Site
+from ..sites import BY_HOOK, BY_NAME, SITES, STATE, Family, Site
 from .hooks import key_of
 from .residual import ResidualAnalyses
 
@@ -68,8 +69,8 @@ class ActivationCache(ResidualAnalyses):
         kept_as = self._names(key)
         if isinstance(kept_as, str):
             return self.cache_dict[kept_as]
-        states = [self.cache_dict[name] for name in kept_as]  # [B,E,N] each, in Mamba-2 [B,H,P,N]
-        return torch.stack(states, dim=int(self.has_batch_dim))  # [B,L,E,N]
+        states = [self.cache_dict[name] for name in kept_as]  # [B,E,N], in Mamba-2 [B,H,P,N], or without B
+        return torch.stack(states, dim=int(self.has_batch_dim))
 
     def __contains__(self, key: object) -> bool:
         try:
@@ -102,6 +103,10 @@ class ActivationCache(ResidualAnalyses):
             raise self._left_out(key_of(place), place, suffix)
         return name
 
+    @property
+    def _family(self) -> Family:
+        return self.model.architecture.family
+
     def _place(self, key: Any) -> tuple[Place, str]:
         """The place of a key, positions and layers counted from the start, and the suffix of a gradient."""
         name, layer, position = parts_of(key)
@@ -109,9 +114,9 @@ class ActivationCache(ResidualAnalyses):
         name = name.removesuffix(GRADIENT)
         site = shorthand(name, "model" if layer is None else "layer")
         if layer is None:
-            place = names.parse(name) if site is None else Place(site)
+            place = names.parse(name, self._family) if site is None else Place(site)
         elif site is None or (position is not None and site.name != STATE):
-            known = sorted(site.name for site in BY_NAME.values() if site.scope != "model")
+            known = sorted(site.name for site in SITES if site.scope != "model" and self._family in site.families)
             hint = names.lacked(f"hook_{name.removeprefix('hook_')}") or names.nearest(name, known)
             positions = "" if site is None else " has positions of its own"
             hint = hint or f"; there are {', '.join(known)}"
@@ -120,6 +125,7 @@ class ActivationCache(ResidualAnalyses):
             place = Place(site, layer, position)
         if place.layer is not None:
             place = replace(place, layer=layer_index(place.layer, len(self.model.layers), repr(key)))
+        names.check_family(place, self._family, str(key) if layer is None else name)
         if place.position is not None and place.position < 0 and self.n_positions is not None:
             place = replace(place, position=place.position + self.n_positions)
         return place, suffix
@@ -214,7 +220,7 @@ class ActivationCache(ResidualAnalyses):
 
         Example::
 
-            cache.stack_activation("h")  # [n_layers,B,L,E,N]
+            cache.stack_activation("h")  # [n_layers,B,L,E,N], in Mamba-2 [n_layers,B,L,H,P,N]
         """
         stop = self._layer(layer)
         if not stop:

@@ -2,58 +2,80 @@
 
 Contract: `LensConfig` is a view. It stores nothing: every attribute is looked up in the model's Hugging Face
 configuration (device and dtype in its parameters) at the moment it is read, so it follows changes of either,
-and it cannot be assigned to. It has the names of MambaLens's `MambaCfg`, taken from the table of
-configuration fields, and MambaLens's one-letter sizes.
+and it cannot be assigned to. It has the names of MambaLens's `MambaCfg`, taken from the architecture's table of
+configuration fields, and MambaLens's one-letter sizes. A name that only another architecture has is an error that
+says so.
 """
 
 from __future__ import annotations
 
+import functools
 from collections import namedtuple
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from ..conversion.config_fields import FIELDS, LENS_ALIASES, N_RESIDUALS
-from ..conversion.formats import residuals_per_layer
+from ..conversion.config_fields import FIELDS_OF, INNER_WIDTH, UNNAMED, aliases_of
+from ..conversion.formats import unnamed_settings
+from ..modeling.architectures import ARCHITECTURES, BY_TYPE, axis_sizes
 from ..names import nearest
 
 Read = Callable[[Any], Any]
 
-# MambaLens's name -> Hugging Face's, of the values at the top level of a MambaCfg and of its initializer_cfg.
-_TOP, _INITIALIZER = (
-    {field.mamba_lens[-1]: field.name for field in FIELDS if field.mamba_lens and len(field.mamba_lens) == depth}
-    for depth in (1, 2)
-)
-InitializerConfig = namedtuple("InitializerConfig", _INITIALIZER)  # type: ignore[misc]
-InitializerConfig.__doc__ = "How a model made from scratch is initialised: read-only, under MambaLens's names."
-
-#: Names that other models have and a Mamba does not, with the reason.
+#: Names that other models have and no Mamba does, with the reason.
 ABSENT = {
-    **dict.fromkeys(("n_heads", "d_head", "n_key_value_heads"), "a Mamba has no attention heads"),
+    "n_key_value_heads": "a Mamba has no attention heads",
     "d_mlp": "a Mamba block has no MLP; its inner width is d_inner",
 }
+#: The reason why one architecture lacks a name that another has, where there is more to say.
+LACKED = {
+    ("selective", "n_heads"): "a Mamba has no attention heads, and only a Mamba-2 has heads of its own",
+    ("selective", "d_head"): "a Mamba has no attention heads, and only a Mamba-2 has heads of its own",
+    ("dual", "dt_rank"): "in a Mamba-2 delta_1 has one number for each of the n_heads heads",
+    ("dual", "D_delta"): "in a Mamba-2 delta_1 has one number for each of the n_heads heads",
+}
+
+
+def _named(model_type: str, depth: int) -> dict[str, str]:
+    """MambaLens's name -> Hugging Face's, at the top level of a configuration (1) or in its initializer_cfg (2)."""
+    paths = ((field.mamba_lens, field.name) for field in FIELDS_OF[model_type])
+    return {path[-1]: name for path, name in paths if path and len(path) == depth}
 
 
 def _field(name: str) -> Read:
     return lambda model: getattr(model.config, name)
 
 
+def _inner_width(model: Any) -> int:
+    return axis_sizes(model._module)["E"]
+
+
 def _initializer(model: Any) -> Any:
-    residuals = residuals_per_layer(model.config)
-    return InitializerConfig(
-        *(residuals if name == N_RESIDUALS else getattr(model.config, name) for name in _INITIALIZER.values())
-    )
+    names, unnamed = _named(model.config.model_type, 2), unnamed_settings(model.config)
+    values = (unnamed[name] if name in UNNAMED else getattr(model.config, name) for name in names.values())
+    return initializer_class(tuple(names))(*values)
 
 
-#: Name -> how it is read from a model, in the order of `LensConfig.to_dict`.
-READ: dict[str, Read] = {
-    **{name: _field(theirs) for name, theirs in (_TOP | LENS_ALIASES).items()},
-    "n_ctx": lambda model: None,
-    "device": lambda model: model.device,
-    "dtype": lambda model: model._module.dtype,
-    "default_prepend_bos": lambda model: model.default_prepend_bos,
-    "tokenizer_prepends_bos": lambda model: model.tokenizer_prepends_bos,
-    "initializer_cfg": _initializer,
-}
+@functools.cache
+def initializer_class(names: tuple[str, ...]) -> Any:
+    """The class of ``initializer_cfg``: a named tuple, which is read-only."""
+    made: Any = namedtuple("InitializerConfig", names)  # type: ignore[misc]
+    made.__doc__ = "How a model made from scratch is initialised: read-only, under MambaLens's names."
+    return made
+
+
+@functools.cache
+def reads_of(model_type: str) -> Mapping[str, Read]:
+    """Name -> how it is read from a model of this architecture, in the order of `LensConfig.to_dict`."""
+    names = _named(model_type, 1) | aliases_of(BY_TYPE[model_type])
+    return {
+        **{name: _inner_width if theirs == INNER_WIDTH else _field(theirs) for name, theirs in names.items()},
+        "n_ctx": lambda model: None,
+        "device": lambda model: model.device,
+        "dtype": lambda model: model._module.dtype,
+        "default_prepend_bos": lambda model: model.default_prepend_bos,
+        "tokenizer_prepends_bos": lambda model: model.tokenizer_prepends_bos,
+        "initializer_cfg": _initializer,
+    }
 
 
 class LensConfig:
@@ -64,7 +86,11 @@ class LensConfig:
     ``n_layers``, ``n_layer``                        number of blocks
     ``d_inner``, ``E``                               width inside a block, ``expand`` times ``d_model``
     ``d_state``, ``N``                               size of the state of each of the E channels
-    ``dt_rank``, ``D_delta``                         width of ``delta_1``
+    ``dt_rank``, ``D_delta``                         width of ``delta_1``; not in Mamba-2
+    ``n_heads``, ``H``; ``d_head``, ``P``            heads of a Mamba-2, and channels of each; only there
+    ``n_groups``, ``G``                              groups of B and C, which share heads; only in Mamba-2
+    ``dt_limit``, ``chunk_size``                     Hugging Face's ``time_step_limit``; only in Mamba-2
+    ``inner_eps``                                    epsilon of the norms on delta_1, B and C; Falcon-Mamba's
     ``d_conv``, ``D_conv``                           taps of the convolution
     ``vocab_size``, ``d_vocab``, ``V``               rows of the embedding, padding included
     ``expand``, ``bias``, ``conv_bias``, ``eps``     as Hugging Face's ``expand``, ``use_bias``,
@@ -96,6 +122,10 @@ class LensConfig:
         return LensConfig, (self._model,)
 
     @property
+    def _reads(self) -> Mapping[str, Read]:
+        return reads_of(self._model.config.model_type)
+
+    @property
     def huggingface(self) -> Any:
         """The Hugging Face configuration behind the view, ``model.config``."""
         return self._model.config
@@ -107,20 +137,25 @@ class LensConfig:
 
             MambaTrace.demo().cfg.to_dict()["d_model"]  # 64
         """
-        values = {name: read(self._model) for name, read in READ.items()}
+        values = {name: read(self._model) for name, read in self._reads.items()}
         return values | {"initializer_cfg": values["initializer_cfg"]._asdict()}
 
     def __getattr__(self, name: str) -> Any:
-        if name in READ:
-            return READ[name](self._model)
-        raise AttributeError(f"model.cfg has no {name!r}{self._instead(name)}. It has: {', '.join(READ)}")
+        if name in self._reads:
+            return self._reads[name](self._model)
+        raise AttributeError(f"model.cfg has no {name!r}{self._instead(name)}. It has: {', '.join(self._reads)}")
 
     def _instead(self, name: str) -> str:
         if name in ABSENT:
             return f": {ABSENT[name]}"
+        architecture = BY_TYPE[self._model.config.model_type]
+        if why := LACKED.get((architecture.family, name)):
+            return f": {why}"
+        if theirs := [other.name for other in ARCHITECTURES if name in reads_of(other.model_type)]:
+            return f", which only a {' or a '.join(theirs)} has: this is a {architecture.name}"
         if hasattr(self._model.config, name) and not name.startswith("_"):
             return f", a Hugging Face name: it is model.config.{name}"
-        return nearest(name, list(READ))
+        return nearest(name, list(self._reads))
 
     def __setattr__(self, name: str, value: Any) -> None:
         raise AttributeError(
@@ -132,13 +167,13 @@ class LensConfig:
         self.__setattr__(name, None)
 
     def __contains__(self, name: object) -> bool:
-        return name in READ
+        return name in self._reads
 
     def __iter__(self) -> Iterator[str]:
-        return iter(READ)
+        return iter(self._reads)
 
     def __dir__(self) -> list[str]:
-        return [*READ, "huggingface", "to_dict"]
+        return [*self._reads, "huggingface", "to_dict"]
 
     def __repr__(self) -> str:
         lines = (f"  {name}: {value!r}" for name, value in self.to_dict().items())

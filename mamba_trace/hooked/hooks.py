@@ -16,7 +16,7 @@ from typing import Any
 from .. import names
 from ..errors import LayerError, UnknownSiteError
 from ..names import Place
-from ..sites import SITES, STATE
+from ..sites import SITES, STATE, Family
 from ..tracing.visit import position_error
 
 #: A name, or a predicate over hook names.
@@ -154,24 +154,27 @@ def check_name(model: Any, name: NameOrFilter, extent: Extent) -> None:
     if not isinstance(name, str):
         raise TypeError(f"a hook is named by a string or by a predicate over hook names, not by {name!r}")
     model.hook(name)
-    if not extent.reaches(names.parse(name)):
+    if not extent.reaches(names.parse(name, model.architecture.family)):
         raise LayerError(f"{name!r} is never reached with {extent}")
 
 
-def resolve(name: NameOrFilter, known: Callable[[], dict[str, Place]], length: int) -> list[Place]:
+def resolve(
+    name: NameOrFilter, known: Callable[[], dict[str, Place]], length: int, family: Family | None = None
+) -> list[Place]:
     """The place of a name, or the places whose hook names a predicate accepts.
 
     Args:
         name: checked by `check_name`.
         known: the places that the run reaches, by hook name, in execution order.
         length: the number of positions; negative positions are counted from it.
+        family: the model's.
 
     Raises:
         PositionError: if the prompt is too short for the position.
     """
     if callable(name):
         return [place for hook_name, place in known().items() if name(hook_name)]
-    place = names.parse(name)
+    place = names.parse(name, family)
     if place.position is None:
         return [place]
     if not -length <= place.position < length:
@@ -197,11 +200,12 @@ def checked_hooks(model: Any, hooks: Any, extent: Extent, argument: str) -> list
             raise TypeError(f"{argument} takes pairs (name or predicate, fn), not {pair!r}")
         name, fn = pair
         check_name(model, name, extent)
-        if isinstance(name, str) and "hook" in name and names.parse(name).path.endswith(f".ssm.{STATE}"):
+        path = names.parse(name, model.architecture.family).path if isinstance(name, str) else ""
+        if "hook" in str(name) and path.endswith(f".ssm.{STATE}"):
             raise UnknownSiteError(
                 f"{name!r} is no hook: there is one for each position, {name}.p. For all of them give a "
                 f"predicate, lambda name: name.startswith({name + '.'!r}); the whole trajectory, whose edits "
-                f"are not carried on, is {names.parse(name).path!r}"
+                f"are not carried on, is {path!r}"
             )
         checked.append((name, callable_by_position(fn, argument)))
     return checked

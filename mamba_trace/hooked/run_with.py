@@ -65,7 +65,9 @@ class HookedRuns(Directions):
             fwd_hooks: pairs of a name and a function. The name is a hook name (``"blocks.3.hook_h.5"``), a
                 path (``"layers[3].ssm.h[5]"``) or a predicate over hook names. ``fn(value, hook)`` returns a
                 tensor that replaces the value, or ``None`` if it edited the value in place or not at all.
-                They run in execution order, several on one name in the order given.
+                They run in execution order, several on one name in the order given. TransformerLens 4's names
+                work where they mean the same in this architecture; its ``mixer.hook_ssm_state`` and
+                ``mixer.hook_ssm_write`` of a Mamba-1 are [B,E,L,N], and here [B,L,E,N].
             bwd_hooks: pairs of a name and ``fn(gradient, hook)``. The run itself only goes forward, so they
                 fire whenever ``.backward()`` is called on what is returned. The gradient is that of the value
                 after the forward hooks; a tensor that the function returns replaces it.
@@ -90,7 +92,8 @@ class HookedRuns(Directions):
             As ``return_type`` and ``stop_at_layer`` say.
 
         Raises:
-            UnknownSiteError: before anything runs, if no place has such a name or a predicate accepts none.
+            UnknownSiteError: before anything runs, if no place of this architecture has such a name or a
+                predicate accepts none.
             LayerError: before anything runs, if the model has no such layer or the run does not reach it.
             PositionError: before anything runs, if the prompt is too short for a position.
             SiteValueError: if a function returns a value that does not fit, naming its hook.
@@ -166,7 +169,7 @@ class HookedRuns(Directions):
         Example::
 
             logits, cache = model.run_with_cache("Emma and Shelby had fun")
-            cache["blocks.1.hook_h.2"]  # [B,E,N]
+            cache["blocks.1.hook_h.2"]  # [B,E,N], in Mamba-2 [B,H,P,N]
             cache["resid_post", -1]  # [B,L,D]
         """
         explain_away(kernel_flags)

@@ -20,7 +20,7 @@ from torch import Tensor
 from .. import names
 from ..errors import LayerError, PromptError, SiteValueError, UnknownSiteError
 from ..names import Place, public_path
-from ..sites import BY_NAME, STATE
+from ..sites import BY_NAME, STATE, Family
 from ..tracing import ask_every_position, reading
 from ..tracing.edits import waiting_edits
 from .hooks import Extent, Hook, HookFunction, NameOrFilter, Order, key_of, resolve
@@ -166,7 +166,7 @@ class HookedRun:
 
         def at(name: NameOrFilter) -> list[PlaceActions]:
             there = []
-            for place in resolve(name, lambda: self.known, self.length):
+            for place in resolve(name, lambda: self.known, self.length, self.family):
                 key = key_of(place)
                 there.append(places.setdefault(key, PlaceActions(place, Hook(key, place.path))))
                 there[-1].named |= isinstance(name, str)
@@ -184,14 +184,19 @@ class HookedRun:
                 for actions in hooked:
                     getattr(actions, kind).append(fn)
         for name in [lambda name: True] if self.cached is None else self.cached:
-            for actions in at(every_position(name)):
+            for actions in at(every_position(name, self.family)):
                 actions.cached = True
         return places
 
     @functools.cached_property
+    def family(self) -> Family:
+        """Of the model's mixers: it says which places there are."""
+        return self.model.architecture.family
+
+    @functools.cached_property
     def known(self) -> dict[str, Place]:
         """Every place that has a hook name and that the run reaches."""
-        places = names.hook_places(self.extent.n_layers, self.length)
+        places = names.hook_places(self.extent.n_layers, self.length, self.family)
         return {place.hook_name: place for place in places if self.extent.reaches(place)}
 
     def whole_trajectories(self, places: dict[str, PlaceActions]) -> list[int]:
@@ -252,7 +257,7 @@ class HookedRun:
         if not last:
             return
         with reading():
-            states = copied(self.model.layers[layer].ssm.h.output, self.device)  # [B,L,E,N]
+            states = copied(self.model.layers[layer].ssm.h.output, self.device)  # [B,L,...,N]
         for position in range(self.length):
             self.values[key_of(Place(BY_NAME[STATE], layer, position))] = states[:, position]
 
@@ -275,11 +280,11 @@ class HookedRun:
         value.register_hook(through)
 
 
-def every_position(name: NameOrFilter) -> NameOrFilter:
+def every_position(name: NameOrFilter, family: Family) -> NameOrFilter:
     """``name``, or a predicate for the states of all positions where it is the whole trajectory's."""
     if callable(name):
         return name
-    place = names.parse(name)
+    place = names.parse(name, family)
     if place.site is None or place.site.name != STATE or place.position is not None:
         return name
     prefix = f"{place.site.hook_name(place.layer)}."

@@ -1,7 +1,8 @@
 """Which rows of which parameter a name of MambaLens's stands for, and how they are read and written.
 
 weight_formats.py converts whole state dicts; here a name is found in a loaded model, wherever its parameters
-are, by the same table.
+are, by the same table, which the architecture has. Mamba-2, which MambaLens does not have, has names in its style:
+what is a matrix of its own in Mamba-1 is rows of in_proj there.
 
 Contract: `Owner.view` shares the parameter's memory, device and dtype, and is detached. `assign` checks
 before it writes. Weights that cannot be edited (not loaded yet, offloaded, quantised, adapted) raise
@@ -11,34 +12,21 @@ before it writes. Weights that cannot be edited (not loaded yet, offloaded, quan
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from ..conversion.weight_formats import RENAMED, SPLIT
 from ..errors import CheckpointError, SiteValueError
-from ..modeling.architectures import axis_sizes
+from ..modeling.architectures import BY_TYPE, axis_sizes
+from ..modeling.architectures.architecture import size_of
 from ..names import public_path
 
-#: The axes of every parameter of a block, by MambaLens's name: K is d_conv.
-AXES = {
-    "norm.weight": "D",
-    "skip_proj.weight": "ED",
-    "skip_proj.bias": "E",
-    "in_proj.weight": "ED",
-    "in_proj.bias": "E",
-    "conv1d.weight": "E1K",
-    "conv1d.bias": "E",
-    "W_delta_1.weight": "RE",
-    "W_B.weight": "NE",
-    "W_C.weight": "NE",
-    "W_delta_2.weight": "ER",
-    "W_delta_2.bias": "E",
-    "A_log": "EN",
-    "W_D": "E",
-    "out_proj.weight": "DE",
-    "out_proj.bias": "D",
-}
+#: The names of a block's weights, in the order in which they are listed.
+ORDER = (
+    "norm", "skip_proj", "in_proj", "conv1d", "B_conv1d", "C_conv1d", "W_delta_1", "W_B", "W_C", "W_delta_2",
+    "A_log", "W_D", "inner_norm", "out_proj",
+)  # fmt: skip
 
 
 class Piece(NamedTuple):
@@ -46,30 +34,33 @@ class Piece(NamedTuple):
 
     Attributes:
         parameter: the parameter, under its block or under the model.
-        axes: the axes of these rows.
+        axes: the axes of these rows; an axis ``"GN"`` has G times N numbers.
         rows: the first axis of each piece of the parameter, from the top.
         number: which of those pieces this is, counted from 0.
     """
 
     parameter: str
-    axes: str
-    rows: str
+    axes: tuple[str, ...]
+    rows: tuple[str, ...]
     number: int = 0
 
 
-def _pieces_of_a_block() -> dict[str, Piece]:
-    pieces = {name: Piece(parameter, AXES[name], AXES[name][0]) for parameter, name in RENAMED.items()}
-    for parameter, names in SPLIT.items():
-        rows = "".join(AXES[name][0] for name in names)
-        pieces |= {name: Piece(parameter, AXES[name], rows, number) for number, name in enumerate(names)}
-    return {name: pieces[name] for name in AXES}
+@functools.cache
+def pieces_of_block(model_type: str) -> dict[str, Piece]:
+    """The rows that each name stands for in a block of this architecture."""
+    pieces = {
+        name: Piece(path, (parameter.rows[number], *parameter.others), parameter.rows, number)
+        for path, parameter in BY_TYPE[model_type].parameters.items()
+        for number, name in enumerate(parameter.pieces)
+    }
+    # The weight before the bias.
+    return dict(sorted(pieces.items(), key=lambda item: (ORDER.index(item[0].split(".")[0]), item[0].endswith("bias"))))
 
 
-OF_BLOCK = _pieces_of_a_block()
 OF_MODEL = {
-    "embedding.weight": Piece("embeddings.weight", "VD", "V"),
-    "norm.weight": Piece("norm_f.weight", "D", "D"),
-    "lm_head.weight": Piece("lm_head.weight", "VD", "V"),
+    "embedding.weight": Piece("embeddings.weight", ("V", "D"), ("V",)),
+    "norm.weight": Piece("norm_f.weight", ("D",), ("D",)),
+    "lm_head.weight": Piece("lm_head.weight", ("V", "D"), ("V",)),
 }
 
 
@@ -87,7 +78,7 @@ class Owner:
         model._follow()
         self.model, self.layer = model, layer
         self.place = "model." if layer is None else f"model.blocks[{layer}]."
-        self.pieces = OF_MODEL if layer is None else OF_BLOCK
+        self.pieces = OF_MODEL if layer is None else pieces_of_block(model.architecture.model_type)
 
     @functools.cached_property
     def sizes(self) -> dict[str, int]:
@@ -96,7 +87,7 @@ class Owner:
 
     def shape(self, name: str) -> list[int]:
         """The shape that the configuration gives a name, whether the weights are there or not."""
-        return [self.sizes[axis] for axis in self.pieces[name].axes]
+        return [size_of(axis, self.sizes) for axis in self.pieces[name].axes]
 
     def envoy(self, name: str) -> Any:
         """The envoy of the module that holds a parameter."""
@@ -110,7 +101,7 @@ class Owner:
     def cut(self, name: str, whole: Tensor, dim: int = 0) -> Tensor:
         """The rows that go by this name: of a parameter, or along ``dim`` of what its module returns."""
         piece = self.pieces[name]
-        heights = [self.sizes[axis] for axis in piece.rows]
+        heights = [size_of(axis, self.sizes) for axis in piece.rows]
         return whole.narrow(dim, sum(heights[: piece.number]), heights[piece.number])
 
     def rows(self, name: str) -> Tensor:
@@ -138,7 +129,7 @@ class Owner:
         """The whole parameter. Raises `CheckpointError` if it holds no numbers that could be edited."""
         module, whole = self._parameter(name)
         where, piece = f"{self.place}{name}", self.pieces[name]
-        expected = (sum(self.sizes[axis] for axis in piece.rows), *self.shape(name)[1:])
+        expected = (sum(size_of(axis, self.sizes) for axis in piece.rows), *self.shape(name)[1:])
         if not isinstance(whole, Tensor):
             raise CheckpointError(
                 f"{where}: a {type(module).__name__} stands where it is kept, and has no such parameter"
@@ -164,7 +155,7 @@ class Owner:
         return whole
 
 
-def assign(where: str, axes: str, view: Tensor, value: Any) -> None:
+def assign(where: str, axes: Sequence[str], view: Tensor, value: Any) -> None:
     """Copy ``value`` into a view of a parameter, cast to its dtype and device.
 
     Args:

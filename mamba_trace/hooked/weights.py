@@ -8,30 +8,33 @@ be kept in step:
     model.blocks[3].W_B = torch.randn(N, E)    # copied into them
     model.blocks[3].A_log += 0.1
 
-Contract: which parameter and which rows a name stands for comes from the table that converts state dicts
-(weight_pieces.py). A view shares the parameter's memory, device and dtype and is detached: it can be edited
-without ``torch.no_grad()``, and its ``grad`` is the same rows of the parameter's gradient. Shapes are checked
-before anything is written. Weights that cannot be edited (not loaded yet, offloaded, quantised, put together
-from a weight and an adapter) raise `CheckpointError`; calling one still applies the whole module.
+In Mamba-2 the same names are rows of in_proj alone, and conv1d is cut along its channels: `LensBlock` lists both.
+
+Contract: which parameter and which rows a name stands for comes from the architecture's table, which converts
+state dicts too (weight_pieces.py). A view shares the parameter's memory, device and dtype and is detached: it
+can be edited without ``torch.no_grad()``, and its ``grad`` is the same rows of the parameter's gradient. Shapes
+are checked before anything is written. Weights that cannot be edited (not loaded yet, offloaded, quantised, put
+together from a weight and an adapter) raise `CheckpointError`; calling one still applies the whole module.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.nn import functional as F
 
-from ..errors import UnknownSiteError
+from ..errors import CheckpointError, UnknownSiteError
 from ..names import lacked, layer_index, nearest, public_path
 from ..sites import BY_HOOK
 from ..tracing import is_itself
 from .cfg import LensConfig
-from .weight_pieces import OF_BLOCK, Owner, assign
+from .weight_pieces import ORDER, Owner, assign
 
 
 class Weights(Tensor):
@@ -52,9 +55,15 @@ class Weights(Tensor):
 
     @staticmethod
     def __new__(cls, owner: Owner, name: str) -> Weights:
-        # A tensor without numbers, so that it can be made, printed and called even if no view can be made.
-        with unset_fake_temporarily():  # in `model.scan`
-            self = torch.empty(0, device="meta").as_subclass(cls)
+        # The view itself, for what never asks `__torch_function__`, such as ``torch.tensor`` and ``vmap``. If no
+        # view of numbers can be made, the tensor is empty, so that it can still be printed and called.
+        view: Tensor | None = None
+        with contextlib.suppress(CheckpointError):
+            view = owner.view(f"{name}.weight")
+        if view is None or isinstance(view, FakeTensor):  # the latter in `model.scan`
+            with unset_fake_temporarily():
+                view = torch.empty(0, device="meta")
+        self = view.as_subclass(cls)
         self.__dict__.update(_owner=owner, _name=name)
         return self
 
@@ -62,7 +71,7 @@ class Weights(Tensor):
     def __torch_function__(cls, function: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         def plain(value: Any) -> Any:
             if isinstance(value, (list, tuple)):
-                return type(value)(map(plain, value))
+                return [*map(plain, value)] if isinstance(value, list) else tuple(map(plain, value))
             return value.weight if isinstance(value, cls) else value
 
         return function(*plain(args), **{name: plain(value) for name, value in (kwargs or {}).items()})
@@ -76,7 +85,10 @@ class Weights(Tensor):
     @property
     def weight(self) -> Tensor:
         """The weight, sharing memory with the model."""
-        return self._owner.view(f"{self._name}.weight")
+        name = f"{self._name}.weight"
+        if name not in self._owner.pieces:
+            raise _weightless(self._owner, self._name)
+        return self._owner.view(name)
 
     @property
     def bias(self) -> Tensor | None:
@@ -95,15 +107,25 @@ class Weights(Tensor):
     def __call__(self, x: Tensor) -> Tensor:
         """Apply it to ``x``, as MambaLens's module of this name would; parameters get their gradients."""
         owner, name, bias = self._owner, f"{self._name}.weight", f"{self._name}.bias"
+        if name not in owner.pieces:  # W_delta_2 of Mamba-2
+            return x + owner.rows(bias)
         envoy = owner.envoy(name)
         if len(owner.pieces[name].rows) == 1:
             return envoy(x)
+        if isinstance(envoy._module, nn.Conv1d):  # each channel by itself: [B,channels,L] -> [B,channels,L+K-1]
+            weight = owner.rows(name)
+            padding = weight.shape[-1] - 1
+            added = owner.rows(bias) if owner.has(bias) else None
+            return F.conv1d(x, weight, added, padding=padding, groups=weight.shape[0])
         if not is_itself(envoy._module, nn.Linear):  # adapted, quantised, hooked or offloaded
             return owner.cut(name, envoy(x), dim=-1)
         return F.linear(x, owner.rows(name), owner.rows(bias) if owner.has(bias) else None)
 
     def __getattr__(self, name: str) -> Any:
-        path = public_path(self._owner.envoy(f"{self._name}.weight").path).removeprefix("model.")
+        if name == "weight":  # Python asks here where the property of that name has raised
+            raise _weightless(self._owner, self._name)
+        held = next(full for full in self._owner.pieces if full.startswith(f"{self._name}."))
+        path = public_path(self._owner.envoy(held).path).removeprefix("model.")
         raise UnknownSiteError(
             f"{self._owner.place}{self._name} holds weights, and has no {name!r}. The values in a trace are "
             f"those of model.{path}"
@@ -113,6 +135,13 @@ class Weights(Tensor):
         names = [name for name in ("weight", "bias") if self._owner.has(f"{self._name}.{name}")]
         shapes = (f"{name} {self._owner.shape(f'{self._name}.{name}')}" for name in names)
         return f"{self._owner.place}{self._name}: {', '.join(shapes)}"
+
+
+def _weightless(owner: Owner, name: str) -> UnknownSiteError:
+    return UnknownSiteError(
+        f"{owner.place}{name} has no weight in {owner.model.architecture.name}: it adds its bias, and nothing "
+        f"else. Write {owner.place}{name}.bias"
+    )
 
 
 class LensBlock:
@@ -133,6 +162,25 @@ class LensBlock:
     ``W_D``         [E]                         ``ssm.D``
     ``out_proj``    weight [D,E] (bias [D])     ``ssm.out_proj``
     ==============  ==========================  ==========================================================
+
+    and in Mamba-2, with H heads and G groups of N:
+
+    ================  ===========================  =======================================================
+    ``norm``          weight [D]                   ``layers[l].norm``
+    ``skip_proj``     weight [E,D] (bias [E])      the first rows of ``ssm.in_proj``, then come those of
+    ``in_proj``       weight [E,D] (bias [E])      ``ssm.in_proj``
+    ``W_B``           weight [GN,D] (bias [GN])    ``ssm.in_proj``
+    ``W_C``           weight [GN,D] (bias [GN])    ``ssm.in_proj``
+    ``W_delta_1``     weight [H,D] (bias [H])      ``ssm.in_proj``
+    ``conv1d``        weight [E,1,K] (bias [E])    ``ssm.conv1d``: of the channels of x
+    ``B_conv1d``      weight [GN,1,K] (bias [GN])  ``ssm.conv1d``: of those of B
+    ``C_conv1d``      weight [GN,1,K] (bias [GN])  ``ssm.conv1d``: of those of C
+    ``W_delta_2``     bias [H], no weight          ``ssm.dt_bias``
+    ``A_log``         [H]                          ``ssm.A_log``
+    ``W_D``           [H]                          ``ssm.D``
+    ``inner_norm``    weight [E]                   ``ssm.norm``
+    ``out_proj``      weight [D,E] (bias [D])      ``ssm.out_proj``
+    ================  ===========================  =======================================================
 
     Reading gives a tensor (``A_log``, ``W_D``) or a `Weights`; assigning copies into the parameter.
 
@@ -159,34 +207,40 @@ class LensBlock:
         return LensBlock, (self._owner,)
 
     def __getattr__(self, name: str) -> Any:
-        if name in OF_BLOCK:
+        pieces = self._owner.pieces
+        if name in pieces:
             return self._owner.view(name)
-        if f"{name}.weight" in OF_BLOCK:
+        if f"{name}.weight" in pieces or f"{name}.bias" in pieces:
             return Weights(self._owner, name)
         raise self._unknown(name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        full = name if name in OF_BLOCK else f"{name}.weight"
-        if full not in OF_BLOCK:
+        pieces = self._owner.pieces
+        full = name if name in pieces else f"{name}.weight"
+        if f"{name}.bias" in pieces and full not in pieces:
+            raise _weightless(self._owner, name)
+        if full not in pieces:
             raise self._unknown(name)
         self._owner.assign(full, value)
 
     def named_weights(self) -> dict[str, Tensor]:
         """Every parameter of the block by MambaLens's name (``"W_B.weight"``), as views."""
-        return {name: self._owner.view(name) for name in OF_BLOCK if self._owner.has(name)}
+        return {name: self._owner.view(name) for name in self._owner.pieces if self._owner.has(name)}
 
     def _unknown(self, name: str) -> UnknownSiteError:
-        known = list(dict.fromkeys(full.split(".")[0] for full in OF_BLOCK))
+        known = list(dict.fromkeys(full.split(".")[0] for full in self._owner.pieces))
         hint = lacked(f"{name}.") or nearest(name, known)
+        if name in ORDER:
+            hint = f": a {self._owner.model.architecture.name} has none"
         if name in BY_HOOK or name == "hook_h":
             hint = f": blocks holds weights. The hook is model.hook('blocks.{self._owner.layer}.{name}')"
         return UnknownSiteError(f"{self._owner.place.rstrip('.')} has no {name!r}{hint}. It has: {', '.join(known)}")
 
     def __dir__(self) -> list[str]:
-        return sorted({full.split(".")[0] for full in OF_BLOCK})
+        return sorted({full.split(".")[0] for full in self._owner.pieces})
 
     def __repr__(self) -> str:
-        lines = (f"  {name}: {self._owner.shape(name)}" for name in OF_BLOCK if self._owner.has(name))
+        lines = (f"  {name}: {self._owner.shape(name)}" for name in self._owner.pieces if self._owner.has(name))
         return "\n".join([f"{self._owner.place.rstrip('.')}, views of the weights:", *lines])
 
 

@@ -15,7 +15,7 @@ from .offers import Offers
 class HookableRMSNorm(nn.Module):
     """Mixin over Hugging Face's RMSNorm, which rounds float64 to float32: this one does not."""
 
-    weight: Tensor
+    weight: nn.Parameter
     variance_epsilon: float
 
     def forward(self, hidden_states: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,8 +26,8 @@ class DualMixer(HookableMixer):
     head_dim: int  # P
     n_groups: int  # G
     dt_bias: nn.Parameter  # [H]
-    norm: nn.Module
-    time_step_limit: tuple[float, float]
+    norm: Any  # a gated RMSNorm
+    time_step_limit: Any  # two numbers
 
     family, scans = "dual", DUAL
     columns_in, columns_out = ("x_in", "B_in", "C_in"), ("conv", "B_conv", "C_conv")
@@ -58,8 +59,8 @@ class DualMixer(HookableMixer):
     ) -> Discretisation:
         assert delta_1 is not None
         delta_2 = offer("delta_2", offer("delta_1", delta_1) + self.dt_bias)  # [B,L,H]
-        low, high = self.time_step_limit
-        return DualDiscretisation(self.by_head(x), delta_2, offer.mask, self.A_log, *others, limit=(low, high))
+        (B, C), (low, high) = others, self.time_step_limit
+        return DualDiscretisation(self.by_head(x), delta_2, offer.mask, self.A_log, B, C, limit=(low, high))
 
     def by_head(self, value: Tensor) -> Tensor:
         return value.unflatten(-1, (self.num_heads, self.head_dim))

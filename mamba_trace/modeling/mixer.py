@@ -28,7 +28,9 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from transformers.activations import SiLUActivation
 
+from ..errors import SiteValueError
 from ..scan import ScanFamily, causal_conv, convolution
 from ..scan.record import note, recording
 from ..scan.reference import accumulation_dtype
@@ -39,6 +41,9 @@ from .offers import Offers
 from .past import PastStates, masked, seen_by
 from .run_report import LayerRun, RunReport
 from .stretches import Stretches
+
+#: The modules that stand for SiLU, which the kernels of the convolution apply.
+SILU = (nn.SiLU, SiLUActivation)
 
 
 def recorded(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -69,7 +74,6 @@ class HookableMixer(nn.Module):
     intermediate_size: int  # E
     ssm_state_size: int  # N
     conv_kernel_size: int  # K
-    activation: str
     act: nn.Module
     in_proj: nn.Linear
     conv1d: nn.Conv1d
@@ -182,7 +186,8 @@ class HookableMixer(nn.Module):
             conv = self.call_conv1d(offer, x_in, before, past)
             reason = "" if backend is None else "conv1d is wanted, hooked or changed"
         else:
-            whole = offer.inside("conv") is None and offer.bypass("act", type(self.act)) is not None
+            silu = type(self.act) in SILU and offer.inside("conv") is None
+            whole = silu and offer.bypass("act", type(self.act)) is not None
             weight, bias = conv1d.weight[:, 0], conv1d.bias  # [channels,K], [channels] or None
             conv = causal_conv(x_in, weight, bias, before, activate=whole, backend=backend)
             reason = "" if whole else "conv or its SiLU is wanted or hooked"
@@ -199,8 +204,8 @@ class HookableMixer(nn.Module):
         return offer.bypass("conv1d", nn.Conv1d, padding_mode="zeros", **plain)
 
     def conv_backend(self, x_in: Tensor) -> ModuleType | None:
-        """What can convolve ``x_in`` and apply SiLU faster than PyTorch, or ``None``."""
-        if isinstance(x_in, FakeTensor) or x_in.numel() == 0 or self.activation not in ("silu", "swish"):
+        """What can convolve ``x_in`` faster than PyTorch, or ``None``."""
+        if isinstance(x_in, FakeTensor) or x_in.numel() == 0:
             return None
         return convolution(self.kernels, x_in.device, x_in.dtype, self.conv_kernel_size)
 
@@ -217,6 +222,12 @@ class HookableMixer(nn.Module):
         with looked_at as seen:
             # The module pads both ends; what lies past the last token is cut off.
             columns = self.conv1d(offer.into("conv1d", columns))[..., context : context + length]  # [B,channels,L]
+        if columns.shape[-1] != length:
+            raise SiteValueError(
+                f"layers[{self.layer_idx}].ssm.conv1d returned {columns.shape[-1] + context} columns for the "
+                f"{length + context} that it was given, and the mixer needs one for each: like Hugging Face's, it "
+                f"pads both ends by its width less one, padding={self.conv_kernel_size - 1}"
+            )
         if seen:
             past.keep_columns(seen[0])
         return rearrange(columns, "b e l -> b l e").contiguous()

@@ -21,7 +21,7 @@ from accelerate.hooks import AlignDevicesHook, CpuOffload, SequentialHook
 from torch import nn
 from transformers.activations import ACT2FN
 
-from ..modeling.architectures import architecture_of
+from ..modeling.architectures import architecture_of, axis_sizes
 from ..modeling.offers import SiteModule
 from ..tracing.forwards import runs_its_own_forward
 from ..tracing.visit import has_global_hooks, has_hooks_of_its_own
@@ -67,7 +67,7 @@ def changes(model: MambaTrace) -> list[Change]:
     changed = [Change(words, mark_of_code(edit.code, edit.lcls)) for edit in model._edits]
     if has_global_hooks():
         changed.append(Change("a PyTorch hook on all modules"))
-    plain, conv_kernel = plain_types(model), model.config.conv_kernel
+    plain, conv_kernel = plain_types(model), axis_sizes(model._module)["K"]
     for name, module in model._module.named_modules():
         changed += changes_of(module, name or "the model", plain, conv_kernel)
     layers = [block._module for block in model.layers]

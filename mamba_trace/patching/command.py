@@ -78,7 +78,9 @@ class PatchCommand:
                 )
 
     def grids(self, model: MambaTrace, metric: Metric) -> dict[str, PatchGrid]:
-        """Compute every grid; returns them under their headings."""
+        """Compute every grid; returns them under their headings. Raises as `find_site`, before any of them."""
+        for site in self.sites:
+            find_site(site, model.architecture.family)
         grids, keep = {}, self.options["keep"]
         for site in self.sites:
             options: dict[str, Any] = dict(self.options)

@@ -128,7 +128,7 @@ def patch_grid(
 
     Raises:
         PromptError: before anything runs, if the prompts are not two single prompts of one length.
-        UnknownSiteError: if there is no such site.
+        UnknownSiteError: if there is no such site, or models of this architecture lack it.
         PositionError: if the site has no positions, or the prompt lacks a position that the metric looks at.
         LayerError: if the model has fewer layers than ``window``.
         ArgumentError: if ``window``, ``batch_size`` or ``memory`` is no integer, or less than 1.
@@ -241,7 +241,7 @@ def asked(
 ) -> Question:
     """What a call of ``caller`` asks, checked before anything runs. Raises as `patch_grid` does."""
     metrics = named_metrics(metric, caller)
-    patched = find_site(site)
+    patched = find_site(site, model.architecture.family)
     tokens, source_tokens = matching_tokens(model, prompt, source)  # [1,L] each
     n_layers = len(model.layers)
     if not 1 <= integer("window", window) <= n_layers:

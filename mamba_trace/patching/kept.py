@@ -24,6 +24,8 @@ from .question import PROMPT, SOURCE
 FolderPath = str | os.PathLike[str] | None
 #: How far the metrics of the same unpatched run may differ between two occasions, relative to the larger.
 SAME = 1e-3
+#: What older folders do not mention, and what that means.
+UNMENTIONED: dict[str, Any] = {"changes": [], "architecture": "Mamba-1"}
 
 
 class Kept:
@@ -114,7 +116,9 @@ def job_of(path: Path) -> Job:
 def check_same(folder: Path, kept: dict[str, Any], asked: dict[str, Any]) -> None:
     """Raises `FileError` if a folder holds the cells of another grid than the one asked for."""
     for name, value in asked.items():
-        other = kept.get(name, [] if name == "changes" else None)  # older folders do not mention changes
+        if name == "settings" and name not in kept:  # an older folder, which its weights tell apart
+            continue
+        other = kept.get(name, UNMENTIONED.get(name))
         if name.endswith("_metrics") and isinstance(other, list) and len(other) == len(value):
             mine, theirs = (torch.tensor(numbers, dtype=torch.float64, device="cpu") for numbers in (value, other))
             same = torch.allclose(mine, theirs, rtol=SAME, atol=SAME)

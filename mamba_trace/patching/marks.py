@@ -20,11 +20,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..modeling.architectures import axis_sizes
+
 PACKAGE = Path(__file__).parents[1]
 #: Where folders say that this package's own metrics stand. It stays when the module moves, as folders do.
 METRICS, METRICS_IN_FOLDERS = f"{__package__}.metrics", f"{PACKAGE.name}.metrics"
 #: How many numbers of each weight are looked at, evenly spread.
 SAMPLES = 4096
+#: What a run depends on beside its weights: fields of a configuration, of those that have them.
+SETTINGS = (
+    "hidden_act",
+    "layer_norm_epsilon",
+    "mixer_rms_eps",
+    "residual_in_fp32",
+    "time_step_limit",
+)
 
 
 def mark_of_code(code: CodeType, scope: Mapping[str, Any]) -> str:
@@ -40,6 +50,15 @@ def mark_of_function(function: Any) -> str:
 def mark_of_weights(model: nn.Module) -> str:
     """A digest of samples of each weight of a model; a weight on the meta device counts by its shape."""
     return _digest(_samples(model))
+
+
+def settings_of(model: nn.Module) -> dict[str, Any]:
+    """What tells a model from another one that has weights of the same names and shapes, as JSON.
+
+    Falcon-Mamba has the weights of a Mamba-1, and in Mamba-2 two groups of 5 numbers have as many as five of 2.
+    """
+    config: Any = model.config
+    return axis_sizes(model) | {name: str(getattr(config, name)) for name in SETTINGS if hasattr(config, name)}
 
 
 def qualified(function: Any) -> str:

@@ -144,11 +144,11 @@ def patch(model: Any, question: Question, layer: int, values: Tensor) -> None:
     """In a trace, put the source's values [k,...] into the rows of every window, at their first position."""
     place = model.hook(question.patched.path(layer))
     if question.patched.name == STATE:
-        h = place[0].output  # [B,E,N]
-        rearrange(h, "(window k) E N -> window k E N", k=len(values))[:] = values
+        h = place[0].output  # [B,...,N]
+        h.unflatten(0, (-1, len(values)))[:] = values
     else:
         value = place.output  # [B,L,...]
-        rearrange(value, "(window k) L ... -> window k L ...", k=len(values))[:, :, 0] = values
+        value.unflatten(0, (-1, len(values)))[:, :, 0] = values
 
 
 def joined(rows: list[Tensor]) -> Tensor:

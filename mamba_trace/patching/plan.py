@@ -14,11 +14,12 @@ job.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
-from ..sites import STATE, Site
+from ..modeling.architectures import axis_sizes
+from ..sites import BY_NAME, STATE, Family, Site
 from .question import Question
 
 if TYPE_CHECKING:
@@ -94,21 +95,28 @@ class Budgets:
 
     Attributes:
         question, limits: as `Plan.of` gets them.
-        config: the model's configuration.
+        family: of the model's mixers.
+        sizes: the size of each axis letter that the model fixes.
         itemsize: bytes of a number; at least 4, as states and streams are float32 or better.
         overhead: the cost of calling a layer once more, in positions; see `OVERHEAD`.
     """
 
     question: Question
     limits: Limits
-    config: Any
+    family: Family
+    sizes: Mapping[str, int]
     itemsize: int
     overhead: int
+
+    def at_a_position(self, site: Site) -> int:
+        """Bytes of a site's value at one position of one row."""
+        axes = site.axes_in(self.family)
+        return math.prod(self.sizes[axis] for axis in axes if axis not in "BL") * self.itemsize
 
     @property
     def state(self) -> int:
         """Bytes of one state."""
-        return self.config.intermediate_size * self.config.state_size * self.itemsize
+        return self.at_a_position(BY_NAME[STATE])
 
     def rows_of_a_forward(self, length: int, site: Site | None) -> int:
         """Rows of ``length`` positions in one forward: the activations of a layer are held at once.
@@ -116,9 +124,11 @@ class Budgets:
         With a site, these include what an edit of it makes. At least one row.
         """
         # The stream before and after a layer, in_proj's output, and what convolution and scan make of it.
-        position = (5 * self.config.hidden_size + 8 * self.config.intermediate_size) * self.itemsize
+        shared = sum(map(self.at_a_position, (BY_NAME["B"], BY_NAME["C"])))
+        position = (5 * self.sizes["D"] + 8 * self.sizes["E"]) * self.itemsize + 4 * shared
         if site is not None and set("LEN") <= set(site.axes) and site.name != STATE:
-            position += 4 * self.state  # A_bar, B_bar and the values computed from an edit of them
+            # A_bar, B_bar or write, and the values computed from an edit of it.
+            position += 4 * max(self.at_a_position(BY_NAME["B_bar"]), self.at_a_position(site))
         rows = max(1, self.limits.memory // (4 * self.state + length * position))
         return min(rows, self.limits.batch_size or rows)
 
@@ -134,7 +144,7 @@ class Budgets:
         """
         question = self.question
         activations = self.rows_of_a_forward(length, question.patched) // question.window
-        stream = length * self.config.hidden_size * self.itemsize
+        stream = length * self.sizes["D"] * self.itemsize
         streams = self.limits.memory // (len(question.windows) * stream)
         padding = math.isqrt(2 * self.overhead)  # k positions waste k²/2: at most what another call costs
         return min(activations, streams, padding)
@@ -145,7 +155,7 @@ class Budgets:
         Their run computes the states of both prompts, and keeps copies of one prompt's states and of the
         source's values, which may be as large as states.
         """
-        return self.limits.memory // (4 * self.state * self.config.num_hidden_layers)
+        return self.limits.memory // (4 * self.state * self.question.n_layers)
 
 
 @dataclass(frozen=True)
@@ -166,7 +176,8 @@ class Plan:
         """Plan a grid."""
         parameter = next(model._module.parameters())
         overhead = OVERHEAD.get(parameter.device.type, OVERHEAD["cuda"])
-        budgets = Budgets(question, limits, model.config, max(parameter.dtype.itemsize, 4), overhead)
+        family, sizes = model.architecture.family, axis_sizes(model._module)
+        budgets = Budgets(question, limits, family, sizes, max(parameter.dtype.itemsize, 4), overhead)
         states_fit = budgets.positions_of_a_span()
 
         def share_phase_1(first: Job, job: Job) -> bool:

@@ -13,13 +13,11 @@ from torch import Tensor
 
 from .. import names
 from ..errors import PositionError, UnknownSiteError
-from ..sites import BY_NAME, SITES, Site, describe_axes, site_named
+from ..sites import BY_NAME, SITES, Family, Site, describe_axes, site_named
 from .metrics import Metric, measured
 
 #: Rows of `Question.tokens`, and so of every batch that runs both prompts.
 SOURCE, PROMPT = 0, 1
-#: The sites that a grid can patch: the ones that have positions.
-POSITIONAL = tuple(site.name for site in SITES if "L" in site.axes)
 
 
 @dataclass(frozen=True)
@@ -138,40 +136,48 @@ def metric_positions_of(positions: int | Sequence[int], length: int) -> list[int
     return different
 
 
-def find_site(name: str) -> Site:
-    """The site that a name or a hook name means.
+def positional(family: Family | None = None) -> list[str]:
+    """The sites that a grid can patch: those that have positions, of a family or of all."""
+    return [site.name for site in SITES if "L" in site.axes and (family is None or family in site.families)]
+
+
+def find_site(name: str, family: Family | None = None) -> Site:
+    """The site that a name or a hook name means, in a model of a family if it is given.
 
     Raises:
-        UnknownSiteError: if no site has that name.
+        UnknownSiteError: if no site has that name, or models of this family lack it.
         PositionError: if the site has no positions.
     """
     if not isinstance(name, str):
         raise UnknownSiteError(
             f"site={name!r}: a grid is of one site, named by a string such as 'h'. Make a grid for each"
         )
-    possible = f"A grid patches one of {', '.join(POSITIONAL)}"
+    there = positional(family)
+    possible = f"A grid patches one of {', '.join(there)}"
     site = site_named(name)
     if site is None:
-        meant = site_of_place(name)
-        if meant is not None and meant.name in POSITIONAL:
+        meant = site_of_place(name, family)
+        if meant is not None and meant.name in there:
             takes = f"{meant.name} patches every layer and position."
             hint = f": that is one place, and a grid takes a site. {takes}"
         else:
-            hooks = [BY_NAME[positional].hook for positional in POSITIONAL]
-            hint = names.nearest(name, [*POSITIONAL, *hooks]) + "."
+            hooks = [BY_NAME[one].hook for one in there]
+            hint = names.nearest(name, [*there, *hooks]) + "."
         raise UnknownSiteError(f"no site is called {name!r}{hint} {possible}")
+    if family is not None:
+        names.check_family(names.Place(site), family, name)
     if "L" not in site.axes:
-        axes = describe_axes(site.axes)
+        axes = describe_axes(site.axes if family is None else site.axes_in(family))
         raise PositionError(f"{site.name} {axes} has no positions to patch one by one. {possible}")
     return site
 
 
-def site_of_place(name: str) -> Site | None:
+def site_of_place(name: str, family: Family | None = None) -> Site | None:
     """The site of ``"h[5]"``, ``"layers[1].ssm.h"`` or ``"blocks.1.hook_h.5"``; else ``None``."""
     indexed = re.fullmatch(r"(\w+)\[.*\]", name)
     if indexed:
         return site_named(indexed[1])
     try:
-        return names.parse(name).site
+        return names.parse(name, family).site
     except UnknownSiteError:
         return None

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from .changes import changes
 from .kept import FolderPath, Kept
-from .marks import mark_of_function, mark_of_weights
+from .marks import mark_of_function, mark_of_weights, settings_of
 from .phases import InPhases
 from .plan import Job, Limits
 from .processes import Processes
@@ -54,7 +54,11 @@ def answers(
     model.dispatch()
     processes = Processes.here(model.device) if distribute else Processes()
     changed = changes(model)
-    asked = question.described() | {"changes": [[change.what, change.mark] for change in changed]}
+    asked = question.described() | {
+        "changes": [[change.what, change.mark] for change in changed],
+        "architecture": model.architecture.name,
+        "settings": settings_of(model._module),
+    }
     processes.check_same(asked)
     if keep is not None:
         # The marks of the first process, as a metric may refer to the rank that it runs on.

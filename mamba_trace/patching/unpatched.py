@@ -14,6 +14,7 @@ import nnsight
 import torch
 from torch import Tensor
 
+from ..modeling.mixer import HookableMixer
 from ..modeling.past import StartingStates
 from ..sites import BY_NAME, STATE, Site
 from .question import PROMPT, SOURCE
@@ -28,7 +29,7 @@ class Unpatched:
 
     Attributes:
         streams: the residual stream into each layer, in the run on the prompt [L,D].
-        projected: in_proj's output in each layer, in the run on the prompt [L,2E]. Empty where a patch
+        projected: in_proj's output in each layer, in the run on the prompt [L,...]. Empty where a patch
             changes it, or where states are made span by span to save memory.
         logits: the logits of the runs on source and prompt, where a metric looks at them [2,m,V].
     """
@@ -44,8 +45,9 @@ class CellStarts:
 
     Attributes:
         positions: the k positions.
-        columns: the last K columns of x_in before each position, in the run on the prompt [k,E,K].
-        states: the state before each position, in the run on the prompt [k,E,N].
+        columns: the last K columns of the convolution before each position, in the run on the prompt: those
+            of x_in, in Mamba-2 of x_in, B_in and C_in together [k,channels,K].
+        states: the state before each position, in the run on the prompt [k,...,N].
         values: the site's value at each position, in the run on the source [k,...].
     """
 
@@ -56,12 +58,12 @@ class CellStarts:
 
     def add(self, model: Any, layer: int, site: Site, past: StartingStates | None) -> None:
         """Add a layer, in a trace that runs source and prompt over the positions, starting from ``past``."""
-        width = model.config.conv_kernel
-        names = sorted({"x_in", site.name, STATE}, key=lambda name: BY_NAME[name].index)
+        mixer = mixer_of(model, layer)
+        names = sorted({*mixer.columns_in, site.name, STATE}, key=lambda name: BY_NAME[name].index)
         at = {name: model.hook(BY_NAME[name].path(layer)).output for name in names}  # [2,k,...] each
-        x_in, h = after(past, layer, at["x_in"], width), at[STATE]  # [2,K+k,E], [2,k,E,N]
-        first = torch.zeros_like(h[:, 0]) if past is None else past.states[layer]  # [2,E,N]
-        self.columns.append(x_in[PROMPT].unfold(0, width, 1)[:-1].clone())
+        columns, h = after(past, layer, [at[name] for name in mixer.columns_in], mixer), at[STATE]
+        first = torch.zeros_like(h[:, 0]) if past is None else past.states[layer]  # [2,...,N]
+        self.columns.append(columns[PROMPT].unfold(0, mixer.conv_kernel_size, 1)[:-1].clone())
         self.states.append(torch.cat((first[PROMPT, None], h[PROMPT, :-1])))
         self.values.append(at[site.name][SOURCE].clone())
 
@@ -123,18 +125,31 @@ def run_span(
 
 def run_across(model: MambaTrace, tokens: Tensor, positions: range, past: StartingStates | None) -> StartingStates:
     """Run ``positions`` of tokens [2,L] from where ``past`` ended, and keep only where this run ends."""
-    ends, width = StartingStates([], [], []), model.config.conv_kernel
+    ends = StartingStates([], [], [])
     with model.trace(tokens[:, positions.start : positions.stop], cache=past, use_cache=False) as tracer:
         for layer in range(len(model.layers)):
-            ssm = model.layers[layer].ssm
-            x_in = after(past, layer, ssm.x_in.output, width)
-            ends.add(x_in[:, -width:], ssm.h[-1].output)
+            ssm, mixer = model.layers[layer].ssm, mixer_of(model, layer)
+            columns = after(past, layer, [getattr(ssm, name).output for name in mixer.columns_in], mixer)
+            ends.add(columns[:, -mixer.conv_kernel_size :], ssm.h[-1].output)
         tracer.stop()
     return ends
 
 
-def after(past: StartingStates | None, layer: int, x_in: Tensor, width: int) -> Tensor:
-    """x_in [2,k,E] behind the ``width`` columns before it, which are zeros at the start: [2,K+k,E]."""
+def after(past: StartingStates | None, layer: int, parts: Sequence[Tensor], mixer: HookableMixer) -> Tensor:
+    """The convolution's columns [2,K+k,channels]: the K before the call, zeros at the start, and ``parts``.
+
+    Args:
+        past: where the call started.
+        layer: the layer.
+        parts: the call's own columns, at each of the mixer's ``columns_in`` [2,k,...].
+        mixer: the layer's mixer.
+    """
+    own = torch.cat([part.flatten(2) for part in parts], dim=-1) if len(parts) > 1 else parts[0]
     if past is None:
-        return torch.nn.functional.pad(x_in, (0, 0, width, 0))
-    return torch.cat((past.columns[layer].transpose(1, 2), x_in), dim=1)
+        return torch.nn.functional.pad(own, (0, 0, mixer.conv_kernel_size, 0))
+    return torch.cat((past.columns[layer].transpose(1, 2), own), dim=1)
+
+
+def mixer_of(model: Any, layer: int) -> HookableMixer:
+    """The mixer of a layer."""
+    return model.layers[layer].ssm._module

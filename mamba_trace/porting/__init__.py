@@ -6,7 +6,9 @@ comment and all else as it is; beside that it shows the trace of each hook. `por
 
 from __future__ import annotations
 
+import io
 import os
+import tokenize
 from pathlib import Path
 from typing import Any
 
@@ -63,11 +65,17 @@ def port_file(path: str | Path) -> PortReport:
         Path("script.py").write_text("logits, cache = model.run_with_cache(prompt)", encoding="utf-8")
         print(port_file("script.py"))
     """
+    if str(path).endswith(".ipynb"):
+        raise FileError(f"{path} is a notebook. Make a script of it: jupyter nbconvert --to script {path}")
     try:
-        text = Path(path).read_bytes().decode("utf-8-sig")  # with the line ends that it has
-    except (OSError, ValueError) as error:  # the latter for a name with a zero byte, too
-        no_text = isinstance(error, UnicodeDecodeError)
-        reason = "it is no text in UTF-8" if no_text else getattr(error, "strerror", None) or str(error)
+        content = Path(path).read_bytes()
+        encoding, _ = tokenize.detect_encoding(io.BytesIO(content).readline)
+        text = content.decode(encoding)  # with the line ends that it has
+    except (OSError, ValueError, SyntaxError) as error:  # a ValueError for a name with a zero byte, too
+        no_text = isinstance(error, UnicodeDecodeError | SyntaxError)
+        reason = (
+            "it is no text in UTF-8, nor in an encoding it names" if no_text else getattr(error, "strerror", 0) or error
+        )
         raise FileError(f"{path} cannot be read: {reason}") from error
     return port_script(text, str(path))
 
@@ -84,6 +92,13 @@ def port_script(source: str, filename: str = "<script>") -> PortReport:
         model.layers[0].ssm.y.output = model.layers[0].ssm.y.output * 2
         out = model.lm_head.output.save()
     """
+    try:
+        return _port(source, filename)
+    except RecursionError as error:
+        raise FileError(f"{filename} nests expressions too deeply, or adds hundreds of terms: split them") from error
+
+
+def _port(source: str, filename: str) -> PortReport:
     try:
         compile(source, filename, "exec", dont_inherit=True)  # whose messages are Python's own
         module = cst.parse_module(source)
@@ -114,7 +129,7 @@ def list_names(script: Script, node: Any, report: PortReport) -> None:
         try:
             name = read_name(key[0], script, key[1]) if short else read_name(node, script)
             assert name is not None
-            report.add(report.findings, Finding(line, found, f"model.{name.path}.output"))
+            report.add(report.findings, Finding(line, found, f"model.{name.path}.output", name.note))
         except UnknownSiteError as error:
             report.add(report.problems, Problem(line, found, str(error)))
         return

@@ -12,6 +12,8 @@ from .runs import CLASSES, Script
 from .values import called, text_of, written
 
 OURS, THEIRS = "mamba_lens", "transformer_lens"
+#: What `mamba_trace.mamba_lens` has of MambaLens.
+SHARED = re.compile(r"HookedMamba|MambaCfg|MambaInitCfg|convert_(hooked|original)_\w+")
 #: Where the names are that scripts import from transformer_lens.
 MOVED = {
     **dict.fromkeys(CLASSES, "from mamba_trace.mamba_lens import HookedMamba"),
@@ -39,6 +41,9 @@ def imported(node: Any, script: Script, report: PortReport) -> list[Any] | None:
     """The imports in the place of one; ``None`` where it stays as it is, and for any other statement."""
     module = script.code(node.module) if isinstance(node, cst.ImportFrom) and node.module else ""
     if module.partition(".")[0] == OURS:
+        given = [] if isinstance(node.names, cst.ImportStar) else [script.code(one.name) for one in node.names]
+        for name in [one for one in given if not SHARED.fullmatch(one)]:
+            report.add(report.problems, Problem(script.start(node)[0], name, "mamba_trace.mamba_lens has no such name"))
         return [node.with_changes(module=cst.parse_expression("mamba_trace.mamba_lens"))]
     plain = isinstance(node, cst.Import | cst.ImportFrom) and not isinstance(node.names, cst.ImportStar)
     if not plain or re.search(rf"\b({OURS}|{THEIRS})\b", script.code(node)) is None:

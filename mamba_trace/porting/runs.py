@@ -80,6 +80,9 @@ class Script(Values):
             assign = self.parents[node]
             if isinstance(assign, cst.Assign) and (self.loads(node) or called(node) in CLASSES):
                 self.models |= {self.code(one.target) for one in assign.targets}
+        for other in m.findall(self.module, m.Assign()):  # another name of a model
+            if self.code(other.value) in self.models:  # type: ignore[attr-defined]
+                self.models |= {self.code(one.target) for one in other.targets}  # type: ignore[attr-defined]
 
     def loads(self, node: Any) -> bool:
         """Whether a call loads a model."""

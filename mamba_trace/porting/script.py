@@ -27,6 +27,8 @@ NOT_NEEDED = {
     "default_padding_side": "padding never changes a result",
     "default_prepend_bos": "it is set after loading, model.default_prepend_bos = False, where it is not True",
 }
+#: What the names of Mamba-2's checkpoints have in them.
+MAMBA_2 = re.compile(r"mamba[-_]?2(?![.\d])|codestral", re.IGNORECASE)
 
 
 class Porter(cst.CSTTransformer):
@@ -41,14 +43,17 @@ class Porter(cst.CSTTransformer):
         # Each `with model.hooks(...)` around: its models, its lists of hooks and their variables.
         self.inside: list[tuple[Any, set[str], dict[str, tuple[Any, str]]]] = []
         self.hooks: dict[Any, dict[str, list[HookedPlace | None]]] = {}  # of each run, as far as known
-        for call in script.calls:
-            if (added := self.added(call)) and added[:2] not in self.kept:
-                self.kept[added[:2]] = self.fresh(re.sub(r"\W", "_", f"{added[0]}_{added[1]}"))
-                self.starts.setdefault(self.top(call), []).append(self.kept[added[:2]])
+        for key in dict.fromkeys(added[:2] for added in map(self.added, script.calls) if added):
+            self.kept[key] = self.fresh(re.sub(r"\W", "_", f"{key[0]}_{key[1]}"))
+            resets = [one for one in script.calls if called(one) == "reset_hooks" and script.receiver(one) == key[0]]
+            first = next(one for one in script.calls if one in resets or (self.added(one) or ())[:2] == key)
+            self.starts.setdefault(self.top(first), []).append(self.kept[key])
 
     def fresh(self, name: str) -> str:
         """A variable that the script does not have."""
-        taken = re.search(rf"(?<![.\w]){name}\b(?!=[^=])", self.script.module.code)
+        above = [(one, self.script.parents[one]) for one in m.findall(self.script.module, m.Name(name))]
+        # The name of an argument or an attribute is no variable.
+        taken = any(one not in (getattr(up, "keyword", None), getattr(up, "attr", None)) for one, up in above)
         return self.fresh(f"{name}_") if taken else name
 
     def top(self, node: Any) -> Any:
@@ -134,6 +139,8 @@ class Porter(cst.CSTTransformer):
         which = getattr(node.args[0].value, "evaluated_value", None) if node.args else None
         if isinstance(which, str) and "mamba" not in which.lower():
             self.problem(node, f"{which} is no Mamba by its name, and HookedMamba loads nothing else")
+        elif isinstance(which, str) and MAMBA_2.search(which):
+            self.problem(node, f"{which} is a Mamba-2 by its name, and HookedMamba loads none: MambaTrace({which!r})")
         self.known(node, self.script.code(new))
         return new
 

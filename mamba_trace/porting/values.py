@@ -145,6 +145,14 @@ class WrittenName(NamedTuple):
         return "" if layer is None else filled(str(layer), self.sources)
 
     @property
+    def note(self) -> str:
+        """What else to know where a name of TransformerLens 4's does not stand for the same tensor."""
+        site = getattr(self.place, "site", None)
+        if site is not None and not site.in_mamba_lens:
+            return "[B,E,L,N] in TransformerLens's Mamba-1 is [B,L,E,N] here; in Mamba-2 both have [B,L,H,P,N]"
+        return "that of a Mamba-1; in a Mamba-2 it is ssm.inner_norm" if ".out_proj.hook_in" in self.source else ""
+
+    @property
     def listed(self) -> bool:
         """Whether `model.hook_names` has it, under this name, as far as is known."""
         if self.place is None or self.place.site is None:

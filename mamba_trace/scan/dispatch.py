@@ -16,7 +16,6 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,14 +26,15 @@ from . import cpu, cuda, dual, outline, reference, triton
 from .recompute import transformed
 from .record import note
 from .reference import accumulation_dtype
+from .rows import by_rows
 
-#: The backends of the selective family by name.
+#: The backends of the selective family by name, those of a GPU best first.
 BACKENDS: dict[str, ModuleType] = {"reference": reference, "cpu": cpu, "cuda": cuda, "triton": triton}
 #: The backends of each family of scans.
 FAMILIES: dict[str, Mapping[str, ModuleType]] = {"selective": BACKENDS, "dual": dual.BACKENDS}
 #: What ``kernels=`` takes.
 KERNELS = ("auto", *BACKENDS)
-#: The backends that suit a type of device, best first.
+#: The backends that suit a type of device. A family lists its backends best first.
 SUITABLE: dict[str, tuple[str, ...]] = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
 
 
@@ -86,7 +86,7 @@ def choose(
             raise BackendError(f"kernels={kernels!r} cannot run this scan: {reason}; use kernels='auto'")
         return kernels
     reasons = []
-    for name in SUITABLE.get(device.type, ()):
+    for name in (each for each in backends if each in SUITABLE.get(device.type, ())):
         reason = backends[name].unavailable(device, dtype, d_state)
         if reason is None:
             return name
@@ -174,7 +174,7 @@ def dispatched(
         note(name, backend, first.shape[1])
         function = getattr(backends[backend], name)
         A = None if A_at is None else inputs[A_at]
-        return function(*inputs) if A is None or A.dim() < 3 else _by_rows(function, inputs, A)
+        return function(*inputs) if A is None or A.dim() < 3 else by_rows(function, inputs, A)
 
     run.__name__ = run.__qualname__ = name
     run.__doc__ = f"On the backend ``kernels``, or on the best that can run: {inspect.getdoc(definition)}"
@@ -192,19 +192,6 @@ def _backend(name: str, chosen: str, first: Tensor, d_state: int, backends: Mapp
     if first.numel() == 0 or (first.shape[1] == 1 and not getattr(backends[chosen], "TAKES_ONE_POSITION", False)):
         return "reference"  # there is nothing to do, or one update of the state
     return chosen
-
-
-def _by_rows(run: Callable[..., Any], inputs: tuple[Tensor | None, ...], A: Tensor) -> tuple[Tensor, Tensor]:
-    # Each batch row has its own A, since invokes have edited it: A is [B,E,N]. D [E] is the only other input
-    # without a batch axis.
-    def row(tensor: Tensor | None, at: int) -> Tensor | None:
-        if tensor is None or tensor.dim() == 1:
-            return tensor
-        return tensor[at] if tensor is A else tensor[at : at + 1]
-
-    rows = [run(*(row(tensor, at) for tensor in inputs)) for at in range(A.shape[0])]
-    first, second = zip(*rows, strict=True)
-    return torch.cat(first), torch.cat(second)
 
 
 selective_scan = dispatched(reference.selective_scan)

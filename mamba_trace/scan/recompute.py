@@ -64,7 +64,11 @@ def gradients_of(
         The gradient of each of ``inputs``, ``None`` where it takes none.
     """
     again = torch.is_grad_enabled()
-    if not again:  # nothing will ask for the graph that led to the inputs
+    # An input may have been computed from another, as delta is from x. What reaches the latter by way of the former
+    # is no part of its gradient here, so each is replaced by a tensor that no other was computed from.
+    if again:
+        inputs = [t.view_as(t) if t is not None and t.requires_grad else t for t in inputs]
+    else:  # nothing will ask for the graph that led to the inputs
         inputs = [None if t is None else t.detach().requires_grad_(t.requires_grad) for t in inputs]
     with torch.enable_grad():
         results = run(*inputs)

@@ -106,9 +106,10 @@ def _absent(name: str) -> property:
 
 
 class PositionEnvoy(NotAValue):
-    """``h[p]``: the state carried after token p, [B,E,N] or in Mamba-2 [B,H,P,N]. An edit changes y there and everything after it.
+    """``h[p]``: the state carried after token p, [B,E,N] or in Mamba-2 [B,H,P,N].
 
-    The place has a location of its own and no module. Only `output` is served.
+    An edit changes y there and everything after it. The place has a location of its own and no module. Only
+    `output` is served.
     """
 
     output = Located.output

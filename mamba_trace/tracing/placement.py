@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import CodeType
 from typing import Any
 
@@ -23,7 +23,6 @@ from accelerate.hooks import AlignDevicesHook, SequentialHook
 from accelerate.utils import align_module_device
 from nnsight.intervention.tracer import ScanningTracer
 from torch import Tensor, nn
-from transformers import MambaConfig, MambaForCausalLM
 
 from ..errors import CheckpointError
 from ..names import nearest
@@ -106,8 +105,8 @@ def place_of(name: str, device_map: Mapping[str, Any]) -> Any:
     return device_map.get(name)
 
 
-def usable_device_map(device_map: Any, config: MambaConfig) -> Any:
-    """`full_device_map` for a model that is about to be loaded here.
+def usable_device_map(device_map: Any, build: Callable[[], nn.Module]) -> Any:
+    """`full_device_map` for a model that is about to be loaded here, of which ``build`` makes one without weights.
 
     Raises:
         CheckpointError: as there, and for a device that this machine does not have.
@@ -115,7 +114,7 @@ def usable_device_map(device_map: Any, config: MambaConfig) -> Any:
     if not isinstance(device_map, Mapping):
         return device_map
     with torch.device("meta"):
-        full = full_device_map(device_map, MambaForCausalLM(config))
+        full = full_device_map(device_map, build())
     for name, place in full.items():
         try:
             if place != DISK:

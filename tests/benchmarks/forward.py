@@ -5,11 +5,13 @@ why). The *floor* is the bare matmuls of the model (in_proj, x_proj, dt_proj and
 lm_head): no implementation can be faster than 1.0 of it. Hugging Face runs on our weights in this process;
 MambaLens, where it is installed in an environment of its own, in one beside it (`peer_mamba_lens`).
 
-The model has the shape of mamba-130m, random weights in float32, batch 1. A second one is so small that
-nothing but what a trace itself costs is left: it is compared with nnsight around Hugging Face's own module.
+The model has the shape of mamba-130m, or with ``--architecture mamba2`` that of mamba2-130m, random weights in
+float32, batch 1. One mixer of it is timed alone, beside its own matmuls, and a decode step. A second model is so
+small that nothing but what a trace itself costs is left: it is compared with nnsight around Hugging Face's own module.
 
     python tests/benchmarks/forward.py --lengths 20 128 512 --threads 2 --json out.json \\
         --mamba-lens .mamba_lens/bin/python
+    python tests/benchmarks/forward.py --architecture mamba2 --json out.json
 """
 
 from __future__ import annotations
@@ -31,14 +33,26 @@ from timing import Contender, measure, summary, table
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from torch import Tensor
-from transformers import MambaConfig, MambaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedModel, PreTrainedTokenizerFast
 
 from mamba_trace import MambaTrace
 
-SHAPE = {"num_hidden_layers": 24, "hidden_size": 768, "state_size": 16, "vocab_size": 50280}
+SHAPES: dict[str, dict[str, Any]] = {
+    "mamba": {"num_hidden_layers": 24, "hidden_size": 768, "state_size": 16, "vocab_size": 50280},
+    "mamba2": {
+        "num_hidden_layers": 24, "hidden_size": 768, "state_size": 128, "vocab_size": 50288, "num_heads": 24,
+        "head_dim": 64, "n_groups": 1, "tie_word_embeddings": True, "initializer_range": 0.02,
+    },
+}  # fmt: skip
 SHORT = 128  # tokens; a shorter prompt is timed more often, as whatever disturbs it weighs more
 LAYER, POSITION = 12, 5  # what the traces look at
-TINY = {"num_hidden_layers": 2, "hidden_size": 64, "state_size": 16, "vocab_size": 100}
+TINY: dict[str, dict[str, Any]] = {
+    "mamba": {"num_hidden_layers": 2, "hidden_size": 64, "state_size": 16, "vocab_size": 100},
+    "mamba2": {
+        "num_hidden_layers": 2, "hidden_size": 64, "state_size": 16, "vocab_size": 100, "num_heads": 8, "head_dim": 16,
+        "n_groups": 1,
+    },
+}  # fmt: skip
 TINY_LENGTH, TINY_REPEATS = 8, 20  # a trace of it takes a millisecond or two: repeats of it in each repeat
 PACKAGES = ("mamba_trace", "torch", "nnsight", "transformers", "numba")
 
@@ -53,6 +67,11 @@ BESIDE = {
     "trace, edit h[5]": "untraced",
     "trace, read every h[p]": "untraced",
     "trace, read h": "untraced",
+    "mixer's floor": "mixer's floor",
+    "hugging face's mixer": "mixer's floor",
+    "mixer": "mixer's floor",
+    "hugging face, decode step": "hugging face, decode step",
+    "decode step": "hugging face, decode step",
 }
 #: The same for the tiny model.
 TINY_BESIDE = {
@@ -64,18 +83,18 @@ TINY_BESIDE = {
 
 
 def models(
-    shape: dict[str, int], tokenizer: PreTrainedTokenizerFast | None = None
-) -> tuple[MambaForCausalLM, MambaTrace]:
+    architecture: str, shape: dict[str, Any], tokenizer: PreTrainedTokenizerFast | None = None
+) -> tuple[Any, MambaTrace]:
     """Hugging Face's module and ours, on the same weights in the same memory."""
-    config = MambaConfig(**shape)
+    config = AutoConfig.for_model(architecture, **shape)
     ours = MambaTrace.from_config(config, tokenizer)
     with torch.device("meta"):
-        plain = MambaForCausalLM(config)
+        plain: Any = AutoModelForCausalLM.from_config(config)
     plain.load_state_dict(ours._module.state_dict(), assign=True)
     return plain.eval(), ours
 
 
-def prompt(plain: MambaForCausalLM, model: MambaTrace, length: int) -> Tensor:
+def prompt(plain: PreTrainedModel, model: MambaTrace, length: int) -> Tensor:
     """Random tokens [1,L], on which both models are checked to agree."""
     vocabulary = plain.config.vocab_size
     tokens = torch.randint(0, vocabulary, (1, length), generator=torch.Generator().manual_seed(0))
@@ -83,14 +102,21 @@ def prompt(plain: MambaForCausalLM, model: MambaTrace, length: int) -> Tensor:
     return tokens
 
 
-def floor(module: MambaForCausalLM, length: int, logits: int | None = None) -> Contender:
+def floor(module: Any, length: int, logits: int | None = None) -> Contender:
     """The matmuls of a forward over ``length`` tokens, of which ``logits`` get logits, and nothing else."""
     mixers = [block.mixer for block in module.backbone.layers]
-    steps: list[tuple[Tensor, Tensor]] = []  # input [1,L,width], weight
-    for mixer in mixers:
-        for linear in (mixer.in_proj, mixer.x_proj, mixer.dt_proj, mixer.out_proj):
-            steps.append((torch.randn(1, length, linear.in_features), linear.weight))
-    steps.append((torch.randn(1, logits or length, module.lm_head.in_features), module.lm_head.weight))
+    return matmuls([(linear, length) for linear in linears(*mixers)] + [(module.lm_head, logits or length)])
+
+
+def linears(*mixers: Any) -> list[Any]:
+    """The projections of mixers: two in Mamba-2."""
+    names = ("in_proj", "x_proj", "dt_proj", "out_proj")
+    return [getattr(mixer, name) for mixer in mixers for name in names if hasattr(mixer, name)]
+
+
+def matmuls(layers: list[tuple[Any, int]]) -> Contender:
+    """Each linear layer on random vectors, as many as stand beside it."""
+    steps = [(torch.randn(1, length, linear.in_features), linear.weight) for linear, length in layers]
 
     def run() -> None:
         for x, weight in steps:
@@ -133,7 +159,25 @@ def traces(model: MambaTrace, tokens: Tensor) -> dict[str, Contender]:
     }
 
 
-def contenders(plain: MambaForCausalLM, model: MambaTrace, lens: MambaLens | None, length: int) -> dict[str, Contender]:
+def parts(plain: Any, model: MambaTrace, tokens: Tensor) -> dict[str, Contender]:
+    """One mixer alone, and one step of generation after the prompt."""
+    theirs, ours = plain.backbone.layers[LAYER].mixer, model._module.backbone.layers[LAYER].mixer
+    length = tokens.shape[1]
+    stream = torch.randn(1, length, plain.config.hidden_size)
+    caches = []
+    for module in (plain, model._module):
+        caches.append(DynamicCache(config=plain.config))
+        module(tokens, cache=caches[-1], use_cache=True)
+    return {
+        "mixer's floor": matmuls([(linear, length) for linear in linears(ours)]),
+        "hugging face's mixer": lambda: theirs(stream),
+        "mixer": lambda: ours(stream),
+        "hugging face, decode step": lambda: plain(tokens[:, -1:], cache=caches[0], use_cache=True),
+        "decode step": lambda: model._module(tokens[:, -1:], cache=caches[1], use_cache=True),
+    }
+
+
+def contenders(plain: PreTrainedModel, model: MambaTrace, lens: MambaLens | None, length: int) -> dict[str, Contender]:
     """All that are timed at one length, in the order in which they run."""
     tokens = prompt(plain, model, length)
     runs: dict[str, Contender] = {"floor": floor(plain, length)}
@@ -142,16 +186,16 @@ def contenders(plain: MambaForCausalLM, model: MambaTrace, lens: MambaLens | Non
         runs["mamba lens, edit h[5]"] = lens.contender("edit", length)
     runs["hugging face"] = lambda: plain(tokens)
     runs["untraced"] = lambda: model._module(tokens)
-    return {**runs, **traces(model, tokens)}
+    return {**runs, **traces(model, tokens), **parts(plain, model, tokens)}
 
 
-def tiny_contenders() -> dict[str, Contender]:
+def tiny_contenders(architecture: str) -> dict[str, Contender]:
     """A trace that asks for nothing, of nnsight's own class around Hugging Face's module and of ours."""
     # nnsight asks for a tokenizer; a prompt of tokens uses none.
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(WordLevel({"[UNK]": 0}, unk_token="[UNK]")), pad_token="[UNK]"
     )
-    plain, model = models(TINY, tokenizer)
+    plain, model = models(architecture, TINY[architecture], tokenizer)
     tokens = prompt(plain, model, TINY_LENGTH)
     wrapped = nnsight.TransformersModel(plain, task="text-generation", tokenizer=tokenizer)
 
@@ -176,7 +220,7 @@ def mamba_lens(python: str | None, threads: int) -> AbstractContextManager[Mamba
     if python is None:
         print("no --mamba-lens PYTHON is given: its rows are left out")
         return contextlib.nullcontext()
-    return MambaLens(python, SHAPE, f"blocks.{LAYER}.hook_h.{POSITION}", threads)
+    return MambaLens(python, SHAPES["mamba"], f"blocks.{LAYER}.hook_h.{POSITION}", threads)
 
 
 def in_words(versions: dict[str, str]) -> str:
@@ -187,6 +231,7 @@ def in_words(versions: dict[str, str]) -> str:
 @torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--architecture", choices=list(SHAPES), default="mamba")
     parser.add_argument("--lengths", type=int, nargs="+", default=[20, 128, 512], help="tokens of the prompt")
     parser.add_argument("--threads", type=int, default=2, help="of PyTorch and of the scan")
     parser.add_argument("--repeats", type=int, default=15, help="timed runs of each contender, at L >= 128")
@@ -196,17 +241,20 @@ def main() -> None:
     repeats, tiny_repeats = arguments.repeats, TINY_REPEATS * arguments.repeats
     if min(arguments.lengths) <= POSITION or repeats < 2:
         parser.error(f"a length is at least {POSITION + 1}, and there are at least 2 repeats")
+    if arguments.mamba_lens is not None and arguments.architecture != "mamba":
+        parser.error("MambaLens has Mamba-1 alone")
+    architecture, shape = arguments.architecture, SHAPES[arguments.architecture]
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
     versions = {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
     print(in_words(versions), f"{arguments.threads} threads", sep=", ")
-    results: dict[str, Any] = {"versions": versions, "threads": arguments.threads, "shape": SHAPE}
+    results: dict[str, Any] = {"versions": versions, "threads": arguments.threads, "shape": shape}
 
-    rows = summary(measure(tiny_contenders(), tiny_repeats), TINY_BESIDE)
+    rows = summary(measure(tiny_contenders(architecture), tiny_repeats), TINY_BESIDE)
     print(table(f"tiny model, L = {TINY_LENGTH}, {tiny_repeats} repeats", rows, digits=2), flush=True)
-    results["tiny"] = {"shape": TINY, "length": TINY_LENGTH, "repeats": tiny_repeats, "contenders": rows}
+    results["tiny"] = {"shape": TINY[architecture], "length": TINY_LENGTH, "repeats": tiny_repeats, "contenders": rows}
 
-    plain, model = models(SHAPE)
+    plain, model = models(architecture, shape)
     results["lengths"] = {}
     with mamba_lens(arguments.mamba_lens, arguments.threads) as lens:
         if lens is not None:

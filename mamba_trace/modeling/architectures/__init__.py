@@ -25,6 +25,7 @@ from .mamba import MAMBA
 from .mamba2 import MAMBA2
 
 ARCHITECTURES = (MAMBA, FALCON_MAMBA, MAMBA2)
+BY_TYPE = {architecture.model_type: architecture for architecture in ARCHITECTURES}
 
 
 # transformers puts a function of its own around the forward of each block class, under the mixin's name:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import FalconMambaConfig
 from transformers.models.falcon_mamba.modeling_falcon_mamba import (
     FalconMambaBlock,
@@ -18,6 +18,7 @@ from ..block import HookableBlock, HookableRMSNorm
 from ..offers import Offers
 from ..selective import SelectiveMixer
 from .architecture import Architecture
+from .mamba import PARAMETERS, SHOWN, sizes_of
 
 
 class HookableFalconMambaBlock(HookableBlock, FalconMambaBlock):
@@ -26,10 +27,6 @@ class HookableFalconMambaBlock(HookableBlock, FalconMambaBlock):
 
 class HookableFalconMambaMixer(SelectiveMixer, FalconMambaMixer):
     """A `FalconMambaMixer` with its sites: delta_1, B and C are what the norms return."""
-
-    dt_layernorm: nn.Module
-    b_layernorm: nn.Module
-    c_layernorm: nn.Module
 
     def selective_parameters(self, offer: Offers, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         delta_1, B, C = super().selective_parameters(offer, x)
@@ -59,4 +56,8 @@ FALCON_MAMBA = Architecture(
         FalconMambaRMSNorm: (HookableFalconMambaRMSNorm, None),
         FalconMambaWeightlessRMSNorm: (HookableFalconMambaWeightlessRMSNorm, None),
     },
+    formats=("huggingface",),
+    parameters=PARAMETERS,  # the inner norms have none, so that the weights of a Mamba-1 look the same
+    sizes=sizes_of,
+    shown=SHOWN,
 )

@@ -128,10 +128,12 @@ def _backward(module: str, inputs: dict[str, Tensor], **grads: Tensor) -> list[T
     sizes = {"pieces": count}
     for name, tensor in inputs.items():
         sizes.update(zip(buffers[name].names, tensor.shape, strict=True))
+    if hasattr(kernels, "summed"):
+        sizes |= kernels.summed(sizes)
     results = {}
-    for name in inputs:
+    for name, tensor in inputs.items():
         axes = buffers[f"g{name}"].names
-        make = x.new_zeros if "pieces" in axes else x.new_empty
+        make = x.new_zeros if len(axes) > tensor.dim() else x.new_empty
         results[f"g{name}"] = make([sizes[axis] for axis in axes])
     team.run(kernels.backward, count, keep=int(grads["gstates"].shape[1] > 0), **given, **results)
     pairs = zip(results.values(), inputs.values(), strict=True)

@@ -104,7 +104,7 @@ def selective_scan(
     x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, h_start: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """As `reference.selective_scan`, in float32."""
-    out, h_last = _apply(calls.scan, _define(reference.selective_scan), x, delta, A, B, C, h_start)
+    out, h_last = apply(calls.scan, _define(reference.selective_scan), x, delta, A, B, C, h_start)
     return out.transpose(1, 2), h_last
 
 
@@ -112,13 +112,13 @@ def selective_states(
     x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, h_start: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """As `reference.selective_states`, in float32."""
-    (states,) = _apply(calls.states, _define_states, x, delta, A, B, h_start)
+    (states,) = apply(calls.states, _define_states, x, delta, A, B, h_start)
     return reference.read_out(states, C), states
 
 
 def gated_scan(x: Tensor, *others: Tensor | None) -> tuple[Tensor, Tensor]:
     """As `reference.gated_scan`: (after_skip [B,L,E] in the dtype of x, h_last [B,E,N] in float32)."""
-    out, h_last = _apply(calls.gated, _define(reference.gated_scan), x, *others)
+    out, h_last = apply(calls.gated, _define(reference.gated_scan), x, *others)
     return out.transpose(1, 2), h_last
 
 
@@ -133,7 +133,7 @@ def causal_conv(
     def define(*inputs: Any) -> tuple[Tensor]:
         return (reference.causal_conv(*inputs, activate=activate).transpose(1, 2),)
 
-    (out,) = _apply(run, define, x_in, weight, bias, before)
+    (out,) = apply(run, define, x_in, weight, bias, before)
     return out.transpose(1, 2)
 
 
@@ -153,9 +153,15 @@ def _define_states(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, h_start: Tens
 # -- gradients -------------------------------------------------------------------------------------------
 
 
-def _apply(run: Run, define: Run, *inputs: Tensor | None) -> tuple[Tensor, ...]:
-    # No result may be a view: autograd would not let anybody edit it in place. The transpositions above make
-    # views of the results outside, and those may be edited.
+def apply(run: Run, define: Run, *inputs: Tensor | None) -> tuple[Tensor, ...]:
+    """``run(*inputs)``, with the second derivatives of ``define``.
+
+    Args:
+        run: calls a kernel, and is differentiable once. It takes ``attached``, whether the last of its results
+            takes a gradient. None of its results is a view, which autograd would not let anybody edit in place.
+        define: the same in operations that can be differentiated to any order.
+        *inputs: their arguments.
+    """
     return _Kernel.apply(run, define, *inputs) if differentiated(*inputs) else run(*inputs)
 
 

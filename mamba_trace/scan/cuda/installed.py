@@ -1,4 +1,4 @@
-"""Finding the compiled kernels of mamba-ssm and causal-conv1d, and whether they work here.
+"""Finding the kernels of mamba-ssm and causal-conv1d, and whether they work here.
 
 Both are hard to install, and an installation can be broken in many ways: the package lacks its compiled half,
 or was built for another PyTorch, or has no code for this GPU. None of this may stop a model that can run
@@ -21,6 +21,8 @@ from torch import Tensor
 
 #: Builds mamba-ssm with its Mamba-1 kernel, which recent versions leave out unless asked.
 INSTALL_SCAN = "MAMBA_KEEP_CUDA_BUILD=TRUE MAMBA_FORCE_BUILD=TRUE pip install --no-build-isolation mamba-ssm"
+#: Builds mamba-ssm with the kernels of Mamba-2, which are Triton's.
+INSTALL_DUAL = "pip install --no-build-isolation mamba-ssm"
 #: Builds causal-conv1d.
 INSTALL_CONV = "pip install --no-build-isolation causal-conv1d"
 #: The types of device that the kernels run on.
@@ -36,6 +38,20 @@ def scan_kernel() -> Kernel | str:
     """mamba-ssm's ``selective_scan_fn``, or why there is none."""
     module = "mamba_ssm.ops.selective_scan_interface"
     return _find("mamba-ssm", module, "selective_scan_fn", "selective_scan_cuda", INSTALL_SCAN)
+
+
+@functools.cache
+def chunk_scan_kernel() -> Kernel | str:
+    """mamba-ssm's ``mamba_chunk_scan_combined``, or why there is none."""
+    module, name = "mamba_ssm.ops.triton.ssd_combined", "mamba_chunk_scan_combined"
+    return _find("mamba-ssm", module, name, name, INSTALL_DUAL)
+
+
+@functools.cache
+def state_update_kernel() -> Kernel | str:
+    """mamba-ssm's ``selective_state_update``, or why there is none."""
+    module, name = "mamba_ssm.ops.triton.selective_state_update", "selective_state_update"
+    return _find("mamba-ssm", module, name, name, INSTALL_DUAL)
 
 
 @functools.cache

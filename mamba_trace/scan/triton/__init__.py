@@ -12,6 +12,8 @@ from __future__ import annotations
 import functools
 import importlib.util
 import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -79,10 +81,17 @@ def _failure(device: torch.device) -> str | None:
             (0.5, 1.0, (1, 5, 2)),
         )
     )
+    return failure_of(selective_scan, reference.selective_scan, device, x, delta, A, B, C)
+
+
+def failure_of(
+    run: Callable[..., Any], define: Callable[..., Any], device: torch.device, *inputs: Tensor
+) -> str | None:
+    """How ``run`` fails on ``device`` or differs from ``define``, given inputs on the CPU; ``None`` if it does not."""
     try:
         with torch.no_grad():
-            results = selective_scan(*(tensor.to(device) for tensor in (x, delta, A, B, C)))
-            expected = reference.selective_scan(x, delta, A, B, C)
+            results = run(*(tensor.to(device) for tensor in inputs))
+            expected = define(*inputs)
             errors = [(a.cpu() - b).abs().max().item() for a, b in zip(results, expected, strict=True)]
     except Exception as error:  # as above
         return f"a test of it on {device} failed ({type(error).__name__}: {error})"
@@ -119,51 +128,88 @@ def gated_scan(
     return _kernels().run_selective(x, delta_2, A, B, C, *h_start, D=D, skip=skip)
 
 
-def _scan(family: str, what: str, *inputs: Tensor | None) -> tuple[Tensor, Tensor]:
-    # ``{family}_{what}`` of `reference`.
-    inputs += (None,) * (INPUTS[family] - len(inputs))  # h_start, the last of them, may be missing
-    if differentiated(*inputs):
-        return _Differentiable.apply(family, what, *inputs)
-    return _run(family, what, *inputs)
+@dataclass(frozen=True)
+class TritonScan:
+    """A scan on a pair of kernels.
 
+    Attributes:
+        names: what its inputs are called; ``x``, ``C`` and last ``h_start``, which may be missing, are among them.
+        launch: imports the module with its kernels.
+        run: which function of the module runs it: ``(*inputs, states) -> (y, h_last)``, where ``states`` is
+            written unless it is ``None``.
+        gradients: which function gives the gradients of the inputs from those of the results.
+        scan: the definition, whose second derivatives are taken.
+        states: the definition with all states in place of h_last.
+        chunked: whether the gradients need the ``checkpoints`` that ``run`` writes.
+    """
 
-def _run(family: str, what: str, *inputs: Any, **checkpoints: Tensor) -> tuple[Tensor, Tensor]:
-    states = None
-    if what == "states":
-        first, _, third, *_ = inputs  # x and A, or A_bar and x
-        shape = first.shape if family == "explicit" else (*first.shape, third.shape[-1])
-        states = first.new_empty(shape, dtype=torch.float32)
-    y, h_last = getattr(_kernels(), f"run_{family}")(*inputs, states=states, **checkpoints)
-    return y, h_last if states is None else states
+    names: tuple[str, ...]
+    launch: Callable[[], Any]
+    run: str
+    gradients: str
+    scan: Callable[..., tuple[Tensor, Tensor]]
+    states: Callable[..., tuple[Tensor, Tensor]]
+    chunked: bool = True
 
+    def __call__(self, *inputs: Tensor | None, keep: bool) -> tuple[Tensor, Tensor]:
+        """``(y, h_last)``, or ``(y, states)`` where ``keep``."""
+        inputs += (None,) * (len(self.names) - len(inputs))
+        return _Differentiable.apply(self, keep, *inputs) if differentiated(*inputs) else self.compute(keep, *inputs)
 
-#: How many inputs the scans of a family have.
-INPUTS = {"selective": 6, "explicit": 5}
-selective_scan = functools.partial(_scan, "selective", "scan")
-selective_states = functools.partial(_scan, "selective", "states")
-explicit_scan = functools.partial(_scan, "explicit", "scan")
-explicit_states = functools.partial(_scan, "explicit", "states")
+    def sizes(self, inputs: Sequence[Any]) -> tuple[Tensor, Tensor]:
+        """x [B,L,...] and C [B,L,...,N]."""
+        return inputs[self.names.index("x")], inputs[self.names.index("C")]
+
+    def compute(self, keep: bool, *inputs: Any, **checkpoints: Tensor) -> tuple[Tensor, Tensor]:
+        """The same without a gradient."""
+        x, C = self.sizes(inputs)
+        states = x.new_empty(*x.shape, C.shape[-1], dtype=torch.float32) if keep else None
+        y, h_last = getattr(self.launch(), self.run)(*inputs, states=states, **checkpoints)
+        return y, h_last if states is None else states
 
 
 class _Differentiable(torch.autograd.Function):
-    """`_run` under autograd, which calls the kernels with gradients off."""
+    """`TritonScan.compute` under autograd, which calls the kernels with gradients off."""
 
     @staticmethod
-    def forward(ctx: Any, family: str, what: str, *inputs: Any) -> tuple[Tensor, Tensor]:
-        ctx.family, ctx.what = family, what
+    def forward(ctx: Any, scan: TritonScan, keep: bool, *inputs: Any) -> tuple[Tensor, Tensor]:
+        ctx.scan, ctx.keep = scan, keep
         ctx.set_materialize_grads(False)
-        kept = {"checkpoints": _kernels().empty_checkpoints(inputs[0], inputs[2])} if family == "selective" else {}
+        kept = {"checkpoints": _kernels().empty_checkpoints(*scan.sizes(inputs))} if scan.chunked else {}
         # The trajectory is not saved: the caller may write into it.
         ctx.save_for_backward(*inputs, *kept.values())
-        return _run(family, what, *inputs, **kept)
+        return scan.compute(keep, *inputs, **kept)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        inputs = ctx.saved_tensors[: INPUTS[ctx.family]]
+        scan: TritonScan = ctx.scan
+        inputs = ctx.saved_tensors[: len(scan.names)]
         if torch.is_grad_enabled():  # a second derivative will be asked for
-            definition = getattr(reference, f"{ctx.family}_{ctx.what}")
-            return (None, None, *gradients_of(definition, inputs, grads))
-        second = {"gstates" if ctx.what == "states" else "gh_last": grads[1]}
-        gradients = getattr(_kernels(), f"{ctx.family}_gradients")(*ctx.saved_tensors, grads[0], **second)
+            return (None, None, *gradients_of(scan.states if ctx.keep else scan.scan, inputs, grads))
+        second = {"gstates" if ctx.keep else "gh_last": grads[1]}
+        gradients = getattr(scan.launch(), scan.gradients)(*ctx.saved_tensors, grads[0], **second)
         pairs = zip(gradients, inputs, strict=True)
         return (None, None, *(None if tensor is None else grad.to(tensor.dtype) for grad, tensor in pairs))
+
+
+_selective = TritonScan(
+    ("x", "delta", "A", "B", "C", "h_start"),
+    _kernels,
+    "run_selective",
+    "selective_gradients",
+    reference.selective_scan,
+    reference.selective_states,
+)
+_explicit = TritonScan(
+    ("A_bar", "B_bar", "x", "C", "h_start"),
+    _kernels,
+    "run_explicit",
+    "explicit_gradients",
+    reference.explicit_scan,
+    reference.explicit_states,
+    chunked=False,
+)
+selective_scan = functools.partial(_selective, keep=False)
+selective_states = functools.partial(_selective, keep=True)
+explicit_scan = functools.partial(_explicit, keep=False)
+explicit_states = functools.partial(_explicit, keep=True)

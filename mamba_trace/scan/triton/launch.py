@@ -62,7 +62,7 @@ def run_selective(
     A = A.expand(batch, -1, -1)
     launch(
         kernels.selective_kernel,
-        (batch, length, width, A.shape[-1]),
+        {"batch": batch, "length": length, "width": width, "n_state": A.shape[-1]},
         {"x": x, "delta": delta, "A": A, "B": B, "C": C, "h_start": h_start, "D": D, "skip": skip},
         {"y": y, "h_last": h_last, "states": states, "checkpoints": checkpoints},
         CHUNK=CHUNK,
@@ -70,10 +70,10 @@ def run_selective(
     return y, h_last
 
 
-def empty_checkpoints(x: Tensor, A: Tensor) -> Tensor:
-    """Room for the states before each CHUNK of positions [B,ceil(L/CHUNK),E,N]: x [B,L,E], A [...,N]."""
-    batch, length, width = x.shape
-    return x.new_empty(batch, -(-length // CHUNK), width, A.shape[-1], dtype=torch.float32)
+def empty_checkpoints(x: Tensor, C: Tensor) -> Tensor:
+    """Room for the states before each CHUNK of positions [B,ceil(L/CHUNK),...,N]: x [B,L,...], C [B,L,...,N]."""
+    batch, length, *channels = x.shape
+    return x.new_empty(batch, -(-length // CHUNK), *channels, C.shape[-1], dtype=torch.float32)
 
 
 def run_explicit(
@@ -89,7 +89,7 @@ def run_explicit(
     h_last = x.new_empty(batch, width, d_state, dtype=torch.float32)
     launch(
         kernels.explicit_kernel,
-        (batch, length, width, d_state),
+        {"batch": batch, "length": length, "width": width, "n_state": d_state},
         {"A_bar": A_bar, "B_bar": B_bar, "x": x, "C": C, "h_start": h_start},
         {"y": y, "h_last": h_last, "states": states, "before": before},
     )
@@ -118,7 +118,7 @@ def selective_gradients(
     results = {"gx": gx, "gdelta": gdelta, "gA": gA, "gB": gB, "gC": gC, "gh_start": gh_start}
     launch(
         backward.selective_backward_kernel,
-        (batch, length, width, d_state),
+        {"batch": batch, "length": length, "width": width, "n_state": d_state},
         {"x": x, "delta": delta, "A": A.expand(batch, -1, -1), "B": B, "C": C, **grads},
         {"checkpoints": checkpoints, "scratch": scratch, **results},
         unroll=UNROLL_BACKWARD,
@@ -141,7 +141,7 @@ def explicit_gradients(
     grads = {"gy": gy, "gh_last": gh_last, "gstates": gstates}
     launch(
         backward.explicit_backward_kernel,
-        (batch, length, width, d_state),
+        {"batch": batch, "length": length, "width": width, "n_state": d_state},
         {"A_bar": A_bar, "B_bar": B_bar, "x": x, "C": C, **grads},
         {"before": before, "gA_bar": gA_bar, "gB_bar": gB_bar, "gx": gx, "gC": gC, "gh_start": gh_start},
         unroll=UNROLL_BACKWARD,
@@ -150,7 +150,7 @@ def explicit_gradients(
 
 
 def blocks(width: int, d_state: int) -> tuple[int, int, int]:
-    """``(programs for each batch row, BLOCK_E, BLOCK_N)``."""
+    """``(programs for each batch row and head, BLOCK_E, BLOCK_N)``."""
     block_n = triton.next_power_of_2(d_state)
     # The interpreter's time is that of the programs, whatever their blocks.
     block_e = 16 if INTERPRETED else min(32, max(1, TILE // block_n))
@@ -159,37 +159,40 @@ def blocks(width: int, d_state: int) -> tuple[int, int, int]:
 
 def launch(
     kernel: Any,
-    shape: tuple[int, int, int, int],
+    axes: Mapping[str, int],
     strided: Mapping[str, Tensor | None],
     dense: Mapping[str, Tensor | None],
+    buffers: Mapping[str, Buffer] = BUFFERS,
     unroll: int = UNROLL,
     **constants: int,
 ) -> None:
-    """Run ``kernel`` for each batch row and block of channels of ``shape`` (B, L, E, N).
+    """Run ``kernel`` for each batch row, head and block of channels.
 
     Args:
-        kernel: takes the arrays in the order in which they are given here, then L, E and N, then the strides
-            of the arrays in ``strided``, then constants.
-        shape: (B, L, E, N).
+        kernel: takes the arrays in the order in which they are given here, then the sizes of ``axes`` but for
+            the batch, then the strides of the arrays in ``strided``, then constants.
+        axes: the sizes of the axes: ``batch`` first, and ``length``, ``width`` and ``n_state`` among them. Where
+            there are ``heads``, the width is that of one of them.
         strided: the arrays that the kernel reads at any strides, by name.
         dense: the arrays that the kernel writes, or that an earlier kernel wrote for it, by name.
+        buffers: the declarations of the arrays.
         unroll: positions loaded together, for a block of TILE.
         **constants: further constants.
 
     Raises:
-        BackendError: if a tensor does not match its declaration in `BUFFERS`.
+        BackendError: if a tensor does not match its declaration in ``buffers``.
     """
-    batch, length, width, d_state = shape
-    programs, block_e, block_n = blocks(width, d_state)
-    sizes = {"batch": batch, "length": length, "width": width, "n_state": d_state}
-    sizes |= {"programs": batch * programs, "chunk": CHUNK, "block_e": block_e, "block_n": block_n}
+    _, *numbers = axes.values()
+    of_each, block_e, block_n = blocks(axes["width"], axes["n_state"])
+    programs = axes["batch"] * axes.get("heads", 1) * of_each
     tensors = {**strided, **dense}
-    check(tensors, BUFFERS, chunks=-(-length // CHUNK), **sizes)
+    sizes = {"programs": programs, "chunk": CHUNK, "block_e": block_e, "block_n": block_n}
+    check(tensors, buffers, chunks=-(-axes["length"] // CHUNK), **axes, **sizes)
     some = next(tensor for tensor in tensors.values() if tensor is not None)
     with torch.cuda.device_of(some):
-        kernel[(batch * programs,)](
+        kernel[(programs,)](
             *tensors.values(),
-            *(length, width, d_state),
+            *numbers,
             *(None if tensor is None else tensor.stride() for tensor in strided.values()),
             **constants,
             UNROLL=unroll * TILE // max(TILE, block_n),  # a single channel may have a state of more than TILE

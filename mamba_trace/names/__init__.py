@@ -2,8 +2,13 @@
 
 Analysis code brings names from elsewhere: ``blocks.3.hook_h.5`` (MambaLens), ``blocks.3.mixer.hook_out``
 (TransformerLens 4's bridge), ``model.backbone.layers.3.mixer.h.5`` (the keys of nnsight's caches). This
-module translates all of them, from the site table alone, and never maps a name to a place that means
-something else.
+module translates all of them, from the site table and the bridge's names (`bridge`) alone, and never maps a
+name to a place that means something else.
+
+What a bridge name means depends on the architecture, and a family lacks sites that another has. So functions
+take the ``family`` of the model that is meant, and whoever has a model gives it. Without one, names of all
+families are understood; where one means different places, as ``mixer.out_proj.hook_in`` alone does, it is that
+of the first of `sites.FAMILIES` which has it: Mamba-1's.
 
     >>> to_path("blocks.3.hook_h.5")
     'layers[3].ssm.h[5]'
@@ -13,7 +18,6 @@ something else.
 
 from __future__ import annotations
 
-import difflib
 import functools
 import operator
 import re
@@ -21,49 +25,22 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from .errors import LayerError, PositionError, UnknownSiteError
-from .sites import (
+from ..errors import LayerError, PositionError, UnknownSiteError
+from ..sites import (
     BY_HOOK,
     BY_MODULE,
     BY_NAME,
     FAMILY_NAMES,
-    LACKED_MODULES,
     MODULE_PREFIX,
     NATIVE_MODULES,
+    SITES,
     STATE,
     Family,
     Site,
     walk,
 )
-
-#: TransformerLens 4's bridge names that mean the same place, by path: those of the model ...
-_BRIDGE_MODEL = {
-    "embeddings": "embed.hook_out",
-    "norm_f": "ln_final.hook_out unembed.hook_in",
-    "lm_head": "unembed.hook_out",
-}
-#: ... and of a block, relative to ``blocks.l.`` and ``layers[l].``. The first of several is preferred.
-_BRIDGE_BLOCK = {
-    "resid_pre": "hook_in",
-    "layer_input": "norm.hook_in",
-    "norm": "norm.hook_out hook_mixer_in mixer.hook_in mixer.in_proj.hook_in",
-    "ssm.in_proj": "mixer.in_proj.hook_out mixer.hook_in_proj",
-    "ssm.conv1d": "mixer.conv1d.hook_out mixer.hook_conv",
-    "ssm.ssm_input": "mixer.x_proj.hook_in",
-    "ssm.x_proj": "mixer.x_proj.hook_out mixer.hook_x_proj",
-    "ssm.delta_1": "mixer.dt_proj.hook_in",
-    "ssm.delta_2": "mixer.dt_proj.hook_out mixer.hook_dt_proj mixer.hook_ssm_dt",
-    "ssm.after_skip": "mixer.out_proj.hook_in",
-    "ssm.out_proj": "mixer.out_proj.hook_out mixer.hook_out mixer.hook_ssm_out hook_mixer_out",
-    "resid_post": "hook_out",
-}
-#: Bridge name -> path, for both.
-BRIDGE_MODEL = {name: path for path, names in _BRIDGE_MODEL.items() for name in names.split()}
-BRIDGE_BLOCK = {name: path for path, names in _BRIDGE_BLOCK.items() for name in names.split()}
-#: Parts of the names of a transformer's places that no name of a Mamba's place has.
-OF_A_TRANSFORMER = re.compile(
-    r"(^|\.)(attn|mlp|ln1|ln2)\.|hook_(attn|mlp|pattern|result|resid_mid|rot_|[qkvz](_|$))|hook_pos_embed"
-)
+from .bridge import BRIDGE_BLOCK, BRIDGE_MODEL, families_of_name, name_of, paths_in_block
+from .hints import families_of, lacked, models_of, nearest, of_another_family
 
 _IN_LAYER = re.compile(r"layers(?:\[(\d+)\]|\.(\d+))\.((?:ssm|mixer)\.)?(.+)")
 _CONTAINER = re.compile(r"backbone\.layers\.(?P<layer>\d+)(?P<mixer>\.mixer)?(\.output)?")
@@ -71,6 +48,26 @@ _POSITION = re.compile(rf"{STATE}(?:\[(-?\d+)\]|\.(-?\d+))")
 _BLOCK_HOOK = re.compile(r"blocks\.(\d+)\.(.+)")
 _STATE_HOOK = re.compile(r"hook_h\.(-?\d+)")
 
+
+__all__ = [
+    "BRIDGE_BLOCK",
+    "BRIDGE_MODEL",
+    "NATIVE_MODULES",
+    "Place",
+    "check_family",
+    "families_of",
+    "hook_names",
+    "hook_places",
+    "lacked",
+    "layer_index",
+    "nearest",
+    "of_another_family",
+    "parse",
+    "public_path",
+    "to_bridge_name",
+    "to_hook_name",
+    "to_path",
+]
 
 #: A run asks for the same names again at each of its sites; this many are kept.
 NAMES_KEPT = 2**12
@@ -163,29 +160,33 @@ def hook_places(n_layers: int, n_positions: int, family: Family = "selective") -
                 yield Place(site, layer, position)
 
 
-def to_path(name: str) -> str:
+def to_path(name: str, family: Family | None = None) -> str:
     """The path of a hook name: MambaLens's, TransformerLens 4's where it means the same place, or a path.
 
     Args:
         name: e.g. ``"blocks.3.hook_h.5"``, ``"blocks.3.mixer.hook_out"``, ``"layers.3.ssm.h.5"``.
+        family: of the model that is meant, ``model.architecture.family``; ``None`` where that is not known.
 
     Returns:
         The path under the model, e.g. ``"layers[3].ssm.h[5]"``.
 
     Raises:
-        UnknownSiteError: if no place has this name.
+        UnknownSiteError: if no place has this name, or models of this family lack it.
 
     >>> to_path("blocks.3.hook_h.5")
     'layers[3].ssm.h[5]'
+    >>> to_path("blocks.3.mixer.out_proj.hook_in", "dual")
+    'layers[3].ssm.inner_norm'
     """
-    return parse(name).path
+    return parse(name, family).path
 
 
-def to_hook_name(path: str) -> str:
+def to_hook_name(path: str, family: Family | None = None) -> str:
     """The hook name of a path, MambaLens's if it has one; the inverse of `to_path`.
 
     Args:
         path: e.g. ``"layers[3].ssm.h[5]"``, also as ``"model.layers.3.ssm.h.5.output"``.
+        family: as in `to_path`.
 
     Returns:
         The hook name, e.g. ``"blocks.3.hook_h.5"``.
@@ -196,14 +197,18 @@ def to_hook_name(path: str) -> str:
     >>> to_hook_name("layers[3].ssm.h[5]")
     'blocks.3.hook_h.5'
     """
-    return parse(path).hook_name
+    return parse(path, family).hook_name
 
 
-def to_bridge_name(path: str) -> str:
+def to_bridge_name(path: str, family: Family | None = None) -> str:
     """TransformerLens 4's name of a place, where its Mamba bridge has one that means the same.
+
+    The values of ``mixer.hook_ssm_write`` and ``mixer.hook_ssm_state`` are [B,E,L,N] in its Mamba-1, and
+    [B,L,E,N] here; in Mamba-2 both have [B,L,H,P,N].
 
     Args:
         path: a path or a hook name, e.g. ``"layers[3].ssm.delta_2"``.
+        family: as in `to_path`.
 
     Returns:
         The bridge's name; where it has several, the name of a module's output. `to_path` maps it back.
@@ -214,40 +219,49 @@ def to_bridge_name(path: str) -> str:
     >>> to_bridge_name("layers[3].ssm.delta_2")
     'blocks.3.mixer.dt_proj.hook_out'
     """
-    place = parse(path)
+    place = parse(path, family)
     if place.site is not None and not place.site.in_mamba_lens:
         return place.hook_name
-    bridge = _BRIDGE_MODEL if place.layer is None else _BRIDGE_BLOCK
-    same = bridge.get(place.path.removeprefix(f"layers[{place.layer}]."))
+    in_layer = place.layer is not None
+    same = name_of(place.path.removeprefix(f"layers[{place.layer}]."), in_layer, family)
     if same is None:
-        raise UnknownSiteError(f"{place.path} has no name in TransformerLens 4's Mamba bridge")
-    return ("" if place.layer is None else f"blocks.{place.layer}.") + same.split()[0]
+        of_model = "" if family is None else f" of a {FAMILY_NAMES[family]}"
+        raise UnknownSiteError(f"{place.path} has no name in TransformerLens 4's Mamba bridge{of_model}")
+    return (f"blocks.{place.layer}." if in_layer else "") + same
 
 
-def parse(name: str) -> Place:
-    """The place that a hook name or a path names. Raises `UnknownSiteError`."""
+def parse(name: str, family: Family | None = None) -> Place:
+    """The place that a hook name or a path names, in a model of a family if it is given.
+
+    Raises:
+        UnknownSiteError: if there is none, or models of this family lack it.
+    """
     if not isinstance(name, str):
         raise UnknownSiteError(
             f"a place is named by a string, 'blocks.3.hook_h.5' or 'layers[3].ssm.h[5]', not by the "
             f"{type(name).__name__} {name!r}"
         )
-    return _parsed(name)
+    return _parsed(name, family)
 
 
 @functools.lru_cache(maxsize=NAMES_KEPT)
-def _parsed(name: str) -> Place:
+def _parsed(name: str, family: Family | None) -> Place:
     stripped = name.removeprefix("model.").removesuffix(".output")
     if stripped == "ln_final.hook_in":
         raise UnknownSiteError(
             "ln_final.hook_in is the residual stream out of the last layer: use its blocks.l.hook_resid_post"
         )
-    place = _of_path(_path_of_hook(stripped) or stripped.removeprefix("backbone."))
+    place = _of_path(_path_of_hook(stripped, family) or stripped.removeprefix("backbone."))
     if place is None:
-        raise UnknownSiteError(f"no site is called {name!r}{_suggest(stripped)}")
-    return place
+        in_block = _BLOCK_HOOK.fullmatch(stripped)
+        others = families_of_name(in_block[2]) if in_block else ()
+        if family is not None and others:
+            raise _not_of(family, name, f": in TransformerLens 4 it is one of a {models_of(others)}")
+        raise UnknownSiteError(f"no site is called {name!r}{_suggest(stripped, family)}")
+    return place if family is None else check_family(place, family, name)
 
 
-def _path_of_hook(name: str) -> str | None:
+def _path_of_hook(name: str, family: Family | None) -> str | None:
     in_block = _BLOCK_HOOK.fullmatch(name)
     if in_block is None:
         site = BY_HOOK.get(name)
@@ -258,7 +272,7 @@ def _path_of_hook(name: str) -> str | None:
     site = BY_HOOK.get(rest)
     if site is not None and site.scope != "model":
         return site.path(int(layer))
-    return f"layers[{layer}].{BRIDGE_BLOCK[rest]}" if rest in BRIDGE_BLOCK else None
+    return next((f"layers[{layer}].{path}" for path in paths_in_block(rest, family)), None)
 
 
 def _of_path(path: str) -> Place | None:
@@ -328,45 +342,6 @@ def layer_index(
     return number + n_layers if number < 0 else number
 
 
-def nearest(name: str, known: list[str]) -> str:
-    """``"; did you mean a or b"`` for the known names closest to ``name``, or nothing.
-
-    It has no mark of its own at the end, since what follows it in a message begins with one.
-    """
-    close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    return f"; did you mean {' or '.join(close)}" if close else ""
-
-
-def lacked(name: str) -> str:
-    """``": ..."``, why a Mamba lacks a place whose name only a transformer has, or nothing.
-
-    >>> lacked("blocks.0.attn.hook_pattern")
-    ': a Mamba has no attention, no MLP and one norm in each block'
-    """
-    if OF_A_TRANSFORMER.search(name) is None:
-        return ""
-    return ": a Mamba has no attention, no MLP and one norm in each block"
-
-
-def families_of(name: str) -> tuple[Family, ...]:
-    """The families whose mixers have the site or the inner module of this name; all for any other name."""
-    site = BY_NAME.get(name)
-    return tuple(f for f in FAMILY_NAMES if name not in LACKED_MODULES[f] and (site is None or f in site.families))
-
-
-def of_another_family(name: str) -> str:
-    """``": ..."``, which models have a site or an inner module that others lack, or nothing.
-
-    >>> of_another_family("B_conv")
-    ': it is a site of Mamba-2'
-    """
-    families = families_of(name)
-    if len(families) == len(FAMILY_NAMES):
-        return ""
-    what = "a site" if name in BY_NAME else "a module"
-    return f": it is {what} of {' and '.join(FAMILY_NAMES[family] for family in families)}"
-
-
 def check_family(place: Place, family: Family, name: str) -> Place:
     """Return ``place`` if the mixers of a family have it.
 
@@ -376,18 +351,22 @@ def check_family(place: Place, family: Family, name: str) -> Place:
     own = place.native if place.site is None else place.site.name
     if family in families_of(str(own)):
         return place
-    raise UnknownSiteError(
-        f"{name!r} is not a place of this model, a {FAMILY_NAMES[family]}{of_another_family(str(own))}; "
-        f"`mamba-trace sites` lists them all"
+    raise _not_of(family, name, of_another_family(str(own)))
+
+
+def _not_of(family: Family, name: str, why: str) -> UnknownSiteError:
+    return UnknownSiteError(
+        f"{name!r} is not a place of this model, a {FAMILY_NAMES[family]}{why}; `mamba-trace sites` lists them all"
     )
 
 
-def _suggest(name: str) -> str:
+def _suggest(name: str, family: Family | None) -> str:
     in_layer, last = re.match(r"(?:blocks\.|layers[.\[])(\d+)", name), re.search(r"\d+$", name)
     layer, position = (int(number[number.lastindex or 0]) if number else 0 for number in (in_layer, last))
-    known = [site.path(layer) for site in BY_NAME.values()]
+    there = [site for site in SITES if family is None or family in site.families]
+    known = [site.path(layer) for site in there]
     if "hook" in name:  # there is a hook of each position and none of the whole h, so one of them is suggested
-        places = (Place(site, layer, position if site.name == STATE else None) for site in BY_NAME.values())
+        places = (Place(site, layer, position if site.name == STATE else None) for site in there)
         known = [place.hook_name for place in places]
     close = nearest(name, known)
     return lacked(name) or (f"{close}?" if close else "; `mamba-trace sites` lists them all")

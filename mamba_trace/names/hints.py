@@ -1,0 +1,58 @@
+"""What an error about a name adds to it: the nearest names there are, and which models have the place."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable
+
+from ..sites import BY_NAME, FAMILY_NAMES, LACKED_MODULES, Family
+
+#: Parts of the names of a transformer's places that no name of a Mamba's place has.
+OF_A_TRANSFORMER = re.compile(
+    r"(^|\.)(attn|mlp|ln1|ln2)\.|hook_(attn|mlp|pattern|result|resid_mid|rot_|[qkvz](_|$))|hook_pos_embed"
+)
+
+
+def nearest(name: str, known: list[str]) -> str:
+    """``"; did you mean a or b"`` for the known names closest to ``name``, or nothing.
+
+    It has no mark of its own at the end, since what follows it in a message begins with one.
+    """
+    close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    return f"; did you mean {' or '.join(close)}" if close else ""
+
+
+def lacked(name: str) -> str:
+    """``": ..."``, why a Mamba lacks a place whose name only a transformer has, or nothing.
+
+    >>> lacked("blocks.0.attn.hook_pattern")
+    ': a Mamba has no attention, no MLP and one norm in each block'
+    """
+    if OF_A_TRANSFORMER.search(name) is None:
+        return ""
+    return ": a Mamba has no attention, no MLP and one norm in each block"
+
+
+def families_of(name: str) -> tuple[Family, ...]:
+    """The families whose mixers have the site or the inner module of this name; all for any other name."""
+    site = BY_NAME.get(name)
+    return tuple(f for f in FAMILY_NAMES if name not in LACKED_MODULES[f] and (site is None or f in site.families))
+
+
+def of_another_family(name: str) -> str:
+    """``": ..."``, which models have a site or an inner module that others lack, or nothing.
+
+    >>> of_another_family("B_conv")
+    ': it is a site of Mamba-2'
+    """
+    families = families_of(name)
+    if len(families) == len(FAMILY_NAMES):
+        return ""
+    what = "a site" if name in BY_NAME else "a module"
+    return f": it is {what} of {models_of(families)}"
+
+
+def models_of(families: Iterable[Family]) -> str:
+    """Families in words, by the models that have them."""
+    return " and ".join(FAMILY_NAMES[family] for family in families)

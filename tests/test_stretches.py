@@ -1,0 +1,130 @@
+"""The scan in pieces: one for each state that is wanted, and each edit of a state carried on."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from by_hand import by_hand, change, same
+from conftest import both_families
+from torch import Tensor
+
+from mamba_trace import MambaTrace
+
+
+def stretches(model: MambaTrace) -> list[list[int]]:
+    """How many positions each scan call of the last run had, layer by layer."""
+    return [[call.positions for call in layer.calls if "conv" not in call.function] for layer in model.last_run]
+
+
+@both_families
+def test_three_wanted_states_cost_one_layer_four_segments(tiny: MambaTrace, tokens: Tensor) -> None:
+    with tiny.trace(tokens):
+        tiny.layers[1].ssm.h[2].output[:] = 0
+        tiny.layers[1].ssm.h[-2].output.save()
+        tiny.layers[1].ssm.h[-1].output.save()
+    assert stretches(tiny) == [[9], [3, 5, 1], [9]]
+
+
+@both_families
+def test_nothing_wanted_is_one_scan_for_each_layer(tiny: MambaTrace, tokens: Tensor) -> None:
+    with tiny.trace(tokens):
+        tiny.lm_head.output.save()
+    assert stretches(tiny) == [[9]] * 3
+    tiny._module(tokens)  # and outside a trace
+    assert stretches(tiny) == [[9]] * 3
+    with tiny.trace(tokens):
+        tiny.layers[0].ssm.delta.output[:] *= 0.5
+        tiny.layers[0].ssm.C.output.save()
+        tiny.layers[2].ssm.h_start.output += 1
+        tiny.layers[2].ssm.y.output.save()
+    assert stretches(tiny) == [[9]] * 3
+
+
+@both_families
+def test_h_carries(tiny, hf, tokens):
+    p = 3
+    layer = tiny.layers[1].ssm
+    with torch.no_grad(), tiny.trace(tokens):
+        clean_h = layer.h.output.save()
+        clean_y = layer.y.output.save()
+    with torch.no_grad(), tiny.trace(tokens):
+        A_bar = layer.A_bar.output.save()
+        C = layer.C.output.save()
+        write = layer.write.output.save()
+        layer.h[p].output[:] = 1.0
+        h = layer.h.output.save()
+        y = layer.y.output.save()
+    A_bar = A_bar.view(*A_bar.shape, *[1] * (write.dim() - A_bar.dim()))  # of a whole head in Mamba-2
+    same(h[:, :p], clean_h[:, :p], 1e-6)
+    same(y[:, :p], clean_y[:, :p], 1e-6)
+    assert (h[:, p] == 1).all()
+    assert ((y - clean_y)[:, p:].abs().amax(dim=(0, 2)) > 1e-4).all()
+    state = torch.ones_like(h[:, p])
+    for t in range(p, tokens.shape[1]):
+        if t > p:
+            state = A_bar[:, t] * state + write[:, t]
+        same(h[:, t], state)
+        same(y[:, t], layer._module.scans.read_out(state, C[:, t]).flatten(1))
+
+
+@both_families
+@pytest.mark.parametrize("positions", [(0,), (2, 4), (0, 1, 2, 3), (-1,), (3, -2, -1)], ids=str)
+def test_several_edited_states_of_one_layer(tiny, hf, tokens, positions):
+    expected = by_hand(hf, tokens, {f"layers[0].ssm.h[{p}]": change for p in positions})
+    with torch.no_grad(), tiny.trace(tokens):
+        for p in positions:
+            tiny.layers[0].ssm.h[p].output = change(tiny.layers[0].ssm.h[p].output)
+        y = tiny.layers[0].ssm.y.output.save()
+        logits = tiny.lm_head.output.save()
+    same(y, expected["layers[0].ssm.y"])
+    same(logits, expected["lm_head"])
+
+
+@both_families
+@pytest.mark.parametrize("other", ["A_bar", "B_bar", "delta", "B", "C", "h_start", "A", "ssm_input"])
+def test_an_edited_state_together_with_other_edits_of_its_layer(tiny, hf, tokens, other):
+    path = f"layers[0].ssm.{other}"
+    expected = by_hand(hf, tokens, {path: change, "layers[0].ssm.h[2]": change})
+    with torch.no_grad(), tiny.trace(tokens):
+        tiny.hook(path).output = change(tiny.hook(path).output)
+        tiny.layers[0].ssm.h[2].output[:] = change(tiny.layers[0].ssm.h[2].output)
+        whole = tiny.layers[0].ssm.h.output.save()
+        logits = tiny.lm_head.output.save()
+    same(whole, expected["layers[0].ssm.h"])
+    same(logits, expected["lm_head"])
+
+
+@both_families
+@pytest.mark.parametrize("in_place", [False, True], ids=["assigned", "in place"])
+def test_writing_h_whole_is_writing_every_position(tiny, tokens, in_place):
+    layer = tiny.layers[0].ssm
+    with torch.no_grad(), tiny.trace(tokens):
+        new = change(layer.h.output).save()
+    with torch.no_grad(), tiny.trace(tokens):
+        for p in range(tokens.shape[1]):
+            layer.h[p].output = new[:, p]
+        one_by_one = layer.y.output.save()
+        logits = tiny.lm_head.output.save()
+    with torch.no_grad(), tiny.trace(tokens):
+        if in_place:
+            layer.h.output[:] = new
+        else:
+            layer.h.output = new
+        whole = layer.y.output.save()
+        whole_logits = tiny.lm_head.output.save()
+    same(whole, one_by_one, 1e-6)
+    same(whole_logits, logits, 1e-6)
+
+
+@both_families
+def test_a_state_replaced_by_an_equal_constant_takes_no_gradient(tiny: MambaTrace, tokens: Tensor) -> None:
+    """What is before it then reaches what is after it by the convolution alone."""
+    ssm = tiny.layers[0].ssm
+    with tiny.trace(tokens):
+        x = ssm.ssm_input.output
+        ssm.h[3].output = ssm.h[3].output.detach()
+        after = ssm.y.output[:, 4:].sum()
+        with after.backward():
+            gradient = x.grad.save()
+    assert not gradient[:, :4].any()
+    assert gradient[:, 4:].any()
