@@ -473,6 +473,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from mamba_trace.scan.triton import backward, kernels
 from mamba_trace.scan.triton import gated_scan, selective_states, explicit_states
+from mamba_trace.scan.dual import triton as dual, triton_kernels
 
 TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16"}
 
@@ -507,6 +508,7 @@ class Compiled:
 for module, name in (
     (kernels, "selective_kernel"), (backward, "selective_backward_kernel"),
     (kernels, "explicit_kernel"), (backward, "explicit_backward_kernel"),
+    (triton_kernels, "linear_kernel"), (triton_kernels, "linear_backward_kernel"),
 ):
     setattr(module, name, Compiled(getattr(module, name)))
 
@@ -516,6 +518,11 @@ gated_scan(x, x, A, B, B, A[:, 0], x, h)
 x.requires_grad_()
 sum(result.sum() for result in selective_states(x, x, A, B, B, h)).backward()
 sum(result.sum() for result in explicit_states(A_bar, A_bar, x, B, h)).backward()
+x, delta, B = torch.rand(1, 9, 4, 8).bfloat16(), torch.rand(1, 9, 4), torch.rand(1, 9, 2, 16)
+h = torch.rand(1, 4, 8, 16)
+dual.gated_scan(x, delta, -delta[0, 0], B, B, delta[0, 0], x, h)
+x.requires_grad_()
+sum(result.sum() for result in dual.selective_states(x, delta, -delta[0, 0], B, B, h)).backward()
 """
 
 
@@ -523,5 +530,5 @@ def test_the_kernels_compile_for_a_gpu(tmp_path: Path) -> None:
     """The interpreter takes what the compiler does not: values of changing type, for one."""
     printed = python(COMPILE, tmp_path).split("\n")
     assert set(printed) - {""} == {
-        f"{name}_kernel True" for name in ("selective", "selective_backward", "explicit", "explicit_backward")
+        f"{name}{way}_kernel True" for name in ("selective", "explicit", "linear") for way in ("", "_backward")
     }
