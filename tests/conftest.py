@@ -25,6 +25,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports Triton, which reads it then
 
 import cuda_stand_ins
+import dual_stand_ins
 from transformers import (
     AutoModelForCausalLM,
     FalconMambaConfig,
@@ -245,6 +246,7 @@ def each_backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
     """Every choice of ``kernels``: those for GPUs as stand-ins (cuda) or interpreted (triton) on the CPU."""
     if request.param == "cuda":
         cuda_stand_ins.install(monkeypatch)
+        dual_stand_ins.install(monkeypatch)
     if request.param == "triton" and torch.cuda.is_available():
         pytest.skip("Triton interprets its kernels on a CPU only where there is no GPU; see test_gpu")
     return request.param
