@@ -56,10 +56,12 @@ class Weights(Tensor):
     @staticmethod
     def __new__(cls, owner: Owner, name: str) -> Weights:
         # The view itself, for what never asks `__torch_function__`, such as ``torch.tensor`` and ``vmap``. If no
-        # view of numbers can be made, the tensor is empty, so that it can still be printed and called.
+        # view of numbers can be made, or there is no weight, the tensor is empty, so that it can still be printed
+        # and called.
         view: Tensor | None = None
-        with contextlib.suppress(CheckpointError):
-            view = owner.view(f"{name}.weight")
+        if (weight := f"{name}.weight") in owner.pieces:
+            with contextlib.suppress(CheckpointError):
+                view = owner.view(weight)
         if view is None or isinstance(view, FakeTensor):  # the latter in `model.scan`
             with unset_fake_temporarily():
                 view = torch.empty(0, device="meta")
