@@ -143,25 +143,31 @@ def patch(
 
 @app.command()
 def sites(
-    model: Annotated[str | None, typer.Option(help="Only the sites of this model: a hub id, a folder or demo.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Only the sites of this model: a hub id, a folder, demo or demo-mamba2.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """List every place that can be read or edited, in execution order, and its shape in each architecture."""
-    from .sites import AXES, FAMILIES, FAMILY_NAMES, rows
+    from .sites import AXES, FAMILY_MODELS, rows
 
-    family = None if model is None else load_model(model, "auto", quiet=True).architecture.family
-    table, families = list(rows(family)), FAMILIES if family is None else (family,)
+    models, family = FAMILY_MODELS, None
+    if model is not None:
+        architecture = load_model(model, "auto", quiet=True).architecture
+        family = architecture.family
+        models = {family: (architecture.name,)}
+    table = list(rows(family))
     if as_json:
-        shapes = [{FAMILY_NAMES[each]: row.shape(each) for each in families} for row in table]
+        shapes = [{name: row.shape(each) for each, names in models.items() for name in names} for row in table]
         content = [
             {"path": row.path, "shape": shape, "hook": row.hook, "meaning": row.meaning}
             for row, shape in zip(table, shapes, strict=True)
         ]
         typer.echo(json.dumps(content, indent=1))
         return
-    lines = [["path", *(FAMILY_NAMES[each] for each in families), "hook name", "meaning"]]
+    lines = [["path", *map(", ".join, models.values()), "hook name", "meaning"]]
     for row in table:
-        lines.append([row.path, *(row.shape(each) or "(none)" for each in families), row.hook or "(none)", row.meaning])
+        lines.append([row.path, *(row.shape(each) or "(none)" for each in models), row.hook or "(none)", row.meaning])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     for line in lines:
         typer.echo("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())

@@ -23,8 +23,8 @@ Scope = Literal["model", "block", "mixer"]
 #: Falcon-Mamba, or ``dual`` with one decay for each head, as in Mamba-2 (state space duality).
 Family = Literal["selective", "dual"]
 FAMILIES: tuple[Family, ...] = ("selective", "dual")
-#: The families in words, by the models that have them.
-FAMILY_NAMES: dict[Family, str] = {"selective": "Mamba-1", "dual": "Mamba-2"}
+#: The names of the architectures of each family, as `modeling.architectures` has them.
+FAMILY_MODELS: dict[Family, tuple[str, ...]] = {"selective": ("Mamba-1", "Falcon-Mamba"), "dual": ("Mamba-2",)}
 
 #: The parts of a mixer's forward that a fast kernel computes without ever making the values inside:
 #: ``conv`` is the convolution with its SiLU, ``scan`` the scan with softplus, D term and gate, and ``states``

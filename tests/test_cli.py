@@ -261,7 +261,7 @@ def test_info_as_json() -> None:
 
 def test_sites_lists_the_table() -> None:
     lines = run("sites").stdout.splitlines()
-    assert re.fullmatch(r"path +Mamba-1 +Mamba-2 +hook name +meaning", lines[0])
+    assert re.fullmatch(r"path +Mamba-1, Falcon-Mamba +Mamba-2 +hook name +meaning", lines[0])
     table = [re.split(r" {2,}", line) for line in lines[1 : len(SITES) + 2]]
     assert ["layers[l].ssm.conv", "B L E", "B L E", "blocks.l.hook_conv"] in [row[:4] for row in table]
     assert ["layers[l].ssm.h[p]", "B E N", "B H P N", "blocks.l.hook_h.p"] in [row[:4] for row in table]
@@ -283,6 +283,9 @@ def test_sites_of_one_model_are_those_that_it_has(tmp_path: Path) -> None:
     of_demo = json.loads(run("sites", "--model", "demo", "--json").stdout)
     assert [row["path"] for row in of_demo] == [row.path for row in rows("selective")]
     assert of_demo[-1]["shape"] == {"Mamba-1": "B L V"}
+    make_hf(model_type="falcon_mamba").save_pretrained(tmp_path)
+    lines = run("sites", "--model", str(tmp_path)).stdout.splitlines()
+    assert re.fullmatch(r"path +Falcon-Mamba +hook name +meaning", lines[0])
 
 
 def test_sites_as_json_is_in_execution_order() -> None:
@@ -291,7 +294,7 @@ def test_sites_as_json_is_in_execution_order() -> None:
     assert [name for name in names if name != "h[p]"] == [site.name for site in SITES]
     assert rows[1] == {
         "path": "layers[l].resid_pre",
-        "shape": {"Mamba-1": "B L D", "Mamba-2": "B L D"},
+        "shape": {"Mamba-1": "B L D", "Falcon-Mamba": "B L D", "Mamba-2": "B L D"},
         "hook": "blocks.l.hook_resid_pre",
         "meaning": "residual stream into the block",
     }

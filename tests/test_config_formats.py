@@ -43,7 +43,7 @@ def test_an_object_with_mamba_lens_attributes() -> None:
     [
         (
             {"ssm_cfg": {"layer": "Mamba3"}},
-            "ssm_cfg.layer is 'Mamba3', and the layers that can be loaded are 'Mamba1', 'M",
+            "ssm_cfg.layer is 'Mamba3', and the layers that can be loaded are 'Mamba1', 'Mamba2'$",
         ),
         ({"ssm_cfg": {"layer": 2}}, "ssm_cfg.layer is 2, and the layers"),
         ({"attn_layer_idx": [3]}, r"attn_layer_idx is \[3\]: some layers are attention"),

@@ -381,11 +381,11 @@ def test_a_name_that_is_none_is_refused_before_anything_runs(
 @pytest.mark.parametrize(
     ("model_type", "name", "match"),
     [
-        ("mamba", "blocks.1.hook_B_in", "^'blocks.1.hook_B_in' is not a place .* a Mamba-1: it is a site of Mamba-2; "),
-        ("falcon_mamba", "layers[1].ssm.inner_norm", "a Mamba-1: it is a site of Mamba-2; "),
-        ("mamba", "blocks.1.mixer.inner_norm.hook_in", "in TransformerLens 4 it is one of a Mamba-2; "),
-        ("mamba2", "layers[1].ssm.x_proj", "a Mamba-2: it is a module of Mamba-1; "),
-        ("mamba2", "blocks.1.mixer.hook_dt_proj", "in TransformerLens 4 it is one of a Mamba-1; "),
+        ("mamba", "blocks.1.hook_B_in", "^'blocks.1.hook_B_in' is not a place .*: it is a site of Mamba-2; "),
+        ("falcon_mamba", "layers[1].ssm.inner_norm", "a Mamba-1 or Falcon-Mamba: it is a site of Mamba-2; "),
+        ("mamba", "blocks.1.mixer.inner_norm.hook_in", "in TransformerLens 4 it is one of Mamba-2; "),
+        ("mamba2", "layers[1].ssm.x_proj", "a Mamba-2: it is a module of Mamba-1 and Falcon-Mamba; "),
+        ("mamba2", "blocks.1.mixer.hook_dt_proj", "in TransformerLens 4 it is one of Mamba-1 and Falcon-Mamba; "),
     ],
 )
 def test_a_place_of_another_architecture_is_refused_before_anything_runs(

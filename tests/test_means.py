@@ -181,7 +181,7 @@ def test_means_that_make_no_sense_are_refused_before_anything_runs(
 @pytest.mark.parametrize(
     ("kind", "site", "error", "words"),
     [
-        ("mamba", "B_conv", UnknownSiteError, "not a place of this model, a Mamba-1: it is a site of Mamba-2"),
+        ("mamba", "B_conv", UnknownSiteError, "of this model, a Mamba-1 or Falcon-Mamba: it is a site of Mamba-2"),
         ("falcon_mamba", "hook_inner_norm", UnknownSiteError, "it is a site of Mamba-2"),
         (DUAL[1], "A", SiteValueError, r"A \[H heads\] is the same for every prompt"),
     ],

@@ -168,6 +168,13 @@ def test_a_config_of_another_architecture(tmp_path: Path, model_type: str, save:
     assert f"give a config of model_type '{model_type}'" in words
 
 
+def test_one_architecture_named_as_another(tmp_path: Path) -> None:
+    """Said before transformers looks at fields that the one has and the other has not."""
+    family_model("mamba").save_pretrained(tmp_path)
+    edit(tmp_path, model_type="mamba2")
+    assert "says model_type 'mamba2', and architectures MambaForCausalLM, which is a Mamba-1" in refused(tmp_path)
+
+
 @pytest.mark.parametrize(("one", "other"), [("falcon_mamba", "mamba"), ("mamba", "falcon_mamba")])
 def test_a_broken_config_still_says_which_architecture(tmp_path: Path, one: str, other: str) -> None:
     """config= takes the place of the broken one, and nothing in the weights tells the two apart."""

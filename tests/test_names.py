@@ -217,10 +217,10 @@ def test_a_bridge_name_without_a_family_is_that_of_whichever_has_it():
 )
 def test_names_of_x_proj_and_dt_proj_are_none_of_mamba_2(name):
     assert to_path(f"blocks.0.mixer.{name}", "selective")
-    said = rf"'blocks.0.mixer.{name}' is not a place of this model, a Mamba-2: in TransformerLens 4 .* of a Mamba-1;"
+    said = rf"'blocks.0.mixer.{name}' is not a place of this model, a Mamba-2: .* of Mamba-1 and Falcon-Mamba;"
     with pytest.raises(UnknownSiteError, match=said):
         to_path(f"blocks.0.mixer.{name}", "dual")
-    with pytest.raises(UnknownSiteError, match="a Mamba-1: in TransformerLens 4 it is one of a Mamba-2; "):
+    with pytest.raises(UnknownSiteError, match="or Falcon-Mamba: in TransformerLens 4 it is one of Mamba-2; "):
         to_path("blocks.0.mixer.inner_norm.hook_in", "selective")
 
 
@@ -228,11 +228,12 @@ def test_names_of_x_proj_and_dt_proj_are_none_of_mamba_2(name):
 def test_a_name_that_the_family_lacks_says_which_models_have_it(name):
     assert to_path(name) == to_path(name, "dual")
     for function in (to_path, to_hook_name, to_bridge_name):
-        with pytest.raises(UnknownSiteError, match="of this model, a Mamba-1: it is a site of Mamba-2; ") as error:
+        said = "of this model, a Mamba-1 or Falcon-Mamba: it is a site of Mamba-2; "
+        with pytest.raises(UnknownSiteError, match=said) as error:
             function(name, "selective")
         assert str(error.value).startswith(repr(name))
     for path in ("layers[0].ssm.x_proj", "layers.0.ssm.dt_proj.output"):
-        with pytest.raises(UnknownSiteError, match="of this model, a Mamba-2: it is a module of Mamba-1; "):
+        with pytest.raises(UnknownSiteError, match="a Mamba-2: it is a module of Mamba-1 and Falcon-Mamba; "):
             to_path(path, "dual")
 
 
@@ -329,7 +330,7 @@ def test_the_model_decides_what_a_bridge_name_means(tiny, tiny_hf):
     assert dual.hook(name) is dual.layers[1].ssm.inner_norm
     falcon = MambaTrace(tiny_hf(model_type="falcon_mamba"))
     assert falcon.hook(name) is falcon.layers[1].ssm.after_skip
-    with pytest.raises(UnknownSiteError, match="of this model, a Mamba-2: in TransformerLens 4 it is one of a Mamba-1"):
+    with pytest.raises(UnknownSiteError, match="a Mamba-2: in TransformerLens 4 it is one of Mamba-1 and Falcon-Mamba"):
         dual.hook("blocks.1.mixer.x_proj.hook_in")
 
 

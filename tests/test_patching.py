@@ -291,7 +291,8 @@ def test_unknown_sites_are_refused_with_the_nearest(demo: MambaTrace, metric: Me
 def test_sites_of_another_architecture_are_refused(tiny: MambaTrace, make: Callable[..., Any]) -> None:
     for site in ("B_in", "hook_C_conv", "inner_norm"):
         said = refusal(UnknownSiteError, lambda site=site: make(tiny, OURS, THEIRS, site, logit(tiny, 3)))
-        assert said.startswith(f"{site!r} is not a place of this model, a Mamba-1: it is a site of Mamba-2; ")
+        model = "this model, a Mamba-1 or Falcon-Mamba"
+        assert said.startswith(f"{site!r} is not a place of {model}: it is a site of Mamba-2; ")
     said = refusal(UnknownSiteError, lambda: make(tiny, OURS, THEIRS, "B_inn", logit(tiny, 3)))
     assert "did you mean" in said
     assert "B_in" not in said.replace("B_inn", "")

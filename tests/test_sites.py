@@ -24,8 +24,8 @@ from torch import Tensor
 import mamba_trace
 from mamba_trace import MambaTrace, names
 from mamba_trace.errors import SiteValueError
-from mamba_trace.modeling.architectures import axis_sizes
-from mamba_trace.sites import BY_NAME, SITES, rows, site_named, walk
+from mamba_trace.modeling.architectures import ARCHITECTURES, axis_sizes
+from mamba_trace.sites import BY_NAME, FAMILY_MODELS, SITES, rows, site_named, walk
 
 N_LAYERS = 3
 
@@ -756,3 +756,8 @@ def test_gradients_of_what_transformerlens_has(tiny, tokens, place):
 def test_a_site_has_its_name_and_its_hooks() -> None:
     assert site_named("y") is site_named("hook_y") is BY_NAME["y"]
     assert site_named("blocks.1.hook_y") is site_named(5) is None
+
+
+def test_each_family_has_the_architectures_that_say_so() -> None:
+    found = [(architecture.family, architecture.name) for architecture in ARCHITECTURES]
+    assert found == [(family, name) for family, names in FAMILY_MODELS.items() for name in names]

@@ -529,6 +529,8 @@ def test_what_mamba2_lacks_and_mamba_lacks(mamba2: MambaTrace, tiny: MambaTrace)
     for action in (
         lambda: mamba2.blocks[0].W_delta_2.weight,
         lambda: mamba2.blocks[0].W_delta_2 * 2,
+        lambda: mamba2.blocks[0].W_delta_2.shape,
+        lambda: mamba2.blocks[0].W_delta_2.T,
         lambda: setattr(mamba2.blocks[0], "W_delta_2", torch.zeros(H, H)),
     ):
         with pytest.raises(UnknownSiteError, match=r"W_delta_2 has no weight in Mamba-2: it adds its bias"):

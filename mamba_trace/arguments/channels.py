@@ -174,8 +174,8 @@ def head_numbers(heads: Indices, sizes: dict[str, int], asked: str = "") -> list
     """
     if "H" not in sizes:
         raise SiteValueError(
-            f"{asked}heads={heads!r}: a mixer of Mamba-1 has 0 heads, and a delta for each channel: give channels=, "
-            f"which count along E (d_inner), of size {sizes['E']}"
+            f"{asked}heads={heads!r}: a mixer of Mamba-1 or Falcon-Mamba has 0 heads, and a delta for each channel: "
+            f"give channels=, which count along E (d_inner), of size {sizes['E']}"
         )
     counted = f"Heads count along H (heads), of size {sizes['H']}, each of {sizes['P']} channels"
     return chosen_indices(heads, sizes["H"], lambda reason: SiteValueError(f"{asked}heads={reason}. {counted}"))

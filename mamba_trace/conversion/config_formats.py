@@ -26,7 +26,7 @@ from ..errors import CheckpointError
 from ..modeling.architectures import BY_TYPE, Architecture
 from .checkpoint_index import decoded
 from .config_fields import FORMATS, MOST_LAYERS, REQUIRED, Config, KeyPath, architecture_in, fields_of
-from .config_refusals import check_types, heads_of, reject
+from .config_refusals import check_types, heads_of, reject, reject_another_class
 
 MODEL_TYPES = ", ".join(map(repr, BY_TYPE))
 EXPECTED = (
@@ -90,7 +90,9 @@ def huggingface(raw: Config) -> PreTrainedConfig:
     layers = declared_layers(raw)
     if layers > MOST_LAYERS:
         raise CheckpointError(f"the configuration declares {layers} layers; at most {MOST_LAYERS} are built")
-    config_class = architecture_in("huggingface", raw).config_class
+    architecture = architecture_in("huggingface", raw)
+    reject_another_class(raw, architecture)  # first: the fields of one often make no sense in the other
+    config_class = architecture.config_class
     try:
         return config_class.from_dict(raw)
     except Exception as error:  # an unknown dtype is an AttributeError, other faults a KeyError or TypeError

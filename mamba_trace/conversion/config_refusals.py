@@ -106,8 +106,8 @@ def _only(architecture: Architecture) -> str:
     return f"only {architecture.name} with RMSNorm, as Hugging Face's {model} has it, is supported"
 
 
-def _reject_huggingface(raw: Config, architecture: Architecture) -> None:
-    """Raise for an activation or a dtype that does not exist, and for another architecture's class."""
+def reject_another_class(raw: Config, architecture: Architecture) -> None:
+    """Raise for a Hugging Face configuration that names another architecture's class."""
     for other in ARCHITECTURES:
         if other is not architecture and other.model_class.__name__ in (raw.get("architectures") or ()):
             raise CheckpointError(
@@ -115,6 +115,11 @@ def _reject_huggingface(raw: Config, architecture: Architecture) -> None:
                 f"{other.model_class.__name__}, which is a {other.name}. The weights of one, loaded as the other, "
                 f"compute something else: correct the one of the two that is wrong"
             )
+
+
+def _reject_huggingface(raw: Config, architecture: Architecture) -> None:
+    """Raise for an activation or a dtype that does not exist, and for another architecture's class."""
+    reject_another_class(raw, architecture)
     act, dtype = raw.get("hidden_act", "silu"), raw.get("dtype")
     if not isinstance(act, str) or act not in ACT2FN:
         raise CheckpointError(
@@ -131,7 +136,8 @@ def _beyond(raw: Config, architecture: Architecture) -> str | None:
     ssm, model_type = raw.get("ssm_cfg") or {}, architecture.model_type
     layer = layer_in(raw)
     if not isinstance(layer, str) or layer not in LAYERS:
-        return f"ssm_cfg.layer is {layer!r}, and the layers that can be loaded are {', '.join(map(repr, LAYERS))}"
+        known = ", ".join(map(repr, LAYERS))  # of more than one architecture
+        raise CheckpointError(f"ssm_cfg.layer is {layer!r}, and the layers that can be loaded are {known}")
     if raw.get("attn_layer_idx"):
         return f"attn_layer_idx is {raw['attn_layer_idx']!r}: some layers are attention"
     if raw.get("d_intermediate"):

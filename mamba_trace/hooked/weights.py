@@ -124,7 +124,8 @@ class Weights(Tensor):
         return F.linear(x, owner.rows(name), owner.rows(bias) if owner.has(bias) else None)
 
     def __getattr__(self, name: str) -> Any:
-        if name == "weight":  # Python asks here where the property of that name has raised
+        # Python asks here where the property of that name has raised: weight, or what a tensor takes from it.
+        if f"{self._name}.weight" not in self._owner.pieces:
             raise _weightless(self._owner, self._name)
         held = next(full for full in self._owner.pieces if full.startswith(f"{self._name}."))
         path = public_path(self._owner.envoy(held).path).removeprefix("model.")

@@ -30,7 +30,7 @@ from ..sites import (
     BY_HOOK,
     BY_MODULE,
     BY_NAME,
-    FAMILY_NAMES,
+    FAMILY_MODELS,
     MODULE_PREFIX,
     NATIVE_MODULES,
     SITES,
@@ -225,7 +225,7 @@ def to_bridge_name(path: str, family: Family | None = None) -> str:
     in_layer = place.layer is not None
     same = name_of(place.path.removeprefix(f"layers[{place.layer}]."), in_layer, family)
     if same is None:
-        of_model = "" if family is None else f" of a {FAMILY_NAMES[family]}"
+        of_model = "" if family is None else f" of {models_of([family])}"
         raise UnknownSiteError(f"{place.path} has no name in TransformerLens 4's Mamba bridge{of_model}")
     return (f"blocks.{place.layer}." if in_layer else "") + same
 
@@ -256,7 +256,7 @@ def _parsed(name: str, family: Family | None) -> Place:
         in_block = _BLOCK_HOOK.fullmatch(stripped)
         others = families_of_name(in_block[2]) if in_block else ()
         if family is not None and others:
-            raise _not_of(family, name, f": in TransformerLens 4 it is one of a {models_of(others)}")
+            raise _not_of(family, name, f": in TransformerLens 4 it is one of {models_of(others)}")
         raise UnknownSiteError(f"no site is called {name!r}{_suggest(stripped, family)}")
     return place if family is None else check_family(place, family, name)
 
@@ -355,8 +355,9 @@ def check_family(place: Place, family: Family, name: str) -> Place:
 
 
 def _not_of(family: Family, name: str, why: str) -> UnknownSiteError:
+    model = " or ".join(FAMILY_MODELS[family])
     return UnknownSiteError(
-        f"{name!r} is not a place of this model, a {FAMILY_NAMES[family]}{why}; `mamba-trace sites` lists them all"
+        f"{name!r} is not a place of this model, a {model}{why}; `mamba-trace sites` lists them all"
     )
 
 

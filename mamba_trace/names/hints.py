@@ -6,7 +6,7 @@ import difflib
 import re
 from collections.abc import Iterable
 
-from ..sites import BY_NAME, FAMILY_NAMES, LACKED_MODULES, Family
+from ..sites import BY_NAME, FAMILIES, FAMILY_MODELS, LACKED_MODULES, Family
 
 #: Parts of the names of a transformer's places that no name of a Mamba's place has.
 OF_A_TRANSFORMER = re.compile(
@@ -37,7 +37,7 @@ def lacked(name: str) -> str:
 def families_of(name: str) -> tuple[Family, ...]:
     """The families whose mixers have the site or the inner module of this name; all for any other name."""
     site = BY_NAME.get(name)
-    return tuple(f for f in FAMILY_NAMES if name not in LACKED_MODULES[f] and (site is None or f in site.families))
+    return tuple(f for f in FAMILIES if name not in LACKED_MODULES[f] and (site is None or f in site.families))
 
 
 def of_another_family(name: str) -> str:
@@ -47,12 +47,16 @@ def of_another_family(name: str) -> str:
     ': it is a site of Mamba-2'
     """
     families = families_of(name)
-    if len(families) == len(FAMILY_NAMES):
+    if len(families) == len(FAMILIES):
         return ""
     what = "a site" if name in BY_NAME else "a module"
     return f": it is {what} of {models_of(families)}"
 
 
 def models_of(families: Iterable[Family]) -> str:
-    """Families in words, by the models that have them."""
-    return " and ".join(FAMILY_NAMES[family] for family in families)
+    """Families in words, by the models that have them.
+
+    >>> models_of(["selective"])
+    'Mamba-1 and Falcon-Mamba'
+    """
+    return " and ".join(name for family in families for name in FAMILY_MODELS[family])
