@@ -261,7 +261,7 @@ def test_bridge_names_and_paths_are_inverse(family):
     assert to_bridge_name("blocks.3.hook_delta_2") == "blocks.3.mixer.dt_proj.hook_out"
     gone = {"selective": ["skip", "ssm_output"], "dual": ["delta_1", "delta_2", "ssm_input", "after_skip"]}[family]
     for place in ("h[3]", "h", "A_bar", *gone):
-        with pytest.raises(UnknownSiteError, match=r"has no name in TransformerLens 4's Mamba bridge of a Mamba-"):
+        with pytest.raises(UnknownSiteError, match=r"has no name in TransformerLens 4's Mamba bridge of Mamba-"):
             to_bridge_name(f"layers[0].ssm.{place}", family)
 
 
