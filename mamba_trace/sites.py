@@ -280,7 +280,7 @@ def rows(family: Family | None = None) -> Iterator[Row]:
     Args:
         family: leave out the rows that this family lacks.
 
-    >>> states = [row for row in rows() if "ssm.h" in row.path and "start" not in row.path]
+    >>> states = [row for row in rows() if row.path.endswith((".h", ".h[p]"))]
     >>> [(row.path, row.shape("selective"), row.hook) for row in states]
     [('layers[l].ssm.h[p]', 'B E N', 'blocks.l.hook_h.p'), ('layers[l].ssm.h', 'B L E N', None)]
     """
