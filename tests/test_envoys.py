@@ -13,7 +13,7 @@ import pickle
 import pytest
 import torch
 from by_hand import by_hand, same
-from conftest import MAMBA_SITES
+from conftest import MAMBA_SITES, make_hf
 from nnsight.intervention.envoy import Envoy
 from nnsight.intervention.eproperty import eproperty
 from transformers.models.mamba.modeling_mamba import MambaMixer
@@ -95,6 +95,22 @@ def test_print_shows_every_site_with_its_shape(tiny):
         assert shape in text
     assert "hook_conv" in repr(tiny.layers[0].ssm)
     assert repr(tiny.layers[2].ssm.h[-3]) == "layers[2].ssm.h[-3]: state [B,E,N] after token -3"
+
+
+def test_both_names_of_a_site_are_shown():
+    """inner_norm is Hugging Face's norm: whoever prints the mixer, or completes its names, finds it."""
+    model = MambaTrace(make_hf(model_type="mamba2"))
+    ssm = model.layers[1].ssm
+    assert "(inner_norm/norm): HookableMamba2RMSNormGated()" in repr(ssm)
+    assert "inner_norm" in dir(ssm)
+    assert "inner_norm" not in dir(model.layers[1])
+    assert "inner_norm" not in dir(MambaTrace(make_hf()).layers[1].ssm)
+    ssm._module.norm = torch.nn.Identity()
+    with model.trace(torch.ones(1, 3, dtype=torch.long)):
+        value = ssm.inner_norm.output.save()
+    assert value.shape == (1, 3, 24)
+    assert "(inner_norm/norm): Identity()" in repr(ssm)
+    assert repr(copy.deepcopy(model).layers[1].ssm) == repr(ssm)
 
 
 def test_describe_axes():

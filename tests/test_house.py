@@ -7,6 +7,7 @@ not import it in turn. Imports for type checking alone, and those inside functio
 from __future__ import annotations
 
 import ast
+import doctest
 import importlib
 from collections import Counter
 from collections.abc import Iterator
@@ -182,3 +183,9 @@ def test_only_the_adapters_and_the_conversion_read_sizes_from_a_configuration() 
         if ast.unparse(node.value).endswith(("config", "cfg"))
     ]
     assert not elsewhere
+
+
+@pytest.mark.parametrize("module", sorted(name for name, path in MODULES.items() if "    >>> " in path.read_text()))
+def test_the_examples_of_the_docstrings(module: str) -> None:
+    result = doctest.testmod(importlib.import_module(f"{PACKAGE}.{module}" if module else PACKAGE))
+    assert result.failed == 0

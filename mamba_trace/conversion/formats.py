@@ -87,6 +87,7 @@ def convert_config(
 def residuals_per_layer(config: Any) -> int:
     """The initialisation setting n_residuals_per_layer, which MambaConfig has no field for; 1 if not set.
 
+    >>> from transformers import MambaConfig
     >>> residuals_per_layer(MambaConfig())
     1
     """
@@ -96,6 +97,7 @@ def residuals_per_layer(config: Any) -> int:
 def unnamed_settings(config: Any) -> Config:
     """The settings of the initialisation that Hugging Face's configurations have no field for, by their names.
 
+    >>> from transformers import Mamba2Config
     >>> unnamed_settings(Mamba2Config())["A_init_range"]
     (1.0, 16.0)
     """

@@ -66,6 +66,7 @@ def all_shapes(architecture: Architecture, sizes: Mapping[str, int], flags: Any,
 def expected_shapes(config: Any) -> Shapes:
     """Every parameter of the model of a configuration, by its Hugging Face name, lm_head included.
 
+    >>> from transformers import MambaConfig
     >>> expected_shapes(MambaConfig(num_hidden_layers=1))["backbone.norm_f.weight"]
     (768,)
     """

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from nnsight.intervention.envoy import Envoy
+from torch import nn
 
 from ..errors import PositionError, SiteValueError, UnknownSiteError
 from ..names import NATIVE_MODULES, layer_index
@@ -185,6 +186,15 @@ class MixerEnvoy(BlockEnvoy):
         if site is not None and site.module in BY_MODULE and site.module in self.__dict__.get("_child_map", ()):
             return self._child_map[site.module]  # ``inner_norm``, which Hugging Face calls ``norm``
         return super().__getattr__(name)
+
+    def __dir__(self) -> list[str]:
+        return [*super().__dir__(), *(site.name for module, site in BY_MODULE.items() if module in self._child_map)]
+
+    def _wrap_envoy(self, name: str, module: nn.Module) -> Envoy:
+        envoy = super()._wrap_envoy(name, module)
+        if name in BY_MODULE:
+            self._aliases[BY_MODULE[name].name] = name  # so that both names are printed
+        return envoy
 
 
 class SkipEnvoy(SiteEnvoy):
