@@ -190,7 +190,7 @@ def info(
     loaded = load_model(model, kernels, quiet=True)
     with torch.no_grad(), loaded.trace(prompt):
         loaded.lm_head.output.save()
-    backends, run = availability(), loaded.last_run
+    backends, run = availability(loaded.architecture.family), loaded.last_run
     if as_json:
         content = {"kernels": list(map(asdict, backends)), "layers": list(map(asdict, run.layers))}
         typer.echo(json.dumps(content, indent=1))

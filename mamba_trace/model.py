@@ -126,7 +126,7 @@ class MambaTrace(HookedRuns, LensViews, Tokens, Loading, RootEnvoy):
 
     @kernels.setter
     def kernels(self, kernels: str) -> None:
-        self._kernels = check(kernels)
+        self._kernels = check(kernels, self.architecture.family)
         self._follow()
         for layer in self.layers:
             layer.ssm._module.kernels = kernels
