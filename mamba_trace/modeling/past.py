@@ -47,11 +47,11 @@ class StartingStates:
         self.places.append(torch.arange(len(state), device=state.device))
 
     def convolution(self, layer: int) -> Tensor:
-        """The columns before the call [B,E,K]."""
+        """The columns before the call [B,channels,K]."""
         return self.columns[layer][self.places[layer]]
 
     def state(self, layer: int) -> Tensor:
-        """The state before the call [B,E,N]."""
+        """The state before the call [B,...,N]."""
         return self.states[layer][self.places[layer]]
 
 
@@ -121,13 +121,13 @@ class PastStates:
         return mask != 0
 
     def _columns(self) -> Tensor | None:
-        """The columns before this call [B,E,K], or ``None``."""
+        """The columns before this call [B,channels,K], or ``None``."""
         if self.fixed is not None:
             return self.fixed.convolution(self.layer)
         return None if self.cache is None else self.cache.get_conv_state(self.layer, state_idx=0)
 
     def convolution(self, x_in: Tensor) -> tuple[Tensor, Tensor | None]:
-        """What the convolution takes: this call's columns [B,L,E], and those before them [B,E,K] or ``None``.
+        """What the convolution takes: this call's columns [B,L,channels], and those before [B,channels,K] or ``None``.
 
         The cache then holds the last K up to now.
         """
@@ -141,14 +141,14 @@ class PastStates:
             self._update(own.transpose(1, 2))
             return x_in, before
         # In every decode step, where einops would take as long as the copy itself.
-        columns = (x_in if self.mask is not None else x_in[:, -self.kernel :]).transpose(1, 2)  # [B,E,l]
+        columns = (x_in if self.mask is not None else x_in[:, -self.kernel :]).transpose(1, 2)  # [B,channels,l]
         if before is not None:
             columns = torch.cat((before.to(columns.dtype), columns), dim=-1)
         self.keep_columns(columns)
         return x_in, before
 
     def keep_columns(self, columns: Tensor) -> None:
-        """Store the last K of the columns [B,E,L] or [B,E,K+L] that the convolution sees, edits included."""
+        """Store the last K columns, of [B,channels,L] or [B,channels,K+L] that the convolution sees, edits included."""
         if self.cache is not None and not self.cache.is_recording_past(self.layer):
             self._update(last_columns(columns, self.mask, self.kernel))
 
@@ -156,7 +156,7 @@ class PastStates:
         self.cache.update_conv_state(columns, self.layer, conv_kernel_size=self.kernel)
 
     def state(self) -> Tensor | None:
-        """The cached state to start from [B,E,N], or ``None`` for zeros."""
+        """The cached state to start from [B,...,N], or ``None`` for zeros."""
         if self.fixed is not None:
             return self.fixed.state(self.layer)
         if self.cache is not None:
@@ -166,7 +166,7 @@ class PastStates:
         return None
 
     def shared(self) -> SharedStates | None:
-        """What `state` takes the states of a call from that starts in the middle of a prompt, else ``None``."""
+        """The states that the rows of a call start from in the middle of a prompt; ``None`` in any other call."""
         return (
             None if self.fixed is None else SharedStates(self.fixed.states[self.layer], self.fixed.places[self.layer])
         )
@@ -220,7 +220,7 @@ def seen_by(conv1d: nn.Module, mask: Tensor | None, kernel: int) -> Iterator[lis
         kernel: how many columns of a cache come before the call's, 0 for none.
 
     Yields:
-        A list that holds the columns [B,E,kernel+L] once the module was called.
+        A list that holds the columns [B,channels,kernel+L] once the module was called.
     """
     real = mask
     if mask is not None and kernel:
@@ -251,7 +251,7 @@ def seen_by(conv1d: nn.Module, mask: Tensor | None, kernel: int) -> Iterator[lis
 
 
 def next_to_the_past(x_in: Tensor, mask: Tensor | None, before: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """x_in [B,L,E] and the columns before it [B,E,K], with those right before the first token of each row.
+    """x_in [B,L,channels] and the columns before it [B,channels,K], those right before the first token of each row.
 
     Padding that stands between them changes places with them; tokens stay where they are.
     """
@@ -275,10 +275,10 @@ def moved_next_to_the_past(before: Tensor, after: Tensor, mask: Tensor) -> Tenso
 
 
 def last_columns(columns: Tensor, mask: Tensor | None, kernel: int) -> Tensor:
-    """The last ``kernel`` columns [B,E,K] up to the last token of each row; zeros where there are fewer.
+    """The last ``kernel`` columns [B,channels,K] up to the last token of each row; zeros where there are fewer.
 
     Args:
-        columns: [B,E,n], those of the call and what came before them, with no padding between.
+        columns: [B,channels,n], those of the call and what came before them, with no padding between.
         mask: of the call's L columns, which are the last of ``columns`` [B,L], or ``None``.
         kernel: the width K of the convolution.
     """
