@@ -49,7 +49,10 @@ def test_an_object_with_mamba_lens_attributes() -> None:
         ({"attn_layer_idx": [3]}, r"attn_layer_idx is \[3\]: some layers are attention"),
         ({"d_intermediate": 64}, "d_intermediate is 64: the blocks have an MLP"),
         ({"rms_norm": False}, "rms_norm is False: the norms are LayerNorm"),
-        ({"ssm_cfg": {"headdim": 64}}, "options that Mamba-1 does not have: headdim"),
+        (
+            {"ssm_cfg": {"headdim": 64}},
+            "Mamba-1 does not have: headdim. A Mamba-2 has them: ssm_cfg.layer, 'Mamba1' here",
+        ),
         ({"ssm_cfg": {"dt_init": "zero"}}, "dt_init must be 'random' or 'constant', found 'zero'"),
         ({"ssm_cfg": {"d_state": 0}}, "ssm_cfg.d_state must be a whole number of at least 1, found 0"),
         (

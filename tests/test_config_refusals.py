@@ -49,7 +49,11 @@ def ssm(**options: Any) -> dict[str, Any]:
         (ssm(D_has_hdim=True), "ssm_cfg.D_has_hdim is True: D has a number for each channel"),
         (ssm(d_ssm=1024), "ssm_cfg.d_ssm is 1024, but expand * d_model is 1536: a part of the mixer is an MLP" + ONLY),
         (ssm(process_group=3), "ssm_cfg.process_group is 3: the weights are spread over several processes" + ONLY),
-        (ssm(dt_rank=4), "ssm_cfg has options that Mamba-2 does not have: dt_rank" + ONLY),
+        (
+            ssm(dt_rank=4),
+            "Mamba-2 does not have: dt_rank. A Mamba-1 has them: ssm_cfg.layer, 'Mamba2' here and 'Mamba1'",
+        ),
+        (ssm(dt_rank=4, activation=1), "ssm_cfg has options that Mamba-2 does not have: activation, dt_rank" + ONLY),
         ({"norm_epsilon": 1e-6}, "norm_epsilon is 1e-06, and the mixer's own norm keeps an epsilon of 1e-05" + ONLY),
         (ssm(headdim=60), "ssm_cfg.headdim is 60, and a Mamba-2 of width 1536 (expand times d_model) has no whole"),
         (ssm(ngroups=5), "ssm_cfg.ngroups is 5, and the 24 heads cannot be divided into such groups"),

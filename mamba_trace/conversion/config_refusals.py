@@ -150,7 +150,16 @@ def _beyond(raw: Config, architecture: Architecture) -> str | None:
     if model_type == "mamba2" and (problem := _beyond_mamba2(raw, ssm)):
         return problem
     unknown = sorted(map(str, ssm.keys() - ssm_options(architecture)))
-    return f"ssm_cfg has options that {architecture.name} does not have: {', '.join(unknown)}" if unknown else None
+    if not unknown:
+        return None
+    problem = f"ssm_cfg has options that {architecture.name} does not have: {', '.join(unknown)}"
+    for other in ARCHITECTURES:
+        if "original" in other.formats and set(unknown) <= ssm_options(other):
+            raise CheckpointError(
+                f"{problem}. A {other.name} has them: ssm_cfg.layer, {layer!r} here and 'Mamba1' where it is left out, "
+                f"says which of the two it is"
+            )
+    return problem
 
 
 def _beyond_mamba2(raw: Config, ssm: Config) -> str | None:
