@@ -37,7 +37,11 @@ NEW = [
     (
         'Site("h_read", "mixer"',
         'Site("raw_y", "mixer", "BLE", "hook_raw_y", "C h", stage="scan", alias=True)',
-        ("mixer", 'offer("y", y)', 'offer("y", offer("raw_y", y))'),
+        (
+            "mixer",
+            'offer("y", self.by_channel(joined(pieces)))',
+            'offer("y", offer("raw_y", self.by_channel(joined(pieces))))',
+        ),
     ),
     (
         'Site("out_proj", "mixer"',

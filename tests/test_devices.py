@@ -6,6 +6,7 @@ that of the undivided model. Models that are split over devices are in test_spli
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import pytest
 import torch
 from accelerate import cpu_offload, disk_offload, dispatch_model
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_submodules
-from conftest import LENGTH, N_LAYERS, SIZES, agree, make_hf
+from conftest import LENGTH, MAMBA_SITES, N_LAYERS, SIZES, agree, make_hf
 from nnsight.intervention.source import Controller
 from torch import Tensor, nn
 
@@ -24,7 +25,6 @@ from mamba_trace.errors import CheckpointError
 from mamba_trace.flow import knockout
 from mamba_trace.lenses import logit_lens, state_lens
 from mamba_trace.patching import attribution_grid, patch_grid
-from mamba_trace.sites import SITES
 from mamba_trace.tracing.placement import check_weights, full_device_map, input_device
 
 pytestmark = pytest.mark.filterwarnings("ignore:no tokenizer", "ignore:The following device_map keys")
@@ -147,7 +147,7 @@ def sites_of(model: MambaTrace) -> Iterator[Any]:
     """The envoy of every site of the model, in execution order."""
     yield model.embeddings
     for layer in model.layers:
-        for site in SITES:
+        for site in MAMBA_SITES:
             if site.scope != "model":
                 yield getattr(layer if site.scope == "block" else layer.ssm, site.name)
     yield model.norm_f
@@ -171,6 +171,18 @@ def test_every_site_of_every_layer(placed, whole, tokens):
     assert len(found) == len(expected) > N_LAYERS * 20
     for one, other in zip(found, expected, strict=True):
         agree(one, other, 1e-6)
+
+
+@pytest.mark.parametrize("place", [dispatch, to_memory, to_disk], ids=lambda place: place.__name__)
+@pytest.mark.parametrize("model_type", ["falcon_mamba", "mamba2"])
+def test_every_value_of_the_other_architectures(model_type, place, tokens, tmp_path):
+    module = make_hf(model_type=model_type)
+    _, expected = MambaTrace(copy.deepcopy(module)).run_with_cache(tokens)
+    place(module, tmp_path)
+    _, found = MambaTrace(module).run_with_cache(tokens)
+    assert list(found) == list(expected)
+    for name in expected:
+        agree(found[name], expected[name], 1e-6)
 
 
 @pytest.mark.parametrize("name", ["conv", "A_bar", "h_start"])

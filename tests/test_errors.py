@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 import torch
+from by_hand import by_hand, same
+from conftest import MAMBA_SITES
 from nnsight.intervention.interleaver import OutOfOrderError
-from test_sites import by_hand, same
 from torch import Tensor
 
 from mamba_trace import MambaTrace
@@ -28,10 +29,9 @@ from mamba_trace.errors import (
     UnknownSiteError,
 )
 from mamba_trace.patching import logit_diff
-from mamba_trace.sites import SITES
 from mamba_trace.tracing import SiteOrderError
 
-PATHS = [site.path(1) for site in SITES] + ["layers[1].ssm.h[3]", "layers[1].ssm.h[-2]"]
+PATHS = [site.path(1) for site in MAMBA_SITES] + ["layers[1].ssm.h[3]", "layers[1].ssm.h[-2]"]
 
 
 @pytest.fixture(autouse=True)
@@ -84,7 +84,7 @@ def test_an_unknown_site_suggests_the_nearest(tiny, place, name, suggestion):
 def test_an_unknown_site_lists_what_there_is(tiny):
     with pytest.raises(UnknownSiteError) as error:
         _ = tiny.layers[0].ssm.zzz
-    for site in SITES:
+    for site in MAMBA_SITES:
         if site.scope == "mixer":
             assert site.name in str(error.value)
     assert "layers[0].ssm" in str(error.value)

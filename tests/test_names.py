@@ -8,11 +8,11 @@ from pathlib import Path
 import nnsight
 import pytest
 import torch
+from by_hand import by_hand, same
 from conftest import near, pair
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
-from test_sites import by_hand, same
 
 from mamba_trace import MambaTrace, names
 from mamba_trace.errors import PositionError, UnknownSiteError

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 from accelerate import dispatch_model
-from conftest import N_LAYERS, SIZES, agree, make_hf
+from conftest import MAMBA_SITES, N_LAYERS, SIZES, agree, make_hf
 from device_stand_ins import StandInDevices, move
 from torch import Tensor
 
@@ -19,7 +19,6 @@ from mamba_trace.errors import SiteValueError
 from mamba_trace.flow import knockout
 from mamba_trace.lenses import logit_lens, state_lens
 from mamba_trace.patching import attribution_grid, patch_grid
-from mamba_trace.sites import SITES
 
 FIRST, SECOND = "maia:0", "maia:1"
 E, N = 24, SIZES["state_size"]
@@ -82,7 +81,7 @@ def test_tensors_of_two_devices_cannot_meet():
 
 
 def test_every_site_is_on_the_device_of_its_layer(split, whole, tokens):
-    names = [site.name for site in SITES if site.scope == "mixer"]
+    names = [site.name for site in MAMBA_SITES if site.scope == "mixer"]
     values: dict[MambaTrace, list[list[Tensor]]] = {split: [], whole: []}
     for model, found in values.items():
         with torch.no_grad(), model.trace(tokens):

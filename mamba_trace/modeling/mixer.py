@@ -251,8 +251,8 @@ class HookableMixer(nn.Module):
         self.last_run.reasons.append(f"{wanted} is wanted{edited}")
         pieces, h = Stretches(offer, parameters.recurrence(self.kernels), h).run()
         del parameters  # and with it delta, which makes room for what follows
-        y = self.by_channel(joined(pieces))  # [B,L,E]
-        ssm_output = offer("ssm_output", self.with_D(offer("y", y), x))  # [B,L,E]
+        # y has no name here, so that it is given up where ssm_output is made of it.
+        ssm_output = offer("ssm_output", self.with_D(offer("y", self.by_channel(joined(pieces))), x))  # [B,L,E]
         return F.silu(skip.to(ssm_output.dtype)).mul_(ssm_output), h
 
     def fused(

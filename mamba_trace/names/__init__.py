@@ -347,6 +347,9 @@ def check_family(place: Place, family: Family, name: str) -> Place:
 
     Raises:
         UnknownSiteError: if they do not, with ``name``, as which the user asked for it.
+
+    >>> check_family(parse("blocks.0.hook_B_in"), "dual", "blocks.0.hook_B_in").path
+    'layers[0].ssm.B_in'
     """
     own = place.native if place.site is None else place.site.name
     if family in families_of(str(own)):

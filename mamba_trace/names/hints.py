@@ -35,7 +35,11 @@ def lacked(name: str) -> str:
 
 
 def families_of(name: str) -> tuple[Family, ...]:
-    """The families whose mixers have the site or the inner module of this name; all for any other name."""
+    """The families whose mixers have the site or the inner module of this name; all for any other name.
+
+    >>> families_of("x_proj")
+    ('selective',)
+    """
     site = BY_NAME.get(name)
     return tuple(f for f in FAMILIES if name not in LACKED_MODULES[f] and (site is None or f in site.families))
 
