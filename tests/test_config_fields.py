@@ -9,7 +9,16 @@ from configurations import MAMBA_130M, MAMBA_LENS, plain
 from transformers import MambaConfig
 
 from mamba_trace.conversion import SOURCE_KEY, convert_config, residuals_per_layer
-from mamba_trace.conversion.config_fields import FIELDS, LENS_ALIASES, N_RESIDUALS, REQUIRED, Field
+from mamba_trace.conversion.config_fields import (
+    FIELDS,
+    INNER_WIDTH,
+    LENS_ALIASES,
+    N_RESIDUALS,
+    REQUIRED,
+    Field,
+    aliases_of,
+)
+from mamba_trace.modeling.architectures import ARCHITECTURES
 
 
 def test_ssm_options_and_initializer_options_are_mapped() -> None:
@@ -99,4 +108,8 @@ def test_defaults_and_second_names_are_those_of_hugging_face() -> None:
     for field in FIELDS:
         if field.default is not REQUIRED and field.name not in own:
             assert getattr(config, field.name) == field.default, field.name
-    assert all(hasattr(config, name) for name in LENS_ALIASES.values())
+    aliases = [aliases_of(architecture) for architecture in ARCHITECTURES]
+    for architecture, names in zip(ARCHITECTURES, aliases, strict=True):
+        fields = architecture.config_class().to_dict() | {INNER_WIDTH: None}  # which is computed
+        assert set(names.values()) <= fields.keys()
+    assert {alias for names in aliases for alias in names} == LENS_ALIASES.keys()
