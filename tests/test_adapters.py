@@ -511,3 +511,16 @@ def test_the_tree_is_left_alone_while_nothing_changes(tiny, tokens, monkeypatch)
     monkeypatch.setattr(MambaTrace, "_update", lambda *args: pytest.fail("the tree was built again"))
     both(tiny, tokens)
     both(tiny, tokens)
+
+
+@pytest.mark.parametrize("kind", ["in_proj", "out_proj"])
+@pytest.mark.parametrize("model_type", ["falcon_mamba", "mamba2"])
+def test_an_adapter_of_the_other_architectures_is_what_it_merges_to(model_type: str, kind: str, tokens: Tensor) -> None:
+    plain, model = make_hf(model_type=model_type), adapted(make_hf(model_type=model_type), kind)
+    _, unmerged = MambaTrace(model).run_with_cache(tokens)
+    _, merged = MambaTrace(model.merge_and_unload()).run_with_cache(tokens)
+    _, without = MambaTrace(plain).run_with_cache(tokens)
+    assert list(unmerged) == list(merged)
+    for name in merged:
+        agree(unmerged[name], merged[name], 1e-5, name)
+    assert not torch.allclose(merged["hook_logits"], without["hook_logits"], atol=1e-3)

@@ -275,6 +275,13 @@ def test_sites_lists_the_table() -> None:
     assert "B batch, L positions, D d_model" in lines[-1]
 
 
+def test_patch_of_the_mamba2_that_ships(tmp_path: Path) -> None:
+    found = run("patch", "--model", "demo-mamba2", "--out", str(tmp_path / "heatmap.html"), "--quiet")
+    assert found.exit_code == 0, found.stderr
+    assert (tmp_path / "heatmap.html").stat().st_size > 1000
+    assert "Emma" in found.stdout
+
+
 def test_sites_of_one_model_are_those_that_it_has(tmp_path: Path) -> None:
     make_hf(model_type="mamba2").save_pretrained(tmp_path)
     lines = run("sites", "--model", str(tmp_path)).stdout.splitlines()

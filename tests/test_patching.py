@@ -143,6 +143,15 @@ def test_the_shipped_model_shows_the_real_thing(demo: MambaTrace, grid: PatchGri
     assert share[:, -1].amax() > 0.9
 
 
+def test_the_shipped_mamba2_holds_the_answer_in_one_layer() -> None:
+    model = MambaTrace.demo("mamba2")
+    share = patch_grid(model, PROMPT, SOURCE, metric=logit_diff(model, " Emma", " Shelby"), progress=False).normalized()
+    assert share.shape == (len(model.layers), 15)
+    assert share[:, :NAME].abs().max() < 1e-4
+    assert share[0, -3:].min() > 0.6
+    assert share[1:].abs().max() < 0.05
+
+
 def test_model_sites_give_one_row(demo: MambaTrace, metric: Metric) -> None:
     embeddings = patch_grid(demo, PROMPT, SOURCE, "hook_embed", metric, progress=False)
     assert embeddings.site == "embeddings"
