@@ -38,7 +38,7 @@ BOTH_FORMATS = (
     f"{SAFE_WEIGHTS_NAME} or {WEIGHTS_NAME}."
 )
 DISTRIBUTED = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors$")  # as several processes write them
-OFFLINE = "MambaTrace.demo() needs no network: it loads the small trained model that ships with the package."
+OFFLINE = "MambaTrace.demo() needs no network: it loads a small trained model that ships, as demo('mamba2') does."
 
 # What each failure of huggingface_hub means; subclasses come before their bases.
 HUB_FAULTS: dict[type[Exception], str] = {
