@@ -38,7 +38,7 @@ def places_of(kind: str) -> list[tuple[str, str, str, str]]:
     return places + [(kind, f"layers[1].ssm.h[{p}]", f"blocks.1.hook_h.{p % LENGTH}", state) for p in (2, -1)]
 
 
-PLACES = [place for kind in KINDS for place in places_of(kind)]
+PLACES = [place for kind in KINDS if kind != "falcon_mamba" for place in places_of(kind)]
 POSITIONAL = [place for place in PLACES if "L" in place[3]]
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TINY, ModuleFactory, agree
+from conftest import MODEL_TYPES, TINY, ModuleFactory, agree
 from torch import Tensor
 from transformers import DynamicCache
 
@@ -107,7 +107,9 @@ def compare(
 CASES = [(side, cached) for side in ("left", "right") for cached in (False, True)]
 
 
-@pytest.mark.parametrize(("model", "place"), [(t, place) for t in TINY for place in PLACES[t]], indirect=["model"])
+@pytest.mark.parametrize(
+    ("model", "place"), [(t, place) for t in MODEL_TYPES for place in PLACES[t]], indirect=["model"]
+)
 @pytest.mark.parametrize(
     ("how", "side", "cached"),
     [*(("in place", *case) for case in CASES), ("assigned", "left", True), ("nan", "left", True),
