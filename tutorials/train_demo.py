@@ -288,8 +288,8 @@ def fast_logits(model: PreTrainedModel, tokens: Tensor, layer_drop: float = 0.0)
     """The same logits as `model(tokens).logits`, but quicker to train: tokens [B,L] -> [B,L,V].
 
     Each layer is left out with probability layer_drop. Trained so, the model grows a backup: it still answers
-    without any one of its layers, so that ablating a layer and patching it give different answers, as they
-    do in large language models.
+    without any one of its layers (the Mamba-2: any but the first), so that ablating a layer and patching it give
+    different answers, as they do in large language models.
     """
     backbone, mixer_forward = cast(Any, model).backbone, MIXERS[model.config.model_type]
     resid = backbone.embeddings(tokens.t())  # [L,B,D]
