@@ -20,6 +20,22 @@ MAMBA_130M: dict[str, Any] = {  # the config.json of state-spaces/mamba-130m
 }
 
 
+MAMBA2_130M: dict[str, Any] = {  # the config.json of state-spaces/mamba2-130m
+    "d_model": 768,
+    "d_intermediate": 0,
+    "n_layer": 24,
+    "vocab_size": 50277,
+    "ssm_cfg": {"layer": "Mamba2"},
+    "attn_layer_idx": [],
+    "attn_cfg": {},
+    "rms_norm": True,
+    "residual_in_fp32": True,
+    "fused_add_norm": True,
+    "pad_vocab_size_multiple": 16,
+    "tie_embeddings": True,
+}
+
+
 MAMBA_LENS: dict[str, Any] = {  # every attribute of a MambaCfg
     "d_model": 24,
     "n_layers": 2,

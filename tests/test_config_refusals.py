@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from checkpoint_folders import fails, refused
+from configurations import MAMBA2_130M
 from family_models import family_config
 from transformers import Mamba2Config
 
@@ -16,20 +17,6 @@ from mamba_trace.conversion import convert_config
 from mamba_trace.conversion.checkpoints import find_checkpoint
 from mamba_trace.errors import CheckpointError
 
-MAMBA2_130M: dict[str, Any] = {  # the config.json of state-spaces/mamba2-130m
-    "d_model": 768,
-    "d_intermediate": 0,
-    "n_layer": 24,
-    "vocab_size": 50277,
-    "ssm_cfg": {"layer": "Mamba2"},
-    "attn_layer_idx": [],
-    "attn_cfg": {},
-    "rms_norm": True,
-    "residual_in_fp32": True,
-    "fused_add_norm": True,
-    "pad_vocab_size_multiple": 16,
-    "tie_embeddings": True,
-}
 ONLY = "; only Mamba-2 with RMSNorm, as Hugging Face's Mamba2ForCausalLM has it, is supported"
 
 

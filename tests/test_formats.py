@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from configurations import MAMBA_130M, MAMBA_LENS, plain
+from configurations import MAMBA2_130M, MAMBA_130M, MAMBA_LENS, plain
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import FalconMambaConfig, Mamba2Config, MambaConfig
@@ -22,21 +22,6 @@ from mamba_trace.conversion import (
 )
 from mamba_trace.conversion.formats import unnamed_settings
 from mamba_trace.errors import CheckpointError
-
-MAMBA2_130M: dict[str, Any] = {  # the config.json of state-spaces/mamba2-130m
-    "d_model": 768,
-    "d_intermediate": 0,
-    "n_layer": 24,
-    "vocab_size": 50277,
-    "ssm_cfg": {"layer": "Mamba2"},
-    "attn_layer_idx": [],
-    "attn_cfg": {},
-    "rms_norm": True,
-    "residual_in_fp32": True,
-    "fused_add_norm": True,
-    "pad_vocab_size_multiple": 16,
-    "tie_embeddings": True,
-}
 
 
 def test_original_mamba2_has_the_defaults_of_mamba_ssm() -> None:

@@ -1,5 +1,6 @@
 """The README: its code runs, its table is the site table, and CI runs its test command."""
 
+import json
 import re
 import subprocess
 import sys
@@ -163,3 +164,13 @@ def positions_apart(one: torch.Tensor, other: torch.Tensor) -> list[int]:
 def test_ci_runs_the_test_command(part: str) -> None:
     assert command("test").endswith(part)
     assert command("test") in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+
+
+def test_the_speed_of_mamba2_is_that_of_the_recorded_run() -> None:
+    lengths = json.loads((ROOT / "tests" / "benchmarks" / "forward_mamba2.json").read_text())["lengths"]
+    ratios = {
+        name: [f"{lengths[length]['contenders'][name]['ratio']:.2f}" for length in ("128", "512")]
+        for name in ("untraced", "hugging face", "mixer", "hugging face's mixer")
+    }
+    said = re.findall(r"\d\.\d\d", found(r"A model of mamba2-130m's shape (.*?)\n\n"))
+    assert said == [ratio for pair in ratios.values() for ratio in pair]
