@@ -1,7 +1,7 @@
 """Tiny seeded hybrids of all seven architectures, with weights that make every part of them matter.
 
-As `conftest` for the pure Mambas. B=3 and L=9 in the tests; D=24, V=31, an MLP of 18, attention of Hq=4 and Hkv=2 heads,
-K=3 taps and N=5 in all. Channels and heads, and what else differs:
+As `conftest` for the pure Mambas. B=3 and L=9 in the tests; D=24, V=31, an MLP of 18, attention of Hq=4 and Hkv=2
+heads, K=3 taps and N=5 in all. Channels and heads, and what else differs:
 
     nemotron_h, bamba, zamba2   E=48, H=12, P=4; attention heads of 8, in Zamba2 of 12
     granitemoehybrid            E=48, H=12, P=4; attention heads of 6
@@ -192,7 +192,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 4,  # adapters of keys and values have the size of the queries'
         "use_shared_attention_adapter": True,
     },
-    "zamba2, limits": {"time_step_min": 0.125, "tie_word_embeddings": False},
+    "zamba2, limits": {"time_step_min": 0.125, "tie_word_embeddings": False},  # which unties the shared blocks, too
     "zamba, biases": {"mamba_proj_bias": True, "tie_word_embeddings": False, "n_mamba_heads": 4, "mamba_d_conv": 4},
     "zamba, no conv bias": {"mamba_conv_bias": False, "layers_block_type": [HYBRID, HYBRID], "num_hidden_layers": 2},
 }

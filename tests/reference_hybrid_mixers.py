@@ -60,7 +60,9 @@ def dual(w: Weights, config: Any, u: Tensor, edit: EditValue) -> Tensor:
     skip, x_in, B_in, C_in, delta_1 = parts
     skip, x_in = edit("skip", skip), edit("x_in", x_in)
     B_in, C_in = (edit(name, t.unflatten(-1, (G, N))) for name, t in (("B_in", B_in), ("C_in", C_in)))
-    conv, B_conv, C_conv = causal_conv(w, torch.cat((x_in, B_in.flatten(2), C_in.flatten(2)), -1)).split(widths[1:4], -1)
+    conv, B_conv, C_conv = causal_conv(w, torch.cat((x_in, B_in.flatten(2), C_in.flatten(2)), -1)).split(
+        widths[1:4], -1
+    )
     conv = edit("conv", conv)
     B_conv, C_conv = (edit(name, t.unflatten(-1, (G, N))) for name, t in (("B_conv", B_conv), ("C_conv", C_conv)))
     x = edit("ssm_input", _silu(conv))
@@ -114,7 +116,9 @@ def selective(w: Weights, config: Any, u: Tensor, edit: EditValue) -> Tensor:
     h = edit("h_start", x.new_zeros(x.shape[0], E, N))
     if zamba:
         H = config.n_mamba_heads
-        low_rank, B, C = torch.einsum("blhp,hop->blho", x.unflatten(-1, (H, -1)), w["x_proj_weight"]).split([R, N, N], -1)
+        low_rank, B, C = torch.einsum("blhp,hop->blho", x.unflatten(-1, (H, -1)), w["x_proj_weight"]).split(
+            [R, N, N], -1
+        )
         delta_1 = edit("delta_1", low_rank)
         delta_2 = torch.einsum("blhr,hpr->blhp", delta_1, w["dt_proj_weight"]).flatten(2) + w["dt_proj_bias"].flatten()
     else:

@@ -1,7 +1,7 @@
 """tests/reference_hybrid.py and tests/hybrid_models.py against Hugging Face's own hybrids, without the package.
 
-Hugging Face computes scans, norms, routers and RoPE in float32 in a float64 model, too. `in_float64` lifts that, so that
-two evaluations of one formula agree to rounding in float64.
+Hugging Face computes scans, norms, routers and RoPE in float32 in a float64 model, too. `in_float64` lifts that, so
+that two evaluations of one formula agree to rounding in float64.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 FLOAT64, ROUNDED = 1e-11, 1e-5  # of the largest value
+LEAST = 1e-3  # of the largest logit: what matters changes it by more
 TOKENS = torch.randint(1, 31, (3, 9), generator=torch.Generator().manual_seed(1))
 
 each_kind = pytest.mark.parametrize("kind", HYBRIDS)
@@ -39,13 +40,13 @@ class _Lifted:
 def in_float64(module: PreTrainedModel) -> Iterator[None]:
     """Let the modeling file of a float64 model upcast to float64 where it says float32, RoPE's frequencies included."""
     file = sys.modules[type(module).__module__]
-    rotary_module, plain = getattr(module.model, "rotary_emb", None), Tensor.float
+    rotary_module = getattr(module.model, "rotary_emb", None)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Tensor, "float", lambda self: self.double() if self.is_floating_point() else plain(self).double())
+        patch.setattr(Tensor, "float", Tensor.double)
         patch.setattr(file, "torch", _Lifted())
         if rotary_module is not None:
             frequencies, _ = rotary_module.compute_default_rope_parameters(module.config)
-            patch.setattr(rotary_module, "inv_freq", frequencies)
+            patch.setitem(rotary_module._buffers, "inv_freq", frequencies)
         yield
 
 
@@ -181,21 +182,21 @@ def test_the_limit_of_nemotron_h_is_its_configurations() -> None:
     kind = "nemotron_h, limits"
     delta = torch.stack([value for path, value in values(kind).items() if path.endswith("ssm.delta")])
     low, high = made(kind).config.time_step_limit
-    assert float(delta.min()) == low and float(delta.max()) == high
-    assert low < float(delta.median()) < high
+    assert (float(delta.min()), float(delta.max())) == (low, high)
     theirs = make_hybrid(kind, dtype=torch.float64)
     with torch.no_grad():
         wrong = theirs(TOKENS).logits
     assert float((wrong - values(kind)["logits"]).abs().max()) > 0.1 * float(wrong.abs().max())
 
 
-@pytest.mark.parametrize("kind", [kind for kind in HYBRIDS if kind.endswith("limits")])
-def test_limits_clamp_some_values_and_not_others(kind: str) -> None:
-    for path, delta in values(kind).items():
-        if path.endswith("ssm.delta"):
-            clamped = delta != values(kind)[f"{path}_2"].exp().log1p()
-            low = delta == time_step_limit(made(kind).config)[0]
-            assert bool(low.any()) and not bool((clamped & (delta - delta.round(decimals=4)).abs().eq(0)).all()), path
+@pytest.mark.parametrize("kind", [kind for kind in HYBRIDS if kind.endswith(("limits", "groups"))])
+def test_limits_clamp_some_values_of_delta_and_not_others(kind: str) -> None:
+    low, high = time_step_limit(made(kind).config)
+    delta = torch.stack([value for path, value in values(kind).items() if path.endswith("ssm.delta")])
+    assert bool(((delta > low) & (delta < high)).any())
+    if kind.endswith("limits"):
+        assert bool((delta == low).any())
+    assert bool((delta == high).any()) == math.isfinite(high)
 
 
 @pytest.mark.parametrize("kind", ["bamba", "bamba, whole RoPE", "falcon_h1", "granitemoehybrid", "zamba2, groups"])
@@ -208,51 +209,49 @@ def test_rotary_is_the_models_to_the_last_bit(kind: str) -> None:
 
 @each_kind
 def test_every_site_matters(kind: str) -> None:
-    """A change of one value, anywhere but in what no logits read, changes the logits visibly."""
-    module, wanted = made(kind), values(kind)["logits"]
-    weights = module.state_dict()
+    """Noise of half of its size, added to any value, changes the logits visibly."""
+    weights, config, wanted = made(kind).state_dict(), made(kind).config, values(kind)["logits"]
+    generator = torch.Generator().manual_seed(2)
 
     def changed(path: str) -> Tensor:
         def edit(at: str, value: Tensor) -> Tensor:
             if at != path:
                 return value
-            noise = torch.randn(value.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+            noise = torch.randn(value.shape, generator=generator, dtype=torch.float64)
             return value + 0.5 * noise * (value.square().mean().sqrt() if value.any() else 1.0)
 
-        return forward(weights, module.config, TOKENS, edit, rotary_dtype=torch.float64)
+        return forward(weights, config, TOKENS, edit, rotary_dtype=torch.float64)
 
     with torch.no_grad():
         for path in values(kind):
-            if path.endswith("]") and not path.endswith("ssm.h[4]"):
-                continue
             effect = float((changed(path) - wanted).abs().max() / wanted.abs().max())
-            if path.endswith("ssm.h"):
-                assert effect > 1e-3 or True
-            assert effect > 1e-3, f"{path}: {effect:.1e}"
+            assert effect > LEAST, f"{path}: {effect:.1e}"
 
 
 @each_kind
 def test_every_weight_matters(kind: str) -> None:
-    """The logits' gradient by each weight, times the weight, is no rounding."""
+    """To first order, a change of one number of it by its own size changes the logits visibly."""
     module = made(kind)
-    weights = {name: weight.detach().clone().requires_grad_() for name, weight in module.state_dict().items()}
+    leaves = {name: t.detach().clone().requires_grad_() for name, t in module.named_parameters()}
+    first = {t.data_ptr(): leaves[name] for name, t in module.named_parameters()}
+    weights = {name: first.get(t.data_ptr(), t) for name, t in module.state_dict().items()}  # shared ones once
     logits = forward(weights, module.config, TOKENS)
     direction = torch.randn(logits.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     (logits * direction).sum().backward()
-    for name, weight in weights.items():
-        if name.endswith("e_score_correction_bias"):
+    for name, weight in leaves.items():
+        if "_adapter_list." in name and weight.grad is None:  # each shared block has the adapters of all hybrid layers
+            assert not module.config.tie_word_embeddings, name  # which unties the shared blocks as well
             continue
         assert weight.grad is not None, name
-        share = float((weight.grad * weight.detach()).abs().max() / logits.detach().abs().max())
-        assert share > 1e-3, f"{name}: {share:.1e}"
+        effect = float((weight.grad * weight.detach()).abs().max() / logits.detach().abs().max())
+        assert effect > LEAST, f"{name}: {effect:.1e}"
 
 
 @pytest.mark.parametrize("kind", [kind for kind in HYBRIDS if "moe.router" in str(values(kind).keys())])
-def test_every_expert_is_chosen_and_none_always(kind: str) -> None:
+def test_tokens_go_to_different_experts(kind: str) -> None:
     for path, router in values(kind).items():
         if path.endswith("moe.router"):
-            best = router.argmax(-1).unique()
-            assert len(best) > 1, path
+            assert len(router.argmax(-1).unique()) > 2, path
 
 
 @each_kind
@@ -269,6 +268,8 @@ def test_equal_arguments_make_equal_models(kind: str) -> None:
 @pytest.mark.parametrize("kind", PLAIN)
 def test_half_precision_keeps_what_from_pretrained_keeps(kind: str) -> None:
     module = make_hybrid(kind, dtype=torch.bfloat16)
-    kept = {name for name, t in [*module.named_parameters(), *module.named_buffers()] if t.dtype == torch.float32}
-    assert all(name.endswith(("inv_freq", "gate.weight", "e_score_correction_bias")) for name in kept)
-    assert math.isfinite(float(module(TOKENS).logits.float().sum()))
+    for name, weight in [*module.named_parameters(), *module.named_buffers()]:
+        single = name.endswith(("inv_freq", ".gate.weight", "e_score_correction_bias"))
+        assert weight.dtype == (torch.float32 if single else torch.bfloat16), name
+    with torch.no_grad():
+        assert bool(module(TOKENS).logits.isfinite().all())
