@@ -1,7 +1,6 @@
 """tests/reference_hybrid.py and tests/hybrid_models.py against Hugging Face's own hybrids, without the package.
 
-Hugging Face computes scans, norms, routers and RoPE in float32 in a float64 model, too. `in_float64` lifts that, so
-that two evaluations of one formula agree to rounding in float64.
+`hybrid_oracle` lifts Hugging Face's evaluation to float64 throughout.
 """
 
 from __future__ import annotations
@@ -9,14 +8,12 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-import sys
-from collections.abc import Iterator
-from typing import Any
 
 import pytest
 import torch
 from conftest import near
 from hybrid_models import HYBRIDS, PLAIN, make_hybrid
+from hybrid_oracle import in_float64, lift_limit, places
 from reference_hybrid import forward
 from reference_hybrid_mixers import rotary, time_step_limit
 from torch import Tensor
@@ -27,34 +24,6 @@ LEAST = 1e-3  # of the largest logit: what matters changes it by more
 TOKENS = torch.randint(1, 31, (3, 9), generator=torch.Generator().manual_seed(1))
 
 each_kind = pytest.mark.parametrize("kind", HYBRIDS)
-
-
-class _Lifted:
-    """`torch` as a modeling file sees it, where float32 is float64."""
-
-    def __getattr__(self, name: str) -> Any:
-        return torch.float64 if name in ("float32", "float") else getattr(torch, name)
-
-
-@contextlib.contextmanager
-def in_float64(module: PreTrainedModel) -> Iterator[None]:
-    """Let the modeling file of a float64 model upcast to float64 where it says float32, RoPE's frequencies included."""
-    file = sys.modules[type(module).__module__]
-    rotary_module = getattr(module.model, "rotary_emb", None)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Tensor, "float", Tensor.double)
-        patch.setattr(file, "torch", _Lifted())
-        if rotary_module is not None:
-            frequencies, _ = rotary_module.compute_default_rope_parameters(module.config)
-            patch.setitem(rotary_module._buffers, "inv_freq", frequencies)
-        yield
-
-
-def lift_limit(module: PreTrainedModel) -> None:
-    """Give Nemotron-H's mixers the limit of delta that the configuration has, which Hugging Face ignores."""
-    for mixer in module.modules():
-        if hasattr(mixer, "time_step_limit"):
-            mixer.time_step_limit = time_step_limit(module.config)
 
 
 @functools.cache
@@ -80,69 +49,96 @@ def values(kind: str) -> dict[str, Tensor]:
     return seen
 
 
-def module_values(kind: str) -> dict[str, Tensor]:
-    """The values of the reference that are the input or the output of one of Hugging Face's modules, by path."""
+@each_kind
+def test_every_value_that_a_module_has_is_the_modules(kind: str) -> None:
     module, found = made(kind), {}
-    handles = []
-
-    def keep(path: str, inner: torch.nn.Module, shape: tuple[int, ...] = (-1,), reads: bool = False) -> None:
-        def hook(_: Any, args: Any, output: Any) -> None:
-            value = args[0] if reads else output[0] if isinstance(output, tuple) else output
-            found[path] = value.reshape(*TOKENS.shape, *shape)
-
-        handles.append(inner.register_forward_hook(hook))
-
-    config = module.config
-    keep("lm_head", module.lm_head)
-    keep("embeddings", module.get_input_embeddings())
-    for layer, block in enumerate(module.model.layers):
-        at = f"layers[{layer}]."
-        keep(f"{at}resid_post", block)
-        for name, inner in block.named_modules():
-            last, kind_of = name.rpartition(".")[2], type(inner).__name__
-            if last in ("q_proj", "k_proj", "v_proj") and not config_has_adapters(config):
-                heads = config.num_attention_heads if last == "q_proj" else config.num_key_value_heads
-                keep(f"{at}attn.{last[0]}", inner, (heads, -1))
-            elif last == "o_proj":
-                keep(f"{at}attn.z", inner, (config.num_attention_heads, -1), reads=True)
-            elif last == "out_proj":
-                keep(f"{at}ssm.out_proj", inner)
-            elif kind_of.endswith(("RMSNormGated",)):
-                if not getattr(inner, "norm_before_gate", False):  # its output is after the gate, then
-                    keep(f"{at}ssm.inner_norm", inner)
-            elif name in ("norm", "input_layernorm", "mamba_decoder.input_layernorm"):
-                keep(f"{at}norm", inner)
-            elif name in ("pre_ff_layernorm", "post_attention_layernorm"):
-                keep(f"{at}norm_2", inner)
-                keep(f"{at}mlp_input", inner, reads=True)
-            elif name == "linear":
-                keep(f"{at}shared_out", inner)
-            elif last in ("router", "gate"):
-                keep(f"{at}moe.router", inner)
-            elif name == "feed_forward":
-                keep(f"{at}mlp_out", inner)
-            elif name == "dt_layernorm":
-                keep(f"{at}ssm.delta_1", inner)
-    try:
-        with torch.no_grad(), in_float64(module):
-            found["logits"] = module(TOKENS).logits
-    finally:
-        for handle in handles:
-            handle.remove()
-    return found
-
-
-def config_has_adapters(config: Any) -> bool:
-    """Whether the projections of a shared block are not all there is of q, k and v."""
-    return getattr(config, "use_shared_attention_adapter", False)
+    with torch.no_grad(), in_float64(module), contextlib.ExitStack() as hooks:
+        for place in places(module):
+            hooks.callback(place.change(found.setdefault, TOKENS.shape).remove)
+        found["logits"] = module(TOKENS).logits
+    parts = {path.rpartition("]")[2] for path in found}
+    assert {"embeddings", ".resid_post", ".norm", ".attn.z", "lm_head", "logits"} <= parts
+    for path, value in found.items():
+        near(values(kind)[path], value, FLOAT64, path)
 
 
 @each_kind
-def test_every_value_that_a_module_has_is_the_modules(kind: str) -> None:
-    expected = module_values(kind)
-    assert {"embeddings", "layers[1].resid_post", "lm_head", "logits"} <= expected.keys()
-    for path, value in expected.items():
-        near(values(kind)[path], value, FLOAT64, path)
+def test_edits_of_all_of_them_at_once_are_the_modules(kind: str) -> None:
+    """Each value is scaled by factors of its own. A router's output is a copy of what has chosen the experts."""
+    module = made(kind)
+    edited = {place.path for place in places(module)} - {p for p in values(kind) if p.endswith("moe.router")}
+
+    def edit(path: str, value: Tensor) -> Tensor:
+        if path not in edited:
+            return value
+        generator = torch.Generator().manual_seed(len(path) + sum(map(ord, path)))
+        return value * (0.5 + torch.rand(value.shape, generator=generator, dtype=torch.float64))
+
+    with torch.no_grad(), in_float64(module), contextlib.ExitStack() as hooks:
+        for place in places(module):
+            hooks.callback(place.change(edit, TOKENS.shape).remove)
+        expected = module(TOKENS).logits
+    with torch.no_grad():
+        logits = forward(module.state_dict(), module.config, TOKENS, edit, rotary_dtype=torch.float64)
+    near(logits, expected, FLOAT64)
+    assert float((logits - values(kind)["logits"]).abs().max()) > 0.1 * float(logits.abs().max())
+
+
+@each_kind
+def test_the_stream_is_the_sum_of_the_terms(kind: str) -> None:
+    """Whatever the norms read: an edit of their own copies does not reach the stream but through the terms."""
+    seen: dict[str, Tensor] = {}
+
+    def edit(path: str, value: Tensor) -> Tensor:
+        seen[path] = value
+        return 1.5 - value if path.endswith(("layer_input", "mlp_input")) else value
+
+    module = made(kind)
+    with torch.no_grad():
+        forward(module.state_dict(), module.config, TOKENS, edit)
+    terms = [value for path, value in seen.items() if path.endswith(("].ssm_out", "].attn_out", "].mlp_out"))]
+    last = [value for path, value in seen.items() if path.endswith("].resid_post")][-1]
+    near(seen["layers[0].resid_pre"] + sum(terms), last, FLOAT64)
+
+
+SSM = "skip x_in conv ssm_input h_start delta_1 delta_2 delta A A_bar B B_bar C write h[0] h h_read y ssm_output"
+SSM += " after_skip out_proj"
+DUAL = SSM.replace("x_in conv", "x_in B_in C_in conv B_conv C_conv").replace("after_skip", "after_skip inner_norm")
+ATTENTION = "attn.q attn.k attn.v attn.pattern attn.z"
+#: The sites of a layer in execution order; ssm is all of the mixer's.
+ORDERS = {
+    ("nemotron_h", 0): "resid_pre layer_input norm ssm ssm_out resid_post",
+    ("nemotron_h", 1): "resid_pre layer_input norm moe.router mlp_out resid_post",
+    ("nemotron_h", 2): f"resid_pre layer_input norm {ATTENTION} attn_out resid_post",
+    ("nemotron_h", 3): "resid_pre layer_input norm mlp_out resid_post",
+    ("falcon_h1", 0): f"resid_pre layer_input norm ssm ssm_out {ATTENTION} attn_out resid_mid mlp_input norm_2 mlp_out"
+    " resid_post",
+    ("granitemoehybrid", 0): "resid_pre layer_input norm ssm ssm_out resid_mid mlp_input norm_2 moe.router mlp_out"
+    " resid_post",
+    ("jamba", 0): "resid_pre layer_input norm ssm ssm_out resid_mid mlp_input norm_2 mlp_out resid_post",
+    ("jamba", 1): f"resid_pre layer_input norm {ATTENTION} attn_out resid_mid mlp_input norm_2 moe.router mlp_out"
+    " resid_post",
+    ("bamba", 0): "resid_pre layer_input norm ssm ssm_out resid_mid mlp_input norm_2 mlp_out resid_post",
+    ("zamba", 0): "resid_pre layer_input norm ssm ssm_out resid_post",
+    ("zamba", 1): f"resid_pre {ATTENTION} shared_out layer_input norm ssm ssm_out resid_post",
+    ("zamba2", 1): f"resid_pre {ATTENTION} shared_out layer_input norm ssm ssm_out resid_post",
+}
+
+
+@pytest.mark.parametrize(("kind", "layer"), ORDERS)
+def test_the_order_of_a_layer(kind: str, layer: int) -> None:
+    mixer = (
+        SSM if kind in ("jamba", "zamba") else DUAL.replace(" inner_norm", "" if kind == "falcon_h1" else " inner_norm")
+    )
+    mixer = mixer.replace("h[0]", " ".join(f"h[{p}]" for p in range(TOKENS.shape[1])))
+    expected = ORDERS[kind, layer].replace(" ssm ", "".join(f" ssm.{site}" for site in mixer.split()) + " ")
+    at = f"layers[{layer}]."
+    assert [path.removeprefix(at) for path in values(kind) if path.startswith(at)] == expected.split()
+
+
+def test_a_norm_before_the_gate_comes_before_after_skip() -> None:
+    paths = [path for path in values("falcon_h1, norm before gate") if path.startswith("layers[2].ssm.")]
+    assert [path.rpartition(".")[2] for path in paths[-4:]] == ["ssm_output", "inner_norm", "after_skip", "out_proj"]
 
 
 @each_kind
@@ -252,6 +248,16 @@ def test_tokens_go_to_different_experts(kind: str) -> None:
     for path, router in values(kind).items():
         if path.endswith("moe.router"):
             assert len(router.argmax(-1).unique()) > 2, path
+
+
+@pytest.mark.parametrize("kind", ["jamba", "granitemoehybrid", "nemotron_h", "nemotron_h, latent experts"])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, ROUNDED), (torch.bfloat16, 0.1)])
+def test_the_default_experts_run_where_they_can(kind: str, dtype: torch.dtype, tolerance: float) -> None:
+    eager = make_hybrid(kind, dtype=dtype)
+    grouped = make_hybrid(kind, dtype=dtype, experts_implementation="grouped_mm")
+    assert grouped.config._experts_implementation == "grouped_mm"
+    with torch.no_grad():
+        near(grouped(TOKENS).logits, eager(TOKENS).logits, tolerance)
 
 
 @each_kind
