@@ -204,6 +204,9 @@ HYBRIDS: dict[str, dict[str, Any]] = {
 }
 HYBRIDS |= {kind: HYBRIDS[kind.partition(",")[0]] | changes for kind, changes in VARIANTS.items()}
 
+#: What ``from_pretrained`` keeps in float32 in a model of half precision, by the ends of the names.
+SINGLE = {"nemotron_h": (".gate.weight", ".e_score_correction_bias"), "zamba": (".A_log",)}
+
 
 def make_hybrid(kind: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any) -> PreTrainedModel:
     """A new Hugging Face model in evaluation mode with `lively_hybrid` weights; equal arguments, equal weights.
@@ -211,8 +214,8 @@ def make_hybrid(kind: str, *, seed: int = 0, dtype: torch.dtype = torch.float32,
     Args:
         kind: a key of `HYBRIDS`.
         seed: of the weights; torch's global generator is not touched.
-        dtype: of the parameters, which are drawn in float64 and rounded. The frequencies of RoPE are float32 in all
-            dtypes, as after ``from_pretrained``, and in half precision so is Nemotron-H's router.
+        dtype: of the parameters, which are drawn in float64 and rounded, but for what ``from_pretrained`` keeps in
+            float32: the frequencies of RoPE and, in half precision, `SINGLE`.
         **changes: fields of the configuration to change.
     """
     with torch.random.fork_rng(devices=[]):
@@ -222,15 +225,12 @@ def make_hybrid(kind: str, *, seed: int = 0, dtype: torch.dtype = torch.float32,
     with torch.no_grad():
         for name, weight in _weights(module):
             weight.copy_(lively_hybrid(name, weight, generator))
-    kept = getattr(module, "_keep_in_fp32_modules_strict", None) or () if dtype.itemsize < 4 else ()
-    single = {name: t.float() for name, t in _weights(module) if any(name.endswith(end) for end in kept)}
+    single = ("inv_freq", *(SINGLE.get(module.config.model_type, ()) if dtype.itemsize < 4 else ()))
+    tensors = [*module.named_parameters(), *module.named_buffers()]
+    kept = {name: tensor.float() for name, tensor in tensors if name.endswith(single)}
     module.to(dtype)
-    for name, weight in _weights(module):
-        if name in single:
-            weight.data = single[name]
-    for name, buffer in module.named_buffers():
-        if name.endswith("inv_freq"):
-            buffer.data = buffer.data.float()
+    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+        tensor.data = kept.get(name, tensor.data)
     return module.eval()
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -260,6 +261,17 @@ def test_the_default_experts_run_where_they_can(kind: str, dtype: torch.dtype, t
         near(grouped(TOKENS).logits, eager(TOKENS).logits, tolerance)
 
 
+@pytest.mark.parametrize("kind", [kind for kind in HYBRIDS if kind.startswith("nemotron_h") and "no" not in kind[10:]])
+def test_the_correction_bias_of_nemotron_h_chooses_experts(kind: str) -> None:
+    weights = made(kind).state_dict()
+    for name, weight in weights.items():
+        if name.endswith("e_score_correction_bias"):
+            weights[name] = torch.zeros_like(weight)
+    with torch.no_grad():
+        without = forward(weights, made(kind).config, TOKENS)
+    assert float((without - values(kind)["logits"]).abs().max()) > LEAST * float(without.abs().max())
+
+
 @each_kind
 def test_equal_arguments_make_equal_models(kind: str) -> None:
     before = torch.get_rng_state()
@@ -272,10 +284,15 @@ def test_equal_arguments_make_equal_models(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", PLAIN)
-def test_half_precision_keeps_what_from_pretrained_keeps(kind: str) -> None:
+def test_half_precision_is_that_of_from_pretrained(kind: str, tmp_path: Path) -> None:
     module = make_hybrid(kind, dtype=torch.bfloat16)
-    for name, weight in [*module.named_parameters(), *module.named_buffers()]:
-        single = name.endswith(("inv_freq", ".gate.weight", "e_score_correction_bias"))
-        assert weight.dtype == (torch.float32 if single else torch.bfloat16), name
+    module.save_pretrained(tmp_path)
+    loaded = type(module).from_pretrained(tmp_path, dtype=torch.bfloat16)
+    for of in ("named_parameters", "named_buffers"):
+        ours, theirs = dict(getattr(module, of)()), dict(getattr(loaded, of)())
+        assert ours.keys() == theirs.keys()
+        for name, tensor in theirs.items():
+            assert ours[name].dtype == tensor.dtype, name
+            assert torch.equal(ours[name], tensor), name
     with torch.no_grad():
         assert bool(module(TOKENS).logits.isfinite().all())
