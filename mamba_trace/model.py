@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +37,12 @@ from .hooked.hooks import KEEPING_HOOKS, none_kept
 from .hooked.run_with import HookedRuns
 from .hooked.tokens import Tokens
 from .hooked.weights import LensViews
-from .modeling.architectures import Architecture, architecture_of, axis_sizes, kernels_of, make_hookable
+from .modeling.architectures import Architecture, architecture_of, axis_sizes, kernels_of, layout_of, make_hookable
 from .modeling.offers import SiteModule
 from .modeling.run_report import RunReport
+from .names.modules import BASES, OF_BASE
 from .scan import check
-from .sites import rows
+from .sites import BY_NAME, PUBLIC_PART, Layout, rows
 from .tracing import placement
 from .tracing.forwards import reinstate_controllers
 from .tracing.root import RootEnvoy
@@ -48,7 +50,8 @@ from .tracing.tree import follow, is_current
 from .tracing.visit import take_note_of_prompt
 
 #: This package's names for modules of Hugging Face's, by path.
-RENAME = {f"backbone.{name}": name for name in ("embeddings", "layers", "norm_f")} | {"mixer": "ssm"}
+RENAME = {f"{base}.{theirs}": ours for base in BASES for ours, several in OF_BASE.items() for theirs in several}
+RENAME |= {"mixer": "ssm", "mamba": "ssm"}
 DEMO = Path(__file__).parent / "demo_model"
 #: The models that ship, by the architecture that `MambaTrace.demo` takes.
 DEMOS = {"mamba": DEMO, "mamba2": Path(__file__).parent / "demo_model_mamba2"}
@@ -122,14 +125,14 @@ class MambaTrace(HookedRuns, LensViews, Tokens, Loading, RootEnvoy):
             model.kernels  # "auto"
         """
         self._follow()
-        return self.layers[0].ssm._module.kernels
+        return kernels_of(self._module) or self._kernels
 
     @kernels.setter
     def kernels(self, kernels: str) -> None:
         self._kernels = check(kernels, self.architecture.family)
         self._follow()
-        for layer in self.layers:
-            layer.ssm._module.kernels = kernels
+        for layer in self.ssm_layers:
+            self.layers[layer].ssm._module.kernels = kernels
 
     @property
     def architecture(self) -> Architecture:
@@ -140,6 +143,42 @@ class MambaTrace(HookedRuns, LensViews, Tokens, Loading, RootEnvoy):
             model.architecture.name  # "Mamba-1"
         """
         return architecture_of(self._module)
+
+    @property
+    def ssm_layers(self) -> list[int]:
+        """The numbers of the layers that have an SSM: in a Mamba all, in a hybrid some, all or none.
+
+        Example::
+
+            with model.trace("Emma gave an apple to"):
+                for layer in model.ssm_layers:
+                    model.layers[layer].ssm.y.output[:, -1] = 0
+        """
+        return self._layout.with_site(BY_NAME["h"])
+
+    @property
+    def attention_layers(self) -> list[int]:
+        """The numbers of the layers that have attention: in a Mamba none.
+
+        Example::
+
+            model.attention_layers  # []
+        """
+        return self._layout.with_site(BY_NAME["z"])
+
+    @property
+    def layer_kinds(self) -> list[str]:
+        """What stands in each layer: ``"SSM"``, ``"attention"``, ``"MLP"``, ``"MoE"``, ``"SSM and attention"`` ...
+
+        Example::
+
+            model.layer_kinds[0]  # "SSM"
+        """
+        return [kind.name for kind in self._layout.layers]
+
+    @property
+    def _layout(self) -> Layout:
+        return layout_of(self._module)
 
     @property
     def device(self) -> torch.device:
@@ -163,7 +202,9 @@ class MambaTrace(HookedRuns, LensViews, Tokens, Loading, RootEnvoy):
                 model.layers[1].ssm.h[5].output.save()
             print(model.last_run)
         """
-        report = self.layers[0].ssm._module.report
+        if not self.ssm_layers:
+            return RunReport()
+        report = self.layers[self.ssm_layers[0]].ssm._module.report
         return RunReport(list(report.layers), report.trace)
 
     # -- other ways to make one ------------------------------------------------------------------------
@@ -267,10 +308,20 @@ class MambaTrace(HookedRuns, LensViews, Tokens, Loading, RootEnvoy):
             with model.trace("Emma gave an apple to"):
                 state = model.hook("blocks.1.hook_h.2").output.save()  # [B,E,N]
         """
+        place = self._place(name)
+        if place.site is None:
+            return getattr(self.layers[place.layer].ssm, str(place.native))
+        part = PUBLIC_PART.get(place.site.scope)
+        holder = self if place.layer is None else self.layers[place.layer]
+        envoy = getattr(holder if part is None else getattr(holder, part), place.site.name)
+        return envoy if place.position is None else envoy[place.position]
+
+    def _place(self, name: str) -> names.Place:
+        """The place of this model that a name means. Raises as `hook`."""
         place = names.parse(name, self.architecture.family)
         if place.layer is not None:
-            names.layer_index(place.layer, len(self.layers), repr(name))
-        return self.get(place.module_path)
+            place = replace(place, layer=names.layer_index(place.layer, len(self.layers), repr(name)))
+        return names.in_layout(place, self._layout, name)
 
     def hook_names(self, n_positions: int) -> list[str]:
         """Every MambaLens hook name for a prompt of ``n_positions`` tokens, in execution order.
@@ -279,11 +330,11 @@ class MambaTrace(HookedRuns, LensViews, Tokens, Loading, RootEnvoy):
 
             model.hook_names(n_positions=5)[0]  # "hook_embed"
         """
-        return names.hook_names(len(self.layers), n_positions, self.architecture.family)
+        return names.hook_names(self._layout, n_positions)
 
     def __repr__(self) -> str:
         family, sizes = self.architecture.family, axis_sizes(self._module)
-        table = list(rows(family))
+        table = list(rows(family, self._layout))
         shapes = [f"[{', '.join(str(sizes.get(axis, axis)) for axis in row.axes[family])}]" for row in table]
         lines = [
             f"  {row.path:26} {shape:22} {row.hook or ''}".rstrip() for row, shape in zip(table, shapes, strict=True)

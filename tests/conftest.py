@@ -38,7 +38,7 @@ from transformers import (
 from mamba_trace import MambaTrace, names
 from mamba_trace.conversion.checkpoints import save_original
 from mamba_trace.modeling.run_report import LayerRun
-from mamba_trace.sites import SITES
+from mamba_trace.sites import SITES, Site
 
 BATCH, LENGTH, N_LAYERS = 3, 9, 3
 SIZES = {
@@ -90,7 +90,14 @@ def has(model_type: str, path: str) -> bool:
 #: For a test with `tiny` or `hf` that holds in both families.
 both_families = pytest.mark.parametrize("model_type", MODEL_TYPES)
 #: The sites of Mamba-1.
-MAMBA_SITES = [site for site in SITES if has("mamba", site.name)]
+MAMBA_SITES = [site for site in SITES if has("mamba", site.name) and not site.part]
+
+
+def module_path(site: Site, layer: int | None = None) -> str:
+    """Where a site is in the module tree of a Mamba, e.g. ``backbone.layers.3.mixer.conv``."""
+    owner = {"block": f"backbone.layers.{layer}.", "mixer": f"backbone.layers.{layer}.mixer."}
+    in_base = site.scope == "model" and site.name != "lm_head"
+    return owner.get(site.scope, "backbone." * in_base) + site.module_name
 
 
 class ModuleFactory(Protocol):

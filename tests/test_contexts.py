@@ -14,7 +14,7 @@ from typing import Any
 import nnsight
 import pytest
 import torch
-from conftest import MAMBA_SITES, agree
+from conftest import MAMBA_SITES, agree, module_path
 from test_sites import by_hand, change, same
 from torch import Tensor
 
@@ -552,7 +552,7 @@ def test_a_cache_of_everything(tiny, hf, tokens):
         cache = tracer.cache()
     expected = by_hand(hf, tokens)
     for site, layer in walk(N_LAYERS):
-        same(cache[site.module_path(layer).join(("model.", ""))].output, expected[site.path(layer)])
+        same(cache[module_path(site, layer).join(("model.", ""))].output, expected[site.path(layer)])
     same(cache.model.layers[0].ssm.h.output, expected["layers[0].ssm.h"])
     same(cache.model.layers[2].resid_post.output, cache.model.layers[2].output, 0)
 

@@ -13,7 +13,7 @@ import pickle
 import pytest
 import torch
 from by_hand import by_hand, same
-from conftest import MAMBA_SITES, make_hf
+from conftest import MAMBA_SITES, make_hf, module_path
 from nnsight.intervention.envoy import Envoy
 from nnsight.intervention.eproperty import eproperty
 from transformers.models.mamba.modeling_mamba import MambaMixer
@@ -23,6 +23,7 @@ from mamba_trace.errors import SiteValueError, UnknownSiteError
 from mamba_trace.sites import describe_axes, walk
 from mamba_trace.tracing import SiteOrderError
 from mamba_trace.tracing.envoys import (
+    BY_SCOPE,
     BlockEnvoy,
     MixerEnvoy,
     PositionEnvoy,
@@ -39,7 +40,7 @@ def test_every_site_has_an_envoy_that_knows_its_row(tiny):
         envoy = tiny.hook(site.path(layer))
         assert isinstance(envoy, SiteEnvoy)
         assert envoy.site is site
-        assert envoy.path == f"model.{site.module_path(layer)}"
+        assert envoy.path == f"model.{module_path(site, layer)}"
     assert isinstance(tiny.layers[0], BlockEnvoy)
     assert isinstance(tiny.layers[0].ssm, MixerEnvoy)
     assert isinstance(tiny.layers[0].ssm.h, StateEnvoy)
@@ -64,7 +65,7 @@ def test_sites_of_the_map_name_no_other_module(tiny):
     assert type(tiny.layers[0].ssm.act) is Envoy
     tiny._module.backbone.layers[0].mixer.add_module("probe", torch.nn.Identity())
     assert type(tiny.layers[0].ssm.probe) is Envoy
-    assert set(envoy_classes().values()) >= {SiteEnvoy, StateEnvoy, SkipEnvoy, BlockEnvoy, MixerEnvoy}
+    assert {*envoy_classes().values(), *BY_SCOPE.values()} >= {SiteEnvoy, StateEnvoy, SkipEnvoy, BlockEnvoy, MixerEnvoy}
 
 
 def test_the_users_own_envoys_come_first(tiny_hf, tokens):

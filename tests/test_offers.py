@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mamba_trace import MambaTrace
 from mamba_trace.errors import SiteValueError
-from mamba_trace.modeling.offers import names_inside, names_of, same_contents
+from mamba_trace.modeling.offers import SITE_NAMES, names_inside, same_contents
 from mamba_trace.sites import FAMILIES, SITES
 
 
@@ -80,16 +80,13 @@ def test_the_inner_convolution_is_found_at_a_later_step(tiny: MambaTrace, tokens
     assert found[1].shape == (tokens.shape[0], 1, 24)
 
 
-def test_the_names_of_a_scope_and_of_a_stage_are_the_table_s_in_its_order() -> None:
+def test_the_names_of_a_module_and_of_a_stage_are_the_table_s_in_its_order(tiny: MambaTrace) -> None:
     for family in FAMILIES:
-        own = [site for site in SITES if family in site.families]
-        for scope in ("block", "mixer"):
-            assert set(names_of(scope, family)) <= {site.name for site in own if site.scope == scope}
-            assert list(names_of(scope, family)) == [s.name for s in own if s.name in names_of(scope, family)]
+        own = [site for site in SITES if site.scope == "mixer" and family in site.families]
         assert names_inside(family, "states") == tuple(site.name for site in own if site.stage == "states")
-        both = set(names_inside(family, "conv")) | set(names_inside(family, "scan"))
-        assert set(names_inside(family, "conv", "scan")) == both
-    assert set(names_inside("dual", "conv")) - set(names_inside("selective", "conv")) == {"B_conv", "C_conv"}
+    in_mixer = [site.name for site in SITES if site.scope == "mixer" and "selective" in site.families]
+    assert list(tiny.layers[0].ssm._module.__dict__[SITE_NAMES]) == [name for name in in_mixer if name != "out_proj"]
+    assert tiny.layers[0]._module.__dict__[SITE_NAMES] == ("resid_pre", "layer_input", "resid_post")
 
 
 @both_families

@@ -138,7 +138,7 @@ def check_arguments(model: ArgumentModel, inputs: tuple, kwargs: Mapping[str, An
         return
     # The architecture's forward, since an adapter around the model passes its arguments on to that.
     parameters = inspect.signature(architecture_of(model._module).model_class.forward).parameters
-    known = {name for name in parameters if name not in ("self", "kwargs", "args")} | set(ROW_FIELDS)
+    known = {"use_cache"} | {name for name in parameters if name not in ("self", "kwargs", "args")} | set(ROW_FIELDS)
     known |= {"padding_side"} | {"past_key_values", "cache_params", "cache_position"} & set(kwargs)
     if inputs and not isinstance(inputs[0], Tensor):
         known |= set(inspect.signature(model.pipeline.preprocess).parameters) - {"generate_kwargs"}

@@ -19,7 +19,7 @@ from torch import Tensor
 from .. import names
 from ..errors import LayerError, PromptError, UnknownSiteError
 from ..names import Place, layer_index
-from ..sites import BY_HOOK, BY_NAME, SITES, STATE, Family, Site
+from ..sites import BY_HOOK, BY_NAME, SITES, STATE, Site
 from .hooks import key_of
 from .residual import ResidualAnalyses
 
@@ -103,20 +103,17 @@ class ActivationCache(ResidualAnalyses):
             raise self._left_out(key_of(place), place, suffix)
         return name
 
-    @property
-    def _family(self) -> Family:
-        return self.model.architecture.family
-
     def _place(self, key: Any) -> tuple[Place, str]:
         """The place of a key, positions and layers counted from the start, and the suffix of a gradient."""
         name, layer, position = parts_of(key)
         suffix = GRADIENT if name.endswith(GRADIENT) else ""
         name = name.removesuffix(GRADIENT)
-        site = shorthand(name, "model" if layer is None else "layer")
+        site, family = shorthand(name, "model" if layer is None else "layer"), self.model.architecture.family
         if layer is None:
-            place = names.parse(name, self._family) if site is None else Place(site)
+            place = names.parse(name, family) if site is None else Place(site)
         elif site is None or (position is not None and site.name != STATE):
-            known = sorted(site.name for site in SITES if site.scope != "model" and self._family in site.families)
+            layout = self.model._layout
+            known = sorted(site.name for site in SITES if site.scope != "model" and layout.has(site))
             hint = names.lacked(f"hook_{name.removeprefix('hook_')}") or names.nearest(name, known)
             positions = "" if site is None else " has positions of its own"
             hint = hint or f"; there are {', '.join(known)}"
@@ -125,7 +122,8 @@ class ActivationCache(ResidualAnalyses):
             place = Place(site, layer, position)
         if place.layer is not None:
             place = replace(place, layer=layer_index(place.layer, len(self.model.layers), repr(key)))
-        names.check_family(place, self._family, str(key) if layer is None else name)
+        names.check_family(place, family, str(key) if layer is None else name)
+        place = names.in_layout(place, self.model._layout, name)
         if place.position is not None and place.position < 0 and self.n_positions is not None:
             place = replace(place, position=place.position + self.n_positions)
         return place, suffix

@@ -16,7 +16,7 @@ from typing import Any
 from .. import names
 from ..errors import LayerError, UnknownSiteError
 from ..names import Place
-from ..sites import SITES, STATE, Family
+from ..sites import SITES, STATE, Layout
 from ..tracing.visit import position_error
 
 #: A name, or a predicate over hook names.
@@ -102,18 +102,18 @@ class Extent:
         if place.layer is not None:
             return place.layer in self.layers
         assert place.site is not None
-        return self.start is None if place.index < _FIRST_INNER else self.stop is None
+        return self.start is None if place.index() < _FIRST_INNER else self.stop is None
 
-    def orders_of(self, place: Place) -> list[Order]:
-        """Where a place stands in the run, once for each time that the run comes to it.
+    def orders_of(self, place: Place, layout: Layout) -> list[Order]:
+        """Where a place of a model stands in the run, once for each time that the run comes to it.
 
         The whole trajectory comes after its positions.
         """
         if place.layer is None:
-            numbers = [-1 if place.index < _FIRST_INNER else len(self.layers)]
+            numbers = [-1 if place.index() < _FIRST_INNER else len(self.layers)]
         else:
             numbers = [number for number, layer in enumerate(self.layers) if layer == place.layer]
-        return [(number, place.index, place.position or 0) for number in numbers]
+        return [(number, place.index(layout), place.position or 0) for number in numbers]
 
     def __str__(self) -> str:
         only = None if self.only is None else list(self.only)
@@ -153,13 +153,12 @@ def check_name(model: Any, name: NameOrFilter, extent: Extent) -> None:
         return
     if not isinstance(name, str):
         raise TypeError(f"a hook is named by a string or by a predicate over hook names, not by {name!r}")
-    model.hook(name)
-    if not extent.reaches(names.parse(name, model.architecture.family)):
+    if not extent.reaches(model._place(name)):
         raise LayerError(f"{name!r} is never reached with {extent}")
 
 
 def resolve(
-    name: NameOrFilter, known: Callable[[], dict[str, Place]], length: int, family: Family | None = None
+    name: NameOrFilter, known: Callable[[], dict[str, Place]], length: int, place_of: Callable[[str], Place]
 ) -> list[Place]:
     """The place of a name, or the places whose hook names a predicate accepts.
 
@@ -167,14 +166,14 @@ def resolve(
         name: checked by `check_name`.
         known: the places that the run reaches, by hook name, in execution order.
         length: the number of positions; negative positions are counted from it.
-        family: the model's.
+        place_of: gives the place of the model that a name means.
 
     Raises:
         PositionError: if the prompt is too short for the position.
     """
     if callable(name):
         return [place for hook_name, place in known().items() if name(hook_name)]
-    place = names.parse(name, family)
+    place = place_of(name)
     if place.position is None:
         return [place]
     if not -length <= place.position < length:

@@ -20,7 +20,7 @@ from torch import Tensor
 from .. import names
 from ..errors import LayerError, PromptError, SiteValueError, UnknownSiteError
 from ..names import Place, public_path
-from ..sites import BY_NAME, STATE, Family
+from ..sites import BY_NAME, STATE, Layout
 from ..tracing import ask_every_position, reading
 from ..tracing.edits import waiting_edits
 from .hooks import Extent, Hook, HookFunction, NameOrFilter, Order, key_of, resolve
@@ -96,11 +96,11 @@ class HookedRun:
             raise PromptError("the prompt has no tokens")
         actions = self.schedule()
         self.check_edits()
-        layers = self.extent.layers
-        if layers != list(range(self.extent.n_layers)):
-            # The backbone's forward reads its attribute `layers`, and finds this one before the submodule.
-            self.shadowed = self.model.backbone._module.__dict__
-            self.shadowed["layers"] = [self.model.layers[layer]._module for layer in layers]
+        if self.extent.layers != list(range(self.extent.n_layers)):
+            # The base's forward reads its attribute `layers`, and finds this one before the submodule.
+            self.shadowed = self.model.layers.parent._module.__dict__
+            blocks = [block._module for block in self.model.layers]
+            self.shadowed["layers"] = run_layers(blocks, self.extent, inputs.get("inputs_embeds"), self.model._layout)
         for time, action in actions:
             if time:
                 for _ in tracer.iter[time]:
@@ -114,7 +114,7 @@ class HookedRun:
         if self.extent.stop is not None:
             self.output = self.model.norm_f.input.clone()  # [B,L,D]
         elif self.logits:
-            self.output = self.model.lm_head.output  # [B,L,V]
+            self.output = self.model.logits.output  # [B,L,V]
             if self.handed_out:
                 self.output = self.output.clone()  # a hook may have kept it
             self.check_edits()
@@ -148,7 +148,7 @@ class HookedRun:
         ordered: list[tuple[Order, int, Callable[[], None]]] = []
 
         def add(place: Place, action: Callable[[bool], None]) -> None:
-            orders = self.extent.orders_of(place)
+            orders = self.extent.orders_of(place, self.model._layout)
             for time, order in enumerate(orders):
                 ordered.append((order, time, functools.partial(action, time + 1 == len(orders))))
 
@@ -166,7 +166,7 @@ class HookedRun:
 
         def at(name: NameOrFilter) -> list[PlaceActions]:
             there = []
-            for place in resolve(name, lambda: self.known, self.length, self.family):
+            for place in resolve(name, lambda: self.known, self.length, self.model._place):
                 key = key_of(place)
                 there.append(places.setdefault(key, PlaceActions(place, Hook(key, place.path))))
                 there[-1].named |= isinstance(name, str)
@@ -184,19 +184,14 @@ class HookedRun:
                 for actions in hooked:
                     getattr(actions, kind).append(fn)
         for name in [lambda name: True] if self.cached is None else self.cached:
-            for actions in at(every_position(name, self.family)):
+            for actions in at(every_position(name, self.model._place)):
                 actions.cached = True
         return places
 
     @functools.cached_property
-    def family(self) -> Family:
-        """Of the model's mixers: it says which places there are."""
-        return self.model.architecture.family
-
-    @functools.cached_property
     def known(self) -> dict[str, Place]:
         """Every place that has a hook name and that the run reaches."""
-        places = names.hook_places(self.extent.n_layers, self.length, self.family)
+        places = names.hook_places(self.model._layout, self.length)
         return {place.hook_name: place for place in places if self.extent.reaches(place)}
 
     def whole_trajectories(self, places: dict[str, PlaceActions]) -> list[int]:
@@ -280,11 +275,49 @@ class HookedRun:
         value.register_hook(through)
 
 
-def every_position(name: NameOrFilter, family: Family) -> NameOrFilter:
+class Passed:
+    """Stands for a layer that a run passes by: the residual stream goes on as it is."""
+
+    def __init__(self, block: Any, stream: Tensor | None) -> None:
+        self.block, self.stream = block, stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.block, name)
+
+    def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        stream = hidden_states if self.stream is None else self.stream
+        return (stream, *[None] * (self.block.returned - 1)) if self.block.returned else stream
+
+
+def run_layers(blocks: list[Any], extent: Extent, stream: Tensor | None, layout: Layout) -> list[Any]:
+    """What the base's forward is to call as its layers.
+
+    Args:
+        blocks: all layers of the model.
+        extent: which of them the run goes through.
+        stream: the residual stream [B,L,D] into the first of them, where the run is given one.
+        layout: of the model. The base of a hybrid makes a mask for each layer by its number.
+
+    Raises:
+        LayerError: for layers of a hybrid in another order than the model's.
+    """
+    layers = extent.layers
+    if not layout.hybrid:
+        return [blocks[layer] for layer in layers]
+    if layers != sorted(set(layers)):
+        raise LayerError(
+            f"only_use_these_layers={list(extent.only or ())}: the layers of this model differ, and run in the "
+            f"model's own order, each at most once"
+        )
+    started = None if extent.start is None else stream
+    return [block if number in layers else Passed(block, started) for number, block in enumerate(blocks)]
+
+
+def every_position(name: NameOrFilter, place_of: Callable[[str], Place]) -> NameOrFilter:
     """``name``, or a predicate for the states of all positions where it is the whole trajectory's."""
     if callable(name):
         return name
-    place = names.parse(name, family)
+    place = place_of(name)
     if place.site is None or place.site.name != STATE or place.position is not None:
         return name
     prefix = f"{place.site.hook_name(place.layer)}."

@@ -1,13 +1,25 @@
-"""Hugging Face's block and its norm, made hookable: residual stream -> norm -> mixer -> residual stream."""
+"""Hugging Face's blocks and their norm, made hookable: what stands in one layer, and what it adds to the stream.
+
+There are four kinds of block, by what they add to the residual stream and when:
+
+* `HookableBlock`: one part, after a norm. The part is the SSM; in a Nemotron-H it may be attention or an MLP;
+* `TwoStepBlock`: the SSM or attention, and then an MLP or experts (Jamba, Bamba, Granite 4);
+* `ParallelBlock`: the SSM and attention side by side, and then an MLP (Falcon-H1);
+* `SharedBlock`: the SSM, to whose input a shared transformer adds (Zamba, Zamba2).
+
+A class of a block says by `parts_named` what Hugging Face calls its parts.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from ..scan.reference import accumulation_dtype
+from ..sites import Kind
 from ..tracing import Visit, take_note_of_mask
 from .offers import Offers
 
@@ -17,19 +29,32 @@ class HookableRMSNorm(nn.Module):
 
     weight: nn.Parameter
     variance_epsilon: float
+    #: Whether it multiplies by its weight before it rounds to the model's dtype.
+    wide_weight = False
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         x = hidden_states.to(accumulation_dtype(hidden_states))
         x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
-        return self.weight * x.to(hidden_states.dtype)
+        return weighted(self, x, hidden_states.dtype)
 
 
-class HookableBlock(nn.Module):
-    """Mixin over Hugging Face's block, which has the attributes below."""
+def weighted(norm: Any, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """The normalised ``x``, in the wide dtype, times the weight of a norm: in the model's ``dtype``."""
+    return (norm.weight.to(x.dtype) * x).to(dtype) if norm.wide_weight else norm.weight * x.to(dtype)
 
-    norm: HookableRMSNorm
-    mixer: nn.Module
-    residual_in_fp32: bool
+
+class Block(nn.Module):
+    """What all blocks share.
+
+    Attributes:
+        parts_named: the package's name of a part of the block -> the name of the module.
+        returned: how many values Hugging Face's block returns in a tuple; 0 if it returns a tensor.
+        gradient_checkpointing: whether the block is run again in the backward pass.
+    """
+
+    scope = "block"
+    parts_named: ClassVar[dict[str, str]] = {"norm": "norm", "ssm": "mixer"}
+    returned = 0
     gradient_checkpointing: bool
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -41,21 +66,222 @@ class HookableBlock(nn.Module):
         finally:
             self.gradient_checkpointing = checkpointing
 
+    def part(self, name: str) -> Any:
+        """A part of the block by the package's name of it, or ``None``."""
+        path = self.parts_named.get(name)
+        module: Any = self
+        for step in path.split(".") if path else ():
+            module = module._modules.get(step) if module is not None else None
+        scope = PART_SCOPES.get(name)
+        fits = path and module is not None and (scope is None or getattr(module, "scope", None) == scope)
+        return module if fits else None
+
+    @property
+    def kind(self) -> Kind:
+        """What stands in this layer."""
+        raise NotImplementedError
+
+    def run(self, offer: Offers, name: str, value: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """What a part of the block returns for ``value``."""
+        return self.part(name)(offer.into(self.parts_named[name], value), *args, **kwargs)
+
+    def ended(self, offer: Offers, resid: Tensor) -> Any:
+        """What the block returns, where ``resid`` [B,L,D] is the stream out of it."""
+        resid = offer("resid_post", resid)
+        offer.close()
+        resid = offer.result(resid)
+        return (resid, *[None] * (self.returned - 1)) if self.returned else resid
+
+
+#: What the modules are that stand for these parts of a block: the scope of their sites.
+PART_SCOPES = {"ssm": "mixer", "attn": "attn", "moe": "moe", "mlp": "mlp"}
+#: What people call a layer with one of these parts.
+CALLED = {"ssm": "SSM", "attn": "attention", "mlp": "MLP", "moe": "MoE"}
+
+
+def called(*parts: str | None) -> str:
+    """What people call a layer with these parts.
+
+    >>> called("ssm", "attn")
+    'SSM and attention'
+    """
+    return " and ".join(CALLED[part] for part in parts if part)
+
+
+class HookableBlock(Block):
+    """Mixin over a block with one part: residual stream -> norm -> part -> residual stream."""
+
+    residual_in_fp32 = False
+
+    @property
+    def kind(self) -> Kind:
+        name = next(name for name in PART_SCOPES if self.part(name) is not None)
+        if name == "ssm":
+            return ssm_kind(self.part("ssm"))
+        out = "attn_out" if name == "attn" else "mlp_out"
+        return Kind(called(name), (name, out), None)
+
     def forward(
         self,
         hidden_states: Tensor,
         cache: Any = None,
         attention_mask: Tensor | None = None,
         **kwargs: Any,
-    ) -> Tensor:
-        offer = Offers(self, "block")
-        take_note_of_mask(offer.visit.interleaver, attention_mask)
+    ) -> Any:
+        offer = Offers(self)
         resid = offer("resid_pre", hidden_states)  # [B,L,D]
         layer_input = offer("layer_input", resid)  # [B,L,D]
-        normalized = self.norm(offer.into("norm", layer_input.to(self.norm.weight.dtype)))  # [B,L,D]
+        normalized = self.run(offer, "norm", layer_input.to(self.part("norm").weight.dtype))  # [B,L,D]
         if self.residual_in_fp32:
             resid = resid.to(accumulation_dtype(resid))
-        out = self.mixer(offer.into("mixer", normalized), cache=cache, attention_mask=attention_mask)
-        resid = offer("resid_post", resid + out)  # [B,L,D]
-        offer.close()
-        return offer.result(resid)
+        return self.ended(offer, resid + self.term(offer, normalized, cache, attention_mask, kwargs))
+
+    def term(
+        self, offer: Offers, normalized: Tensor, cache: Any, attention_mask: Tensor | None, kwargs: dict[str, Any]
+    ) -> Tensor:
+        """What the part adds to the stream [B,L,D]."""
+        take_note_of_mask(offer.visit.interleaver, attention_mask)
+        return self.run(offer, "ssm", normalized, cache=cache, attention_mask=attention_mask)
+
+
+def ssm_kind(mixer: Any, *parts: str, name: str = "SSM", early: tuple[str, ...] = ()) -> Kind:
+    """The kind of a layer with an SSM and the parts beside it."""
+    return Kind(name, parts, mixer.family, mixer.lacks, early, mixer.norm_first)
+
+
+class TwoStepBlock(Block):
+    """Mixin over a block of two halves: the SSM or attention, then an MLP, experts or both.
+
+    Attributes:
+        residual_multiplier: what both terms are multiplied by.
+    """
+
+    parts_named: ClassVar[dict[str, str]] = {
+        "norm": "input_layernorm",
+        "ssm": "mamba",
+        "attn": "self_attn",
+        "norm_2": "pre_ff_layernorm",
+        "mlp": "feed_forward",
+        "moe": "feed_forward",
+    }
+    residual_multiplier = 1.0
+
+    @property
+    def kind(self) -> Kind:
+        moe = ("moe",) if self.part("moe") is not None else ()
+        second = ("mid", *moe, "mlp_out")
+        if self.part("ssm") is not None:
+            return ssm_kind(self.part("ssm"), "ssm_out", *second)
+        return Kind("attention", ("attn", "attn_out", *second), None)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        cache: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        offer = Offers(self)
+        resid = offer("resid_pre", hidden_states)  # [B,L,D]
+        normalized = self.run(offer, "norm", offer("layer_input", resid))  # [B,L,D]
+        if self.part("ssm") is not None:
+            out = self.run(offer, "ssm", normalized, cache=cache, attention_mask=attention_mask)
+            term = offer("ssm_out", times(out, self.residual_multiplier))
+        else:
+            out, _ = self.run(offer, "attn", normalized, attention_mask=attention_mask, cache=cache, **kwargs)
+            term = offer("attn_out", times(out, self.residual_multiplier))
+        return self.second_half(offer, resid + term)
+
+    def second_half(self, offer: Offers, resid: Tensor) -> Any:
+        """From the middle of the block to its end, where ``resid`` [B,L,D] is the stream in the middle."""
+        resid = offer("resid_mid", resid)
+        normalized = self.run(offer, "norm_2", offer("mlp_input", resid))
+        term = offer("mlp_out", times(self.fed(offer, normalized), self.residual_multiplier))
+        return self.ended(offer, resid + term)
+
+    def fed(self, offer: Offers, normalized: Tensor) -> Tensor:
+        """What the MLP or the experts return [B,L,D]."""
+        return self.run(offer, "moe" if self.part("mlp") is None else "mlp", normalized)
+
+
+class ParallelBlock(TwoStepBlock):
+    """Mixin over a block whose first half is the SSM and attention side by side, each with a factor of its own."""
+
+    attention_in_multiplier: float
+    ssm_out_multiplier: float
+    attn_out_multiplier: float
+
+    @property
+    def kind(self) -> Kind:
+        parts = ("ssm_out", "attn", "attn_out", "mid", "mlp_out")
+        return ssm_kind(self.part("ssm"), *parts, name=called("ssm", "attn"))
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        mamba_attention_mask: Tensor | None = None,
+        cache: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        offer = Offers(self)
+        resid = offer("resid_pre", hidden_states)  # [B,L,D]
+        normalized = self.run(offer, "norm", offer("layer_input", resid))  # [B,L,D]
+        out = self.run(offer, "ssm", normalized, cache=cache, attention_mask=mamba_attention_mask)
+        first = offer("ssm_out", times(out, self.ssm_out_multiplier))
+        scaled = times(normalized, self.attention_in_multiplier)
+        out, _ = self.run(offer, "attn", scaled, attention_mask=attention_mask, cache=cache, **kwargs)
+        second = offer("attn_out", times(out, self.attn_out_multiplier))
+        return self.second_half(offer, resid + (first + second))
+
+
+class SharedBlock(Block):
+    """Mixin over a block with an SSM to whose input a transformer adds, the weights of which layers share.
+
+    What the transformer adds is no term of the residual stream. Hugging Face has the SSM and its norm in a block of
+    their own inside of this one, which is not called: this forward does what that one would.
+
+    Attributes:
+        shared: the name of the transformer's module.
+    """
+
+    shared = "shared_transf"
+    linear: nn.Linear
+    mamba_decoder: nn.Module
+
+    @property
+    def kind(self) -> Kind:
+        name = "SSM with a shared transformer"
+        return ssm_kind(self.part("ssm"), "attn", "shared_out", name=name, early=("attn", "shared_out"))
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        original_hidden_states: Tensor | None = None,
+        layer_idx: int | None = None,
+        attention_mask: Tensor | None = None,
+        causal_mask: Tensor | None = None,
+        cache: Any = None,
+        use_cache: bool | None = False,
+        **kwargs: Any,
+    ) -> Tensor:
+        offer = Offers(self)
+        resid = offer("resid_pre", hidden_states)  # [B,L,D]
+        transformer: Callable[..., Tensor] = self._modules[self.shared]  # type: ignore[assignment]
+        inner = transformer(
+            offer.into(self.shared, resid),
+            original_hidden_states=original_hidden_states,
+            layer_idx=layer_idx,
+            attention_mask=causal_mask,
+            cache=cache,
+            **kwargs,
+        )
+        added = offer("shared_out", self.linear(inner))  # [B,L,D]
+        normalized = self.run(offer, "norm", offer("layer_input", resid + added))
+        out = self.run(offer, "ssm", normalized, cache=cache, attention_mask=attention_mask)
+        return self.ended(offer, resid + out)
+
+
+def times(value: Tensor, factor: float) -> Tensor:
+    """``value`` multiplied by a factor of the model, and ``value`` itself where that is 1."""
+    return value if factor == 1 else value * factor

@@ -1,4 +1,4 @@
-"""The mixer of Mamba-2: each head decays as one, and the convolution runs over x, B and C together."""
+"""The mixer of Mamba-2 and most hybrids: each head decays as one, and the convolution runs over x, B and C together."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..scan import DUAL
 from ..scan.dual import short
 from ..scan.reference import accumulation_dtype
+from .block import weighted
 from .discretisation import Discretisation, DualDiscretisation
 from .mixer import HookableMixer
 from .offers import Offers
@@ -90,8 +91,8 @@ class DualMixer(HookableMixer):
     def D_of_channels(self) -> Tensor:
         return self.D.repeat_interleave(self.head_dim)
 
-    def normed(self, offer: Offers, after_skip: Tensor) -> Tensor:
-        return self.norm(offer.into("norm", after_skip))
+    def finished(self, offer: Offers, output: Tensor, skip: Tensor) -> Tensor:
+        return self.norm(offer.into("norm", super().finished(offer, output, skip)))
 
 
 class HookableGatedRMSNorm(nn.Module):
@@ -103,6 +104,8 @@ class HookableGatedRMSNorm(nn.Module):
     weight: Tensor
     variance_epsilon: float
     group_size: int
+    #: Whether it multiplies by its weight before it rounds to the model's dtype.
+    wide_weight = False
 
     def forward(self, hidden_states: Tensor, gate: Tensor | None = None) -> Tensor:
         x = hidden_states.to(accumulation_dtype(hidden_states))
@@ -110,4 +113,4 @@ class HookableGatedRMSNorm(nn.Module):
             x = x * F.silu(gate.to(x.dtype))
         groups = x.unflatten(-1, (-1, self.group_size))
         groups = groups * torch.rsqrt(groups.square().mean(-1, keepdim=True) + self.variance_epsilon)
-        return self.weight * groups.flatten(-2).to(hidden_states.dtype)
+        return weighted(self, groups.flatten(-2), hidden_states.dtype)

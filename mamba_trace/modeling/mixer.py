@@ -63,6 +63,8 @@ class HookableMixer(nn.Module):
 
     Attributes:
         family: how its state moves.
+        lacks: the names of sites of the family that it lacks.
+        norm_first: whether its own norm comes before its gate.
         scans: the scans of that family.
         columns_in, columns_out: the sites of the parts of the convolution's channels, before and after it.
         kernels: which scan it runs.
@@ -81,7 +83,10 @@ class HookableMixer(nn.Module):
     A_log: nn.Parameter
     D: nn.Parameter
 
+    scope = "mixer"
     family: Family
+    lacks: tuple[str, ...] = ()
+    norm_first = False
     scans: ScanFamily
     columns_in: tuple[str, ...]
     columns_out: tuple[str, ...]
@@ -135,9 +140,13 @@ class HookableMixer(nn.Module):
         """D [E]."""
         return self.D
 
-    def normed(self, offer: Offers, after_skip: Tensor) -> Tensor:
-        """The input of out_proj [B,L,E]."""
-        return after_skip
+    def entered(self, hidden_states: Tensor) -> Tensor:
+        """The input of in_proj [B,L,D]."""
+        return hidden_states
+
+    def finished(self, offer: Offers, output: Tensor, skip: Tensor) -> Tensor:
+        """The input of out_proj [B,L,E], of what `scan` returned and of the gate."""
+        return offer("after_skip", output)
 
     # -- the forward -----------------------------------------------------------------------------------
 
@@ -150,18 +159,18 @@ class HookableMixer(nn.Module):
         **kwargs: Any,
     ) -> Tensor:
         past = PastStates(self, cache, attention_mask, hidden_states)
-        offer = Offers(self, "mixer", past.mask)
-        skip, columns, delta_1 = self.divided(self.in_proj(offer.into("in_proj", hidden_states)))
+        offer = Offers(self, past.mask)
+        skip, columns, delta_1 = self.divided(self.in_proj(offer.into("in_proj", self.entered(hidden_states))))
         skip = offer("skip", skip)
         # Masked after in_proj, which may have a bias of its own or an adapter's.
         columns = self.offered(offer, self.columns_in, masked(columns, past.mask))
         x, *others = self.split(masked(self.convolve(offer, columns, past), past.mask))
         x = offer("ssm_input", x)  # [B,L,E]
         h = self.initial_state(offer, x, past)  # [B,...,N], or shared by rows, or None
-        gated, h = self.scan(offer, x, skip, h, self.discretisation(offer, x, delta_1, others))
+        output, h = self.scan(offer, x, skip, h, self.discretisation(offer, x, delta_1, others))
         past.keep(h)
-        after_skip = offer("after_skip", gated.to(hidden_states.dtype))  # [B,L,E]
-        out = self.out_proj(offer.into("out_proj", self.normed(offer, after_skip)))  # [B,L,D]
+        after = self.finished(offer, output.to(hidden_states.dtype), skip)  # [B,L,E]
+        out = self.out_proj(offer.into("out_proj", after))  # [B,L,D]
         offer.close()
         return offer.result(out)
 
@@ -237,23 +246,25 @@ class HookableMixer(nn.Module):
     def scan(
         self, offer: Offers, x: Tensor, skip: Tensor, h: Tensor | SharedStates | None, parameters: Discretisation
     ) -> tuple[Tensor, Tensor | None]:
-        """The gated output of the SSM [B,L,E] and its last state [B,...,N], in as few kernels as will do.
+        """The output of the SSM [B,L,E], gated if no norm comes before the gate, and its last state [B,...,N].
 
-        No state is returned where rows share those that they start from, and nobody wants one.
+        It takes as few kernels as will do. No state is returned where rows share those that they start from, and
+        nobody wants one.
         """
         parameters.offer(offer)
         wanted = offer.inside("scan", "states")
-        if wanted is None:
+        if wanted is None and not self.norm_first:
             offer.leave_out("scan", "states")
             return self.fused(x, skip, h, parameters)
         h = h.of_rows() if isinstance(h, SharedStates) else h
         edited = ", and A_bar, B_bar or write edited" if parameters.edited else ""
-        self.last_run.reasons.append(f"{wanted} is wanted{edited}")
+        reason = f"{wanted} is wanted{edited}" if wanted else "a norm comes before the gate"
+        self.last_run.reasons.append(reason)
         pieces, h = Stretches(offer, parameters.recurrence(self.kernels), h).run()
         del parameters  # and with it delta, which makes room for what follows
         # y has no name here, so that it is given up where ssm_output is made of it.
         ssm_output = offer("ssm_output", self.with_D(offer("y", self.by_channel(joined(pieces))), x))  # [B,L,E]
-        return F.silu(skip.to(ssm_output.dtype)).mul_(ssm_output), h
+        return ssm_output if self.norm_first else F.silu(skip.to(ssm_output.dtype)).mul_(ssm_output), h
 
     def fused(
         self, x: Tensor, skip: Tensor, h: Tensor | SharedStates | None, parameters: Discretisation

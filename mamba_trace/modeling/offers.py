@@ -10,14 +10,14 @@ A value is *wanted* if a worker of the running trace waits for it, or a cache or
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from ..sites import BY_NAME, SITES, Family, Scope, Site, Stage, offered
+from ..sites import BY_NAME, SITES, Family, Site, Stage
 from ..tracing import Visit, is_itself
 from .past import masked
 
@@ -47,29 +47,40 @@ class SiteModule(nn.Module):
 
 
 @functools.cache
-def names_of(scope: Scope, family: Family | None) -> tuple[str, ...]:
-    """The names of the sites that a module of this scope offers, in execution order."""
-    return tuple(site.name for site in offered(scope, family))
-
-
-@functools.cache
 def names_inside(family: Family, *stages: Stage) -> tuple[str, ...]:
     """The names of the sites inside of fused stages of a mixer, in execution order."""
     return tuple(site.name for site in SITES if site.stage in stages and family in site.families)
+
+
+#: Under this name a hookable module keeps the names of the modules that offer its sites, in execution order.
+SITE_NAMES = "_mamba_trace_sites"
+
+
+def add_sites(module: nn.Module, sites: Iterable[Site], sizes: dict[str, int]) -> None:
+    """Give a hookable module a `SiteModule` for each of ``sites`` that no module of Hugging Face's produces.
+
+    Args:
+        module: a block, a mixer or another part of a model.
+        sites: those that it has, in execution order.
+        sizes: of the axes, as far as they are known.
+    """
+    own, family = [site for site in sites if site.module is None], getattr(module, "family", "selective")
+    for site in own:
+        module.add_module(site.module_name, SiteModule(site, site.axes_in(family), sizes))
+    module.__dict__[SITE_NAMES] = tuple(site.module_name for site in own)
 
 
 class Offers:
     """The sites of one module during one call of its forward.
 
     Args:
-        module: a hookable block or mixer.
-        scope: which sites it has.
+        module: a hookable module, which `add_sites` gave its sites.
         mask: which columns of this call are tokens [B,L]; ``None`` where none is padding.
     """
 
-    def __init__(self, module: nn.Module, scope: Scope, mask: Tensor | None = None) -> None:
+    def __init__(self, module: nn.Module, mask: Tensor | None = None) -> None:
         self.module, self.mask, self.family = module, mask, getattr(module, "family", None)
-        self.names = names_of(scope, self.family)
+        self.names: tuple[str, ...] = module.__dict__[SITE_NAMES]
         self.visit = Visit(module)
         #: Whether anything inside is wanted. If not, sites are only counted, when the call is over.
         self.open = self.visit.inside(self.names)
@@ -82,7 +93,8 @@ class Offers:
         """Offer ``value`` at site ``name``; return it, edited or not. Padding is as the table says again."""
         if not self.open:
             return value
-        padding = BY_NAME[name].padding if self.mask is not None and self.wants(name) else None
+        site: Any = self.module._modules[name]
+        padding = site.site.padding if self.mask is not None and self.wants(name) else None
         served = self._serve(name, value)
         return served if padding is None else masked(served, self.mask, padding)
 
@@ -101,8 +113,8 @@ class Offers:
         return (served if padding is None else masked(served, self.mask, padding)), True
 
     def _serve(self, name: str, value: Tensor) -> Tensor:
-        site, module = BY_NAME[name], self.module._modules[name]
-        assert module is not None
+        module: Any = self.module._modules[name]
+        site: Site = module.site
         self.done.add(name)
         if self.wants(name):
             if site.stage is not None:

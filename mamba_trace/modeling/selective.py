@@ -1,4 +1,4 @@
-"""The mixer of Mamba-1 and Falcon-Mamba: each channel and state number decays at a rate of its own."""
+"""The mixer of Mamba-1, Falcon-Mamba and Jamba: each channel and state number decays at a rate of its own."""
 
 from __future__ import annotations
 
@@ -56,3 +56,15 @@ class SelectiveMixer(HookableMixer):
         projected = self.x_proj(offer.into("x_proj", x))  # [B,L,R+2N]
         delta_1, B, C = (masked(projected, offer.mask) if looked_at else projected).split(sizes, dim=-1)
         return delta_1, B, C
+
+
+class NormedSelectiveMixer(SelectiveMixer):
+    """Completes those with a norm on each of dt, B and C: delta_1, B and C are what the norms return."""
+
+    dt_layernorm: nn.Module
+    b_layernorm: nn.Module
+    c_layernorm: nn.Module
+
+    def selective_parameters(self, offer: Offers, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        delta_1, B, C = super().selective_parameters(offer, x)
+        return self.dt_layernorm(delta_1), self.b_layernorm(B), self.c_layernorm(C)

@@ -22,7 +22,7 @@ import functools
 import operator
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ..errors import LayerError, PositionError, UnknownSiteError
@@ -31,19 +31,20 @@ from ..sites import (
     BY_MODULE,
     BY_NAME,
     FAMILY_MODELS,
-    MODULE_PREFIX,
     NATIVE_MODULES,
+    PURE,
     SITES,
     STATE,
     Family,
+    Layout,
     Site,
-    walk,
 )
 from .bridge import BRIDGE_BLOCK, BRIDGE_MODEL, families_of_name, name_of, paths_in_block
 from .hints import families_of, lacked, models_of, nearest, of_another_family
+from .layouts import absent, site_in, spans
+from .modules import OF_LAYER, SCOPE_OF, below_the_layer, below_the_model
 
-_IN_LAYER = re.compile(r"layers(?:\[(\d+)\]|\.(\d+))\.((?:ssm|mixer)\.)?(.+)")
-_CONTAINER = re.compile(r"backbone\.layers\.(?P<layer>\d+)(?P<mixer>\.mixer)?(\.output)?")
+_IN_LAYER = re.compile(r"layers(?:\[(\d+)\]|\.(\d+))(?:\.(.+))?")
 _POSITION = re.compile(rf"{STATE}(?:\[(-?\d+)\]|\.(-?\d+))")
 _BLOCK_HOOK = re.compile(r"blocks\.(\d+)\.(.+)")
 _STATE_HOOK = re.compile(r"hook_h\.(-?\d+)")
@@ -58,12 +59,14 @@ __all__ = [
     "families_of",
     "hook_names",
     "hook_places",
+    "in_layout",
     "lacked",
     "layer_index",
     "nearest",
     "of_another_family",
     "parse",
     "public_path",
+    "spans",
     "to_bridge_name",
     "to_hook_name",
     "to_path",
@@ -94,15 +97,17 @@ class Place:
         """Whether this is ``h`` itself, all positions at once, which has no hook name."""
         return self.site is not None and self.site.name == STATE and self.position is None
 
-    @property
-    def index(self) -> float:
+    def index(self, layout: Layout | None = None) -> float:
         """Where the place comes in its layer or its model: the order of execution, positions aside.
 
         An inner module comes half a step before the site that follows it, ``h[p]`` before the whole ``h``.
+
+        Args:
+            layout: of the model; without one the order is the table's.
         """
-        if self.site is None:
-            return BY_NAME[NATIVE_MODULES[str(self.native)]].index - 0.5
-        return self.site.index - (0.0 if self.position is None else 0.5)
+        site = self.site or BY_NAME[NATIVE_MODULES[str(self.native)]]
+        order = site.index if layout is None else layout.order(site, self.layer)
+        return order - (0.5 if self.site is None or self.position is not None else 0.0)
 
     @property
     def path(self) -> str:
@@ -110,13 +115,6 @@ class Place:
         if self.site is None:
             return f"layers[{self.layer}].ssm.{self.native}"
         return self.site.path(self.layer) + ("" if self.position is None else f"[{self.position}]")
-
-    @property
-    def module_path(self) -> str:
-        """The path in the Hugging Face module tree, the name that nnsight's locations and caches use."""
-        if self.site is None:
-            return f"{MODULE_PREFIX['mixer'].format(layer=self.layer)}{self.native}"
-        return self.site.module_path(self.layer) + ("" if self.position is None else f".{self.position}")
 
     @property
     def hook_name(self) -> str:
@@ -131,11 +129,16 @@ class Place:
         return self.site.hook_name(self.layer) + ("" if self.position is None else f".{self.position}")
 
 
-def hook_names(n_layers: int, n_positions: int, family: Family = "selective") -> list[str]:
+def hook_names(layers: int | Layout, n_positions: int, family: Family = "selective") -> list[str]:
     """Every MambaLens hook name of a model, in execution order.
 
     >>> hook_names(1, 2)[:2]
     ['hook_embed', 'blocks.0.hook_resid_pre']
+
+    Args:
+        layers: what the layers of the model are; for a Mamba their number is enough.
+        n_positions: of the prompt.
+        family: of the mixers, where ``layers`` is a number.
 
     Raises:
         PositionError: if ``n_positions`` is not an integer of at least one.
@@ -145,17 +148,18 @@ def hook_names(n_layers: int, n_positions: int, family: Family = "selective") ->
             f"hook names are those of a prompt of so many tokens, an integer of at least one position, not "
             f"{n_positions!r}"
         )
-    return [place.hook_name for place in hook_places(n_layers, n_positions, family)]
+    layout = Layout((PURE[family],) * layers) if isinstance(layers, int) else layers
+    return [place.hook_name for place in hook_places(layout, n_positions)]
 
 
-def hook_places(n_layers: int, n_positions: int, family: Family = "selective") -> Iterator[Place]:
+def hook_places(layout: Layout, n_positions: int) -> Iterator[Place]:
     """The places of `hook_names`, in the same order.
 
-    >>> [place.path for place in hook_places(1, 2)][:2]
+    >>> [place.path for place in hook_places(Layout((PURE["selective"],)), 2)][:2]
     ['embeddings', 'layers[0].resid_pre']
     """
-    for site, layer in walk(n_layers, family):
-        if site.in_mamba_lens:
+    for site, layer in layout.walk():
+        if site.in_mamba_lens or site.part:
             for position in range(n_positions) if site.name == STATE else (None,):
                 yield Place(site, layer, position)
 
@@ -251,7 +255,7 @@ def _parsed(name: str, family: Family | None) -> Place:
         raise UnknownSiteError(
             "ln_final.hook_in is the residual stream out of the last layer: use its blocks.l.hook_resid_post"
         )
-    place = _of_path(_path_of_hook(stripped, family) or stripped.removeprefix("backbone."))
+    place = _of_path(_path_of_hook(stripped, family) or below_the_model(stripped))
     if place is None:
         in_block = _BLOCK_HOOK.fullmatch(stripped)
         others = families_of_name(in_block[2]) if in_block else ()
@@ -280,8 +284,12 @@ def _of_path(path: str) -> Place | None:
     if in_layer is None:
         site = BY_NAME.get(path)
         return Place(site) if site is not None and site.scope == "model" else None
-    layer, rest = int(in_layer[1] or in_layer[2]), in_layer[4]
-    scope = "mixer" if in_layer[3] else "block"
+    layer, below = int(in_layer[1] or in_layer[2]), below_the_layer(in_layer[3] or "")
+    part, _, rest = below.partition(".")
+    scope = SCOPE_OF.get(part)
+    if scope is None:
+        site = BY_NAME.get(below)
+        return Place(site, layer) if site is not None and site.scope == "block" else None
     if scope == "mixer" and rest in NATIVE_MODULES:
         return Place(None, layer, native=rest)
     if scope == "mixer" and (position := _POSITION.fullmatch(rest)):
@@ -296,12 +304,15 @@ def _of_path(path: str) -> Place | None:
 def public_path(location: str) -> str:
     """The path users write for one of nnsight's locations; a location outside of all sites stays as it is.
 
-    >>> public_path("model.backbone.layers.3.mixer.h.5.output")
-    'layers[3].ssm.h[5]'
+    >>> public_path("model.backbone.layers.3.mixer.h.5.output"), public_path("model.model.layers.3.self_attn")
+    ('layers[3].ssm.h[5]', 'layers[3].attn')
     """
-    inner = location[location.find("backbone.") :] if "backbone." in location else location
-    if container := _CONTAINER.fullmatch(inner):
-        return f"layers[{container['layer']}]" + (".ssm" if container["mixer"] else "")
+    inner = below_the_model(location)
+    container = _IN_LAYER.fullmatch(inner.removesuffix(".output"))
+    if container is not None and inner != location:
+        part = below_the_layer(container[3] or "")
+        if not part or part in OF_LAYER:
+            return f"layers[{container[2]}]" + (f".{part}" if part else "")
     try:
         return parse(inner).path
     except UnknownSiteError:
@@ -355,6 +366,28 @@ def check_family(place: Place, family: Family, name: str) -> Place:
     if family in families_of(str(own)):
         return place
     raise _not_of(family, name, of_another_family(str(own)))
+
+
+def in_layout(place: Place, layout: Layout, name: str) -> Place:
+    """The place of a model that a name means, where ``place`` is what the name means in any model.
+
+    Args:
+        place: with a layer of the model, counted from 0.
+        layout: of the model.
+        name: what the user asked for.
+
+    Raises:
+        UnknownSiteError: if the layer has no such site, saying which layers have it.
+    """
+    if place.site is None:
+        if layout.layers[place.layer or 0].family is None:
+            raise absent(layout, None, place.layer, repr(name))
+        return place
+    of_logits = place.site.name == "lm_head" and name.endswith(BY_NAME["lm_head"].hook)  # MambaLens's name of these
+    site = site_in(layout, BY_NAME["logits"] if of_logits else place.site, place.layer)
+    if site is None:
+        raise absent(layout, place.site, place.layer, repr(name))
+    return place if site is place.site else replace(place, site=site)
 
 
 def _not_of(family: Family, name: str, why: str) -> UnknownSiteError:

@@ -12,6 +12,8 @@ from ..sites import BY_NAME, FAMILIES, FAMILY_MODELS, LACKED_MODULES, Family
 OF_A_TRANSFORMER = re.compile(
     r"(^|\.)(attn|mlp|ln1|ln2)\.|hook_(attn|mlp|pattern|result|resid_mid|rot_|[qkvz](_|$))|hook_pos_embed"
 )
+#: Why a Mamba lacks them.
+OF_A_MAMBA = ": a Mamba has no attention, no MLP and one norm in each block"
 
 
 def nearest(name: str, known: list[str]) -> str:
@@ -31,7 +33,7 @@ def lacked(name: str) -> str:
     """
     if OF_A_TRANSFORMER.search(name) is None:
         return ""
-    return ": a Mamba has no attention, no MLP and one norm in each block"
+    return OF_A_MAMBA
 
 
 def families_of(name: str) -> tuple[Family, ...]:

@@ -14,11 +14,12 @@ from torch import Tensor, nn
 
 from ..errors import SiteValueError, UnknownSiteError
 from ..names import NATIVE_MODULES, lacked, nearest, of_another_family, public_path
+from ..names.modules import OF_LAYER
 from ..sites import BY_MODULE, BY_NAME, SITES
 from .envoy_map import EnvoyMap
 
 #: Names of places: a user reads values there, and never assigns to the name itself.
-PLACES = {*BY_NAME, *NATIVE_MODULES, "layers", "ssm"}
+PLACES = {*BY_NAME, *NATIVE_MODULES, *OF_LAYER, "layers"}
 
 
 class Guarded(Envoy):

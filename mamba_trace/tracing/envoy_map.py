@@ -24,13 +24,14 @@ class EnvoyMap(dict):
 
     Args:
         ours: this package's classes, by path suffix.
+        by_scope: this package's classes for modules with sites, by the scope of these.
         users: the user's: one class for every module, a mapping as nnsight takes it, or ``None``.
 
     Raises:
         SiteValueError: if ``users`` is none of these.
     """
 
-    def __init__(self, ours: Mapping[str, type[Envoy]], users: Any = None) -> None:
+    def __init__(self, ours: Mapping[str, type[Envoy]], by_scope: Mapping[Any, type[Envoy]], users: Any = None) -> None:
         classes = list(users.values()) if isinstance(users, Mapping) else [] if users is None else [users]
         for given in classes:
             if not (isinstance(given, type) and issubclass(given, Envoy)):
@@ -39,10 +40,10 @@ class EnvoyMap(dict):
                     f"suffix or the class of a module, such as {{'mixer.conv': MyEnvoy}}, not {given!r}"
                 )
         super().__init__({**ours, **users} if isinstance(users, Mapping) else ours)
-        self.ours, self.users = ours, users
+        self.ours, self.by_scope, self.users = ours, by_scope, users
 
     def __reduce__(self) -> Any:
-        return EnvoyMap, (self.ours, self.users)
+        return EnvoyMap, (self.ours, self.by_scope, self.users)
 
     def choose(self, rename: Any, module: nn.Module, path: str) -> type[Envoy]:
         """The class for the envoy of ``module`` at ``path``."""
@@ -50,7 +51,7 @@ class EnvoyMap(dict):
             Envoy._resolve_envoy_class(SimpleNamespace(_envoys=envoys, _rename=rename), module, path)
             for envoys in (self.ours, self.users)
         )
-        return composed(users, ours)
+        return composed(users, self.by_scope.get(getattr(module, "scope", None), ours))
 
 
 @functools.cache

@@ -9,6 +9,7 @@ value it replaces (and cast where that is harmless), and a later in-place edit n
 
 from __future__ import annotations
 
+import functools
 import operator
 import re
 from collections.abc import Iterator
@@ -18,11 +19,13 @@ from nnsight.intervention.envoy import Envoy
 from torch import nn
 
 from ..errors import PositionError, SiteValueError, UnknownSiteError
-from ..names import NATIVE_MODULES, layer_index
-from ..sites import BY_MODULE, BY_NAME, STATE, Scope, Site, in_scope
+from ..names import NATIVE_MODULES, layer_index, parse, public_path
+from ..names.layouts import SAME_AS, absent, part_of
+from ..names.modules import BASES, OF_BASE, OF_LAYER, SCOPE_OF
+from ..sites import BY_MODULE, BY_NAME, SITES, STATE, Site, in_scope
 from .attributes import Guarded, NotAValue, no_such_value, not_a_value
 from .fitting import skip
-from .located import Located, Part
+from .located import FirstOfTuple, Located, Part
 from .worker import expect_position, length_of_call
 
 
@@ -32,8 +35,8 @@ class SiteEnvoy(NotAValue, Located):
     @property
     def site(self) -> Site:
         """The row of the site table."""
-        *_, owner, name = self.path.split(".")
-        return (BY_MODULE.get(name) if owner == "mixer" else None) or BY_NAME[name]
+        known = getattr(self._module, "site", None)
+        return known if known is not None else parse(public_path(self.path)).site  # a module of Hugging Face's
 
     @property
     def _axes(self) -> str:  # type: ignore[override]
@@ -171,14 +174,62 @@ class PositionEnvoy(NotAValue):
         return f"{self._public_path}: state [{','.join(self._axes)}] after token {self.position}"
 
 
-class BlockEnvoy(Located):
-    """The envoy of a block."""
+class PartEnvoy(Located):
+    """The envoy of a part of a model that has sites or other names below it: of a block, a mixer, attention, an MLP."""
 
     _axes = _shared_axes = "BLD"
     _lacks = Guarded._lacks  # which suggests a site below
 
 
-class MixerEnvoy(BlockEnvoy):
+class AttentionEnvoy(PartEnvoy):
+    """The envoy of attention. Its module returns its output and the pattern in a tuple, of which this is the first."""
+
+    output, skip = FirstOfTuple.output, FirstOfTuple.skip
+
+
+class BlockEnvoy(PartEnvoy):
+    """The envoy of a block, which has each part of its layer under the package's name of it."""
+
+    output, skip = FirstOfTuple.output, FirstOfTuple.skip
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._name_parts()
+
+    def _update(self, module: nn.Module) -> None:
+        super()._update(module)
+        self._name_parts()
+
+    def _name_parts(self) -> None:
+        """Bind the names of the parts, which follow what stands in the layer: a ``mixer`` may be attention."""
+        for name, path in getattr(self._module, "parts_named", {}).items():
+            if self._aliases.pop(name, None) is not None:
+                self.__dict__.pop(name, None)
+            there = self._module.part(name) is not None
+            if there and name != path:
+                object.__setattr__(self, name, functools.reduce(getattr, path.split("."), self))
+                self._aliases[name] = path
+
+    def _lacks(self, name: str) -> Exception:
+        site = BY_NAME.get(name)
+        part = name if name in SCOPE_OF else part_of(site) if site is not None else ""
+        kind = getattr(self._module, "kind", None)
+        if not part or kind is None or (part in SCOPE_OF and self._module.part(part) is not None):
+            return super()._lacks(name)
+        layout, layer = getattr(self.root, "_layout", None), int(self.path.rsplit(".", 1)[1])
+        of_part = next(site for site in SITES if part_of(site) == part)
+        if layout is None or not (layout.hybrid or of_part.part):
+            return super()._lacks(name)
+        return absent(layout, of_part, layer, f"layers[{layer}].{name}")
+
+    def __getattr__(self, name: str) -> Any:
+        same = SAME_AS.get(name)  # `ssm_out` in a layer that adds the mixer's output as it is
+        if same is not None and "ssm" in self._aliases:
+            return getattr(self.ssm, same)
+        return super().__getattr__(name)
+
+
+class MixerEnvoy(PartEnvoy):
     """The envoy of a mixer. Its method ``skip`` is hidden by the site of that name, a `SkipEnvoy`."""
 
     def __getattr__(self, name: str) -> Any:
@@ -195,6 +246,34 @@ class MixerEnvoy(BlockEnvoy):
         if name in BY_MODULE:
             self._aliases[BY_MODULE[name].name] = name  # so that both names are printed
         return envoy
+
+
+class RouterEnvoy(Located):
+    """The envoy of a router: its ``output`` is the site of the router's logits, from which the experts are chosen."""
+
+    _axes = BY_NAME["router"].axes
+
+    @property
+    def _logits(self) -> Any:
+        return self.parent._child_map[BY_NAME["router"].place]
+
+    @property
+    def output(self) -> Any:
+        """The logits [B,L,X]. Hugging Face's router returns them flat, in a tuple with what it chose."""
+        return self._logits.output
+
+    @output.setter
+    def output(self, value: Any) -> None:
+        self._logits.output = value
+
+
+class ExpertsEnvoy(PartEnvoy):
+    """The envoy of a mixture of experts, which has its router under this name whatever Hugging Face calls it."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "router" and "gate" in self.__dict__.get("_child_map", ()):
+            return self._child_map["gate"]
+        return super().__getattr__(name)
 
 
 class SkipEnvoy(SiteEnvoy):
@@ -231,15 +310,30 @@ def _no_bool(key: Any) -> Any:
     return None if isinstance(key, bool) or str(getattr(key, "dtype", "")).endswith("bool") else key
 
 
+#: The class of the envoy of a module that has sites, by their scope.
+BY_SCOPE: dict[str, type[Envoy]] = {
+    "block": BlockEnvoy,
+    "mixer": MixerEnvoy,
+    "attn": AttentionEnvoy,
+    "moe": ExpertsEnvoy,
+    "mlp": PartEnvoy,
+}
+
+
 def envoy_classes() -> dict[str, type[Envoy]]:
     """nnsight's ``envoys=`` map, derived from the site table: path suffix -> envoy class."""
     special = {STATE: StateEnvoy, "skip": SkipEnvoy}
-    prefixes: dict[Scope, str] = {"model": "", "block": "layers.*.", "mixer": "mixer."}
-    classes: dict[str, type[Envoy]] = {
-        prefix + site.module_name: special.get(site.name, SiteEnvoy)
-        for scope, prefix in prefixes.items()
-        for site in in_scope(scope)
-    }
-    classes |= {f"mixer.{name}": Located for name in NATIVE_MODULES}
-    classes |= {"backbone": Located, "backbone.layers": LayersEnvoy}
-    return {**classes, "layers.*": BlockEnvoy, "layers.*.mixer": MixerEnvoy}
+    classes: dict[str, type[Envoy]] = {}
+    for part, scope in SCOPE_OF.items():
+        for path in OF_LAYER[part]:
+            last = path.rsplit(".", 1)[-1]
+            classes |= {f"{last}.{site.module_name}": special.get(site.name, SiteEnvoy) for site in in_scope(scope)}
+    for last in ("mixer", "mamba"):
+        classes |= {f"{last}.{name}": Located for name in NATIVE_MODULES}
+    classes |= {f"{path}.{name}": RouterEnvoy for path in OF_LAYER["moe"] for name in ("router", "gate")}
+    classes |= {f"layers.*.{site.module_name}": SiteEnvoy for site in in_scope("block")}
+    classes |= {f"layers.*.{path}": SiteEnvoy for name in ("norm", "norm_2") for path in OF_LAYER[name]}
+    for base in BASES:
+        classes |= {base: Located, f"{base}.layers": LayersEnvoy}
+        classes |= {f"{base}.{name}": SiteEnvoy for name in (*OF_BASE["embeddings"], *OF_BASE["norm_f"])}
+    return classes | {site.name: SiteEnvoy for site in in_scope("model") if site.name not in OF_BASE}

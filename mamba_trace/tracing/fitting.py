@@ -13,21 +13,23 @@ from ..sites import describe_axes
 from .worker import skip_module
 
 
-def skip(envoy: Envoy, replacement: Any, axes: str = "") -> None:
+def skip(envoy: Envoy, replacement: Any, axes: str = "", returned: int = 0) -> None:
     """Skip a module.
 
     Args:
         envoy: the module's.
         replacement: what stands in for its output.
         axes: the axis letters of its output, if its input has the same shape; else ``""``.
+        returned: how many values the module returns in a tuple, of which the first is replaced; 0 for no tuple.
     """
     path = public_path(envoy.path)
 
-    def fitted(current: Tensor) -> Tensor:
+    def fitted(current: Tensor) -> Any:
         if isinstance(replacement, Tensor) and replacement.is_floating_point():
             same = replacement.shape == current.shape if axes else replacement.shape[:1] == current.shape[:1]
             if same:
-                return moved(path, replacement, current)
+                value = moved(path, replacement, current)
+                return (value, *[None] * (returned - 1)) if returned else value
         shape = f"shape {tuple(current.shape)} {describe_axes(axes)}" if axes else f"{len(current)} rows"
         raise SiteValueError(
             f"{path}.skip(...) takes what stands for the output of {path}, a floating tensor of {shape}, "

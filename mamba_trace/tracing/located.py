@@ -150,3 +150,27 @@ class Located(Part):
         args, kwargs = Mediator.value(f"{self.path}.input")
         value = fit_input(self._public_path, value, first_input(args, kwargs))
         return replace_first_input(args, kwargs, value)
+
+
+class FirstOfTuple(Located):
+    """A place whose module may return a tuple, of which the first is the value and the rest goes on as it is."""
+
+    @SiteValue
+    def output(self, value: Any) -> Any:
+        """The value here, as `Located.output`; of a tuple that the module returns it is the first."""
+        if not isinstance(value, tuple):
+            return keep_apart(f"{self.path}.output", value)
+        rest = value[1:]
+        return keep_apart(f"{self.path}.output", value[0], lambda first: (first, *rest), lambda whole: whole[0])
+
+    @output.postprocess  # type: ignore[no-redef]
+    def output(self, value: Any) -> Any:
+        current = Mediator.value(f"{self.path}.output")
+        if not isinstance(current, tuple):
+            return fit(self._public_path, self._axes, value, current)
+        return (fit(self._public_path, self._axes, value, current[0]), *current[1:])
+
+    def skip(self, replacement: Any) -> None:
+        """As `Located.skip`, where the module may return a tuple."""
+        returned = getattr(self._module, "returned", 0)
+        skip(self, replacement, self._shared_axes, returned)

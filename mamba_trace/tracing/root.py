@@ -11,7 +11,7 @@ from torch import nn
 
 from .apart import keep_apart
 from .envoy_map import EnvoyMap, names_besides
-from .envoys import envoy_classes
+from .envoys import BY_SCOPE, envoy_classes
 from .invokes import ExpandedRows
 from .located import Traced
 from .one_run import run_method
@@ -39,7 +39,7 @@ class RootEnvoy(Remote, Traced, TransformersModel):
             *args,
             task=check_task(kwargs.pop("task", TASK)),
             rename=names_besides(ours, kwargs.pop("rename", None), type(self)),
-            envoys=EnvoyMap(envoy_classes(), kwargs.pop("envoys", None)),
+            envoys=EnvoyMap(envoy_classes(), BY_SCOPE, kwargs.pop("envoys", None)),
             interleaver=SiteInterleaver(),
             **kwargs,
         )
@@ -52,6 +52,11 @@ class RootEnvoy(Remote, Traced, TransformersModel):
     def output(self, value: Any) -> Any:
         """What the forward returns: a ``MambaCausalLMOutput``, whose ``logits`` are float32 [B,L,V]."""
         return keep_apart(f"{self.path}.output", value)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "logits":  # in a model that returns lm_head's output
+            return self.lm_head
+        return super().__getattr__(name)
 
     def trace(self, *inputs: Any, **kwargs: Any) -> Any:
         """nnsight's ``trace``, with a `SiteTracer`.

@@ -13,24 +13,30 @@ from typing import Any
 from torch import nn
 
 from ...errors import CheckpointError
-from ...sites import offered
+from ...sites import Layout, Site, in_scope
 from ...tracing import rebind_forward
-from ..block import HookableBlock
+from ..block import Block
+from ..language_model import HookableCausalLM
 from ..mixer import HookableMixer
-from ..offers import SiteModule
+from ..offers import add_sites
 from ..run_report import RunReport
 from .architecture import Architecture
+from .bamba import BAMBA
+from .falcon_h1 import FALCON_H1
 from .falcon_mamba import FALCON_MAMBA
+from .granite import GRANITE
+from .jamba import JAMBA
 from .mamba import MAMBA
 from .mamba2 import MAMBA2
+from .nemotron_h import NEMOTRON_H
 
-ARCHITECTURES = (MAMBA, FALCON_MAMBA, MAMBA2)
+ARCHITECTURES = (MAMBA, FALCON_MAMBA, MAMBA2, NEMOTRON_H, FALCON_H1, GRANITE, JAMBA, BAMBA)
 BY_TYPE = {architecture.model_type: architecture for architecture in ARCHITECTURES}
 
 
 # transformers puts a function of its own around the forward of each block class, under the mixin's name:
 # pickle finds a function by its name, and nnsight keeps a module's forward beside the module.
-for _hookable in (cls for architecture in ARCHITECTURES for cls, _ in architecture.hookable.values()):
+for _hookable in (cls for architecture in ARCHITECTURES for cls in architecture.hookable.values()):
     if (_forward := _hookable.__dict__.get("forward")) is not None:
         _forward.__module__, _forward.__qualname__ = _hookable.__module__, f"{_hookable.__qualname__}.forward"
 
@@ -52,8 +58,32 @@ def architecture_of(model: nn.Module) -> Architecture:
 def axis_sizes(model: nn.Module) -> dict[str, int]:
     """The size of each axis letter that a hookable model fixes, e.g. ``{"D": 768, "E": 1536, ...}``."""
     config: Any = model.config
-    mixer = next(module for module in model.modules() if isinstance(module, HookableMixer))
-    return {"D": config.hidden_size, "V": config.vocab_size, **mixer.sizes}
+    sizes = {"D": config.hidden_size, "V": config.vocab_size}
+    for part in ("mixer", "attn", "moe"):
+        first = next((module for module in model.modules() if getattr(module, "scope", None) == part), None)
+        sizes |= first.sizes if first is not None else {}  # type: ignore[operator]
+    return sizes
+
+
+#: Under this name a hookable model keeps its `Layout`.
+LAYOUT = "_mamba_trace_layout"
+
+
+def layout_of(model: nn.Module) -> Layout:
+    """What stands in each layer of a hookable model."""
+    return language_model(model).__dict__[LAYOUT]
+
+
+def language_model(model: nn.Module, architecture: Architecture | None = None) -> Any:
+    """The module of Hugging Face's model class in ``model``, which may be wrapped by PEFT and the like."""
+    model_class = (architecture or architecture_of(model)).model_class
+    return next(module for module in model.modules() if isinstance(module, model_class))
+
+
+def layers_of(model: nn.Module) -> Any:
+    """The list of a model's layers."""
+    architecture = architecture_of(model)
+    return getattr(language_model(model, architecture), architecture.base).layers
 
 
 def make_hookable(model: nn.Module, kernels: str = "auto") -> nn.Module:
@@ -73,23 +103,41 @@ def make_hookable(model: nn.Module, kernels: str = "auto") -> nn.Module:
     architecture = architecture_of(model)
     refuse_learned_prompts(model)
     check_layers(model, architecture)
-    family, report, new = architecture.family, RunReport(), []
+    report, new = RunReport(), []
     for module in list(model.modules()):
         if type(module) in architecture.hookable:
-            hookable, scope = architecture.hookable[type(module)]
-            module.__class__ = hookable
+            module.__class__ = architecture.hookable[type(module)]
             rebind_forward(module)
-            new.append((module, scope))
+            if (prepare := getattr(module, "made_hookable", None)) is not None:
+                prepare()
+            new.append(module)
         if isinstance(module, HookableMixer):
             module.kernels, module.report = kernels, report
+    whole = language_model(model, architecture)
+    blocks = [block for block in layers_of(model) if isinstance(block, Block)]
+    layout = Layout(tuple(block.kind for block in blocks), logits=isinstance(whole, HookableCausalLM))
+    whole.__dict__[LAYOUT] = layout
     sizes = axis_sizes(model) if new else {}
-    for module, scope in new:
-        for site in offered(scope, family) if scope is not None else ():
-            module.add_module(site.name, SiteModule(site, site.axes_in(family), sizes))
+    for module in new:
+        if getattr(module, "scope", None) in SITED:
+            add_sites(module, sites_of(module, layout), sizes)
     no_split = set(getattr(model, "_no_split_modules", None) or ())
-    no_split |= {cls.__name__ for cls, _ in architecture.hookable.values()}
+    no_split |= {cls.__name__ for cls in architecture.hookable.values() if issubclass(cls, Block)}
     model.__dict__["_no_split_modules"] = sorted(no_split)
     return model
+
+
+#: The scopes whose modules have sites.
+SITED = ("model", "block", "mixer", "attn", "moe")
+
+
+def sites_of(module: Any, layout: Layout) -> list[Site]:
+    """The sites of a hookable module, in execution order."""
+    if module.scope == "model":
+        return [site for site in in_scope("model") if layout.has(site)]
+    if module.scope == "block":
+        return [site for site in module.kind.sites() if site.scope == "block"]
+    return list(in_scope(module.scope, getattr(module, "family", None)))
 
 
 def refuse_learned_prompts(model: Any) -> None:
@@ -115,16 +163,22 @@ def check_layers(model: nn.Module, architecture: Architecture) -> None:
         CheckpointError: naming the first such place, and what is there.
     """
     known = tuple(architecture.hookable)
-    backbones: list[Any] = [m.backbone for m in model.modules() if isinstance(m, architecture.model_class)]
-    for layer, block in (pair for backbone in backbones for pair in enumerate(backbone.layers)):
-        mixer = getattr(block, "mixer", None)
-        for path, module in ((f"layers[{layer}]", block), (f"layers[{layer}].ssm", mixer)):
-            if not (type(module) in known or isinstance(module, (HookableBlock, HookableMixer))):
+    for layer, block in enumerate(layers_of(model)):
+        hookable: Any = architecture.hookable.get(type(block), type(block))
+        parts = {part: name for part, name in getattr(hookable, "parts_named", {}).items() if part in FIXED}
+        places = [(f"layers[{layer}]", block)]
+        places += [(f"layers[{layer}].{part}", getattr(block, name, None)) for part, name in parts.items()]
+        for path, module in places:
+            if module is not None and not (type(module) in known or getattr(module, "scope", None) is not None):
                 raise CheckpointError(
                     f"{path} is a {type(module).__name__}, which has none of the sites of a "
                     f"{' or '.join(cls.__name__ for cls in known[:2])}. Adapt or replace the modules inside "
-                    f"of a mixer (in_proj, x_proj, ...), or edit {path}.output in a trace"
+                    f"of it (in_proj, x_proj, ...), or edit {path}.output in a trace"
                 )
+
+
+#: The parts of a block that must have their sites.
+FIXED = ("ssm", "attn")
 
 
 def kernels_of(model: nn.Module) -> str | None:

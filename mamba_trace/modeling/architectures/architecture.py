@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ...sites import Family, Scope
+from ...sites import Family
 
 #: The size of every axis of a model's parameters. An axis is a letter, or several whose sizes are multiplied.
 Sizes = Mapping[str, int]
@@ -66,6 +66,11 @@ class Shown(NamedTuple):
     dim: int
 
 
+def sizes_of_stream(config: Any) -> dict[str, int]:
+    """The sizes of a hybrid's parameters outside of its layers."""
+    return {"V": config.vocab_size, "D": config.hidden_size, "1": 1}
+
+
 @dataclass(frozen=True)
 class Architecture:
     """What differs between one model type of Hugging Face's and another.
@@ -74,9 +79,11 @@ class Architecture:
         name: what people call it, e.g. ``"Mamba-2"``.
         family: how the states of its mixers move; it decides which sites there are, and their axes.
         model_class, config_class: of the causal language model.
-        hookable: class of a module -> (the hookable class it becomes, the scope of its sites or ``None``).
+        hookable: class of a module -> the hookable class it becomes.
         formats: the formats of configurations and weights that it comes in.
-        parameters: the parameters of one layer, by their names within the layer, in the model's order.
+        base: the name of the module that holds the embedding, the layers and the final norm.
+        parameters: the parameters of one layer, by their names within the layer, in the model's order; none for a
+            hybrid, whose layers differ.
         sizes: gives the `Sizes` of a configuration, V, D and ``"1"`` included. It may be any object that has
             the fields of sizes.
         shown: where the weights show these sizes, V and D aside.
@@ -86,11 +93,17 @@ class Architecture:
     family: Family
     model_class: type[PreTrainedModel]
     config_class: type[PreTrainedConfig]
-    hookable: dict[type[nn.Module], tuple[type[nn.Module], Scope | None]]
-    formats: tuple[str, ...]
-    parameters: Mapping[str, Parameter]
-    sizes: Callable[[Any], dict[str, int]]
-    shown: tuple[Shown, ...]
+    hookable: dict[type[nn.Module], type[nn.Module]]
+    formats: tuple[str, ...] = ("huggingface",)
+    parameters: Mapping[str, Parameter] = field(default_factory=dict)
+    sizes: Callable[[Any], dict[str, int]] = sizes_of_stream
+    shown: tuple[Shown, ...] = ()
+    base: str = "backbone"
+
+    @property
+    def hybrid(self) -> bool:
+        """Whether its layers differ, or hold more than an SSM."""
+        return not self.parameters
 
     @property
     def model_type(self) -> str:

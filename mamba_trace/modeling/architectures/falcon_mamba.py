@@ -15,8 +15,7 @@ from transformers.models.falcon_mamba.modeling_falcon_mamba import (
 
 from ...scan.reference import accumulation_dtype
 from ..block import HookableBlock, HookableRMSNorm
-from ..offers import Offers
-from ..selective import SelectiveMixer
+from ..selective import NormedSelectiveMixer
 from .architecture import Architecture
 from .mamba import PARAMETERS, SHOWN, sizes_of
 
@@ -25,12 +24,8 @@ class HookableFalconMambaBlock(HookableBlock, FalconMambaBlock):
     """A `FalconMambaBlock` with its sites."""
 
 
-class HookableFalconMambaMixer(SelectiveMixer, FalconMambaMixer):
+class HookableFalconMambaMixer(NormedSelectiveMixer, FalconMambaMixer):
     """A `FalconMambaMixer` with its sites: delta_1, B and C are what the norms return."""
-
-    def selective_parameters(self, offer: Offers, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        delta_1, B, C = super().selective_parameters(offer, x)
-        return self.dt_layernorm(delta_1), self.b_layernorm(B), self.c_layernorm(C)
 
 
 class HookableFalconMambaRMSNorm(HookableRMSNorm, FalconMambaRMSNorm):
@@ -51,10 +46,10 @@ FALCON_MAMBA = Architecture(
     model_class=FalconMambaForCausalLM,
     config_class=FalconMambaConfig,
     hookable={
-        FalconMambaBlock: (HookableFalconMambaBlock, "block"),
-        FalconMambaMixer: (HookableFalconMambaMixer, "mixer"),
-        FalconMambaRMSNorm: (HookableFalconMambaRMSNorm, None),
-        FalconMambaWeightlessRMSNorm: (HookableFalconMambaWeightlessRMSNorm, None),
+        FalconMambaBlock: HookableFalconMambaBlock,
+        FalconMambaMixer: HookableFalconMambaMixer,
+        FalconMambaRMSNorm: HookableFalconMambaRMSNorm,
+        FalconMambaWeightlessRMSNorm: HookableFalconMambaWeightlessRMSNorm,
     },
     formats=("huggingface",),
     parameters=PARAMETERS,  # the inner norms have none, so that the weights of a Mamba-1 look the same

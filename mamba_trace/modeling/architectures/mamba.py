@@ -57,9 +57,9 @@ MAMBA = Architecture(
     model_class=MambaForCausalLM,
     config_class=MambaConfig,
     hookable={
-        MambaBlock: (HookableMambaBlock, "block"),
-        MambaMixer: (HookableMambaMixer, "mixer"),
-        MambaRMSNorm: (HookableMambaRMSNorm, None),
+        MambaBlock: HookableMambaBlock,
+        MambaMixer: HookableMambaMixer,
+        MambaRMSNorm: HookableMambaRMSNorm,
     },
     formats=("original", "huggingface", "mamba_lens"),
     parameters=PARAMETERS,

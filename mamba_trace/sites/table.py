@@ -8,16 +8,18 @@ one line in the forward that offers it.
 The rows are in execution order, which is also the order in which a trace must ask for them.
 
 Symbols: B batch, L positions, D d_model, E d_inner, H heads, P channels of a head (E = H P), G groups of heads
-that share B and C, N d_state, R dt_rank, V vocabulary.
+that share B and C, N d_state, R dt_rank, V vocabulary; of attention Q query heads, U heads of keys and values,
+W channels of a head, S positions that are attended to; X experts.
+
+Which of the sites a layer has depends on what stands in it: see `layout`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-Scope = Literal["model", "block", "mixer"]
+Scope = Literal["model", "block", "mixer", "attn", "moe"]
 
 #: How a mixer's state moves: ``selective`` with a decay for each channel and state number, as in Mamba-1 and
 #: Falcon-Mamba, or ``dual`` with one decay for each head, as in Mamba-2 (state space duality).
@@ -31,13 +33,8 @@ FAMILY_MODELS: dict[Family, tuple[str, ...]] = {"selective": ("Mamba-1", "Falcon
 #: (inside ``scan``) the recurrence itself, whose states are never all in memory.
 Stage = Literal["conv", "scan", "states"]
 
-#: Where each scope's modules live: under the user's names, and under Hugging Face's.
-PUBLIC_PREFIX: dict[Scope, str] = {"model": "", "block": "layers[{layer}].", "mixer": "layers[{layer}].ssm."}
-MODULE_PREFIX: dict[Scope, str] = {
-    "model": "",
-    "block": "backbone.layers.{layer}.",
-    "mixer": "backbone.layers.{layer}.mixer.",
-}
+#: What users call the part of a layer that the sites of a scope belong to.
+PUBLIC_PART: dict[Scope, str] = {"mixer": "ssm", "attn": "attn", "moe": "moe"}
 
 #: What each axis of a site counts, for messages.
 AXES = {
@@ -51,28 +48,12 @@ AXES = {
     "N": "d_state",
     "R": "dt_rank",
     "V": "vocabulary",
+    "Q": "query heads",
+    "U": "key heads",
+    "W": "head width",
+    "S": "attended positions",
+    "X": "experts",
 }
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of the table as people are shown it; see `rows`.
-
-    Attributes:
-        path: what users write under ``model``, e.g. ``layers[l].ssm.h[p]``.
-        axes: the axes of the value in each family that has it, as letters of `AXES`.
-        hook: the MambaLens name, or ``None`` where MambaLens has none.
-        meaning: one line for people.
-    """
-
-    path: str
-    axes: dict[Family, str]
-    hook: str | None
-    meaning: str
-
-    def shape(self, family: Family) -> str | None:
-        """The axes in a family, spaced: ``"B L E N"``; ``None`` where the family lacks the site."""
-        return " ".join(self.axes[family]) if family in self.axes else None
 
 
 @dataclass(frozen=True)
@@ -81,13 +62,13 @@ class Site:
 
     Attributes:
         name: what users write after ``layers[l].``, ``layers[l].ssm.`` or ``model.``.
-        scope: whether the site belongs to the model, to a block, or to a block's mixer.
+        scope: whether the site belongs to the model, to a block, or to a block's mixer, attention or experts.
         axes: the axes of its value, as letters of `AXES`: in every family, or in all but ``dual``.
         hook: its name in MambaLens, or in TransformerLens 4 where MambaLens has none, without the
             ``blocks.l.`` prefix.
         meaning: one line for people.
-        module: the Hugging Face module whose output *is* the site, relative to `MODULE_PREFIX`;
-            ``None`` where a module of this package offers the value.
+        module: the Hugging Face module whose output *is* the site, as Mamba calls it; ``None`` where a module of
+            this package offers the value.
         stage: the fused part of the forward that the value lies inside of. Wanting the site costs that
             fusion, in its own layer; ``None`` where the value is made in any case: wanting it costs nothing.
         alias: whether its value shares memory with an earlier site, with a cache, or with what autograd keeps
@@ -97,6 +78,8 @@ class Site:
             position reaches no other position, so that an edit on padding is harmless.
         dual: the axes of its value in the family ``dual`` where they differ; ``None`` where they do not.
         families: the families whose mixers have the site.
+        part: what a block must have for the site to be there, one of `Kind.parts`; empty if every block has it.
+        place: the name of the module that offers the site, where it is not the site's.
     """
 
     name: str
@@ -110,6 +93,8 @@ class Site:
     padding: float | None = None
     dual: str | None = None
     families: tuple[Family, ...] = FAMILIES
+    part: str = ""
+    place: str = ""
 
     def axes_in(self, family: Family) -> str:
         """The axes of its value in a mixer of this family."""
@@ -122,32 +107,38 @@ class Site:
 
     @property
     def in_mamba_lens(self) -> bool:
-        """Whether MambaLens has it: the others are named after TransformerLens 4's mixers."""
-        return not self.hook.startswith("mixer.")
+        """Whether MambaLens has it: the others are named after TransformerLens 4's modules."""
+        return "." not in self.hook and not self.part
 
     @property
     def module_name(self) -> str:
-        """The name of the module that offers this site, relative to `MODULE_PREFIX`."""
-        return self.module or self.name
+        """The name of the module that offers this site, as Mamba has it."""
+        return self.place or self.module or self.name
 
     def path(self, layer: int | None = None) -> str:
         """The path users write, e.g. ``layers[3].ssm.conv``."""
-        return PUBLIC_PREFIX[self.scope].format(layer=layer) + self.name
-
-    def module_path(self, layer: int | None = None) -> str:
-        """The path in the Hugging Face module tree, e.g. ``backbone.layers.3.mixer.conv``."""
-        return MODULE_PREFIX[self.scope].format(layer=layer) + self.module_name
+        return prefix_of(self.scope, layer) + self.name
 
     def hook_name(self, layer: int | None = None) -> str:
         """The MambaLens name, e.g. ``blocks.3.hook_conv``."""
         return self.hook if self.scope == "model" else f"blocks.{layer}.{self.hook}"
 
 
+def prefix_of(scope: Scope, layer: int | str | None = None) -> str:
+    """What stands before a site's name in its path.
+
+    >>> prefix_of("mixer", 3)
+    'layers[3].ssm.'
+    """
+    part = PUBLIC_PART.get(scope)
+    return "" if scope == "model" else f"layers[{layer}]." + (f"{part}." if part else "")
+
+
 #: For the rows of Mamba-2's alone.
 DUAL: tuple[Family, ...] = ("dual",)
 
 SITES: tuple[Site, ...] = (
-    Site("embeddings", "model", "BLD", "hook_embed", "token embeddings", module="backbone.embeddings"),
+    Site("embeddings", "model", "BLD", "hook_embed", "token embeddings", module="embeddings"),
     Site("resid_pre", "block", "BLD", "hook_resid_pre", "residual stream into the block", alias=True),
     Site(
         "layer_input", "block", "BLD", "hook_layer_input",
@@ -220,9 +211,48 @@ SITES: tuple[Site, ...] = (
         "after_skip after the mixer's own RMSNorm, with its weight", module="norm", families=DUAL,
     ),
     Site("out_proj", "mixer", "BLD", "hook_out_proj", "the mixer's output", module="out_proj"),
+    Site(
+        "ssm_out", "block", "BLD", "hook_ssm_out",
+        "what the SSM adds to the residual stream, the model's factor included", alias=True, part="ssm_out",
+    ),
+    Site("q", "attn", "BLQW", "attn.hook_q", "queries, before any rotation", alias=True, part="attn"),
+    Site("k", "attn", "BLUW", "attn.hook_k", "keys, before any factor and rotation", alias=True, part="attn"),
+    Site("v", "attn", "BLUW", "attn.hook_v", "values", alias=True, part="attn"),
+    Site(
+        "pattern", "attn", "BQLS", "attn.hook_pattern",
+        "how much each position reads of each; made only where it is wanted", part="attn",
+    ),
+    Site("z", "attn", "BLQW", "attn.hook_z", "what each head read: the input of o_proj", alias=True, part="attn"),
+    Site(
+        "attn_out", "block", "BLD", "hook_attn_out",
+        "what attention adds to the residual stream, the model's factor included", alias=True, part="attn_out",
+    ),
+    Site(
+        "shared_out", "block", "BLD", "hook_shared_out",
+        "what the shared transformer adds to the SSM's input, and not to the residual stream", part="shared_out",
+    ),
+    Site("resid_mid", "block", "BLD", "hook_resid_mid", "residual stream in the middle of the block", part="mid"),
+    Site(
+        "mlp_input", "block", "BLD", "hook_mlp_in",
+        "the MLP's own copy of resid_mid: an edit never reaches the residual stream", alias=True, part="mid",
+    ),
+    Site("norm_2", "block", "BLD", "ln2.hook_out", "mlp_input after RMSNorm", module="norm_2", part="mid"),
+    Site(
+        "router", "moe", "BLX", "moe.hook_router", "router logits, from which the experts are chosen",
+        alias=True, part="moe", place="router_logits",
+    ),
+    Site(
+        "mlp_out", "block", "BLD", "hook_mlp_out",
+        "what the MLP or the experts add to the residual stream, the model's factor included",
+        alias=True, part="mlp_out",
+    ),
     Site("resid_post", "block", "BLD", "hook_resid_post", "residual stream out of the block"),
-    Site("norm_f", "model", "BLD", "hook_norm", "final RMSNorm", module="backbone.norm_f"),
+    Site("norm_f", "model", "BLD", "hook_norm", "final RMSNorm", module="norm_f"),
     Site("lm_head", "model", "BLV", "hook_logits", "logits", module="lm_head"),
+    Site(
+        "logits", "model", "BLV", "hook_model_logits",
+        "logits as the model returns them; lm_head's output where it returns that", part="logits",
+    ),
 )  # fmt: skip
 
 #: The site with a place of its own for each position.
@@ -249,52 +279,6 @@ def site_named(name: Any) -> Site | None:
 def in_scope(scope: Scope, family: Family | None = None) -> tuple[Site, ...]:
     """The sites of one scope in execution order: those of a family, or of all."""
     return tuple(site for site in SITES if site.scope == scope and (family is None or family in site.families))
-
-
-def offered(scope: Scope, family: Family | None = None) -> tuple[Site, ...]:
-    """The sites of one scope that a module of this package offers, in execution order."""
-    return tuple(site for site in in_scope(scope, family) if site.module is None)
-
-
-def walk(n_layers: int, family: Family = "selective") -> Iterator[tuple[Site, int | None]]:
-    """Every (site, layer) of a model of ``n_layers`` in execution order; layer is None for the model's own.
-
-    >>> [(site.name, layer) for site, layer in walk(1)][:2]
-    [('embeddings', None), ('resid_pre', 0)]
-    """
-    inner = [site.index for site in SITES if site.scope != "model"]
-    first, stop = inner[0], inner[-1] + 1
-    of_layer = [site for site in SITES[first:stop] if family in site.families]
-    yield from ((site, None) for site in SITES[:first])
-    for layer in range(n_layers):
-        yield from ((site, layer) for site in of_layer)
-    yield from ((site, None) for site in SITES[stop:])
-
-
-def rows(family: Family | None = None) -> Iterator[Row]:
-    """The table as people are shown it, in execution order: the command line and the README print these.
-
-    The state has two rows, as ``h[p]`` and the whole ``h`` are two things: an edit of the first is carried on
-    to later positions, an edit of the second is not.
-
-    Args:
-        family: leave out the rows that this family lacks.
-
-    >>> states = [row for row in rows() if row.path.endswith((".h", ".h[p]"))]
-    >>> [(row.path, row.shape("selective"), row.hook) for row in states]
-    [('layers[l].ssm.h[p]', 'B E N', 'blocks.l.hook_h.p'), ('layers[l].ssm.h', 'B L E N', None)]
-    """
-    for site in SITES:
-        if family is not None and family not in site.families:
-            continue
-        path = PUBLIC_PREFIX[site.scope].format(layer="l") + site.name
-        hook = site.hook if site.scope == "model" else f"blocks.l.{site.hook}"
-        axes = {each: site.axes_in(each) for each in site.families}
-        if site.name == STATE:
-            at_one = {each: letters.replace("L", "") for each, letters in axes.items()}
-            yield Row(f"{path}[p]", at_one, f"{hook}.p", STATE_MEANING)
-        nameless = site.name == STATE or not site.in_mamba_lens
-        yield Row(path, axes, None if nameless else hook, site.meaning)
 
 
 def describe_axes(axes: str) -> str:

@@ -1,0 +1,83 @@
+"""What runs around the layers of a hybrid, made hookable: positions and masks before them, the logits behind them."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..tracing import Visit, take_note_of_mask
+from .offers import Offers
+
+
+class HookableBase(nn.Module):
+    """Mixin over the module of the embedding, the layers and the final norm.
+
+    It gives each row the positions of its own tokens, however the row is padded and whatever a cache holds. Hugging
+    Face counts the columns, from 0 again on a Bamba's cache.
+    """
+
+    scope: ClassVar[None] = None
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        mask, cache = kwargs.get("attention_mask"), kwargs.get("cache")
+        given = kwargs.get("input_ids") if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
+        if given is not None and not args:
+            length = given.shape[1]
+            if kwargs.get("position_ids") is None:
+                kwargs["position_ids"] = positions(length, mask, cache, given.device)
+            if isinstance(mask, Tensor) and mask.dim() == 2:
+                take_note_of_mask(Visit(self).interleaver, mask[:, -length:])
+        return super().forward(*args, **kwargs)
+
+
+def positions(length: int, mask: Any, cache: Any, device: torch.device) -> Tensor | None:
+    """The positions of a call's tokens, [B,L] or [1,L]; ``None`` where Hugging Face's are right.
+
+    Args:
+        length: of the call.
+        mask: 1 on tokens and 0 on padding, of this call's columns and those of the cache before them.
+        cache: the model's, or ``None``.
+        device: of the inputs.
+    """
+    past = cache.get_seq_length() if cache is not None else 0
+    if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] == past + length:
+        return (mask.long().cumsum(-1) - 1).clamp_min(0)[:, past:]
+    return torch.arange(past, past + length, device=device)[None] if past else None
+
+
+class HookableCausalLM(nn.Module):
+    """Mixin over a language model whose logits are more than the output of its lm_head: they are a site.
+
+    A class of it takes the signature of Hugging Face's forward from `with_signature`, which `generate` looks at.
+    """
+
+    scope = "model"
+    loss_function: Callable[..., Tensor]
+
+    def offered_logits(self, output: Any) -> Any:
+        """The model's output with its logits offered [B,L,V]."""
+        offer = Offers(self)
+        output["logits"] = offer("logits", output["logits"])
+        offer.close()
+        return output
+
+
+def with_signature(theirs: type[nn.Module]) -> Callable[..., Any]:
+    """A forward with the signature of ``theirs``: the logits are offered, and the loss is that of what they become."""
+
+    @functools.wraps(theirs.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        labels, as_tuple = kwargs.pop("labels", None), kwargs.pop("return_dict", None) is False
+        output = self.offered_logits(theirs.forward(self, *args, **kwargs))
+        if labels is not None:
+            output["loss"] = self.loss_function(output["logits"], labels, vocab_size=self.config.vocab_size)
+            output = type(output)(**output)  # its fields are in order again, the loss first
+            if (extra := getattr(output, "aux_loss", None)) is not None:
+                output["loss"] = output["loss"] + self.router_aux_loss_coef * extra.to(output["loss"].device)
+        return output.to_tuple() if as_tuple else output
+
+    return forward
