@@ -12,7 +12,6 @@ A class of a block says by `parts_named` what Hugging Face calls its parts.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 from ..scan.reference import accumulation_dtype
 from ..sites import Kind
 from ..tracing import Visit, take_note_of_mask
-from .offers import Offers
+from .offers import Offers, add_sites
 
 
 class HookableRMSNorm(nn.Module):
@@ -146,7 +145,7 @@ class HookableBlock(Block):
 
 def ssm_kind(mixer: Any, *parts: str, name: str = "SSM", early: tuple[str, ...] = ()) -> Kind:
     """The kind of a layer with an SSM and the parts beside it."""
-    return Kind(name, parts, mixer.family, mixer.lacks, early, mixer.norm_first)
+    return Kind(name, parts, mixer.family, mixer.lacks, early, mixer.norm_first, tuple(mixer.own_axes.items()))
 
 
 class TwoStepBlock(Block):
@@ -235,11 +234,45 @@ class ParallelBlock(TwoStepBlock):
         return self.second_half(offer, resid + (first + second))
 
 
+class ZambaBlock(HookableBlock):
+    """Mixin over a Zamba's block with an SSM alone, which may stand inside of a `SharedBlock`."""
+
+    parts_named: ClassVar[dict[str, str]] = {"norm": "input_layernorm", "ssm": "mamba"}
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        original_hidden_states: Tensor | None = None,
+        layer_idx: int | None = None,
+        attention_mask: Tensor | None = None,
+        causal_mask: Tensor | None = None,
+        cache: Any = None,
+        transformer_hidden_states: Tensor | None = None,
+        outer: Offers | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """The residual stream behind the SSM [B,L,D].
+
+        Args:
+            hidden_states: the stream before it [B,L,D].
+            attention_mask: which columns are tokens [B,L].
+            transformer_hidden_states: what a shared transformer adds to the SSM's input.
+            outer: the sites of the `SharedBlock` that this block stands in.
+        """
+        offer = Offers(self)
+        sites = offer if outer is None else outer
+        resid = hidden_states if outer is not None else offer("resid_pre", hidden_states)
+        into_ssm = resid if transformer_hidden_states is None else resid + transformer_hidden_states
+        normalized = self.run(offer, "norm", sites("layer_input", into_ssm))
+        resid = resid + self.run(offer, "ssm", normalized, cache=cache, attention_mask=attention_mask)
+        return self.ended(offer, resid) if outer is None else resid
+
+
 class SharedBlock(Block):
     """Mixin over a block with an SSM to whose input a transformer adds, the weights of which layers share.
 
-    What the transformer adds is no term of the residual stream. Hugging Face has the SSM and its norm in a block of
-    their own inside of this one, which is not called: this forward does what that one would.
+    What the transformer adds is no term of the residual stream. The SSM and its norm stand in a block of their own
+    inside of this one; their sites are this one's.
 
     Attributes:
         shared: the name of the transformer's module.
@@ -247,11 +280,16 @@ class SharedBlock(Block):
 
     shared = "shared_transf"
     linear: nn.Linear
-    mamba_decoder: nn.Module
+    mamba_decoder: Any
+
+    def made_hookable(self) -> None:
+        """Take note that the block inside has no sites of its own."""
+        self.mamba_decoder.scope = None
+        add_sites(self.mamba_decoder, (), {})
 
     @property
     def kind(self) -> Kind:
-        name = "SSM with a shared transformer"
+        name = f"{called('ssm')} with a shared transformer"
         return ssm_kind(self.part("ssm"), "attn", "shared_out", name=name, early=("attn", "shared_out"))
 
     def forward(
@@ -262,13 +300,12 @@ class SharedBlock(Block):
         attention_mask: Tensor | None = None,
         causal_mask: Tensor | None = None,
         cache: Any = None,
-        use_cache: bool | None = False,
         **kwargs: Any,
-    ) -> Tensor:
+    ) -> Any:
         offer = Offers(self)
         resid = offer("resid_pre", hidden_states)  # [B,L,D]
-        transformer: Callable[..., Tensor] = self._modules[self.shared]  # type: ignore[assignment]
-        inner = transformer(
+        transformer: Any = self._modules[self.shared]
+        read = transformer(
             offer.into(self.shared, resid),
             original_hidden_states=original_hidden_states,
             layer_idx=layer_idx,
@@ -276,10 +313,17 @@ class SharedBlock(Block):
             cache=cache,
             **kwargs,
         )
-        added = offer("shared_out", self.linear(inner))  # [B,L,D]
-        normalized = self.run(offer, "norm", offer("layer_input", resid + added))
-        out = self.run(offer, "ssm", normalized, cache=cache, attention_mask=attention_mask)
-        return self.ended(offer, resid + out)
+        added = offer("shared_out", self.linear(read))  # [B,L,D]
+        return self.ended(
+            offer,
+            self.mamba_decoder(
+                offer.into("mamba_decoder", resid),
+                transformer_hidden_states=added,
+                attention_mask=attention_mask,
+                cache=cache,
+                outer=offer,
+            ),
+        )
 
 
 def times(value: Tensor, factor: float) -> Tensor:

@@ -40,6 +40,7 @@ class Kind:
         lacks: the names of sites that it lacks though it has their part.
         early: the parts whose sites come first, before `layer_input`; the others come in the table's order.
         norm_first: whether the mixer's own norm comes before its gate, and so `inner_norm` before `after_skip`.
+        own_axes: the axes of sites where they are not those of the family, by the names of the sites.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Kind:
     lacks: tuple[str, ...] = ()
     early: tuple[str, ...] = ()
     norm_first: bool = False
+    own_axes: tuple[tuple[str, str], ...] = ()
 
     def has(self, site: Site) -> bool:
         """Whether a layer of this kind has a site, or the model around it."""
@@ -105,6 +107,9 @@ class Layout:
 
     def own(self, site: Site) -> Site:
         """The row of a site as it is in this model."""
+        axes = dict(next((kind.own_axes for kind in self.layers if kind.has(site)), ())).get(site.name)
+        if axes is not None:
+            return replace(site, axes=axes, dual=None)
         return APART.get(site.name, site) if self.logits else site
 
     def order(self, site: Site, layer: int | None) -> float:

@@ -29,8 +29,10 @@ from .jamba import JAMBA
 from .mamba import MAMBA
 from .mamba2 import MAMBA2
 from .nemotron_h import NEMOTRON_H
+from .zamba import ZAMBA
+from .zamba2 import ZAMBA2
 
-ARCHITECTURES = (MAMBA, FALCON_MAMBA, MAMBA2, NEMOTRON_H, FALCON_H1, GRANITE, JAMBA, BAMBA)
+ARCHITECTURES = (MAMBA, FALCON_MAMBA, MAMBA2, NEMOTRON_H, FALCON_H1, GRANITE, JAMBA, BAMBA, ZAMBA2, ZAMBA)
 BY_TYPE = {architecture.model_type: architecture for architecture in ARCHITECTURES}
 
 
