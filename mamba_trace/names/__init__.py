@@ -41,7 +41,7 @@ from ..sites import (
 )
 from .bridge import BRIDGE_BLOCK, BRIDGE_MODEL, families_of_name, name_of, paths_in_block
 from .hints import families_of, lacked, models_of, nearest, of_another_family
-from .layouts import absent, site_in, spans
+from .layouts import absent, check_meaning, site_in, spans
 from .modules import OF_LAYER, SCOPE_OF, below_the_layer, below_the_model
 
 _IN_LAYER = re.compile(r"layers(?:\[(\d+)\]|\.(\d+))(?:\.(.+))?")
@@ -383,6 +383,7 @@ def in_layout(place: Place, layout: Layout, name: str) -> Place:
         if layout.layers[place.layer or 0].family is None:
             raise absent(layout, None, place.layer, repr(name))
         return place
+    check_meaning(layout, place.site, place.layer, name)
     of_logits = place.site.name == "lm_head" and name.endswith(BY_NAME["lm_head"].hook)  # MambaLens's name of these
     site = site_in(layout, BY_NAME["logits"] if of_logits else place.site, place.layer)
     if site is None:

@@ -79,7 +79,7 @@ def changes(model: MambaTrace) -> list[Change]:
 def plain_types(model: MambaTrace) -> Callable[[type], bool]:
     """A function that says whether a plain model contains modules of a class."""
     architecture = architecture_of(model._module)
-    ours = {*PLAIN, *(hookable for hookable, _ in architecture.hookable.values())}
+    ours = {*PLAIN, *architecture.hookable.values()}
     ours.add(type(ACT2FN[model.config.hidden_act]))
     theirs = architecture.model_class.__module__
     return lambda cls: cls in ours or cls.__module__ == theirs
