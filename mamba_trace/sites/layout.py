@@ -119,58 +119,6 @@ class Layout:
                 own["attn_out"] = replace(BY_NAME["attn_out"], hook=ATTENTION_TERM)
         return own
 
-    def order(self, site: Site) -> float:
-        """Where a site comes in such a layer, as a number to sort by."""
-        if site.part in self.early:
-            return BY_NAME["resid_pre"].index + site.index / len(SITES)
-        if self.norm_first and site.name == "inner_norm":
-            return BY_NAME["after_skip"].index - 0.5
-        return site.index
-
-
-#: The layers of a Mamba.
-PURE: dict[Family, Kind] = {family: Kind("SSM", (), family) for family in FAMILIES}
-
-
-#: `lm_head` and `logits` where they are not the same: MambaLens's name is that of the logits.
-APART = {
-    "lm_head": replace(BY_NAME["lm_head"], hook="unembed.hook_out"),
-    "logits": replace(BY_NAME["logits"], hook=BY_NAME["lm_head"].hook),
-}
-
-
-@dataclass(frozen=True, eq=False)
-class Layout:
-    """The layers of a model, and so which sites it has.
-
-    Attributes:
-        layers: what stands in each.
-        logits: whether the model does more than `lm_head` to give its logits.
-    """
-
-    layers: tuple[Kind, ...]
-    logits: bool = False
-
-    @property
-    def hybrid(self) -> bool:
-        """Whether the layers hold more than an SSM, or differ."""
-        return self.logits or any(kind.parts or kind.family is None for kind in self.layers)
-
-    def has(self, site: Site, layer: int | None = None) -> bool:
-        """Whether a layer has a site; if none is given, whether the model or any layer has it."""
-        if site.scope == "model":
-            return not site.part or self.logits
-        return any(kind.has(site) for kind in (self.layers if layer is None else [self.layers[layer]]))
-
-    def own(self, site: Site) -> Site:
-        """The row of a site as it is in this model."""
-        axes = dict(next((kind.own_axes for kind in self.layers if kind.has(site)), ())).get(site.name)
-        if axes is not None:
-            return replace(site, axes=axes, dual=None)
-        if site.name == "attn_out" and any({"ssm_out", "attn_out"} <= {*kind.parts} for kind in self.layers):
-            return replace(site, hook="hook_attn_term")  # TransformerLens's name has another meaning there
-        return APART.get(site.name, site) if self.logits else site
-
     def order(self, site: Site, layer: int | None) -> float:
         """Where a site comes in its layer, or in the model, as a number to sort by."""
         return site.index if layer is None else self.layers[layer].order(site)
