@@ -36,7 +36,7 @@ from .hooked.places import Places
 from .hooked.run_with import HookedRuns
 from .hooked.tokens import Tokens
 from .hooked.weights import LensViews
-from .modeling.architectures import Architecture, architecture_of, axis_sizes, kernels_of, make_hookable
+from .modeling.architectures import architecture_of, axis_sizes, kernels_of, make_hookable
 from .modeling.offers import SiteModule
 from .modeling.run_report import RunReport
 from .names.modules import BASES, OF_BASE
@@ -132,16 +132,6 @@ class MambaTrace(Places, HookedRuns, LensViews, Tokens, Loading, RootEnvoy):
         self._follow()
         for layer in self.ssm_layers:
             self.layers[layer].ssm._module.kernels = kernels
-
-    @property
-    def architecture(self) -> Architecture:
-        """Which architecture this is: its ``name``, and the ``family`` that decides which sites it has.
-
-        Example::
-
-            model.architecture.name  # "Mamba-1"
-        """
-        return architecture_of(self._module)
 
     @property
     def device(self) -> torch.device:

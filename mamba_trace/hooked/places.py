@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from .. import names
-from ..modeling.architectures import Architecture, layout_of
+from ..modeling.architectures import Architecture, architecture_of, layout_of
 from ..sites import BY_NAME, PUBLIC_PART, Layout
 
 
@@ -16,8 +16,17 @@ class Places:
     """Mixed into the model class."""
 
     _module: nn.Module
-    architecture: Architecture
     layers: Any
+
+    @property
+    def architecture(self) -> Architecture:
+        """Which architecture this is: its ``name``, and the ``family`` that decides which sites it has.
+
+        Example::
+
+            model.architecture.name  # "Mamba-1"
+        """
+        return architecture_of(self._module)
 
     @property
     def ssm_layers(self) -> list[int]:

@@ -29,18 +29,18 @@ class HookableAttention(nn.Module):
     scope = "attn"
     returned = 2
     config: Any
-    layer_idx: int
-    head_dim: int
+    layer_idx: Any
+    head_dim: Any
     num_key_value_groups: int
-    scaling: float
-    attention_dropout: float
+    scaling: Any
+    attention_dropout: Any
     q_proj: nn.Linear
     k_proj: nn.Linear
     v_proj: nn.Linear
     o_proj: nn.Linear
 
     rotate: Callable[..., tuple[Tensor, Tensor]] | None = None
-    key_multiplier = 1.0
+    key_multiplier: Any = 1.0
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -72,6 +72,7 @@ class HookableAttention(nn.Module):
             q, k = self.rotate(q, k, *position_embeddings)
         if cache is not None:
             k, v = cache.update(k, v, layer, kwargs=kwargs)
+        weights: Tensor | None
         if offer.wants("pattern"):
             z, weights = self.by_pattern(offer, q, k, v, attention_mask)
         else:

@@ -25,9 +25,9 @@ class DualMixer(HookableMixer):
     The limits of delta hold in every call. Hugging Face's decode step leaves them out.
     """
 
-    num_heads: int  # H
-    head_dim: int  # P
-    n_groups: int  # G
+    num_heads: Any  # H
+    head_dim: Any  # P
+    n_groups: Any  # G
     dt_bias: nn.Parameter  # [H]
     norm: Any  # a gated RMSNorm
     time_step_limit: Any  # two numbers

@@ -62,8 +62,8 @@ def axis_sizes(model: nn.Module) -> dict[str, int]:
     config: Any = model.config
     sizes = {"D": config.hidden_size, "V": config.vocab_size}
     for part in ("mixer", "attn", "moe"):
-        first = next((module for module in model.modules() if getattr(module, "scope", None) == part), None)
-        sizes |= first.sizes if first is not None else {}  # type: ignore[operator]
+        first: Any = next((module for module in model.modules() if getattr(module, "scope", None) == part), None)
+        sizes |= first.sizes if first is not None else {}
     return sizes
 
 
