@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from ..scan.norm import rms_norm
 from ..scan.reference import accumulation_dtype
 from ..tracing import Visit, take_note_of_mask
 from .offers import Offers
@@ -19,9 +19,7 @@ class HookableRMSNorm(nn.Module):
     variance_epsilon: float
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        x = hidden_states.to(accumulation_dtype(hidden_states))
-        x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
-        return self.weight * x.to(hidden_states.dtype)
+        return rms_norm(hidden_states, self.weight, self.variance_epsilon)
 
 
 class HookableBlock(nn.Module):

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..scan import DUAL
 from ..scan.dual import short
+from ..scan.norm import rms_norm
 from ..scan.reference import accumulation_dtype
 from .discretisation import Discretisation, DualDiscretisation
 from .mixer import HookableMixer
@@ -105,9 +105,8 @@ class HookableGatedRMSNorm(nn.Module):
     group_size: int
 
     def forward(self, hidden_states: Tensor, gate: Tensor | None = None) -> Tensor:
-        x = hidden_states.to(accumulation_dtype(hidden_states))
+        x = hidden_states
         if gate is not None:
+            x = x.to(accumulation_dtype(x))
             x = x * F.silu(gate.to(x.dtype))
-        groups = x.unflatten(-1, (-1, self.group_size))
-        groups = groups * torch.rsqrt(groups.square().mean(-1, keepdim=True) + self.variance_epsilon)
-        return self.weight * groups.flatten(-2).to(hidden_states.dtype)
+        return rms_norm(x, self.weight, self.variance_epsilon, self.group_size, hidden_states.dtype)
