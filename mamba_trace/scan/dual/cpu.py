@@ -16,7 +16,9 @@ from .linear import LinearScans
 #: Whether the kernels are worth a call for a single position.
 TAKES_ONE_POSITION = True
 
-_LOOPS = "..dual.loops"  # as seen from `scan.cpu`
+_LOOPS, _GATED = "..dual.loops", "..dual.gated"  # as seen from `scan.cpu`
+#: From how many positions on the gated scan runs chunk by chunk: the states are transposed before and after.
+MANY = 32
 _NAMES = ("x", "decay", "scale", "B", "C")
 _linear: Any = operator(
     _LOOPS,
@@ -51,5 +53,8 @@ def _gated(
     inputs = dict(zip((*_NAMES, "D", "skip"), given, strict=True))
     inputs["h_start"] = h = starting_state(x, C.shape[-1], *h_start)
     y, h_last = h.new_empty(x.shape), torch.empty_like(h)
-    run_forward(_LOOPS, inputs, gated=1, keep=0, y=y, h_last=h_last, states=None)
+    if x.shape[1] >= MANY:
+        run_forward(_GATED, inputs, y=y, h_last=h_last)
+    else:
+        run_forward(_LOOPS, inputs, gated=1, keep=0, y=y, h_last=h_last, states=None)
     return y.to(x.dtype), h_last
