@@ -547,6 +547,9 @@ def test_the_scan_chunk_by_chunk_is_that_of_the_recurrence(sizes, growing, monke
         given["A"][::2] *= -0.3
         given["delta"][:, ::3] = 0
     check_values("gated_scan", rounded(given), "cpu")
+    zeros = rounded(given) | {"h_start": torch.zeros_like(given["h_start"], dtype=torch.float32)}
+    expected, found = cpu.gated_scan(*zeros.values()), cpu.gated_scan(*[*zeros.values()][:-1])
+    assert all(torch.equal(*pair) for pair in zip(expected, found, strict=True))
 
 
 def test_a_scan_of_many_positions_takes_views_and_is_the_same_on_several_threads(monkeypatch) -> None:

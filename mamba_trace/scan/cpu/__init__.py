@@ -94,7 +94,7 @@ def _empty_results(x: Tensor, h: Tensor, keep: bool) -> tuple[Tensor, Tensor, Te
 def _pieces(kernels: Any, inputs: dict[str, Tensor], **shares: int) -> int:
     batch, length, *heads, width = inputs["x"].shape
     blocks = batch * math.prod(heads) * -(-width // kernels.WIDTH)
-    return team.pieces(blocks, length * -(-inputs["h_start"].shape[-1] // team.D_STATE), **shares)
+    return team.pieces(blocks, length * -(-inputs["C"].shape[-1] // team.D_STATE), **shares)
 
 
 # -- the scans as operators ----------------------------------------------------------------------------------

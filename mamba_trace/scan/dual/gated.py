@@ -25,8 +25,9 @@ from .vectors import CHUNK, LANES, chunk_step, fetch, transpose
 WIDTH = 2 * LANES  # channels in a block
 AHEAD = 4 * CHUNK
 FORWARD = Layout(
-    "",
-    **INPUTS, D=Buffer("heads"), skip=Buffer("batch length heads width", dense=2),
+    "started",
+    **INPUTS | {"h_start": Buffer("batch heads width n_state", when="started")},
+    D=Buffer("heads"), skip=Buffer("batch length heads width", dense=2),
     y=Buffer("batch length heads width"), h_last=Buffer("batch heads width n_state"),
 )  # fmt: skip
 forward_arguments = arguments_of(FORWARD)
@@ -74,7 +75,10 @@ def weigh(decay, products, weights, first, count):  # type: ignore[no-untyped-de
 
 @kernel(FORWARD)
 def forward(data):  # type: ignore[no-untyped-def]
-    """Run pieces of the blocks (batch x heads x channel blocks) over all positions. Results: y and h_last."""
+    """Run pieces of the blocks (batch x heads x channel blocks) over all positions. Results: y and h_last.
+
+    ``started``: whether there is a state to start from; otherwise it is zero.
+    """
     p = forward_arguments(data)
     of_head = (p.width + WIDTH - 1) // WIDTH
     blocks = p.batch * p.heads * of_head
@@ -98,12 +102,16 @@ def forward(data):  # type: ignore[no-untyped-def]
                 known = wanted
             before, after = p.h_start[b, head], p.h_last[b, head]
             c, n = w - w % LANES, p.n_state - p.n_state % LANES
-            for i in range(0, c, LANES):
-                for j in range(0, n, LANES):
-                    transpose(before, (c0 + i) * p.n_state + j, p.n_state, h, j * WIDTH + i, WIDTH)
-            for i in range(w):
-                for j in range(n if i < c else 0, p.n_state):
-                    h[j * WIDTH + i] = before[c0 + i, j]
+            if p.started:
+                for i in range(0, c, LANES):
+                    for j in range(0, n, LANES):
+                        transpose(before, (c0 + i) * p.n_state + j, p.n_state, h, j * WIDTH + i, WIDTH)
+                for i in range(w):
+                    for j in range(n if i < c else 0, p.n_state):
+                        h[j * WIDTH + i] = before[c0 + i, j]
+            else:
+                for i in range(p.n_state * WIDTH):
+                    h[i] = ZERO
             for start in range(0, p.length, CHUNK):
                 there = min(CHUNK, p.length - start)
                 for t in range(start + AHEAD, min(start + AHEAD + CHUNK, p.length)):
