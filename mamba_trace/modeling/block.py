@@ -14,9 +14,9 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
+from ..scan.norm import rms_norm
 from ..scan.reference import accumulation_dtype
 from ..sites import Kind
 from ..tracing import Visit, take_note_of_mask
@@ -32,14 +32,7 @@ class HookableRMSNorm(nn.Module):
     wide_weight = False
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        x = hidden_states.to(accumulation_dtype(hidden_states))
-        x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
-        return weighted(self, x, hidden_states.dtype)
-
-
-def weighted(norm: Any, x: Tensor, dtype: torch.dtype) -> Tensor:
-    """The normalised ``x``, in the wide dtype, times the weight of a norm: in the model's ``dtype``."""
-    return (norm.weight.to(x.dtype) * x).to(dtype) if norm.wide_weight else norm.weight * x.to(dtype)
+        return rms_norm(hidden_states, self.weight, self.variance_epsilon, wide_weight=self.wide_weight)
 
 
 class Block(nn.Module):
