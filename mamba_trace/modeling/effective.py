@@ -20,7 +20,7 @@ from ..scan.reference import accumulation_dtype
 from ..tracing import is_itself
 from ..tracing.placement import input_device
 from .architectures import language_model, layout_of
-from .block import HookableRMSNorm, ParallelBlock
+from .block import HookableRMSNorm, ParallelBlock, times
 from .dual import DualMixer, HookableGatedRMSNorm
 
 #: How many rows of logits [n,V] are made at a time.
@@ -71,8 +71,7 @@ def token_directions(head: Any, ids: Tensor, width: int, factor: float = 1.0) ->
         [..., D], ... the shape of ``ids``: rows of the parameter itself where the unembedding is a plain
         ``Linear`` whose output are the logits, else new tensors, the gradients of the logits.
     """
-    rows = _directions(head, ids, width)
-    return rows if factor == 1 else rows * factor
+    return times(_directions(head, ids, width), factor)
 
 
 def _directions(head: Any, ids: Tensor, width: int) -> Tensor:
