@@ -15,7 +15,7 @@ from mamba_trace import MambaTrace
 from mamba_trace.errors import LayerError, MetricError, PositionError, UnknownSiteError
 from mamba_trace.modeling.architectures import BY_TYPE
 from mamba_trace.patching import PatchGrid, attribution_grid, logit_diff, patch_grid
-from mamba_trace.patching.question import positional
+from mamba_trace.patching.question import find_site, positional
 from mamba_trace.sites import BY_NAME, STATE
 
 #: The kinds whose architecture the package has.

@@ -81,7 +81,8 @@ def changes(model: MambaTrace) -> list[Change]:
 
 def uncut(layout: Layout) -> list[Change]:
     """What in a plain model of some layout looks at more than the stream and what layers keep of earlier positions."""
-    return [Change("layers beside those of a Mamba")] if layout.hybrid else []
+    shared = any("shared_out" in kind.parts for kind in layout.layers)
+    return [Change("shared transformers, to which each layer gives the embeddings")] if shared else []
 
 
 def numbers_of(block: Any) -> set[int]:
