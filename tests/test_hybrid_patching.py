@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from grids import LONG, MINUS, OURS, PLUS, THEIRS
+from grids import MINUS, OURS, PLUS, THEIRS
 from hybrid_models import HYBRIDS, make_hybrid
 from torch import Tensor
 
 from mamba_trace import MambaTrace
-from mamba_trace.errors import LayerError, MetricError, PositionError, UnknownSiteError
+from mamba_trace.errors import UnknownSiteError
 from mamba_trace.modeling.architectures import BY_TYPE
-from mamba_trace.patching import PatchGrid, attribution_grid, logit_diff, patch_grid
-from mamba_trace.patching.question import find_site, positional
+from mamba_trace.patching import logit_diff, patch_grid
+from mamba_trace.patching.question import positional
 from mamba_trace.sites import BY_NAME, STATE
 
 #: The kinds whose architecture the package has.

@@ -41,6 +41,13 @@ def site_table() -> str:
     return "\n".join(lines)
 
 
+def hybrid_table() -> str:
+    """The README's table of the sites that only hybrids have."""
+    lines = ["| path under `model` | shape | hook name | meaning |", "|---|---|---|---|"]
+    lines += [f"| `{row.path}` | {row.shape('dual')} | `{row.hook}` | {row.meaning} |" for row in rows(hybrid=True)]
+    return "\n".join(lines)
+
+
 def test_every_code_block_runs_in_order(tmp_path: Path) -> None:
     script = tmp_path / "readme.py"
     script.write_text("\n\n".join(blocks()), encoding="utf-8")
@@ -115,6 +122,7 @@ def test_the_two_experiments_are_short() -> None:
 
 def test_the_site_table_is_the_table() -> None:
     assert found(r"<!-- sites -->\n(.*?)\n<!-- /sites -->") == site_table()
+    assert found(r"<!-- hybrid sites -->\n(.*?)\n<!-- /hybrid sites -->") == hybrid_table()
 
 
 def test_every_site_has_a_row_and_the_state_has_two() -> None:

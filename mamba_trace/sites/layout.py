@@ -76,11 +76,8 @@ class Kind:
 PURE: dict[Family, Kind] = {family: Kind("SSM", (), family) for family in FAMILIES}
 
 
-#: `lm_head` and `logits` where they are not the same: MambaLens's name is that of the logits.
-APART = {
-    "lm_head": replace(BY_NAME["lm_head"], hook="unembed.hook_out"),
-    "logits": replace(BY_NAME["logits"], hook=BY_NAME["lm_head"].hook),
-}
+#: `lm_head` where its output is not the logits, whose name MambaLens's is.
+APART = {"lm_head": replace(BY_NAME["lm_head"], hook="unembed.hook_out")}
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,7 +143,7 @@ def walk(n_layers: int, family: Family = "selective") -> Iterator[tuple[Site, in
     return Layout((PURE[family],) * n_layers).walk()
 
 
-def rows(family: Family | None = None, layout: Layout | None = None) -> Iterator[Row]:
+def rows(family: Family | None = None, layout: Layout | None = None, *, hybrid: bool = False) -> Iterator[Row]:
     """The table as people are shown it, in execution order: the command line and the README print these.
 
     The state has two rows, as ``h[p]`` and the whole ``h`` are two things: an edit of the first is carried on
@@ -154,14 +151,15 @@ def rows(family: Family | None = None, layout: Layout | None = None) -> Iterator
 
     Args:
         family: leave out the rows that this family lacks.
-        layout: of a model: leave out what none of its layers has. Without it, what only hybrids have is left out.
+        layout: of a model: leave out what none of its layers has.
+        hybrid: without a ``layout``, the rows that only hybrids have, in place of all others.
 
     >>> states = [row for row in rows() if row.path.endswith((".h", ".h[p]"))]
     >>> [(row.path, row.shape("selective"), row.hook) for row in states]
     [('layers[l].ssm.h[p]', 'B E N', 'blocks.l.hook_h.p'), ('layers[l].ssm.h', 'B L E N', None)]
     """
     for site in SITES if layout is None else map(layout.own, SITES):
-        there = site.part == "" or site.scope == "mixer" if layout is None else layout.has(site)
+        there = bool(site.part) == hybrid if layout is None else layout.has(site)
         if not there or (family is not None and family not in site.families):
             continue
         path = prefix_of(site.scope, "l") + site.name
@@ -170,5 +168,5 @@ def rows(family: Family | None = None, layout: Layout | None = None) -> Iterator
         if site.name == STATE:
             at_one = {each: letters.replace("L", "") for each, letters in axes.items()}
             yield Row(f"{path}[p]", at_one, f"{hook}.p", STATE_MEANING)
-        nameless = site.name == STATE or not site.in_mamba_lens
+        nameless = site.name == STATE or not (site.in_mamba_lens or site.part)
         yield Row(path, axes, None if nameless else hook, site.meaning)

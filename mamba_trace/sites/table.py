@@ -250,7 +250,7 @@ SITES: tuple[Site, ...] = (
     Site("norm_f", "model", "BLD", "hook_norm", "final RMSNorm", module="norm_f"),
     Site("lm_head", "model", "BLV", "hook_logits", "logits", module="lm_head"),
     Site(
-        "logits", "model", "BLV", "hook_model_logits",
+        "logits", "model", "BLV", "hook_logits",
         "logits as the model returns them; lm_head's output where it returns that", part="logits",
     ),
 )  # fmt: skip
@@ -267,7 +267,8 @@ LACKED_MODULES: dict[Family, tuple[str, ...]] = {"selective": (), "dual": ("x_pr
 BY_NAME: dict[str, Site] = {site.name: site for site in SITES}
 #: The hook name of `attn_out` in a model where TransformerLens's means another value.
 ATTENTION_TERM = "hook_attn_term"
-BY_HOOK: dict[str, Site] = {site.hook: site for site in SITES} | {ATTENTION_TERM: BY_NAME["attn_out"]}
+#: MambaLens's name of the logits is that of `lm_head`; where `logits` are a site of their own see `layout`.
+BY_HOOK: dict[str, Site] = {site.hook: site for site in reversed(SITES)} | {ATTENTION_TERM: BY_NAME["attn_out"]}
 #: The sites of a mixer that its own modules produce under another name.
 BY_MODULE = {s.module: s for s in SITES if s.scope == "mixer" and s.module and s.module != s.name}
 _INDEX = {site.name: index for index, site in enumerate(SITES)}
