@@ -26,6 +26,7 @@ from .errors import FileError, MambaTraceError, PromptError
 
 if TYPE_CHECKING:
     from .model import MambaTrace
+    from .sites import Layout, Row
 
 PROMPT = "Lately, Emma and Shelby had fun at school. Shelby gave an apple to"
 SOURCE = "Lately, Emma and Shelby had fun at school. Emma gave an apple to"
@@ -149,25 +150,31 @@ def sites(
     as_json: AsJson = False,
 ) -> None:
     """List every place that can be read or edited, in execution order, and its shape in each architecture."""
+    from .names.layouts import spans
     from .sites import AXES, FAMILY_MODELS, rows
 
-    models, family = FAMILY_MODELS, None
+    models, family, layout = FAMILY_MODELS, None, None
     if model is not None:
-        architecture = load_model(model, "auto", quiet=True).architecture
+        loaded = load_model(model, "auto", quiet=True)
+        architecture, layout = loaded.architecture, loaded._layout
         family = architecture.family
         models = {family: (architecture.name,)}
-    table = list(rows(family))
+    table = list(rows(family, layout))
+    layers = {row.path: layers_with(row, layout) for row in table} if layout is not None and layout.hybrid else {}
     if as_json:
         shapes = [{name: row.shape(each) for each, names in models.items() for name in names} for row in table]
         content = [
             {"path": row.path, "shape": shape, "hook": row.hook, "meaning": row.meaning}
+            | ({"layers": layers[row.path]} if layers.get(row.path) is not None else {})
             for row, shape in zip(table, shapes, strict=True)
         ]
         typer.echo(json.dumps(content, indent=1))
         return
-    lines = [["path", *map(", ".join, models.values()), "hook name", "meaning"]]
+    lines = [["path", *map(", ".join, models.values()), *(["layers"] if layers else []), "hook name", "meaning"]]
     for row in table:
-        lines.append([row.path, *(row.shape(each) or "(none)" for each in models), row.hook or "(none)", row.meaning])
+        where = [spans(layers[row.path] or ())] if layers else []
+        shapes = [row.shape(each) or "(none)" for each in models]
+        lines.append([row.path, *shapes, *where, row.hook or "(none)", row.meaning])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     for line in lines:
         typer.echo("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
@@ -228,6 +235,14 @@ def port(
 
 
 # -- what the commands need --------------------------------------------------------------------------------
+
+
+def layers_with(row: Row, layout: Layout) -> list[int] | None:
+    """The layers of a hybrid that have the site of a row; ``None`` for a site of the whole model."""
+    from .sites import BY_NAME
+
+    site = BY_NAME[row.path.rpartition(".")[2].removesuffix("[p]")]
+    return None if site.scope == "model" else layout.with_site(site)
 
 
 def versions() -> str:

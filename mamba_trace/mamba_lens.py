@@ -326,7 +326,7 @@ class HookedMamba(MambaTrace):
 
 def _check_architecture(architecture: Architecture) -> None:
     """Refuse an architecture that MambaLens has no names for. Raises `CheckpointError`."""
-    if architecture.family != "selective":
+    if architecture.hybrid or architecture.family != "selective":
         raise CheckpointError(
             f"this is a {architecture.name}, and a HookedMamba, as in MambaLens, is a Mamba-1 or a Falcon-Mamba: "
             f"mamba_trace.MambaTrace takes it, and has the same hook names, run_with_cache and run_with_hooks"

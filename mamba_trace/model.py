@@ -194,11 +194,11 @@ class MambaTrace(Places, HookedRuns, LensViews, Tokens, Loading, RootEnvoy):
         dtype: torch.dtype = torch.float32,
         **kwargs: Any,
     ) -> MambaTrace:
-        """A model from scratch, initialised as the Mamba authors do.
+        """A model from scratch, initialised as the Mamba authors do; a hybrid is initialised as transformers does.
 
         Args:
-            config: a ``MambaConfig``, ``FalconMambaConfig`` or ``Mamba2Config``, or a configuration in the
-                original or MambaLens's format.
+            config: a ``MambaConfig``, ``FalconMambaConfig``, ``Mamba2Config`` or that of a hybrid, or a
+                configuration in the original or MambaLens's format.
             tokenizer: needed for prompts that are strings.
             seed: the seed of a generator of its own; torch's global generator is not used.
             dtype: the dtype of the parameters.

@@ -142,10 +142,10 @@ def test_folders_that_are_neither_format(tmp_path: Path) -> None:
     words = fails(lambda: find_checkpoint(tmp_path))
     assert "Found the keys layers." in words
     assert "The folder has config.json, notes.txt." in words
-    for model_type in ("jamba", "bamba", "llama"):
+    for model_type in ("lfm2", "recurrent_gemma", "llama"):
         config.write_text(json.dumps({"model_type": model_type}))
         words = fails(lambda: find_checkpoint(tmp_path))
-        assert f"model_type '{model_type}'; only 'mamba', 'falcon_mamba', 'mamba2' are supported" in words
+        assert f"model_type '{model_type}'; only 'mamba', 'falcon_mamba', 'mamba2', 'nemotron_h', " in words
     config.write_text(json.dumps(ORIGINAL | {"ssm_cfg": {"layer": "Mamba3"}}))
     assert "ssm_cfg.layer is 'Mamba3', and the layers that can be loaded are" in fails(
         lambda: find_checkpoint(tmp_path)

@@ -13,6 +13,7 @@ from transformers import MambaConfig
 
 from mamba_trace.conversion import convert_config, detect_config_format
 from mamba_trace.errors import CheckpointError
+from mamba_trace.modeling.architectures import BY_TYPE
 
 RECORDED = Path(__file__).parent / "data" / "mamba_lens.safetensors"
 
@@ -80,12 +81,12 @@ def test_inexpressible_models_are_rejected() -> None:
 
 
 def test_configurations_of_nothing_known_are_rejected() -> None:
-    known = "only 'mamba', 'falcon_mamba', 'mamba2' are supported, and state-spaces' original format"
-    for config in ({"model_type": "jamba"}, {"model_type": ["mamba"]}):
+    known = f"only {', '.join(map(repr, BY_TYPE))} are supported, and state-spaces' original format"
+    for config in ({"model_type": "llama"}, {"model_type": ["mamba"]}):
         with pytest.raises(CheckpointError, match=known):
             detect_config_format(config)
-    with pytest.raises(CheckpointError, match="model_type 'jamba'; " + known):
-        convert_config({"model_type": "jamba"}, "original", source="huggingface")
+    with pytest.raises(CheckpointError, match="model_type 'llama'; " + known):
+        convert_config({"model_type": "llama"}, "original", source="huggingface")
     with pytest.raises(CheckpointError, match=r"Found the keys hidden_size.*add model_type='mamba'"):
         detect_config_format({"hidden_size": 3})
     with pytest.raises(CheckpointError, match="found int"):

@@ -13,7 +13,7 @@ from transformers import (
     AutoTokenizer,
     GPT2Config,
     GPT2LMHeadModel,
-    JambaConfig,
+    LlamaConfig,
     MambaConfig,
     MambaForCausalLM,
 )
@@ -241,8 +241,8 @@ def test_a_folder_that_is_no_checkpoint(tmp_path):
 
 
 def test_an_architecture_that_is_no_mamba(tmp_path):
-    JambaConfig().save_pretrained(tmp_path)
-    with pytest.raises(CheckpointError, match="model_type 'jamba'"):
+    LlamaConfig().save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match="model_type 'llama'"):
         MambaTrace(tmp_path)
     gpt2 = GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=1, n_embd=8, vocab_size=20))
     with pytest.raises(CheckpointError, match="GPT2LMHeadModel"):

@@ -27,12 +27,13 @@ from huggingface_hub.errors import (
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
 from ..errors import CheckpointError
+from ..modeling.architectures import BY_TYPE
 from .checkpoint_index import inside, shards_of
 from .weight_sizes import some
 
 WEIGHT_FILES = [SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME]
 BOTH_FORMATS = (
-    "A Hugging Face checkpoint has a config.json with model_type 'mamba', 'falcon_mamba' or 'mamba2'; an original "
+    f"A Hugging Face checkpoint has a config.json with model_type {', '.join(map(repr, BY_TYPE))}; an original "
     "state-spaces one has a "
     f"config.json with d_model, n_layer and vocab_size and no model_type. Weights are in "
     f"{SAFE_WEIGHTS_NAME} or {WEIGHTS_NAME}."

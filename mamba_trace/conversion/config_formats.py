@@ -26,7 +26,7 @@ from ..errors import CheckpointError
 from ..modeling.architectures import BY_TYPE, Architecture
 from .checkpoint_index import decoded
 from .config_fields import FORMATS, MOST_LAYERS, REQUIRED, Config, KeyPath, architecture_in, fields_of
-from .config_refusals import check_types, heads_of, reject, reject_another_class
+from .config_refusals import check_types, heads_of, reject, reject_another_class, reject_remote_code
 
 MODEL_TYPES = ", ".join(map(repr, BY_TYPE))
 EXPECTED = (
@@ -92,6 +92,7 @@ def huggingface(raw: Config) -> PreTrainedConfig:
     if layers > MOST_LAYERS:
         raise CheckpointError(f"the configuration declares {layers} layers; at most {MOST_LAYERS} are built")
     architecture = architecture_in("huggingface", raw)
+    reject_remote_code(raw, architecture)
     reject_another_class(raw, architecture)  # first: the fields of one often make no sense in the other
     config_class = architecture.config_class
     try:

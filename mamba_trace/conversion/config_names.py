@@ -84,8 +84,11 @@ def _check_huggingface(raw: Config, architecture: Architecture) -> None:
     values = read("huggingface", raw)
     config = architecture.config_class.__name__
     known = {field.name for field in fields(architecture.config_class)}
+    if architecture.hybrid:  # some of its fields have two names, and some follow from others
+        known |= architecture.config_class.attribute_map.keys() | architecture.config_class().to_dict().keys()
     # What one class has, older files of another have as well: a Mamba-2's has Mamba-1's time_step_scale.
-    related = {field.name for other in ARCHITECTURES for field in fields(other.config_class)}
+    others = [other for other in ARCHITECTURES if architecture.hybrid or not other.hybrid]
+    related = {field.name for other in others for field in fields(other.config_class)}
     paths = {field.name: field[1:3] for field in fields_of(architecture)}
     theirs = {path[-1]: name for name in paths for path in paths[name] if path and path[-1] != "bias"}
     theirs |= {"rms_norm": "", "d_inner": ""}

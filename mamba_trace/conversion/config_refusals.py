@@ -117,6 +117,19 @@ def reject_another_class(raw: Config, architecture: Architecture) -> None:
             )
 
 
+def reject_remote_code(raw: Config, architecture: Architecture) -> None:
+    """Raise for a Hugging Face configuration whose model is a class of the checkpoint's own."""
+    named = raw.get("auto_map")
+    model = named.get("AutoModelForCausalLM") if isinstance(named, Mapping) else None
+    ours = architecture.model_class.__name__
+    if model is not None and str(model).rpartition(".")[2] != ours:
+        raise CheckpointError(
+            f"the auto_map of the configuration says that its model is {model!r:.80}, code of the checkpoint's own, "
+            f"which this package does not run. If transformers' {ours} loads these weights without "
+            f"trust_remote_code, take auto_map out of the configuration"
+        )
+
+
 def _reject_huggingface(raw: Config, architecture: Architecture) -> None:
     """Raise for an activation or a dtype that does not exist, and for another architecture's class."""
     reject_another_class(raw, architecture)

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers import TextGenerationPipeline
 
+from ..errors import CheckpointError
 from ..modeling.architectures import BY_TYPE, make_hookable
 from ..tracing.placement import full_device_map, one_device, usable_device_map
 from ..tracing.remote import TASK
@@ -37,6 +38,11 @@ class Loading:
     def _find(self, repo_id: str, kwargs: dict[str, Any], *, fetch: bool = False) -> Checkpoint:
         """The checkpoint, with the configuration that ``kwargs`` ask for, whose entries are removed."""
         dtype_of(kwargs)
+        if kwargs.pop("trust_remote_code", None):
+            raise CheckpointError(
+                "trust_remote_code=True asks for classes of the checkpoint's own, and this package knows those of "
+                "transformers: load without trust_remote_code. A tokenizer that needs it can be given as tokenizer="
+            )
         options = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
         given = given_config(kwargs.pop("config", None), **options)
         found = find_checkpoint(repo_id, config=given, revision=self.revision, **options)

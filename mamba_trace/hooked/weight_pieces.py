@@ -12,6 +12,7 @@ before it writes. Weights that cannot be edited (not loaded yet, offloaded, quan
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -21,6 +22,7 @@ from ..errors import CheckpointError, SiteValueError
 from ..modeling.architectures import BY_TYPE, axis_sizes
 from ..modeling.architectures.architecture import size_of
 from ..names import public_path
+from ..sites import Kind
 
 #: The names of a block's weights, in the order in which they are listed.
 ORDER = (
@@ -57,6 +59,32 @@ def pieces_of_block(model_type: str) -> dict[str, Piece]:
     return dict(sorted(pieces.items(), key=lambda item: (ORDER.index(item[0].split(".")[0]), item[0].endswith("bias"))))
 
 
+#: Whose names the mixers of a family have in a hybrid.
+NAMED_AS = {"selective": "mamba", "dual": "mamba2"}
+
+
+def pieces_of_layer(model: Any, layer: int) -> dict[str, Piece]:
+    """The rows that each name stands for in a layer of a model.
+
+    In a hybrid's they are those of a Mamba of the same family, if its mixer is laid out as that one's: a Zamba's is
+    not. A layer without an SSM has its norm alone.
+    """
+    architecture = model.architecture
+    if not architecture.hybrid:
+        return pieces_of_block(architecture.model_type)
+    block, sizes = model.layers[layer]._module, axis_sizes(model._module) | {"1": 1}
+    named_as = NAMED_AS[architecture.family]
+    ssm, laid_out = block.part("ssm"), BY_TYPE[named_as].parameters["mixer.A_log"]
+    there = ["norm"] if block.part("norm") is not None else []
+    if ssm is not None and tuple(ssm.A_log.shape) == laid_out.shape(sizes):
+        there.append("mixer")
+    return {
+        name: piece._replace(parameter=re.sub("^mixer", "ssm", piece.parameter))
+        for name, piece in pieces_of_block(named_as).items()
+        if piece.parameter.partition(".")[0] in there
+    }
+
+
 OF_MODEL = {
     "embedding.weight": Piece("embeddings.weight", ("V", "D"), ("V",)),
     "norm.weight": Piece("norm_f.weight", ("D",), ("D",)),
@@ -78,12 +106,17 @@ class Owner:
         model._follow()
         self.model, self.layer = model, layer
         self.place = "model." if layer is None else f"model.blocks[{layer}]."
-        self.pieces = OF_MODEL if layer is None else pieces_of_block(model.architecture.model_type)
+        self.pieces = OF_MODEL if layer is None else pieces_of_layer(model, layer)
 
     @functools.cached_property
     def sizes(self) -> dict[str, int]:
         """The size of each axis letter."""
         return axis_sizes(self.model._module) | {"1": 1}
+
+    @property
+    def kind(self) -> Kind | None:
+        """What stands in the layer; ``None`` for the model."""
+        return None if self.layer is None else self.model._layout.layers[self.layer]
 
     def shape(self, name: str) -> list[int]:
         """The shape that the configuration gives a name, whether the weights are there or not."""

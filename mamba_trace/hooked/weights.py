@@ -185,6 +185,9 @@ class LensBlock:
     ``out_proj``      weight [D,E] (bias [D])      ``ssm.out_proj``
     ================  ===========================  =======================================================
 
+    A layer of a hybrid has the names of its SSM, as they are in Mamba-1 or Mamba-2, and of the norm before it; those of
+    attention, MLPs and experts are in ``layers[l]._module``.
+
     Reading gives a tensor (``A_log``, ``W_D``) or a `Weights`; assigning copies into the parameter.
 
     Raises:
@@ -235,6 +238,8 @@ class LensBlock:
         hint = lacked(f"{name}.") or nearest(name, known)
         if name in ORDER:
             hint = f": a {self._owner.model.architecture.name} has none"
+            if (kind := self._owner.kind) is not None and kind.family is None:
+                hint = f": what stands in this layer is {kind.name}. model.ssm_layers has the layers with an SSM"
         if name in BY_HOOK or name == "hook_h":
             hint = f": blocks holds weights. The hook is model.hook('blocks.{self._owner.layer}.{name}')"
         return UnknownSiteError(f"{self._owner.place.rstrip('.')} has no {name!r}{hint}. It has: {', '.join(known)}")

@@ -13,7 +13,6 @@ where the inputs of a run go; `check_weights` refuses weights that nothing loads
 from __future__ import annotations
 
 import contextlib
-import re
 from collections.abc import Callable, Iterator, Mapping
 from types import CodeType
 from typing import Any
@@ -26,10 +25,11 @@ from torch import Tensor, nn
 
 from ..errors import CheckpointError
 from ..names import nearest
+from ..names.modules import BASES, OF_BASE, OF_LAYER
 from .saving import GuardedTracer
 
-#: This package's names in a device map, and Hugging Face's, as patterns.
-OURS = {r"^(?=(embeddings|layers|norm_f)(\.|$))": "backbone.", r"\.ssm(?=\.|$)": ".mixer"}
+#: What tells the parts of a layer apart that Hugging Face may call by one name: the name of something in it.
+HOLDS = {"ssm": "A_log", "attn": "q_proj", "moe": "experts"}
 DISK = "disk"
 #: What a scan of shapes replaces in a module.
 REPLACED = ("_parameters", "_buffers", "_hf_hook")
@@ -48,20 +48,19 @@ def full_device_map(device_map: Any, model: Any) -> Any:
     """
     if not isinstance(device_map, Mapping):
         return device_map
-    names = {name for name, _ in model.named_modules()} | {name for name, _ in model.named_parameters()}
+    names = {name for name, _ in model.named_modules(remove_duplicate=False)}
+    names |= {name for name, _ in model.named_parameters(remove_duplicate=False)}
     places = {}
     for given, place in device_map.items():
-        name = given
-        for pattern, theirs in OURS.items():
-            name = re.sub(pattern, theirs, name)
-        if name not in names:
+        name = next(spelled(given, names), None)
+        if name is None:
+            first, layers, last = (next(spelled(part, names)) for part in ("embeddings", "layers.0", "norm_f"))
             raise CheckpointError(
-                f"device_map places {given!r}, which is not a part of the model. It has backbone.embeddings, "
-                f"backbone.layers.0 and so on, backbone.norm_f and lm_head{nearest(name, sorted(names))}"
+                f"device_map places {given!r}, which is not a part of the model. It has {first}, "
+                f"{layers} and so on, {last} and lm_head{nearest(given, sorted(names))}"
             )
         places[name] = place
-    if model.config.tie_word_embeddings:
-        _tie(places)
+    _tie(places, model)
     full = dict(_apart(model, "", places))
     left_out = [name for name, place in full.items() if place is None]
     if left_out:
@@ -72,17 +71,46 @@ def full_device_map(device_map: Any, model: Any) -> Any:
     return full
 
 
-def _tie(places: dict[str, Any]) -> None:
-    # A tied lm_head without a place gets the place of the embedding.
-    embedding = place_of("backbone.embeddings.weight", places)
-    head = place_of("lm_head.weight", places)
-    if head is None and embedding is not None:
-        places["lm_head"] = embedding
-    elif DISK in (head, embedding) and head != embedding:
-        raise CheckpointError(
-            f"device_map places backbone.embeddings on {embedding} and lm_head on {head}, which are one "
-            f"weight in this model: place both on disk, or neither"
-        )
+def spelled(given: str, names: set[str]) -> Iterator[str]:
+    """Hugging Face's paths of what a name of a device map means, this package's or its own.
+
+    Args:
+        given: the name.
+        names: of all modules and parameters of the model.
+    """
+    if given in names:
+        yield given
+        return
+    base = next((base for base in BASES if base in names), "")
+    first, _, rest = given.removeprefix(f"{base}.").partition(".")
+    number, _, below = rest.partition(".")
+    part, _, inner = below.partition(".")
+    for theirs in OF_BASE.get(first, ()):
+        path = f"{base}.{theirs}"
+        yield from {_joined(path, rest)} & names
+        for step in OF_LAYER.get(part, ()):
+            place = f"{path}.{number}.{step}"
+            held = [name for name, what in HOLDS.items() if f"{place}.{what}" in names]
+            if part not in ("ssm", "attn", "mlp", "moe") or held == [part] * (part != "mlp"):
+                yield from {_joined(place, inner)} & names
+
+
+def _joined(path: str, rest: str) -> str:
+    return f"{path}.{rest}" if rest else path
+
+
+def _tie(places: dict[str, Any], model: Any) -> None:
+    # A tied weight without a place, such as that of lm_head, gets the place of the one that it is.
+    for tied, weight in model.all_tied_weights_keys.items():
+        (first, second), where = (weight.rpartition(".")[0], tied.rpartition(".")[0]), place_of(weight, places)
+        place = place_of(tied, places)
+        if place is None and where is not None:
+            places[second] = where
+        elif DISK in (place, where) and place != where:
+            raise CheckpointError(
+                f"device_map places {first} on {where} and {second} on {place}, which are one "
+                f"weight in this model: place both on disk, or neither"
+            )
 
 
 def _apart(module: nn.Module, name: str, places: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
