@@ -10,7 +10,7 @@ import torch
 from conftest import OTHERS, TINY, VARIANTS, ModuleFactory, make_hf
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from reference import Edit, editing, forward
+from reference import Edit, EditValue, editing, forward
 from torch import Tensor
 
 from mamba_trace import MambaTrace
@@ -39,6 +39,10 @@ class Setup:
         self.model = MambaTrace(self.module)
         self.hooks = [name for name, _ in self.values(draw_tokens(1, 0))]
 
+    def forward(self, tokens: Tensor, edit: EditValue) -> Tensor:
+        """The logits of the reference."""
+        return forward(self.weights, self.config, tokens, edit)
+
     def values(self, tokens: Tensor) -> list[tuple[str, Tensor]]:
         """(hook name, value) of the reference in execution order; blocks.l.hook_h is the whole trajectory."""
         seen: list[tuple[str, Tensor]] = []
@@ -48,7 +52,7 @@ class Setup:
             return value
 
         with torch.no_grad():
-            forward(self.weights, self.config, tokens, keep)
+            self.forward(tokens, keep)
         return seen
 
     def place(self, hook: str, from_end: bool = False) -> Any:
@@ -145,7 +149,7 @@ class Plan:
                 saved[hook] = value.detach()
             return edit_value(hook, value)
 
-        return forward(self.setup.weights, self.setup.config, self.tokens, edit), saved
+        return self.setup.forward(self.tokens, edit), saved
 
     def check(self, logits: Tensor) -> Tensor:
         """Hold the logits and the saved values to the reference's; return its logits."""

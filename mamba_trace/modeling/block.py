@@ -12,16 +12,15 @@ A class of a block says by `parts_named` what Hugging Face calls its parts.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
+from ..scan.norm import rms_norm
 from ..scan.reference import accumulation_dtype
 from ..sites import Kind
 from ..tracing import Visit, take_note_of_mask
-from .offers import Offers
+from .offers import Offers, add_sites
 
 
 class HookableRMSNorm(nn.Module):
@@ -33,14 +32,7 @@ class HookableRMSNorm(nn.Module):
     wide_weight = False
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        x = hidden_states.to(accumulation_dtype(hidden_states))
-        x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
-        return weighted(self, x, hidden_states.dtype)
-
-
-def weighted(norm: Any, x: Tensor, dtype: torch.dtype) -> Tensor:
-    """The normalised ``x``, in the wide dtype, times the weight of a norm: in the model's ``dtype``."""
-    return (norm.weight.to(x.dtype) * x).to(dtype) if norm.wide_weight else norm.weight * x.to(dtype)
+        return rms_norm(hidden_states, self.weight, self.variance_epsilon, wide_weight=self.wide_weight)
 
 
 class Block(nn.Module):
@@ -146,11 +138,11 @@ class HookableBlock(Block):
 
 def ssm_kind(mixer: Any, *parts: str, name: str = "SSM", early: tuple[str, ...] = ()) -> Kind:
     """The kind of a layer with an SSM and the parts beside it."""
-    return Kind(name, parts, mixer.family, mixer.lacks, early, mixer.norm_first)
+    return Kind(name, parts, mixer.family, mixer.lacks, early, mixer.norm_first, tuple(mixer.own_axes.items()))
 
 
-class TwoStepBlock(Block):
-    """Mixin over a block of two halves: the SSM or attention, then an MLP, experts or both.
+class MlpBlock(Block):
+    """What blocks share whose second half is an MLP, experts or both.
 
     Attributes:
         residual_multiplier: what both terms are multiplied by.
@@ -164,7 +156,22 @@ class TwoStepBlock(Block):
         "mlp": "feed_forward",
         "moe": "feed_forward",
     }
-    residual_multiplier = 1.0
+    residual_multiplier: Any = 1.0
+
+    def second_half(self, offer: Offers, resid: Tensor) -> Any:
+        """From the middle of the block to its end, where ``resid`` [B,L,D] is the stream in the middle."""
+        resid = offer("resid_mid", resid)
+        normalized = self.run(offer, "norm_2", offer("mlp_input", resid))
+        term = offer("mlp_out", times(self.fed(offer, normalized), self.residual_multiplier))
+        return self.ended(offer, resid + term)
+
+    def fed(self, offer: Offers, normalized: Tensor) -> Tensor:
+        """What the MLP or the experts return [B,L,D]."""
+        return self.run(offer, "moe" if self.part("mlp") is None else "mlp", normalized)
+
+
+class TwoStepBlock(MlpBlock):
+    """Mixin over a block of two halves: the SSM or attention, then an MLP, experts or both."""
 
     @property
     def kind(self) -> Kind:
@@ -192,24 +199,13 @@ class TwoStepBlock(Block):
             term = offer("attn_out", times(out, self.residual_multiplier))
         return self.second_half(offer, resid + term)
 
-    def second_half(self, offer: Offers, resid: Tensor) -> Any:
-        """From the middle of the block to its end, where ``resid`` [B,L,D] is the stream in the middle."""
-        resid = offer("resid_mid", resid)
-        normalized = self.run(offer, "norm_2", offer("mlp_input", resid))
-        term = offer("mlp_out", times(self.fed(offer, normalized), self.residual_multiplier))
-        return self.ended(offer, resid + term)
 
-    def fed(self, offer: Offers, normalized: Tensor) -> Tensor:
-        """What the MLP or the experts return [B,L,D]."""
-        return self.run(offer, "moe" if self.part("mlp") is None else "mlp", normalized)
-
-
-class ParallelBlock(TwoStepBlock):
+class ParallelBlock(MlpBlock):
     """Mixin over a block whose first half is the SSM and attention side by side, each with a factor of its own."""
 
-    attention_in_multiplier: float
-    ssm_out_multiplier: float
-    attn_out_multiplier: float
+    attention_in_multiplier: Any
+    ssm_out_multiplier: Any
+    attn_out_multiplier: Any
 
     @property
     def kind(self) -> Kind:
@@ -235,11 +231,49 @@ class ParallelBlock(TwoStepBlock):
         return self.second_half(offer, resid + (first + second))
 
 
+class ZambaBlock(Block):
+    """Mixin over a Zamba's block with an SSM alone, which may stand inside of a `SharedBlock`."""
+
+    parts_named: ClassVar[dict[str, str]] = {"norm": "input_layernorm", "ssm": "mamba"}
+
+    @property
+    def kind(self) -> Kind:
+        return ssm_kind(self.part("ssm"))
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        original_hidden_states: Tensor | None = None,
+        layer_idx: int | None = None,
+        attention_mask: Tensor | None = None,
+        causal_mask: Tensor | None = None,
+        cache: Any = None,
+        transformer_hidden_states: Tensor | None = None,
+        outer: Offers | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """The residual stream behind the SSM [B,L,D].
+
+        Args:
+            hidden_states: the stream before it [B,L,D].
+            attention_mask: which columns are tokens [B,L].
+            transformer_hidden_states: what a shared transformer adds to the SSM's input.
+            outer: the sites of the `SharedBlock` that this block stands in.
+        """
+        offer = Offers(self)
+        sites = offer if outer is None else outer
+        resid = hidden_states if outer is not None else offer("resid_pre", hidden_states)
+        into_ssm = resid if transformer_hidden_states is None else resid + transformer_hidden_states
+        normalized = self.run(offer, "norm", sites("layer_input", into_ssm))
+        resid = resid + self.run(offer, "ssm", normalized, cache=cache, attention_mask=attention_mask)
+        return self.ended(offer, resid) if outer is None else resid
+
+
 class SharedBlock(Block):
     """Mixin over a block with an SSM to whose input a transformer adds, the weights of which layers share.
 
-    What the transformer adds is no term of the residual stream. Hugging Face has the SSM and its norm in a block of
-    their own inside of this one, which is not called: this forward does what that one would.
+    What the transformer adds is no term of the residual stream. The SSM and its norm stand in a block of their own
+    inside of this one; their sites are this one's.
 
     Attributes:
         shared: the name of the transformer's module.
@@ -247,11 +281,16 @@ class SharedBlock(Block):
 
     shared = "shared_transf"
     linear: nn.Linear
-    mamba_decoder: nn.Module
+    mamba_decoder: Any
+
+    def made_hookable(self) -> None:
+        """Take note that the block inside has no sites of its own."""
+        self.mamba_decoder.scope = None
+        add_sites(self.mamba_decoder, (), {})
 
     @property
     def kind(self) -> Kind:
-        name = "SSM with a shared transformer"
+        name = f"{called('ssm')} with a shared transformer"
         return ssm_kind(self.part("ssm"), "attn", "shared_out", name=name, early=("attn", "shared_out"))
 
     def forward(
@@ -262,13 +301,12 @@ class SharedBlock(Block):
         attention_mask: Tensor | None = None,
         causal_mask: Tensor | None = None,
         cache: Any = None,
-        use_cache: bool | None = False,
         **kwargs: Any,
-    ) -> Tensor:
+    ) -> Any:
         offer = Offers(self)
         resid = offer("resid_pre", hidden_states)  # [B,L,D]
-        transformer: Callable[..., Tensor] = self._modules[self.shared]  # type: ignore[assignment]
-        inner = transformer(
+        transformer: Any = self._modules[self.shared]
+        read = transformer(
             offer.into(self.shared, resid),
             original_hidden_states=original_hidden_states,
             layer_idx=layer_idx,
@@ -276,12 +314,19 @@ class SharedBlock(Block):
             cache=cache,
             **kwargs,
         )
-        added = offer("shared_out", self.linear(inner))  # [B,L,D]
-        normalized = self.run(offer, "norm", offer("layer_input", resid + added))
-        out = self.run(offer, "ssm", normalized, cache=cache, attention_mask=attention_mask)
-        return self.ended(offer, resid + out)
+        added = offer("shared_out", self.linear(read))  # [B,L,D]
+        return self.ended(
+            offer,
+            self.mamba_decoder(
+                offer.into("mamba_decoder", resid),
+                transformer_hidden_states=added,
+                attention_mask=attention_mask,
+                cache=cache,
+                outer=offer,
+            ),
+        )
 
 
-def times(value: Tensor, factor: float) -> Tensor:
+def times(value: Tensor, factor: Any) -> Tensor:
     """``value`` multiplied by a factor of the model, and ``value`` itself where that is 1."""
     return value if factor == 1 else value * factor

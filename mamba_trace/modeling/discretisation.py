@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor
 
-from ..scan import DUAL, SELECTIVE, Explicit, Recurrence, ScanFamily, Selective, Watched
+from ..scan import DUAL, HEADED, SELECTIVE, Explicit, Recurrence, ScanFamily, Selective, Watched
 from ..scan.reference import accumulation_dtype
 from .offers import Offers
 from .past import masked
@@ -135,6 +135,18 @@ class SelectiveDiscretisation(Discretisation):
         """delta B x [B,L,E,N]."""
         B_bar = self.make_B_bar() if self.B_bar is None else self.B_bar
         return B_bar * rearrange(self.x.to(B_bar.dtype), "b l e -> b l e 1")
+
+
+class HeadedDiscretisation(SelectiveDiscretisation):
+    """Of Zamba: as of Mamba-1, with B and C of their own for each head [B,L,H,N]."""
+
+    scans = HEADED
+
+    def make_B_bar(self) -> Tensor:
+        """delta B [B,L,E,N]."""
+        delta, B = self.delta.to(self.A.dtype), self.B.to(self.A.dtype)
+        channels = repeat(B, "b l h n -> b l (h p) n", p=delta.shape[2] // B.shape[2])
+        return rearrange(delta, "b l e -> b l e 1") * channels
 
 
 @dataclass

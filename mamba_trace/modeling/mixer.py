@@ -21,7 +21,7 @@ import functools
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from types import ModuleType
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -65,6 +65,7 @@ class HookableMixer(nn.Module):
         family: how its state moves.
         lacks: the names of sites of the family that it lacks.
         norm_first: whether its own norm comes before its gate.
+        own_axes: the axes of its sites where they are not those of the family.
         scans: the scans of that family.
         columns_in, columns_out: the sites of the parts of the convolution's channels, before and after it.
         kernels: which scan it runs.
@@ -72,11 +73,11 @@ class HookableMixer(nn.Module):
         last_run: what it ran in its last call.
     """
 
-    layer_idx: int
+    layer_idx: Any
     intermediate_size: int  # E
-    ssm_state_size: int  # N
-    conv_kernel_size: int  # K
-    act: nn.Module
+    ssm_state_size: Any  # N; Hugging Face's classes declare these numbers differently
+    conv_kernel_size: Any  # K
+    act: Any
     in_proj: nn.Linear
     conv1d: nn.Conv1d
     out_proj: nn.Linear
@@ -87,6 +88,7 @@ class HookableMixer(nn.Module):
     family: Family
     lacks: tuple[str, ...] = ()
     norm_first = False
+    own_axes: ClassVar[dict[str, str]] = {}
     scans: ScanFamily
     columns_in: tuple[str, ...]
     columns_out: tuple[str, ...]
@@ -136,9 +138,21 @@ class HookableMixer(nn.Module):
         """The inverse of `by_head`."""
         return value
 
+    def D_of_scans(self) -> Tensor:
+        """D as the scans of the family take it."""
+        return self.D
+
     def D_of_channels(self) -> Tensor:
         """D [E]."""
-        return self.D
+        return self.D_of_scans()
+
+    def to_cache(self, h: Tensor | None) -> Tensor | None:
+        """A state as Hugging Face's cache has it."""
+        return h
+
+    def from_cache(self, h: Tensor | None) -> Tensor | None:
+        """The inverse of `to_cache`."""
+        return h
 
     def entered(self, hidden_states: Tensor) -> Tensor:
         """The input of in_proj [B,L,D]."""
@@ -168,7 +182,7 @@ class HookableMixer(nn.Module):
         x = offer("ssm_input", x)  # [B,L,E]
         h = self.initial_state(offer, x, past)  # [B,...,N], or shared by rows, or None
         output, h = self.scan(offer, x, skip, h, self.discretisation(offer, x, delta_1, others))
-        past.keep(h)
+        past.keep(self.to_cache(h))
         after = self.finished(offer, output.to(hidden_states.dtype), skip)  # [B,L,E]
         out = self.out_proj(offer.into("out_proj", after))  # [B,L,D]
         offer.close()
@@ -273,7 +287,7 @@ class HookableMixer(nn.Module):
         steps, A, B, C = parameters.steps(), parameters.A, parameters.B, parameters.C
         h = h.of_rows() if isinstance(h, SharedStates) else h
         gated, h = self.scans.gated_scan(
-            self.by_head(x), steps, A, B, C, self.D, self.by_head(skip), h, kernels=self.kernels
+            self.by_head(x), steps, A, B, C, self.D_of_scans(), self.by_head(skip), h, kernels=self.kernels
         )
         return self.by_channel(gated), h
 
@@ -283,7 +297,7 @@ class HookableMixer(nn.Module):
 
     def initial_state(self, offer: Offers, x: Tensor, past: PastStates) -> Tensor | SharedStates | None:
         """The state before the first position [B,...,N], or ``None`` for zeros that nobody wants."""
-        h = past.state()
+        h = self.from_cache(past.state())
         if not offer.wants("h_start"):
             offer.pass_over("h_start")
             return h

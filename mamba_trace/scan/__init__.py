@@ -26,11 +26,12 @@ from .dispatch import (
     selective_scan,
     selective_states,
 )
-from .family import DUAL, SELECTIVE, ScanFamily
+from .family import DUAL, HEADED, SELECTIVE, ScanFamily
 from .recurrence import Explicit, Recurrence, Selective, Watched
 
 __all__ = [
     "DUAL",
+    "HEADED",
     "KERNELS",
     "SELECTIVE",
     "Availability",

@@ -1,11 +1,12 @@
-"""The two families of scans, which have the same functions with the same order of arguments.
+"""The families of scans, which have the same functions with the same order of arguments.
 
     SELECTIVE  Mamba-1, Falcon-Mamba, Jamba: each channel has a delta and decays of its own
                x, delta [B,L,E], A [E,N], B, C [B,L,N], states [B,E,N]
+    HEADED     Zamba: the same, with B and C of their own for each head: [B,L,H,N]
     DUAL       Mamba-2 and the hybrids with its mixer: the channels of a head share one delta and one decay
                x [B,L,H,P], delta [B,L,H], A [H], B, C [B,L,G,N], states [B,H,P,N]
 
-Whoever holds a `ScanFamily` can run scans without knowing which of the two it is: positions are the second axis
+Whoever holds a `ScanFamily` can run scans without knowing which of them it is: positions are the second axis
 of all inputs that have positions, and rows the first.
 """
 
@@ -14,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from . import dispatch, dual, reference
@@ -60,6 +62,57 @@ SELECTIVE = ScanFamily(
     explicit_scan=dispatch.explicit_scan,
     explicit_states=dispatch.explicit_states,
     read_out=reference.read_out,
+)
+
+
+def _headed(scan: Scan, names: str) -> Scan:
+    """A scan of the selective family for each head, with a B and a C of its own: the channels are those of all heads.
+
+    Args:
+        scan: of the selective family.
+        names: of its arguments.
+    """
+
+    def run(*inputs: Tensor | None, kernels: str = "auto") -> tuple[Tensor, Tensor]:
+        named = dict(zip(names.split(), inputs, strict=False))
+        C = named["C"]
+        assert C is not None
+        parts = []
+        for head in range(C.shape[2]):
+            of_head = [_of_head(name, value, head, C.shape[2]) for name, value in named.items()]
+            parts.append(scan(*of_head, kernels=kernels))
+        ys, states = zip(*parts, strict=True)
+        return torch.cat(ys, dim=-1), torch.cat(states, dim=-2)
+
+    return run
+
+
+#: Which axis of an argument has the channels, and of B and C the heads.
+_CHANNELS = {"x": -1, "delta": -1, "D": -1, "skip": -1, "A": -2, "A_bar": -2, "B_bar": -2, "h_start": -2}
+
+
+def _of_head(name: str, value: Tensor | None, head: int, heads: int) -> Tensor | None:
+    if value is None or name in ("B", "C"):
+        return None if value is None else value[:, :, head]
+    axis = _CHANNELS[name]
+    width = value.shape[axis] // heads
+    return value.narrow(axis, head * width, width)
+
+
+def _headed_read_out(states: Tensor, C: Tensor) -> Tensor:
+    """y [...,E] of states [...,E,N] and C [...,H,N]."""
+    return reference.read_out(states.unflatten(-2, (C.shape[-2], -1)), C).flatten(-2)
+
+
+#: The scans of Zamba.
+HEADED = ScanFamily(
+    name="selective",
+    selective_scan=_headed(dispatch.selective_scan, "x delta A B C h_start"),
+    selective_states=_headed(dispatch.selective_states, "x delta A B C h_start"),
+    gated_scan=_headed(dispatch.gated_scan, "x delta A B C D skip h_start"),
+    explicit_scan=_headed(dispatch.explicit_scan, "A_bar B_bar x C h_start"),
+    explicit_states=_headed(dispatch.explicit_states, "A_bar B_bar x C h_start"),
+    read_out=_headed_read_out,
 )
 
 

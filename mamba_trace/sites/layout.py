@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from .table import BY_NAME, FAMILIES, SITES, STATE, STATE_MEANING, Family, Site, prefix_of
+from .table import ATTENTION_TERM, BY_NAME, FAMILIES, SITES, STATE, STATE_MEANING, Family, Site, prefix_of
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class Kind:
         lacks: the names of sites that it lacks though it has their part.
         early: the parts whose sites come first, before `layer_input`; the others come in the table's order.
         norm_first: whether the mixer's own norm comes before its gate, and so `inner_norm` before `after_skip`.
+        own_axes: the axes of sites where they are not those of the family, by the names of the sites.
     """
 
     name: str
@@ -48,6 +50,7 @@ class Kind:
     lacks: tuple[str, ...] = ()
     early: tuple[str, ...] = ()
     norm_first: bool = False
+    own_axes: tuple[tuple[str, str], ...] = ()
 
     def has(self, site: Site) -> bool:
         """Whether a layer of this kind has a site, or the model around it."""
@@ -105,7 +108,16 @@ class Layout:
 
     def own(self, site: Site) -> Site:
         """The row of a site as it is in this model."""
-        return APART.get(site.name, site) if self.logits else site
+        return self._own.get(site.name, site)
+
+    @functools.cached_property
+    def _own(self) -> dict[str, Site]:
+        own = dict(APART) if self.logits else {}
+        for kind in self.layers:
+            own |= {name: replace(BY_NAME[name], axes=axes, dual=None) for name, axes in kind.own_axes}
+            if {"ssm_out", "attn_out"} <= {*kind.parts}:  # TransformerLens's name has another meaning there
+                own["attn_out"] = replace(BY_NAME["attn_out"], hook=ATTENTION_TERM)
+        return own
 
     def order(self, site: Site, layer: int | None) -> float:
         """Where a site comes in its layer, or in the model, as a number to sort by."""
@@ -121,7 +133,7 @@ class Layout:
         of_model = [self.own(site) for site in SITES if site.scope == "model" and self.has(site)]
         yield from ((site, None) for site in of_model if site.index < first)
         for layer, kind in enumerate(self.layers):
-            yield from ((site, layer) for site in kind.sites())
+            yield from ((self.own(site), layer) for site in kind.sites())
         yield from ((site, None) for site in of_model if site.index >= first)
 
 

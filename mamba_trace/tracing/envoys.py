@@ -35,8 +35,8 @@ class SiteEnvoy(NotAValue, Located):
     @property
     def site(self) -> Site:
         """The row of the site table."""
-        known = getattr(self._module, "site", None)
-        return known if known is not None else parse(public_path(self.path)).site  # a module of Hugging Face's
+        known: Any = getattr(self._module, "site", None) or parse(public_path(self.path)).site
+        return known
 
     @property
     def _axes(self) -> str:  # type: ignore[override]
@@ -333,6 +333,8 @@ def envoy_classes() -> dict[str, type[Envoy]]:
     classes |= {f"{path}.{name}": RouterEnvoy for path in OF_LAYER["moe"] for name in ("router", "gate")}
     classes |= {f"layers.*.{site.module_name}": SiteEnvoy for site in in_scope("block")}
     classes |= {f"layers.*.{path}": SiteEnvoy for name in ("norm", "norm_2") for path in OF_LAYER[name]}
+    inner = {path.partition(".")[0] for several in OF_LAYER.values() for path in several if "." in path}
+    classes |= {f"layers.*.{path}": Located for path in inner}
     for base in BASES:
         classes |= {base: Located, f"{base}.layers": LayersEnvoy}
         classes |= {f"{base}.{name}": SiteEnvoy for name in (*OF_BASE["embeddings"], *OF_BASE["norm_f"])}

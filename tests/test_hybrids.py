@@ -1,0 +1,267 @@
+"""Hybrids: every site and any interventions in float64 against tests/reference_hybrid.py, and Hugging Face's logits."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from typing import Any
+
+import pytest
+import torch
+from conftest import near
+from hybrid_models import HYBRIDS, PLAIN, make_hybrid
+from hybrid_oracle import lift_limit
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from reference import Edit, EditValue
+from reference_hybrid import forward
+from test_reference import FLOAT64, SETTINGS, L, Plan, Setup, distance, draw_tokens, plans, same_gradients
+from torch import Tensor
+
+from mamba_trace import MambaTrace
+from mamba_trace.errors import SiteValueError, UnknownSiteError
+from mamba_trace.names.layouts import SAME_AS
+from mamba_trace.sites import STATE
+
+#: The kinds whose logits Hugging Face computes rightly; it holds Nemotron-H's delta within limits of its own.
+RIGHT = [kind for kind in HYBRIDS if kind != "nemotron_h, limits"]
+plain = pytest.mark.parametrize("kind", PLAIN)
+every = pytest.mark.parametrize("kind", HYBRIDS)
+
+
+class HybridSetup(Setup):
+    """A hybrid in float64 and its reference; places are named by their paths."""
+
+    def __init__(self, kind: str) -> None:
+        self.module = make_hybrid(kind, dtype=torch.float64)
+        # Tied weights are one parameter under several names.
+        self.config, self.weights = self.module.config, self.module.state_dict(keep_vars=True)
+        self.model = MambaTrace(self.module)
+        self.hooks = [path for path, _ in self.values(draw_tokens(1, 0)) if self.own(path)]
+
+    def own(self, path: str) -> bool:
+        """Whether a place of the reference is one of the model's own, and no second name of another."""
+        return path.rsplit(".", 1)[-1] not in SAME_AS or self.model.hook(path).path.endswith(path.rsplit(".", 1)[-1])
+
+    def forward(self, tokens: Tensor, edit: EditValue) -> Tensor:
+        return forward(self.weights, self.config, tokens, edit)
+
+    def place(self, hook: str, from_end: bool = False) -> Any:
+        stem, bracket, position = hook.partition(f".{STATE}[")
+        return self.model.hook(f"{stem}.{STATE}[{int(position[:-1]) - L}]" if from_end and bracket else hook)
+
+
+@functools.cache
+def made(kind: str) -> HybridSetup:
+    """Of a kind, made once for all tests, none of which may change it."""
+    return HybridSetup(kind)
+
+
+@every
+def test_every_site_in_float64(kind: str) -> None:
+    setup, tokens = made(kind), draw_tokens(2, seed=2)
+    expected, actual = dict(setup.values(tokens)), {}
+    with torch.no_grad(), setup.model.trace(tokens):
+        for path in expected:
+            if path.rsplit(".", 1)[-1] not in SAME_AS or path in setup.hooks:
+                actual[path] = setup.model.hook(path).output.save()
+    walked = {site.path(layer) for site, layer in setup.model._layout.walk()}
+    assert walked == {path for path in actual if not path.endswith("]")}
+    for path, value in actual.items():
+        assert value.dtype == torch.float64
+        near(value, expected[path], FLOAT64, path)
+
+
+@pytest.mark.parametrize("kind", RIGHT)
+def test_logits_are_hugging_face_s(kind: str) -> None:
+    module, tokens = make_hybrid(kind), draw_tokens(3, seed=3, length=9)
+    with torch.no_grad():
+        expected = copy.deepcopy(module)(tokens).logits
+        exact = forward({k: v.double() for k, v in module.state_dict().items()}, module.config, tokens)
+        actual = MambaTrace(module)._module(tokens).logits
+    near(actual, expected, 6e-6 if kind.startswith("zamba2") else 3e-6)
+    assert distance(actual, exact) < max(1e-6, 3 * distance(expected, exact))  # either rounds to float32
+
+
+def test_the_limit_of_nemotron_h_is_the_configuration_s() -> None:
+    module, tokens = make_hybrid("nemotron_h, limits", dtype=torch.float64), draw_tokens(2, seed=3)
+    lifted = copy.deepcopy(module)
+    with torch.no_grad():
+        wrong = lifted(tokens).logits
+        lift_limit(lifted)
+        expected = lifted(tokens).logits
+        actual = MambaTrace(module)._module(tokens).logits
+    near(actual, expected, 1e-6)
+    assert distance(actual, wrong) > 0.1
+
+
+@settings(SETTINGS, max_examples=12)
+@plain
+@given(data=st.data(), batch=st.sampled_from([1, 2, 3]), seed=st.integers(0, 10**6))
+def test_any_interventions(kind: str, data: Any, batch: int, seed: int) -> None:
+    setup = made(kind)
+    plan = Plan(setup, data.draw(plans(setup.hooks)), draw_tokens(batch, seed), seed)
+    with setup.model.trace(plan.tokens):
+        plan.make()
+        logits = setup.model.logits.output.save()
+    same_gradients(logits, plan.check(logits), list(setup.module.parameters()), seed)
+
+
+@settings(SETTINGS, max_examples=6)
+@plain
+@given(data=st.data(), seed=st.integers(0, 10**6))
+def test_any_interventions_in_batched_invokes(kind: str, data: Any, seed: int) -> None:
+    setup = made(kind)
+    hooks = [hook for hook in setup.hooks if not hook.endswith(".A")]  # which is one for every invoke
+    one = Plan(setup, data.draw(plans(hooks)), draw_tokens(1, seed), seed)
+    two = Plan(setup, data.draw(plans(hooks)), draw_tokens(2, seed + 1), seed)
+    with torch.no_grad(), setup.model.trace() as tracer:
+        with tracer.invoke(one.tokens):
+            one.make()
+            logits_one = setup.model.logits.output.save()
+        with tracer.invoke(two.tokens):
+            two.make()
+            logits_two = setup.model.logits.output.save()
+    one.check(logits_one)
+    two.check(logits_two)
+
+
+@every
+def test_decoding_and_padding_change_nothing(kind: str) -> None:
+    """Calls of several tokens on a cache, a mask in each, and rows that are padded on either side."""
+    module, tokens = made(kind).module, draw_tokens(3, seed=4, length=9)
+    mask = torch.ones(3, 9, dtype=torch.long)
+    mask[0, :4], mask[1, 6:] = 0, 0
+    with torch.no_grad():
+        whole = module(tokens).logits
+        cache = None
+        for start, stop in ((0, 4), (4, 5), (5, 8), (8, 9)):
+            out = module(tokens[:, start:stop], cache=cache, use_cache=True)
+            cache = out.cache
+            near(out.logits, whole[:, start:stop], 1e-11)
+        # Exact but for rotary embeddings, whose cosines transformers makes in float32.
+        padded = module(tokens, attention_mask=mask, use_cache=True)
+        left, right = module(tokens[:1, 4:]).logits, module(tokens[1:2, :6]).logits
+        near(padded.logits[:1, 4:], left, 1e-6)
+        near(padded.logits[1:2, :6], right, 1e-6)
+        more = module(tokens[:, :1], cache=padded.cache, attention_mask=torch.cat((mask, mask[:, -1:] | 1), 1)).logits
+        near(more[0], module(torch.cat((tokens[0, 4:], tokens[0, :1]))[None]).logits[0, -1:], 1e-6)
+        near(more[1], module(torch.cat((tokens[1, :6], tokens[1, :1]))[None]).logits[0, -1:], 1e-6)
+
+
+@every
+def test_generate_is_greedy_decoding(kind: str) -> None:
+    setup, tokens = made(kind), draw_tokens(2, seed=5)
+    ids, steps = tokens, 4
+    with torch.no_grad():
+        for _ in range(steps):
+            ids = torch.cat((ids, setup.module(ids).logits[:, -1:].argmax(-1)), dim=1)
+    layer = setup.model.layers[0]
+    with torch.no_grad(), setup.model.generate(tokens, max_new_tokens=steps, do_sample=False) as tracer:
+        seen = [].save()
+        for _ in tracer.iter[:steps]:
+            seen.append(layer.resid_post.output)
+        generated = tracer.result.save()
+    assert torch.equal(generated, ids)
+    assert [value.shape[1] for value in seen] == [L] + [1] * (steps - 1)
+
+
+@plain
+def test_an_edit_of_the_state_is_carried_through_decoding(kind: str) -> None:
+    setup, tokens = made(kind), draw_tokens(1, seed=6)
+    layer, reference = setup.model.ssm_layers[0], draw_tokens(1, seed=6)
+    with torch.no_grad(), setup.model.generate(tokens, max_new_tokens=3, do_sample=False) as tracer:
+        logits = [].save()
+        for step in tracer.iter[:3]:
+            if step == 0:
+                setup.model.layers[layer].ssm.h[2].output[:] *= -3
+            logits.append(setup.model.logits.output[:, -1])
+        reference = tracer.result.save()
+    scaled = Edit(f"layers[{layer}].ssm.h[2]", "scale", -3.0)
+    expected = forward(
+        setup.weights, setup.config, reference[:, :-1], lambda path, v: scaled(v) if path == scaled.hook else v
+    )
+    near(torch.stack(logits, dim=1), expected[:, L - 1 :], 1e-6)  # rotary embeddings are made in float32
+
+
+@every
+def test_a_layer_without_a_part_says_who_has_it(kind: str) -> None:
+    model = made(kind).model
+    assert len(model.layer_kinds) == len(model.layers)
+    for layer in range(len(model.layers)):
+        for part, having in (("ssm", model.ssm_layers), ("attn", model.attention_layers)):
+            if layer in having:
+                assert getattr(model.layers[layer], part) is not None
+                continue
+            there = "these have one: " if having else "no layer of this model has one"
+            with pytest.raises(UnknownSiteError, match=rf"layers\[{layer}\] is .* and has no {part}; {there}"):
+                getattr(model.layers[layer], part)
+            path = f"layers[{layer}].ssm.y" if part == "ssm" else f"layers[{layer}].attn.z"
+            with pytest.raises(UnknownSiteError, match=rf"{layer}\] is .* and has no {part}; {there}"):
+                model.hook(path)
+
+
+@plain
+def test_the_output_of_a_block_is_a_tensor_whatever_its_module_returns(kind: str) -> None:
+    model, tokens = made(kind).model, draw_tokens(2, seed=7)
+    layer = len(model.layers) - 1
+    with torch.no_grad(), model.trace(tokens):
+        post = model.layers[layer].resid_post.output.save()
+        output = model.layers[layer].output.save()
+    assert torch.equal(post, output)
+    new, results = torch.randn_like(post), []
+    for how in ("site", "output", "in place", "skip"):
+        with torch.no_grad(), model.trace(tokens):
+            if how == "skip":
+                model.layers[layer].skip(new)
+            elif how == "site":
+                model.layers[layer].resid_post.output = new
+            elif how == "output":
+                model.layers[layer].output = new
+            else:
+                model.layers[layer].output[:] = new
+            results.append(model.logits.output.save())
+    assert all(torch.equal(result, results[0]) for result in results)
+    with pytest.raises(SiteValueError, match="takes shape"), torch.no_grad(), model.trace(tokens):
+        model.layers[layer].output = new[:, 1:]
+
+
+@plain
+def test_the_terms_add_up_to_the_stream(kind: str) -> None:
+    model, tokens = made(kind).model, draw_tokens(2, seed=8)
+    terms = ("ssm_out", "attn_out", "mlp_out")
+    with torch.no_grad(), model.trace(tokens):
+        total = model.layers[0].resid_pre.output.clone()
+        for layer in range(len(model.layers)):
+            for name in terms:
+                if name == "ssm_out" and layer not in model.ssm_layers:
+                    continue
+                if name == "ssm_out" or name in model._layout.layers[layer].parts:
+                    total += getattr(model.layers[layer], name).output
+        last = model.layers[-1].resid_post.output.save()
+        total.save()
+    near(total, last, 1e-13)
+
+
+@plain
+def test_the_pattern_is_made_only_where_it_is_wanted(kind: str) -> None:
+    model, tokens = made(kind).model, draw_tokens(1, seed=9)
+    layer = model.attention_layers[-1]
+    with torch.no_grad(), model.trace(tokens):
+        pattern = model.layers[layer].attn.pattern.output.save()
+        z = model.layers[layer].attn.z.output.save()
+    with torch.no_grad(), model.trace(tokens):
+        plain = model.layers[layer].attn.z.output.save()
+    near(z, plain, 1e-13)
+    near(pattern.sum(-1), torch.ones_like(pattern[..., 0]), 1e-13)
+    assert not pattern.triu(1).any()
+
+
+@plain
+def test_a_loss_is_that_of_the_logits_as_they_were_edited(kind: str) -> None:
+    model, tokens = made(kind).model, draw_tokens(2, seed=10)
+    with torch.no_grad(), model.trace(tokens, labels=tokens):
+        model.lm_head.output[:] *= 0.5
+        logits, output = model.logits.output.save(), model.output.save()
+    expected = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten())
+    near(output.loss.double(), expected.double(), 1e-6)
