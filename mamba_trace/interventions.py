@@ -30,7 +30,7 @@ from .errors import PositionError, SiteValueError
 from .names import public_path
 from .sites import AXES, PUBLIC_PART, describe_axes
 from .tracing import mask_of_call, need_a_trace
-from .tracing.envoys import PositionEnvoy, SiteEnvoy
+from .tracing.envoys import PositionEnvoy, RouterEnvoy, SiteEnvoy
 
 __all__ = ["ablate", "steer"]
 
@@ -173,6 +173,8 @@ class Target:
     @classmethod
     def of(cls, place: Any, verb: str) -> Target:
         """The target of a user's ``place``. Raises `SiteValueError` if that is not a site."""
+        if isinstance(place, RouterEnvoy):
+            return cls(public_path(place.path), place._axes, place.parent._module.sizes)
         if isinstance(place, (PositionEnvoy, SiteEnvoy)):
             site = place._site if isinstance(place, PositionEnvoy) else place
             part = site.parent._module if site.site.scope in PUBLIC_PART else None

@@ -215,7 +215,7 @@ def state_lens(
     refuse_inside_a_trace(model, "state_lens")
     tokens = prompt_tokens(model, "prompt", prompt)
     cells = Cells(model, token, top)
-    layers = layer_numbers(model, layer, SSM, "layer")
+    layers = layer_numbers(model, layer, SSM)
     model.dispatch()
     model._follow()
     norm = FrozenNorm.of(model.norm_f._module, model.config.hidden_size)

@@ -29,7 +29,7 @@ from mamba_trace import (
     results,
     scan,
 )
-from mamba_trace.hidden_attention import Contributions, HiddenAttention
+from mamba_trace.hidden_attention import AttentionMaps, Contributions, HiddenAttention
 from mamba_trace.hooked import losses
 from mamba_trace.hooked.cache import ActivationCache
 from mamba_trace.lenses import LogitLens, StateLens
@@ -45,7 +45,7 @@ MODULES: tuple[ModuleType, ...] = (
 )
 CLASSES: tuple[type, ...] = (
     *(MambaTrace, ActivationCache, Result, Report, PatchGrid),
-    *(HiddenAttention, Contributions, LogitLens, StateLens),
+    *(HiddenAttention, Contributions, AttentionMaps, LogitLens, StateLens),
 )
 #: Public of name and no call for users: helpers that other modules share, and what nnsight's classes define.
 APART = {

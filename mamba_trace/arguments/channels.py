@@ -44,6 +44,12 @@ def mixer_sizes(model: ArgumentModel, layer: int | None = None) -> dict[str, int
     return sizes
 
 
+def channels_of_delta(model: ArgumentModel, layer: int | None = None) -> int:
+    """How many channels of a layer share one delta and one A: those of a head in Mamba-2, otherwise one."""
+    layer = all_with(model._layout, SSM)[0] if layer is None else layer
+    return mixer_sizes(model, layer)["P"] if model._layout.layers[layer].family == "dual" else 1
+
+
 # -- by how fast they forget -------------------------------------------------------------------------------
 
 
@@ -86,7 +92,7 @@ def decay_rate(model: ArgumentModel, layer: int, prompt: str | Tensor | None = N
         rate = of_states(A_log.to(accumulation_dtype(A_log)).exp())
     else:
         rate = rate_over(model, layer, tokens)
-    return rate.repeat_interleave(mixer_sizes(model, layer).get("P", 1))
+    return rate.repeat_interleave(channels_of_delta(model, layer))
 
 
 def rate_over(model: ArgumentModel, layer: int, tokens: Tensor) -> Tensor:
@@ -100,8 +106,11 @@ def rate_over(model: ArgumentModel, layer: int, tokens: Tensor) -> Tensor:
 
 
 def of_states(A: Tensor) -> Tensor:
-    """The mean over the states of a channel [E,N] -> [E]; in Mamba-2 [H] has one number for a head's states."""
-    return A.mean(-1) if A.dim() == 2 else A
+    """The mean over the states of a channel [E,N] -> [E]; in Mamba-2 [H] has one number for a head's states.
+
+    A Zamba's parameter has [H,P,N] in place of [E,N].
+    """
+    return A if A.dim() == 1 else A.flatten(0, -2).mean(-1)
 
 
 def decay_groups(model: ArgumentModel, layer: int, prompt: str | Tensor | None = None) -> dict[str, Tensor]:
@@ -121,7 +130,7 @@ def decay_groups(model: ArgumentModel, layer: int, prompt: str | Tensor | None =
         slow = decay_groups(model, layer=1)["slow"]
     """
     rate = decay_rate(model, layer, prompt)
-    P = mixer_sizes(model, layer_number(model, layer)).get("P", 1)
+    P = channels_of_delta(model, layer_number(model, layer))
     order = rate[::P].argsort(stable=True)  # of heads, or channels
     thirds = zip(GROUPS, order.tensor_split(3), strict=True)
     within = torch.arange(P, device=order.device)
@@ -144,7 +153,8 @@ def check_channels(model: ArgumentModel, channels: Channels, heads: Heads = None
             f"are given as indices or a boolean mask [E]"
         )
     sizes = mixer_sizes(model, layer)
-    units, count = ("heads", sizes["H"]) if "H" in sizes else ("channels", sizes["E"])
+    P = channels_of_delta(model, layer)
+    units, count = ("channels", sizes["E"]) if P == 1 else ("heads", sizes["E"] // P)
     if GROUPS.index(channels) >= count:
         raise SiteValueError(f"channels={channels!r}: a layer of {count} {units} has no such third")
 
@@ -194,7 +204,7 @@ def head_numbers(heads: Indices, sizes: dict[str, int], asked: str = "") -> list
 
 def check_whole_heads(model: ArgumentModel, channels: Channels, layer: int | None = None) -> None:
     """Refuse channels that are part of a head, whose delta is that of all of it. Raises `SiteValueError`."""
-    P = mixer_sizes(model, layer).get("P", 1)
+    P = channels_of_delta(model, layer)
     if channels is None or isinstance(channels, str):
         return
     flags = channel_flags(model, channels, None, layer)

@@ -36,20 +36,19 @@ SSM = BY_NAME[STATE]
 # -- layers --------------------------------------------------------------------------------------
 
 
-def layer_numbers(model: ArgumentModel, layers: Layers, site: Site | None = None, asked: str = "layers") -> list[int]:
+def layer_numbers(model: ArgumentModel, layers: Layers, site: Site | None = None) -> list[int]:
     """The layers in ascending order, each once.
 
     Args:
         model: the model.
         layers: what the user gave; ``None`` for all that have the site.
         site: what the layers must have, if anything; `SSM` for layers with an SSM.
-        asked: the name of the argument, for messages.
 
     Raises:
         LayerError: if the model has no such layers.
         UnknownSiteError: if one of them lacks the site, or all do.
     """
-    n_layers, asked = len(model.layers), f"{asked}={layers!r}"
+    n_layers, asked = len(model.layers), f"layers={layers!r}"
     if layers is None:
         return all_with(model._layout, site) if site is not None else list(range(n_layers))
     several = "one integer or several; None is all"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -37,7 +38,7 @@ def what_is_asked(
     ids = prompt_tokens(model, "prompt", prompt)
     layer = layer_number(model, layer, SSM)
     check_channels(model, channels, heads, layer)
-    P = mixer_sizes(model, layer).get("P")
+    P = head_width(model, layer)
     chosen = channel_mask(model, layer, channels, heads).nonzero().flatten().tolist()
     return ids, {
         "layer": layer,
@@ -57,6 +58,37 @@ def tokens_asked(model: MambaTrace, ids: Tensor, rows: Positions | None, columns
     }
 
 
+def head_width(model: MambaTrace, layer: int) -> int | None:
+    """The channels of a head of Mamba-2; ``None`` where each channel has a delta of its own."""
+    return mixer_sizes(model, layer)["P"] if model._layout.layers[layer].family == "dual" else None
+
+
+@dataclass(frozen=True)
+class PairsOfHeads:
+    """The pairs of heads whose channels have deltas of their own, and share B and C.
+
+    Attributes:
+        parts: the pairs of each head's channels.
+        widths: the number of these channels.
+    """
+
+    parts: list[ScanPairs]
+    widths: list[int]
+
+    def along(self, weight: Tensor) -> Tensor:
+        """As `ScanPairs.along`, of a weight for the channels of all heads."""
+        split = weight.split(self.widths, dim=-1)
+        return torch.stack([part.along(some) for part, some in zip(self.parts, split, strict=True)]).sum(0)
+
+    def summed(self, function: Callable[[Tensor], Tensor]) -> Tensor:
+        """As `ScanPairs.summed`."""
+        return torch.stack([part.summed(function) for part in self.parts]).sum(0)
+
+    def each(self) -> Tensor:
+        """As `ScanPairs.each`."""
+        return torch.cat([part.each() for part in self.parts], dim=-1)
+
+
 @dataclass(frozen=True)
 class Scanned:
     """What a run of one prompt says of a layer's scan, in the shapes of the model's family.
@@ -67,7 +99,8 @@ class Scanned:
         delta, A, B, C: the sites of these names, without their batch axis.
         norm: the mixer's own norm, if it was asked for and there is one.
         normed: the input of that norm [L,E], which lets the layer run on to there.
-        P: the channels of a head in Mamba-2; ``None`` in Mamba-1.
+        P: the channels of a head that share delta, in Mamba-2; ``None`` in Mamba-1, and in a Zamba, where the
+            channels of a head share B and C alone.
     """
 
     asked: dict[str, Any]
@@ -103,13 +136,22 @@ class Scanned:
         """Of what `read_scan` has read."""
         skip, x, delta, A, B, C = read
         x, B, C = (value.to(delta.dtype) for value in (x, B, C))
-        return cls(asked, skip, x, delta, A, B, C, norm, normed, mixer_sizes(model, asked["layer"]).get("P"))
+        return cls(asked, skip, x, delta, A, B, C, norm, normed, head_width(model, asked["layer"]))
 
-    def pairs(self, of_x: bool) -> ScanPairs | HeadPairs:
+    def pairs(self, of_x: bool) -> ScanPairs | HeadPairs | PairsOfHeads:
         """Its pairs in the channels asked for: alpha x if ``of_x``, otherwise alpha."""
         asked, channels = self.asked, self.asked["channels"]
         x = self.x if of_x else torch.ones_like(self.x)
         wanted = {"rows": asked["rows"], "columns": asked["columns"]}
+        if self.P is None and self.B.dim() == 3:  # a Zamba's [L,H,N]
+            each = self.x.shape[1] // self.B.shape[1]
+            by_head = [(head, [c for c in channels if c // each == head]) for head in range(self.B.shape[1])]
+            parts = [
+                ScanPairs(self.delta[:, some], x[:, some], self.A[some], self.B[:, head], self.C[:, head], **wanted)
+                for head, some in by_head
+                if some
+            ]
+            return PairsOfHeads(parts, [len(some) for _, some in by_head if some])
         if self.P is None:
             return ScanPairs(self.delta[:, channels], x[:, channels], self.A[channels], self.B, self.C, **wanted)
         others = torch.ones_like(x[0], dtype=torch.bool).index_fill(0, torch.tensor(channels, device=x.device), False)

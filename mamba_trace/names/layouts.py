@@ -61,7 +61,8 @@ def absent(layout: Layout, site: Site | None, layer: int | None, asked: str) -> 
     if layer is None:
         return UnknownSiteError(f"{asked}: this model has none; print(model) lists the sites that it has")
     kind, part = layout.layers[layer], part_of(site)
-    there = [number for number, other in enumerate(layout.layers) if _has_part(other, site)]
+    kinds = enumerate(layout.layers)
+    there = [n for n, other in kinds if _has_part(other, site) or (site and site_in(layout, site, n))]
     if layer in there:
         part, there = str(site and site.name), [n for n in there if site and layout.layers[n].has(site)]
     has = f"these have one: {spans(there)}" if there else "no layer of this model has one"

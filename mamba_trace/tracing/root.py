@@ -54,7 +54,7 @@ class RootEnvoy(Remote, Traced, TransformersModel):
         return keep_apart(f"{self.path}.output", value)
 
     def __getattr__(self, name: str) -> Any:
-        if name == "logits":  # in a model that returns lm_head's output
+        if name == "logits" and not hasattr(self._module, name):  # in a model that returns lm_head's output
             return self.lm_head
         return super().__getattr__(name)
 
