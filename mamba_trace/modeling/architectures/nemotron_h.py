@@ -24,6 +24,7 @@ from transformers.models.nemotron_h.modeling_nemotron_h import (
     NemotronHTopkRouter,
 )
 
+from ...scan.reference import accumulation_dtype
 from ...tracing import take_note_of_mask
 from ..attention import HookableAttention
 from ..block import HookableBlock, HookableRMSNorm
@@ -87,7 +88,8 @@ class HookableNemotronHTopkRouter(HookableRouter, NemotronHTopkRouter):
     """A `NemotronHTopkRouter`, which chooses among the best groups of experts."""
 
     def logits(self, hidden_states: Tensor) -> Tensor:
-        return nn.functional.linear(hidden_states.float(), self.weight.float())
+        dtype = accumulation_dtype(hidden_states)
+        return nn.functional.linear(hidden_states.to(dtype), self.weight.to(dtype))
 
     def chosen(self, logits: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         scores = logits.sigmoid()
