@@ -11,8 +11,8 @@ from torch import Tensor
 from mamba_trace import MambaTrace
 from mamba_trace.patching import logit
 from mamba_trace.patching.grid import asked
-from mamba_trace.patching.plan import Budgets, Job, Limits, Plan, jobs_of
-from mamba_trace.sites import BY_NAME, Family
+from mamba_trace.patching.plan import Budgets, Footprint, Job, Limits, Plan, jobs_of
+from mamba_trace.sites import BY_NAME, PURE, Family
 
 #: Of mamba-130m and of mamba2-130m.
 SIZES: dict[Family, dict[str, int]] = {
@@ -35,9 +35,9 @@ def test_a_plan_has_every_cell_once_and_no_more_of_them_together_than_fit(n_rows
 
 def test_a_footprint_counts_what_a_site_makes() -> None:
     def rows(site: str, memory: int, family: Family = "selective") -> int:
-        limits: Any = Limits(None, memory)
-        budgets = Budgets(None, limits, family, SIZES[family], itemsize=4, overhead=72)  # type: ignore[arg-type]
-        return budgets.rows_of_a_forward(17, BY_NAME[site])
+        layer = Footprint.of(PURE[family], SIZES[family], BY_NAME[site], itemsize=4, length=17)
+        question: Any = None
+        return Budgets(question, Limits(None, memory), [layer], 4 * 768, overhead=72).rows_of_a_forward(17, True)
 
     assert rows("h", 2**29) > 5 * rows("A_bar", 2**29) >= 5
     assert rows("h", 1) == 1

@@ -85,9 +85,7 @@ class StartingStates:
         past = (self.keys[layer], self.values[layer])
         before, rows = self.before[layer], len(k)
         kept = [of_layer(part)[:, :, :before].to(own.dtype) for part, own in zip(past, (k, v), strict=True)]
-        k, v = (
-            torch.cat((part.expand(rows, -1, -1, -1), own), dim=2) for part, own in zip(kept, (k, v), strict=True)
-        )
+        k, v = (torch.cat((part.expand(rows, -1, -1, -1), own), dim=2) for part, own in zip(kept, (k, v), strict=True))
         return k, v
 
     def readable(self, layer: int, length: int) -> Tensor:
@@ -224,9 +222,9 @@ class PastStates:
 
     def shared(self) -> SharedStates | None:
         """The states that the rows of a call start from in the middle of a prompt; ``None`` in any other call."""
-        return (
-            None if self.fixed is None else SharedStates(of_layer(self.fixed.states[self.layer]), self.fixed.places[self.layer])
-        )
+        if self.fixed is None:
+            return None
+        return SharedStates(of_layer(self.fixed.states[self.layer]), self.fixed.places[self.layer])
 
     def keep(self, h: Tensor | None) -> None:
         """Store the state after the last token of this call."""

@@ -14,12 +14,13 @@ job.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from ..modeling.architectures import axis_sizes
-from ..sites import BY_NAME, STATE, Family, Site
+from torch import nn
+
+from ..sites import BY_NAME, STATE, Kind, Site
 from .question import Question
 
 if TYPE_CHECKING:
@@ -90,51 +91,113 @@ class Span:
 
 
 @dataclass(frozen=True)
+class Footprint:
+    """Bytes that one layer takes, where several rows run it.
+
+    Attributes:
+        position: of the activations at one position of a row.
+        patch: how many more of them an edit of the patched site makes.
+        row: of what each row takes whatever its length: the keys and values that it reads.
+        state: of one state; 0 without an SSM.
+        value: of the patched site at one position; 0 in a layer without it.
+    """
+
+    position: int
+    patch: int
+    row: int
+    state: int
+    value: int
+
+    @classmethod
+    def of(cls, kind: Kind, sizes: Mapping[str, int], site: Site, itemsize: int, length: int) -> Footprint:
+        """The footprint of a layer.
+
+        Args:
+            kind: what stands in it.
+            sizes: of its axes, and under `INNER` how many numbers an MLP or experts make at one position.
+            site: the patched one.
+            itemsize: bytes of a number.
+            length: of the prompt.
+        """
+
+        def numbers(name: str) -> int:
+            return at_a_position(BY_NAME[name].axes_in(kind.family or "dual"), sizes)
+
+        ssm = attention = row = state = patch = 0
+        if kind.family is not None:
+            # in_proj's output, and what convolution and scan make of it.
+            ssm, state = 8 * sizes["E"] + 4 * (numbers("B") + numbers("C")), numbers(STATE)
+        if "attn" in kind.parts:
+            # Scores and a mask over all keys, where no fused kernel runs; keys and values of a row's own.
+            attention = 4 * numbers("q") + 4 * numbers("k") + 2 * sizes["Q"] * length
+            row = 2 * numbers("k") * length
+        value = at_a_position(site.axes_in(kind.family or "dual"), sizes) if kind.has(site) else 0
+        if value and kind.family is not None and set("LEN") <= set(site.axes) and site.name != STATE:
+            # A_bar, B_bar or write, and the values computed from an edit of it.
+            patch = 4 * max(numbers("B_bar"), value)
+        # The parts run one after the other, between the stream before and after.
+        position = 5 * sizes["D"] + max(ssm, attention, sizes.get(INNER, 0))
+        return cls(*(count * itemsize for count in (position, patch, row, state, value)))
+
+
+#: The key of the sizes under which the width of an MLP stands.
+INNER = "inner"
+
+
+def at_a_position(axes: str, sizes: Mapping[str, int]) -> int:
+    """How many numbers a value has at one position of one row."""
+    return math.prod(sizes[axis] for axis in axes if axis not in "BL")
+
+
+def sizes_of(block: Any, stream: int) -> dict[str, int]:
+    """The size of each axis letter that a block fixes, D included, and its `INNER` width."""
+    parts = {name: block.part(name) for name in ("ssm", "attn", "moe", "mlp")}
+    sizes = {"D": stream}
+    for part in ("ssm", "attn", "moe"):
+        sizes |= parts[part].sizes if parts[part] is not None else {}
+    fed = [parts[name] for name in ("moe", "mlp") if parts[name] is not None]
+    return sizes | {INNER: sum(map(width_of, fed))}
+
+
+def width_of(fed: nn.Module) -> int:
+    """About how many numbers an MLP, or the experts that each token has, make at one position."""
+    linear = sum(getattr(module, "out_features", 0) for module in fed.modules())
+    of_experts = sum(weight.shape[1] for weight in fed.parameters() if weight.dim() == 3)  # [X,out,in]
+    return linear + of_experts * max(getattr(module, "top_k", 1) for module in fed.modules())
+
+
+@dataclass(frozen=True)
 class Budgets:
     """How much of a grid may run together: one budget for each step, and why the step has a limit.
 
     Attributes:
         question, limits: as `Plan.of` gets them.
-        family: of the model's mixers.
-        sizes: the size of each axis letter that the model fixes.
-        itemsize: bytes of a number; at least 4, as states and streams are float32 or better.
+        layers: the footprint of each layer.
+        stream: bytes of the residual stream at one position.
         overhead: the cost of calling a layer once more, in positions; see `OVERHEAD`.
     """
 
     question: Question
     limits: Limits
-    family: Family
-    sizes: Mapping[str, int]
-    itemsize: int
+    layers: Sequence[Footprint]
+    stream: int
     overhead: int
 
-    def at_a_position(self, site: Site) -> int:
-        """Bytes of a site's value at one position of one row."""
-        axes = site.axes_in(self.family)
-        return math.prod(self.sizes[axis] for axis in axes if axis not in "BL") * self.itemsize
-
-    @property
-    def state(self) -> int:
-        """Bytes of one state."""
-        return self.at_a_position(BY_NAME[STATE])
-
-    def rows_of_a_forward(self, length: int, site: Site | None) -> int:
+    def rows_of_a_forward(self, length: int, patching: bool) -> int:
         """Rows of ``length`` positions in one forward: the activations of a layer are held at once.
 
-        With a site, these include what an edit of it makes. At least one row.
+        Where it is ``patching``, these include what an edit of the site makes. At least one row.
         """
-        # The stream before and after a layer, in_proj's output, and what convolution and scan make of it.
-        shared = sum(map(self.at_a_position, (BY_NAME["B"], BY_NAME["C"])))
-        position = (5 * self.sizes["D"] + 8 * self.sizes["E"]) * self.itemsize + 4 * shared
-        if site is not None and set("LEN") <= set(site.axes) and site.name != STATE:
-            # A_bar, B_bar or write, and the values computed from an edit of it.
-            position += 4 * max(self.at_a_position(BY_NAME["B_bar"]), self.at_a_position(site))
-        rows = max(1, self.limits.memory // (4 * self.state + length * position))
+
+        def bytes_of_a_row(layer: Footprint) -> int:
+            return 4 * layer.state + layer.row + length * (layer.position + (layer.patch if patching else 0))
+
+        rows = max(1, self.limits.memory // max(map(bytes_of_a_row, self.layers)))
         return min(rows, self.limits.batch_size or rows)
 
     def cells_of_a_job(self, length: int) -> int:
         """Cells of ``length`` positions in one forward of phase 2, in which no site is watched."""
-        return self.rows_of_a_forward(length, None)
+        return self.rows_of_a_forward(length, patching=False)
 
     def positions_of_a_group(self, length: int) -> int:
         """Positions that run through phase 1 together, where the first of them has ``length`` to run.
@@ -143,9 +206,8 @@ class Budgets:
         grid as a window has layers; the residual streams of all rows, which wait for phase 2; and padding.
         """
         question = self.question
-        activations = self.rows_of_a_forward(length, question.patched) // question.window
-        stream = length * self.sizes["D"] * self.itemsize
-        streams = self.limits.memory // (len(question.windows) * stream)
+        activations = self.rows_of_a_forward(length, patching=True) // question.window
+        streams = self.limits.memory // (len(question.windows) * length * self.stream)
         padding = math.isqrt(2 * self.overhead)  # k positions waste k²/2: at most what another call costs
         return min(activations, streams, padding)
 
@@ -153,9 +215,10 @@ class Budgets:
         """Positions whose starting states are held at once, for all layers.
 
         Their run computes the states of both prompts, and keeps copies of one prompt's states and of the
-        source's values, which may be as large as states.
+        source's values, which may be as large as states. A layer without an SSM keeps the values alone.
         """
-        return self.limits.memory // (4 * self.state * self.question.n_layers)
+        kept = sum(4 * layer.state or layer.value for layer in self.layers)
+        return self.limits.memory // kept if kept else self.question.length
 
 
 @dataclass(frozen=True)
@@ -176,8 +239,12 @@ class Plan:
         """Plan a grid."""
         parameter = next(model._module.parameters())
         overhead = OVERHEAD.get(parameter.device.type, OVERHEAD["cuda"])
-        family, sizes = model.architecture.family, axis_sizes(model._module)
-        budgets = Budgets(question, limits, family, sizes, max(parameter.dtype.itemsize, 4), overhead)
+        width, itemsize = model.config.hidden_size, max(parameter.dtype.itemsize, 4)
+        layers = [
+            Footprint.of(kind, sizes_of(envoy._module, width), question.patched, itemsize, question.length)
+            for kind, envoy in zip(question.layout.layers, model.layers, strict=True)
+        ]
+        budgets = Budgets(question, limits, layers, width * itemsize, overhead)
         states_fit = budgets.positions_of_a_span()
 
         def share_phase_1(first: Job, job: Job) -> bool:

@@ -62,8 +62,8 @@ class Unpatched:
 
     Attributes:
         streams: the residual stream into each layer, in the run on the prompt [L,D].
-        projected: in_proj's output in each layer, in the run on the prompt [L,...]. ``None`` where a patch changes it or
-            there is no SSM, and all ``None`` where states are made span by span to save memory.
+        projected: in_proj's output in each layer, in the run on the prompt [L,...]. ``None`` where a patch
+            changes it or there is no SSM, and everywhere if states are made span by span to save memory.
         attended: what attention reads of both runs.
         logits: the logits of the runs on source and prompt, where a metric looks at them [2,m,V].
     """
