@@ -28,14 +28,16 @@ from .arguments.prompts import describe
 from .arguments.selection import Indices, check_padding, chosen_indices
 from .errors import PositionError, SiteValueError
 from .names import public_path
-from .sites import AXES, describe_axes
+from .sites import AXES, PUBLIC_PART, describe_axes
 from .tracing import mask_of_call, need_a_trace
 from .tracing.envoys import PositionEnvoy, SiteEnvoy
 
 __all__ = ["ablate", "steer"]
 
-#: The axis of channels is the first of these that a site has, if it has no heads.
-CHANNEL_AXES = "EDRNV"
+#: The axis of channels is the first of these that a site has, if it has no heads of an SSM.
+CHANNEL_AXES = "EDRNVWX"
+#: The axis of heads is the first of these that a site has: of an SSM, of queries, or of keys and values.
+HEAD_AXES = "HQU"
 
 
 def ablate(
@@ -59,12 +61,14 @@ def ablate(
         positions: an integer, a slice, several integers or a boolean mask [L]; ``None`` for all. They count
             the tokens of this forward call; a decode step of ``generate`` has one. In a prompt padded on the
             left, positions from 0 on count the padding; negative ones are the same token in every row.
-        channels: in the same forms, along the axis E of the site, or D, R, N or V if it has no E. Of a state
-            they take all n. `flow.decay_groups` has the slow and the fast channels of a layer. In a state of
-            Mamba-2 [B,H,P,N] channel e is number e % P of head e // P; sites with one number for a head, such as
-            delta, have no channels.
-        heads: of Mamba-2, in place of channels and in the same forms: along the axis H of the site, or all
-            channels of these heads along E.
+        channels: in the same forms, along the axis E of the site, or D, R, N, V, W (a number of each head of
+            attention) or X (an expert of a router) if it has no E. Of a state they take all n.
+            `flow.decay_groups` has the slow and the fast channels of a layer. In a state of Mamba-2 [B,H,P,N]
+            channel e is number e % P of head e // P; sites with one number for a head, such as delta, and
+            attention's pattern have no channels.
+        heads: of Mamba-2 or of attention, in place of channels and in the same forms: along the axis H of the
+            site, Q (query heads, also in ``z`` and ``pattern``) or U (heads of keys and values), or all channels of
+            these heads along E.
 
     Raises:
         SiteValueError: if ``place`` is not a site, ``value`` does not broadcast, there is no such channel or
@@ -84,7 +88,7 @@ def ablate(
             ablate(model.layers[0].ssm.y, positions=[3, 10], channels=slice(0, 64))
             ablate(model.layers[1].ssm.h[10])
             ablate(model.layers[1].ssm.y, means[1])
-            ablate(model.layers[2].ssm.y, other, positions=-1)
+            ablate(model.layers[2].ssm.y, other, positions=-1)  # in a hybrid also layers[l].attn.z, heads=1
             logits = model.lm_head.output.save()
     """
     target = Target.of(place, "ablate")
@@ -159,7 +163,7 @@ class Target:
     Attributes:
         path: as users write it.
         axes: of its value.
-        sizes: the sizes that its mixer fixes; empty for a site of a block or of the model.
+        sizes: the sizes that its own mixer, attention or router fixes; empty for a site of a block or of the model.
     """
 
     path: str
@@ -171,8 +175,8 @@ class Target:
         """The target of a user's ``place``. Raises `SiteValueError` if that is not a site."""
         if isinstance(place, (PositionEnvoy, SiteEnvoy)):
             site = place._site if isinstance(place, PositionEnvoy) else place
-            mixer = site.parent._module if site.site.scope == "mixer" else None
-            return cls(public_path(place.path), place._axes, getattr(mixer, "sizes", {}))
+            part = site.parent._module if site.site.scope in PUBLIC_PART else None
+            return cls(public_path(place.path), place._axes, getattr(part, "sizes", {}))
         path = getattr(place, "path", None)
         named = describe(place) if path is None else public_path(path)
         raise SiteValueError(
@@ -231,12 +235,16 @@ class Target:
                 f"{self}: channels={channels!r}: the {self.sizes['P']} channels of a head share this value: give "
                 f"heads=, of which there are {self.sizes['H']}"
             )
+        if channels is not None and not set(CHANNEL_AXES + "H") & set(self.axes):
+            raise SiteValueError(f"{self}: channels={channels!r}: this site has no channels: give heads=")
         if heads is None:
             return
-        if self.sizes:
+        if "E" in self.sizes:
             head_numbers(heads, self.sizes, f"{self}: ")
-        if not self.sizes or not set("HE") & set(self.axes):
+        has_heads = set(HEAD_AXES) & set(self.axes) or "E" in self.axes
+        if not self.sizes or not has_heads:
             raise SiteValueError(f"{self}: heads={heads!r}: this site has no axis of heads or of their channels")
+        self.of_heads(heads)
 
     def index(
         self, current: Tensor, positions: Indices | None, channels: Indices | None, heads: Heads
@@ -265,8 +273,11 @@ class Target:
 
     def of_heads(self, heads: Indices) -> dict[str, list[int]]:
         """The indices of heads along the axes of the site, by letter. Raises `SiteValueError`."""
+        letter = next((axis for axis in HEAD_AXES if axis in self.axes), None)
+        if letter is not None and letter != "H":
+            return {letter: chosen_indices(heads, self.sizes[letter], partial(self.no_head, letter))}
         chosen = head_numbers(heads, self.sizes, f"{self}: ")
-        if "H" in self.axes:
+        if letter == "H":
             return {"H": chosen}
         P = self.sizes["P"]
         return {"E": [channel for head in chosen for channel in range(head * P, head * P + P)]}
@@ -290,6 +301,11 @@ class Target:
             f"{self}: positions={reason}. Positions count the tokens of one forward call: every decode step "
             f"of generate has 1, which is 0 or -1"
         )
+
+    def no_head(self, letter: str, reason: str) -> SiteValueError:
+        """The error for heads of attention that cannot be picked."""
+        counted = f"Heads count along {letter} ({AXES[letter]}), of size {self.sizes[letter]}"
+        return SiteValueError(f"{self}: heads={reason}. {counted}")
 
     def no_channel(self, letter: str, reason: str) -> SiteValueError:
         """The error for channels that cannot be picked."""

@@ -1,9 +1,9 @@
 """Lenses: what a model would say of each token if it stopped early, and what its state says by itself.
 
-The layers of a Mamba communicate through the residual stream alone, and the final norm and the unembedding
-read from it. So they can read it early, after any layer (the logit lens), and they can read a single term of
-it: here what the state of a layer writes at a position, without the D term, the other layers and the
-embedding (the state lens). `logit_lens` and `state_lens` do this for every layer and position of a prompt, in
+The layers of a Mamba communicate through the residual stream alone, as do those of a hybrid, and the final norm and
+the unembedding read from it. So they can read it early, after any layer (the logit lens), and they can read a
+single term of it: here what the state of a layer writes at a position, without the D term, the other layers and
+the embedding (the state lens). `logit_lens` and `state_lens` do this for every layer and position of a prompt, in
 one trace, and hold the vocabulary's logits of one layer at a time. The results keep the logits of the token
 asked for and of the tokens with the largest logits.
 
@@ -30,9 +30,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .arguments.prompts import prompt_tokens, single_token, token_strings
-from .arguments.selection import layer_numbers
+from .arguments.selection import SSM, layer_numbers
 from .errors import ArgumentError
-from .modeling.effective import FrozenNorm, input_dtype, without_bias
+from .modeling.block import times
+from .modeling.effective import FrozenNorm, input_dtype, logits_factor, normed_in, ssm_factor, without_bias
 from .results.heatmap import Heatmap
 from .results.result import Result
 from .tracing.one_run import refuse_inside_a_trace
@@ -160,7 +161,7 @@ def logit_lens(model: MambaTrace, prompt: str | Tensor, *, token: str | int | No
     tokens = prompt_tokens(model, "prompt", prompt)
     cells = Cells(model, token, top, probable=True)
     with torch.no_grad(), model.trace(tokens, use_cache=False) as tracer:
-        cells.add(vocabulary_logits(model, model.norm_f(model.embeddings.output)))
+        cells.add(vocabulary_logits(model, model.norm_f(model.layers[0].resid_pre.output)))
         for layer in model.layers:
             cells.add(vocabulary_logits(model, model.norm_f(layer.resid_post.output)))
         tracer.stop()
@@ -182,15 +183,17 @@ def state_lens(
 ) -> StateLens:
     """What the state of each layer, read at each position, adds to the logits there.
 
-    At position p the state writes ``out_proj(C_p h_p * SiLU(skip_p))`` into the residual stream: all that the
-    layer writes except the term of D and any bias. In Mamba-2 the mixer's own RMSNorm stands between the gate
-    and out_proj; its scales, one for each group, are frozen to their values in the run. The logits of that term
-    are computed with the scale of the final norm frozen in the same way. Over all layers they add up, with the
-    terms of D, the biases and the embedding, to the model's logits, as in `ActivationCache.logit_attrs`.
+    At position p the state writes ``out_proj(C_p h_p * SiLU(skip_p))`` into the residual stream, times the factor
+    that some hybrids have: all that the mixer writes except the term of D and any bias. In Mamba-2 the mixer's own
+    RMSNorm stands between the gate and out_proj (in some hybrids before the gate, in some there is none); its
+    scales, one for each group, are frozen to their values in the run. The logits of that term are computed with the
+    scale of the final norm frozen in the same way. Over all layers they add up, with the terms of D, the biases,
+    the embedding and, in a hybrid, what attention and MLPs write, to the model's logits, as in
+    `ActivationCache.logit_attrs`.
 
     Args:
         model, prompt: as in `logit_lens`.
-        layer: one or several; ``None`` for all.
+        layer: one or several, which have an SSM; ``None`` for all that do.
         token: whose logit to return; ``None`` for the token that each cell raises most.
         top: how many of the tokens raised most to keep.
 
@@ -200,6 +203,7 @@ def state_lens(
     Raises:
         PromptError, ArgumentError, RuntimeError: as `logit_lens`.
         LayerError: before anything runs, if the model has no such layer.
+        UnknownSiteError: before anything runs, if a layer has no SSM, saying which do.
 
     Example::
 
@@ -211,14 +215,15 @@ def state_lens(
     refuse_inside_a_trace(model, "state_lens")
     tokens = prompt_tokens(model, "prompt", prompt)
     cells = Cells(model, token, top)
-    layers = layer_numbers(model, layer)
+    layers = layer_numbers(model, layer, SSM, "layer")
     model.dispatch()
     model._follow()
     norm = FrozenNorm.of(model.norm_f._module, model.config.hidden_size)
     inner = {number: FrozenNorm.inside(model.layers[number].ssm._module) for number in layers}
     with torch.no_grad(), model.trace(tokens, use_cache=False) as tracer:
         for number in layers:
-            written = wide(written_by_state(model.layers[number].ssm, inner[number]))  # [1,L,D]
+            block = model.layers[number]
+            written = times(wide(written_by_state(block.ssm, inner[number])), ssm_factor(block._module))  # [1,L,D]
             cells.add(vocabulary_logits(model, written * norm.weight.to(written.device), whole=False))
         stream = model.layers[-1].resid_post.output[0]  # [L,D]
         scale = nnsight.save(norm.scale(stream)[:, 0].cpu())  # [L]
@@ -241,11 +246,11 @@ def vocabulary_logits(model: MambaTrace, normed: Tensor, whole: bool = True) -> 
     head = model.lm_head._module
     normed = normed.to(input_dtype(head))
     logits = (model.lm_head(normed) if whole else without_bias(head, model.lm_head, normed))[0]
-    return wide(logits)
+    return times(wide(logits), logits_factor(model._module))
 
 
 def written_by_state(ssm: Any, norm: FrozenNorm | None) -> Tensor:
-    """What the state of a mixer writes into the residual stream [1,L,D].
+    """What the state of a mixer adds to its output [1,L,D].
 
     Args:
         ssm: the mixer, in a trace.
@@ -255,7 +260,7 @@ def written_by_state(ssm: Any, norm: FrozenNorm | None) -> Tensor:
     y = ssm.y.output
     gated = y * F.silu(skip.to(y.dtype))
     if norm is not None:
-        gated = gated * norm.factors(ssm.after_skip.output).to(gated)
+        gated = gated * norm.factors(getattr(ssm, normed_in(ssm._module)).output).to(gated)
     gated = gated.to(skip.dtype)
     # Whatever out_proj is, even with an adapter, its bias is its output for zeros.
     return ssm.out_proj(gated) - ssm.out_proj(torch.zeros_like(gated[:, :1]))

@@ -20,6 +20,7 @@ from .arguments.prompts import prompt_of
 from .arguments.selection import Layers, layer_numbers
 from .errors import ArgumentError, LayerError, PromptError, SiteValueError, UnknownSiteError
 from .names import check_family, nearest, parse
+from .names.layouts import absent, site_in
 from .sites import BY_HOOK, BY_NAME, Site, describe_axes, site_named
 from .tracing.one_run import refuse_inside_a_trace
 
@@ -45,9 +46,11 @@ def mean_activation(
         model: the model.
         prompts: a string, a list of strings, or token ids [B,L] or [L].
         site: a site's name or hook name: ``"y"``, ``"resid_post"``, ``"h"``, ``"hook_conv"``, ...
-        layers: one or several; ``None`` for all. A site of the whole model (``"embeddings"``) has none.
+        layers: one or several, which have the site; ``None`` for all that do. A site of the whole model
+            (``"embeddings"``) has none.
         over: ``"positions"``: over all tokens of all prompts, each with the same weight. ``"prompts"``: for
-            each position separately, for prompts of one length.
+            each position separately, for prompts of one length. An attention pattern, whose rows are as long as
+            the prompt, only has the latter.
         attention_mask: [B,L], 0 on the padding of token ids. Not needed for strings, nor for tokens that
             ``to_tokens`` made.
         batch_size: how many prompts one forward runs. One batch of one layer of the site is held at a time.
@@ -58,11 +61,12 @@ def mean_activation(
         is gone, such as [L,E], and ``means[1][5]`` is the mean for ``h[5]``.
 
     Raises:
-        UnknownSiteError: if this model has no such site. Like the others, before anything runs.
+        UnknownSiteError: if this model has no such site, or one of the layers lacks it, saying which layers have
+            it. Like the others, before anything runs.
         LayerError: if the model has no such layer.
         SiteValueError: if the site is the same for every prompt.
         PromptError: if there are no prompts, or they have several lengths with ``over="prompts"``.
-        ArgumentError: for another ``over``, or a ``batch_size`` below 1.
+        ArgumentError: for another ``over``, one that the site does not have, or a ``batch_size`` below 1.
         RuntimeError: inside a trace.
 
     Example::
@@ -80,6 +84,11 @@ def mean_activation(
     sums = {layer: Sum() for layer in averaged_layers(model, averaged, layers)}
     if over not in ("positions", "prompts"):
         raise ArgumentError(f"over={over!r} is neither 'positions' nor 'prompts'")
+    if over == "positions" and "S" in averaged.axes:
+        raise ArgumentError(
+            f"over='positions': each row of {site} {describe_axes(averaged.axes)} belongs to one position and has "
+            f"a number for each before it; over='prompts' averages it over prompts of one length"
+        )
     if batch_size < 1:
         raise ArgumentError(f"batch_size={batch_size}: a forward runs at least one prompt")
     rows = prompt_rows(model, prompts)
@@ -152,9 +161,11 @@ def averaged_site(model: MambaTrace, name: str) -> Site:
 
 
 def averaged_layers(model: MambaTrace, site: Site, layers: Layers) -> list[int] | list[None]:
-    """The layers in ascending order, counted from 0. Raises `LayerError`."""
+    """The layers in ascending order, counted from 0. Raises `LayerError` or `UnknownSiteError`."""
     if site.scope != "model":
-        return layer_numbers(model, layers)
+        return layer_numbers(model, layers, site)
+    if site_in(model._layout, site, None) is None:
+        raise absent(model._layout, site, None, repr(site.name))
     if layers is not None:
         raise LayerError(f"{site.name} belongs to no layer: leave layers={layers!r} out")
     return [None]

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,6 @@ from torch import Tensor, nn
 from torch._guards import detect_fake_mode
 from transformers import PreTrainedTokenizerBase
 
-from . import names
 from .arguments import padding
 from .arguments.prompt_forms import (
     check_arguments,
@@ -34,15 +32,16 @@ from .conversion.load_options import dtype_of
 from .conversion.model_loading import Loading
 from .errors import CheckpointError, PromptError
 from .hooked.hooks import KEEPING_HOOKS, none_kept
+from .hooked.places import Places
 from .hooked.run_with import HookedRuns
 from .hooked.tokens import Tokens
 from .hooked.weights import LensViews
-from .modeling.architectures import Architecture, architecture_of, axis_sizes, kernels_of, layout_of, make_hookable
+from .modeling.architectures import architecture_of, axis_sizes, kernels_of, make_hookable
 from .modeling.offers import SiteModule
 from .modeling.run_report import RunReport
 from .names.modules import BASES, OF_BASE
 from .scan import check
-from .sites import BY_NAME, PUBLIC_PART, Layout, rows
+from .sites import rows
 from .tracing import placement
 from .tracing.forwards import reinstate_controllers
 from .tracing.root import RootEnvoy
@@ -57,7 +56,7 @@ DEMO = Path(__file__).parent / "demo_model"
 DEMOS = {"mamba": DEMO} | {name: DEMO.with_name(f"demo_model_{name}") for name in ("mamba2", "hybrid")}
 
 
-class MambaTrace(HookedRuns, LensViews, Tokens, Loading, RootEnvoy):
+class MambaTrace(Places, HookedRuns, LensViews, Tokens, Loading, RootEnvoy):
     """A Mamba whose every intermediate value can be read and edited inside a trace.
 
     Args:
@@ -133,52 +132,6 @@ class MambaTrace(HookedRuns, LensViews, Tokens, Loading, RootEnvoy):
         self._follow()
         for layer in self.ssm_layers:
             self.layers[layer].ssm._module.kernels = kernels
-
-    @property
-    def architecture(self) -> Architecture:
-        """Which architecture this is: its ``name``, and the ``family`` that decides which sites it has.
-
-        Example::
-
-            model.architecture.name  # "Mamba-1"
-        """
-        return architecture_of(self._module)
-
-    @property
-    def ssm_layers(self) -> list[int]:
-        """The numbers of the layers that have an SSM: in a Mamba all, in a hybrid some, all or none.
-
-        Example::
-
-            with model.trace("Emma gave an apple to"):
-                for layer in model.ssm_layers:
-                    model.layers[layer].ssm.y.output[:, -1] = 0
-        """
-        return self._layout.with_site(BY_NAME["h"])
-
-    @property
-    def attention_layers(self) -> list[int]:
-        """The numbers of the layers that have attention: in a Mamba none.
-
-        Example::
-
-            model.attention_layers  # []
-        """
-        return self._layout.with_site(BY_NAME["z"])
-
-    @property
-    def layer_kinds(self) -> list[str]:
-        """What stands in each layer: ``"SSM"``, ``"attention"``, ``"MLP"``, ``"MoE"``, ``"SSM and attention"`` ...
-
-        Example::
-
-            model.layer_kinds[0]  # "SSM"
-        """
-        return [kind.name for kind in self._layout.layers]
-
-    @property
-    def _layout(self) -> Layout:
-        return layout_of(self._module)
 
     @property
     def device(self) -> torch.device:
@@ -293,45 +246,6 @@ class MambaTrace(HookedRuns, LensViews, Tokens, Loading, RootEnvoy):
         return cls(from_weights(config, state_dict), tokenizer=tokenizer, **kwargs)
 
     # -- the sites -------------------------------------------------------------------------------------
-
-    def hook(self, name: str) -> Any:
-        """The place with a given hook name or path, e.g. ``model.hook("blocks.3.hook_h.5").output``.
-
-        Args:
-            name: a path, MambaLens's hook name, or TransformerLens 4's if it means the same place.
-
-        Raises:
-            UnknownSiteError: if no place of this model has that name.
-            LayerError: if the model has no such layer.
-
-        Example::
-
-            with model.trace("Emma gave an apple to"):
-                state = model.hook("blocks.1.hook_h.2").output.save()  # [B,E,N]
-        """
-        place = self._place(name)
-        if place.site is None:
-            return getattr(self.layers[place.layer].ssm, str(place.native))
-        part = PUBLIC_PART.get(place.site.scope)
-        holder = self if place.layer is None else self.layers[place.layer]
-        envoy = getattr(holder if part is None else getattr(holder, part), place.site.name)
-        return envoy if place.position is None else envoy[place.position]
-
-    def _place(self, name: str) -> names.Place:
-        """The place of this model that a name means. Raises as `hook`."""
-        place = names.parse(name, self.architecture.family)
-        if place.layer is not None:
-            place = replace(place, layer=names.layer_index(place.layer, len(self.layers), repr(name)))
-        return names.in_layout(place, self._layout, name)
-
-    def hook_names(self, n_positions: int) -> list[str]:
-        """Every MambaLens hook name for a prompt of ``n_positions`` tokens, in execution order.
-
-        Example::
-
-            model.hook_names(n_positions=5)[0]  # "hook_embed"
-        """
-        return names.hook_names(self._layout, n_positions)
 
     def __repr__(self) -> str:
         family, sizes = self.architecture.family, axis_sizes(self._module)

@@ -14,7 +14,7 @@ from transformers import MambaForCausalLM
 from mamba_trace import MambaTrace
 from mamba_trace.patching import logit_diff, patch_grid
 from mamba_trace.patching.question import positional
-from mamba_trace.sites import BY_NAME
+from mamba_trace.sites import BY_NAME, PURE, Layout
 
 #: Prompts that differ at positions 2 and 4; 0 is the padding token.
 OURS, THEIRS = torch.tensor([[3, 0, 7, 9, 4, 2]]), torch.tensor([[3, 0, 8, 9, 1, 2]])
@@ -22,7 +22,9 @@ OURS, THEIRS = torch.tensor([[3, 0, 7, 9, 4, 2]]), torch.tensor([[3, 0, 8, 9, 1,
 LONG = torch.randint(1, 31, (2, 13), generator=torch.Generator().manual_seed(3))
 #: The sites that a grid can patch, as (model type, site), and those that tests with many runs take.
 PATCHED: list[tuple[str, str]] = [
-    (model_type, site) for model_type in TINY for site in positional("dual" if model_type == "mamba2" else "selective")
+    (model_type, site)
+    for model_type in TINY
+    for site in positional(Layout((PURE["dual" if model_type == "mamba2" else "selective"],)))
 ]
 TYPES_AND_STATES = [(model_type, site) for model_type in TINY for site in ("h", "conv")] + [("mamba2", "C_in")]
 #: The tokens of the metrics.

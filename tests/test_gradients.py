@@ -14,8 +14,9 @@ from typing import Any
 
 import nnsight
 import pytest
+import reference_dual
 import torch
-from conftest import ModuleFactory, make_hf
+from conftest import ModuleFactory, agree, make_hf
 from reference import forward
 from torch import Tensor, nn
 
@@ -250,6 +251,70 @@ def test_gradients_of_a_soft_prompt(model: MambaTrace) -> None:
         return float(result)
 
     assert_close((gradient * noise(state.shape, seed=11)).sum(), central_difference(at), 100.0)
+
+
+STATES = ["h_start", *(f"h[{p}]" for p in range(L))]
+
+
+def states_by_hand(plain: nn.Module, tokens: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """The score by `reference_dual`, and the gradient of each state of the layer in the middle through autograd."""
+    kept = {}
+
+    def keep(hook: str, value: Tensor) -> Tensor:
+        if hook in places:
+            kept[places[hook]] = value = value.requires_grad_()
+        return value
+
+    places = {names.to_hook_name(f"layers[1].ssm.{state}"): state for state in STATES}
+    score = score_of(reference_dual.forward(plain.state_dict(), plain.config, tokens, keep))
+    return score.detach(), dict(zip(kept, torch.autograd.grad(score, list(kept.values())), strict=True))
+
+
+def traced_states(model: MambaTrace, tokens: Tensor, wanted: list[str]) -> dict[str, Tensor]:
+    """The gradients of states of the layer in the middle, through one trace."""
+    kept = {}
+    with model.trace(tokens):
+        for state in wanted:
+            ssm = model.layers[1].ssm
+            kept[state] = ssm.h_start.output if state == "h_start" else ssm.h[int(state[2:-1])].output
+        score = score_of(model.lm_head.output.double()).save()
+        kept = nnsight.save(kept)
+    return dict(zip(kept, torch.autograd.grad(score, list(kept.values())), strict=True))
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-4)], ids=str)
+@pytest.mark.parametrize("kernels", ["auto", "reference"])
+def test_states_of_mamba2_have_the_gradients_of_the_recurrence(
+    tiny_hf: ModuleFactory, dtype: torch.dtype, tolerance: float, kernels: str
+) -> None:
+    """Alone and all in one trace: with each state that is read the scan is cut at another place."""
+    module, tokens = tiny_hf(model_type="mamba2", dtype=dtype), draw_tokens()
+    model = MambaTrace(module, kernels=kernels)
+    _, expected = states_by_hand(module, tokens)
+    together = traced_states(model, tokens, STATES)
+    for state in STATES:
+        agree(together[state].double(), expected[state], tolerance, f"{state}, all states being read")
+        alone = traced_states(model, tokens, [state])[state]
+        agree(alone.double(), expected[state], tolerance, f"{state} alone")
+
+
+@pytest.mark.parametrize("state", STATES)
+def test_states_of_mamba2_have_the_gradients_of_finite_differences(tiny_hf: ModuleFactory, state: str) -> None:
+    model, tokens = MambaTrace(tiny_hf(model_type="mamba2", dtype=torch.float64)), draw_tokens()
+    gradient = traced_states(model, tokens, [state])[state]
+    for seed in range(3):
+        direction = noise(gradient.shape, seed)
+
+        def at(t: float, direction: Tensor = direction) -> float:
+            with torch.no_grad(), model.trace(tokens):
+                ssm = model.layers[1].ssm
+                place = ssm.h_start if state == "h_start" else ssm.h[int(state[2:-1])]
+                place.output = place.output + t * direction
+                result = score_of(model.lm_head.output).save()
+            return float(result)
+
+        expected = central_difference(at, step=1e-4)
+        assert abs(float((gradient * direction).sum()) - expected) <= 1e-8 * abs(expected)
 
 
 CONSTANTS = {

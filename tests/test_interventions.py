@@ -32,7 +32,7 @@ SIZES = {"B": BATCH, "L": LENGTH, "D": D, "E": E, "N": N, "R": 4, "V": 31, "H": 
 def places_of(kind: str) -> list[tuple[str, str, str, str]]:
     """Every site at layer 1, with its hook in `reference`, and the state after a position counted either way."""
     family = "dual" if kind in DUAL else "selective"
-    sites = [site for site in SITES if family in site.families]
+    sites = [site for site in SITES if family in site.families and not site.part]
     places = [(kind, site.path(1), site.hook_name(1), site.axes_in(family)) for site in sites]
     state = next(site for site in sites if site.name == "h").axes_in(family).replace("L", "")
     return places + [(kind, f"layers[1].ssm.h[{p}]", f"blocks.1.hook_h.{p % LENGTH}", state) for p in (2, -1)]

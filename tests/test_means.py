@@ -34,7 +34,10 @@ def family_of(kind: str) -> str:
 
 
 MEAN_SITES = [
-    (kind, site.name) for kind in KINDS for site in SITES if "L" in site.axes and family_of(kind) in site.families
+    (kind, site.name)
+    for kind in KINDS
+    for site in SITES
+    if "L" in site.axes and family_of(kind) in site.families and not site.part
 ]
 
 

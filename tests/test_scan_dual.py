@@ -532,3 +532,57 @@ def test_a_kernel_refuses_what_does_not_fit(name: str) -> None:
         for wrong in (None, good[array].double(), good[array][..., 1:], good[array].to("meta")):
             with pytest.raises(BackendError, match=r"a compiled kernel takes|among the inputs of a scan"):
                 team.run(kernel, 1, **{**good, array: wrong})
+
+
+# -- the gated scan over many positions ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("growing", [False, True], ids=["", "growing"])
+@pytest.mark.parametrize("sizes", [*SIZES, (3, 37, 4, 40, 4, 7), (2, 66, 2, 64, 1, 32)], ids=str)
+def test_the_scan_chunk_by_chunk_is_that_of_the_recurrence(sizes, growing, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks and blocks that are cut short, several groups, and heads whose states grow at some positions."""
+    monkeypatch.setattr(cpu, "MANY", 1)
+    given = arguments("gated_scan", sizes)
+    if growing:
+        given["A"][::2] *= -0.3
+        given["delta"][:, ::3] = 0
+    check_values("gated_scan", rounded(given), "cpu")
+    zeros = rounded(given) | {"h_start": torch.zeros_like(given["h_start"], dtype=torch.float32)}
+    expected, found = cpu.gated_scan(*zeros.values()), cpu.gated_scan(*[*zeros.values()][:-1])
+    assert all(torch.equal(*pair) for pair in zip(expected, found, strict=True))
+
+
+def test_a_scan_of_many_positions_takes_views_and_is_the_same_on_several_threads(monkeypatch) -> None:
+    given = rounded(arguments("gated_scan", (2, 45, 4, 40, 2, 20)))
+    monkeypatch.setattr(team, "SMALL", 1)
+    for name in ("x", "B", "C", "skip"):
+        value = given[name].flatten(2)
+        given[name] = torch.cat((value + 1, value), dim=-1)[..., value.shape[-1] :].view(given[name].shape)
+    before, found = torch.get_num_threads(), []
+    for threads in (4, 1):
+        torch.set_num_threads(threads)
+        found.append(cpu.gated_scan(*given.values()))
+    torch.set_num_threads(before)
+    assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
+    check_values("gated_scan", given, "cpu")
+
+
+@pytest.mark.parametrize("decay", [0.0, float("inf"), float("nan")], ids=str)
+def test_what_a_position_holds_stays_behind_it(decay: float) -> None:
+    """No number of a chunk reaches a position before its own, whatever it is."""
+    given = rounded(arguments("gated_scan", (1, 40, 2, 9, 1, 5)))
+    expected, _ = cpu.gated_scan(*given.values())
+    given["x"][:, 38] = float("nan") if decay == 0.0 else 1.0
+    given["delta"][:, 38] = -decay if decay == 0.0 else decay
+    found, _ = cpu.gated_scan(*given.values())
+    near(found[:, :38], expected[:, :38], FLOAT32, "what comes before")
+
+
+def test_extreme_steps_over_many_positions_give_numbers() -> None:
+    for step in (0.0, 1e4, 1e30):
+        given = arguments("gated_scan", (1, 40, 2, 9, 1, 5))
+        given["delta"][:, ::3] = step
+        if step > 1e9:
+            given["x"] = given["x"] / step
+            given["D"] = given["D"] * 0
+        check_values("gated_scan", rounded(given), "cpu")

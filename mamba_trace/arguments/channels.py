@@ -18,7 +18,7 @@ from ..tracing.one_run import refuse_inside_a_trace
 from ..tracing.placement import parameter_of
 from .model import ArgumentModel
 from .prompts import prompt_tokens
-from .selection import Indices, chosen_indices, layer_number
+from .selection import SSM, Indices, all_with, chosen_indices, layer_number
 
 #: Channels of d_inner: all, a group of `decay_groups`, or indices.
 Channels = Indices | str | None
@@ -29,9 +29,18 @@ Heads = Indices | None
 GROUPS = ("slow", "medium", "fast")
 
 
-def mixer_sizes(model: ArgumentModel) -> dict[str, int]:
-    """The size of each axis letter that the model's mixers fix, and K, the width of the convolution."""
-    sizes: dict[str, int] = model.layers[0].ssm._module.sizes
+def mixer_sizes(model: ArgumentModel, layer: int | None = None) -> dict[str, int]:
+    """The size of each axis letter that a layer's mixer fixes, and K, the width of the convolution.
+
+    Args:
+        model: the model.
+        layer: one that has an SSM; the first of these if it is ``None``.
+
+    Raises:
+        UnknownSiteError: if no layer has one.
+    """
+    layer = all_with(model._layout, SSM)[0] if layer is None else layer
+    sizes: dict[str, int] = model.layers[layer].ssm._module.sizes
     return sizes
 
 
@@ -55,6 +64,7 @@ def decay_rate(model: ArgumentModel, layer: int, prompt: str | Tensor | None = N
 
     Raises:
         LayerError: if there is no such layer.
+        UnknownSiteError: if it has no SSM.
         PromptError: if the prompt is not one prompt.
         RuntimeError: inside a trace, with a prompt.
 
@@ -66,7 +76,7 @@ def decay_rate(model: ArgumentModel, layer: int, prompt: str | Tensor | None = N
         decay_rate(model, layer=1).argmin()  # the channel that remembers longest
         decay_rate(model, layer=1, prompt=prompt)  # of each channel, as fast as the tokens of this prompt make it
     """
-    layer = layer_number(model, layer)
+    layer = layer_number(model, layer, SSM)
     if prompt is not None:
         refuse_inside_a_trace(model, "decay_rate with a prompt")
     tokens = None if prompt is None else prompt_tokens(model, "prompt", prompt)
@@ -76,7 +86,7 @@ def decay_rate(model: ArgumentModel, layer: int, prompt: str | Tensor | None = N
         rate = of_states(A_log.to(accumulation_dtype(A_log)).exp())
     else:
         rate = rate_over(model, layer, tokens)
-    return rate.repeat_interleave(mixer_sizes(model).get("P", 1))
+    return rate.repeat_interleave(mixer_sizes(model, layer).get("P", 1))
 
 
 def rate_over(model: ArgumentModel, layer: int, tokens: Tensor) -> Tensor:
@@ -104,14 +114,15 @@ def decay_groups(model: ArgumentModel, layer: int, prompt: str | Tensor | None =
         ``"slow"``, ``"medium"`` and ``"fast"``: channel indices int64, ascending, each channel in one group.
 
     Raises:
-        LayerError, PromptError, RuntimeError: as `decay_rate`.
+        LayerError, UnknownSiteError, PromptError, RuntimeError: as `decay_rate`.
 
     Example::
 
         slow = decay_groups(model, layer=1)["slow"]
     """
-    P = mixer_sizes(model).get("P", 1)
-    order = decay_rate(model, layer, prompt)[::P].argsort(stable=True)  # of heads, or channels
+    rate = decay_rate(model, layer, prompt)
+    P = mixer_sizes(model, layer_number(model, layer)).get("P", 1)
+    order = rate[::P].argsort(stable=True)  # of heads, or channels
     thirds = zip(GROUPS, order.tensor_split(3), strict=True)
     within = torch.arange(P, device=order.device)
     return {name: (part.sort().values[:, None] * P + within).flatten() for name, part in thirds}
@@ -120,19 +131,19 @@ def decay_groups(model: ArgumentModel, layer: int, prompt: str | Tensor | None =
 # -- as arguments ------------------------------------------------------------------------------------------
 
 
-def check_channels(model: ArgumentModel, channels: Channels, heads: Heads = None) -> None:
-    """Refuse channels and heads that this model does not have. Raises `SiteValueError`."""
+def check_channels(model: ArgumentModel, channels: Channels, heads: Heads = None, layer: int | None = None) -> None:
+    """Refuse channels and heads that a layer does not have, as in `mixer_sizes`. Raises `SiteValueError`."""
     if channels is not None and heads is not None:
         raise SiteValueError(f"channels={channels!r} and heads={heads!r}: both choose channels; give one of them")
     if not isinstance(channels, str):
-        channel_flags(model, channels, heads)
+        channel_flags(model, channels, heads, layer)
         return
     if channels not in GROUPS:
         raise SiteValueError(
             f"channels={channels!r}: the groups by decay are {', '.join(map(repr, GROUPS))}; other channels "
             f"are given as indices or a boolean mask [E]"
         )
-    sizes = mixer_sizes(model)
+    sizes = mixer_sizes(model, layer)
     units, count = ("heads", sizes["H"]) if "H" in sizes else ("channels", sizes["E"])
     if GROUPS.index(channels) >= count:
         raise SiteValueError(f"channels={channels!r}: a layer of {count} {units} has no such third")
@@ -141,15 +152,15 @@ def check_channels(model: ArgumentModel, channels: Channels, heads: Heads = None
 def channel_mask(model: ArgumentModel, layer: int, channels: Channels, heads: Heads = None) -> Tensor:
     """Channels of a layer, already accepted by `check_channels`, as a boolean mask [E]."""
     if not isinstance(channels, str):
-        return torch.tensor(channel_flags(model, channels, heads), device="cpu")
+        return torch.tensor(channel_flags(model, channels, heads, layer), device="cpu")
     index = decay_groups(model, layer)[channels]
-    mask = torch.zeros(mixer_sizes(model)["E"], dtype=torch.bool, device=index.device)
+    mask = torch.zeros(mixer_sizes(model, layer)["E"], dtype=torch.bool, device=index.device)
     return mask.index_fill(0, index, True)
 
 
-def channel_flags(model: ArgumentModel, channels: Any, heads: Any) -> list[bool]:
+def channel_flags(model: ArgumentModel, channels: Any, heads: Any, layer: int | None = None) -> list[bool]:
     """For each channel, whether it is chosen; no tensor, since under fake tensors there are no numbers."""
-    sizes = mixer_sizes(model)
+    sizes = mixer_sizes(model, layer)
     width, P = sizes["E"], sizes.get("P", 1)
     if heads is not None:
         of_heads = set(head_numbers(heads, sizes))
@@ -181,12 +192,12 @@ def head_numbers(heads: Indices, sizes: dict[str, int], asked: str = "") -> list
     return chosen_indices(heads, sizes["H"], lambda reason: SiteValueError(f"{asked}heads={reason}. {counted}"))
 
 
-def check_whole_heads(model: ArgumentModel, channels: Channels) -> None:
+def check_whole_heads(model: ArgumentModel, channels: Channels, layer: int | None = None) -> None:
     """Refuse channels that are part of a head, whose delta is that of all of it. Raises `SiteValueError`."""
-    P = mixer_sizes(model).get("P", 1)
+    P = mixer_sizes(model, layer).get("P", 1)
     if channels is None or isinstance(channels, str):
         return
-    flags = channel_flags(model, channels, None)
+    flags = channel_flags(model, channels, None, layer)
     for start in range(0, len(flags), P):
         if len(set(flags[start : start + P])) > 1:
             raise SiteValueError(

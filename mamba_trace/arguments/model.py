@@ -6,6 +6,8 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from ..sites import Layout
+
 
 class ArgumentModel(Protocol):
     """The part of a `MambaTrace` that says which layers, channels, tokens and arguments it has."""
@@ -18,6 +20,9 @@ class ArgumentModel(Protocol):
 
     @property
     def config(self) -> Any: ...
+
+    @property
+    def _layout(self) -> Layout: ...
 
     @property
     def tokenizer_prepends_bos(self) -> bool: ...

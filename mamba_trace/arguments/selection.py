@@ -8,15 +8,17 @@ something that does not exist.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from ..errors import LayerError, MambaTraceError, PositionError
+from ..errors import LayerError, MambaTraceError, PositionError, UnknownSiteError
 from ..modeling.past import ends
 from ..names import layer_index
+from ..names.layouts import absent, part_of, site_in
+from ..sites import BY_NAME, STATE, Layout, Site
 from ..tracing import SiteOrderError, expect
 from ..tracing.frames import warn_user
 from .model import ArgumentModel
@@ -27,27 +29,62 @@ Indices = int | slice | Sequence[int] | Sequence[bool] | Tensor
 Positions = Indices
 #: Layers: all, one, or several; negative counts from the end.
 Layers = None | int | Sequence[int]
+#: What stands for a layer's SSM where a function asks for layers that have one.
+SSM = BY_NAME[STATE]
 
 
 # -- layers --------------------------------------------------------------------------------------
 
 
-def layer_numbers(model: ArgumentModel, layers: Layers) -> list[int]:
-    """The layers in ascending order, each once. Raises `LayerError`."""
-    n_layers, asked = len(model.layers), f"layers={layers!r}"
+def layer_numbers(model: ArgumentModel, layers: Layers, site: Site | None = None, asked: str = "layers") -> list[int]:
+    """The layers in ascending order, each once.
+
+    Args:
+        model: the model.
+        layers: what the user gave; ``None`` for all that have the site.
+        site: what the layers must have, if anything; `SSM` for layers with an SSM.
+        asked: the name of the argument, for messages.
+
+    Raises:
+        LayerError: if the model has no such layers.
+        UnknownSiteError: if one of them lacks the site, or all do.
+    """
+    n_layers, asked = len(model.layers), f"{asked}={layers!r}"
     if layers is None:
-        return list(range(n_layers))
+        return all_with(model._layout, site) if site is not None else list(range(n_layers))
     several = "one integer or several; None is all"
     numbers = {layer_index(layer, n_layers, asked, named_by=several) for layer in _listed(layers)}
     if not numbers:
         raise LayerError(f"{asked} names no layer; this model has layers 0 to {n_layers - 1}")
-    return sorted(numbers)
+    return [checked_layer(model._layout, number, site, asked) for number in sorted(numbers)]
 
 
-def layer_number(model: ArgumentModel, layer: int) -> int:
-    """One layer, counted from 0. Raises `LayerError`."""
-    plain = layer.tolist() if hasattr(layer, "tolist") else layer
-    return layer_index(plain, len(model.layers), f"layer={layer!r}", named_by="one integer")
+def layer_number(model: ArgumentModel, layer: int, site: Site | None = None) -> int:
+    """One layer, counted from 0, that has the site if one is given. Raises as `layer_numbers`."""
+    plain, asked = layer.tolist() if hasattr(layer, "tolist") else layer, f"layer={layer!r}"
+    number = layer_index(plain, len(model.layers), asked, named_by="one integer")
+    return checked_layer(model._layout, number, site, asked)
+
+
+def checked_layer(layout: Layout, layer: int, site: Site | None, asked: str) -> int:
+    """``layer`` if it has the site. Raises `UnknownSiteError`, quoting what was ``asked``."""
+    if site is not None and site_in(layout, site, layer) is None:
+        raise absent(layout, site, layer, asked)
+    return layer
+
+
+def layers_with(layout: Layout, site: Site) -> list[int]:
+    """The layers that have a site, also where it is another site's value, as `ssm_out` may be `out_proj`'s."""
+    return [layer for layer in range(len(layout.layers)) if site_in(layout, site, layer) is not None]
+
+
+def all_with(layout: Layout, site: Site) -> list[int]:
+    """`layers_with`. Raises `UnknownSiteError` if there are none."""
+    found = layers_with(layout, site)
+    if not found:
+        kinds = " and ".join(dict.fromkeys(kind.name for kind in layout.layers))
+        raise UnknownSiteError(f"no layer of this model has {part_of(site)!r}: its layers are {kinds}")
+    return found
 
 
 # -- positions ---------------------------------------------------------------------------------------------
@@ -86,9 +123,16 @@ def call_inputs(*envoys: Any) -> tuple[int, Tensor | None] | None:
         named = (inputs.get(name) for name in ("input_ids", "inputs_embeds"))
         first = next((value for value in named if value is not None), args[0] if args else None)
         if isinstance(first, Tensor):
-            mask = inputs.get("attention_mask")
+            mask = mask_in(inputs)
             return first.shape[1], None if mask is None else mask[:, -first.shape[1] :]
     return None
+
+
+def mask_in(inputs: Mapping[str, Any]) -> Tensor | None:
+    """The mask [B,S] of tokens among the arguments of a model or a block; attention's own masks are of pairs."""
+    masks = [inputs.get("mamba_attention_mask"), inputs.get("attention_mask")]
+    masks += [mask.get("linear_attention") for mask in masks if isinstance(mask, Mapping)]
+    return next((mask for mask in masks if isinstance(mask, Tensor) and mask.dim() == 2), None)
 
 
 def check_padding(role: str, positions: Positions, mask: Tensor | None) -> None:

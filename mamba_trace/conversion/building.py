@@ -17,18 +17,22 @@ from ..errors import CheckpointError
 from ..modeling.architectures import BY_TYPE
 from .config_names import check_names
 from .formats import convert_config, unnamed_settings
+from .hybrid_weights import model_of
 from .initialization import initialize
 from .weight_formats import check_state_dict, convert_state_dict, detect_state_dict_format
 from .weight_sizes import check_buildable
 
 
 def from_scratch(config: Any, dtype: torch.dtype, seed: int) -> PreTrainedModel:
-    """A module of a configuration in any format, initialised as the Mamba authors do.
+    """A module of a configuration in any format, initialised as the Mamba authors do, a hybrid as transformers does.
 
     Raises:
         CheckpointError: for a value that does not fit, or a model too large for this machine's memory.
     """
-    module = _empty(convert_config(config, "huggingface"), dtype)
+    hf_config = convert_config(config, "huggingface")
+    if BY_TYPE[hf_config.model_type].hybrid:
+        return _hybrid_from_scratch(hf_config, dtype, seed)
+    module = _empty(hf_config, dtype)
     initialize(module, seed=seed, **unnamed_settings(config))
     return module
 
@@ -42,7 +46,12 @@ def from_weights(config: Any, state_dict: Mapping[str, Tensor]) -> PreTrainedMod
     """
     check_names(config)
     hf_config = convert_config(config, "huggingface", trained=True)
-    architecture, format = BY_TYPE[hf_config.model_type], detect_state_dict_format(state_dict)
+    architecture = BY_TYPE[hf_config.model_type]
+    if architecture.hybrid:
+        check_state_dict(state_dict, hf_config)
+        values = {name: value.detach().clone() for name, value in state_dict.items()}
+        return model_of(hf_config, values, next(iter(values.values())).dtype)
+    format = detect_state_dict_format(state_dict)
     if format not in architecture.formats:
         raise CheckpointError(
             f"the configuration is that of a {architecture.name}, which has no {format} format, and this state dict "
@@ -53,6 +62,15 @@ def from_weights(config: Any, state_dict: Mapping[str, Tensor]) -> PreTrainedMod
     module = _empty(hf_config, next(iter(weights.values())).dtype)
     module.load_state_dict(weights, strict=False)  # keys were checked above, but for a tied lm_head
     return module
+
+
+def _hybrid_from_scratch(config: PreTrainedConfig, dtype: torch.dtype, seed: int) -> PreTrainedModel:
+    """As `from_scratch`: drawn by transformers in float32, and cast but for what `from_pretrained` keeps in float32."""
+    check_buildable("the configuration", config, dtype)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        module = BY_TYPE[config.model_type].model_class._from_config(config, dtype=torch.float32)
+    return module if dtype == torch.float32 else model_of(config, module.state_dict(), dtype)
 
 
 def _empty(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:

@@ -1,7 +1,8 @@
 """Every value of a Mamba's configuration has another name and another place in each format.
 
-Contract: FIELDS_OF has one table of these values for each model type: for each value its place in every format,
-its type, and the default that applies where a configuration leaves it out. The defaults are those of the
+Contract: `fields_of` gives the table of these values for an architecture: for each value its place in every format,
+its type, and the default that applies where a configuration leaves it out. A hybrid, which has Hugging Face's format
+only, has a table of what is in all of them. The defaults are those of the
 authors' mamba_ssm, never of Hugging Face's classes: a fresh Mamba2Config is a Codestral. The tables are data;
 config_formats.py reads and writes configurations by them. While values travel from one format to another they
 are keyed by their Hugging Face names; those in UNNAMED have no field there. LENS_ALIASES adds the second names
@@ -117,6 +118,13 @@ FIELDS_OF: dict[str, tuple[Field, ...]] = {
     ),
 }
 
+#: What the configurations of all hybrids have; transformers checks what else is in them.
+FIELDS_OF_HYBRIDS = (
+    Field("hidden_size", None, ("d_model",), REQUIRED, int),
+    Field("vocab_size", None, ("vocab_size",), REQUIRED, int),
+    Field("tie_word_embeddings", None, None, False, bool),
+)
+
 #: Stands for the width inside a block, which not all of Hugging Face's configurations have a field for.
 INNER_WIDTH = "E"
 #: Further names that `model.cfg` has for a field, as MambaLens does, with Hugging Face's name of it.
@@ -177,7 +185,7 @@ def layer_in(raw: Mapping[str, Any]) -> Any:
 
 def fields_of(architecture: Architecture) -> tuple[Field, ...]:
     """The table of the values of an architecture's configurations."""
-    return FIELDS_OF[architecture.model_type]
+    return FIELDS_OF_HYBRIDS if architecture.hybrid else FIELDS_OF[architecture.model_type]
 
 
 def ssm_options(architecture: Architecture) -> set[str]:

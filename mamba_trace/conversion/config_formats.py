@@ -69,8 +69,9 @@ def detect(raw: Mapping[str, Any]) -> str:
     if isinstance(model_type, str) and model_type in BY_TYPE:
         return "huggingface"
     if model_type is not None:
+        remote = ", and its auto_map names code of its own, which this package does not run" * ("auto_map" in raw)
         raise CheckpointError(
-            f"this configuration says model_type {model_type!r}; only {MODEL_TYPES} are supported, and "
+            f"this configuration says model_type {model_type!r}{remote}; only {MODEL_TYPES} are supported, and "
             f"state-spaces' original format without a model_type"
         )
     if {"d_model", "vocab_size"} <= raw.keys():
@@ -114,6 +115,8 @@ def _plain_huggingface(raw: Config) -> Config:
     """
     architecture = architecture_in("huggingface", raw)
     defaults, fields = architecture.config_class().to_dict(), huggingface(raw).to_dict()
+    if architecture.hybrid:  # all of it, since some defaults follow from other fields
+        return {name: value for name, value in fields.items() if name not in ("transformers_version", "_name_or_path")}
     dropped = {"transformers_version", "_name_or_path", "intermediate_size" if "intermediate_size" in defaults else ""}
     kept = {k: v for k, v in fields.items() if k not in dropped and (k not in defaults or defaults[k] != v)}
     mapped = {field.name: fields[field.name] for field in fields_of(architecture) if field.name in fields}

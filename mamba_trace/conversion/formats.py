@@ -77,7 +77,8 @@ def convert_config(
         if to != "huggingface":
             return raw
         same = deepcopy(config) if isinstance(config, PreTrainedConfig) else formats.huggingface(raw)
-        same.rescale_prenorm_residual = same.rescale_prenorm_residual and not trained
+        if trained and hasattr(same, "rescale_prenorm_residual"):
+            same.rescale_prenorm_residual = False
         return same
     formats.check_expressible(format, raw, to)
     converted = _convert(links, to, trained, keep_source)

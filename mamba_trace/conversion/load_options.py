@@ -23,7 +23,7 @@ from transformers import PreTrainedConfig
 from transformers.utils import CONFIG_NAME
 
 from ..errors import CheckpointError
-from ..modeling.architectures import ARCHITECTURES
+from ..modeling.architectures import ARCHITECTURES, BY_TYPE
 from ..names import nearest
 from .checkpoint_index import read_json
 from .checkpoints import find_checkpoint
@@ -31,6 +31,8 @@ from .config_names import check_names
 from .formats import convert_config, detect_config_format
 
 DTYPES = ("dtype", "torch_dtype")
+#: The fields in which a hybrid's configuration may list what stands in each layer.
+LISTS_OF_LAYERS = ("layer_types", "layers_block_type")
 PLACED_BY_ACCELERATE = ("auto", "balanced", "balanced_low_0", "sequential")
 #: Fields of a configuration that from_pretrained takes as arguments of its own, so that they replace nothing.
 NOT_REPLACED = {*DTYPES, "architectures", "transformers_version", "output_loading_info"}
@@ -38,7 +40,7 @@ NOT_REPLACED = {*DTYPES, "architectures", "transformers_version", "output_loadin
 
 def replaceable(config: PreTrainedConfig | type[PreTrainedConfig]) -> set[str]:
     """The fields of a configuration, or of its class, that a keyword argument of their name replaces."""
-    return {field.name for field in fields(config)} - NOT_REPLACED
+    return ({field.name for field in fields(config)} | config.attribute_map.keys()) - NOT_REPLACED
 
 
 def given_config(config: Any, **hub: Any) -> PreTrainedConfig | None:
@@ -68,6 +70,8 @@ def take_config(own: PreTrainedConfig, kwargs: dict[str, Any]) -> PreTrainedConf
         CheckpointError: for a value that the field does not take, and for a field of another architecture.
     """
     config = copy.deepcopy(own)
+    if BY_TYPE[config.model_type].hybrid:
+        take_layers(config, kwargs)
     known = replaceable(config)
     for other in ARCHITECTURES:
         for name in (replaceable(other.config_class) - known) & kwargs.keys():
@@ -79,11 +83,34 @@ def take_config(own: PreTrainedConfig, kwargs: dict[str, Any]) -> PreTrainedConf
     try:
         for name, value in replaced.items():
             setattr(config, name, value)
-        if "intermediate_size" in type(config)().to_dict():  # which transformers computes when one is made
+        if (
+            not BY_TYPE[config.model_type].hybrid and "intermediate_size" in type(config)().to_dict()
+        ):  # which transformers computes when one is made
             config.intermediate_size = int(config.expand * config.hidden_size)
     except (StrictDataclassError, TypeError, ValueError) as error:
         raise CheckpointError(f"{name}={value!r} cannot be set: {' '.join(str(error).split())}") from error
     return convert_config(config, "huggingface") if replaced else config
+
+
+def take_layers(config: PreTrainedConfig, kwargs: dict[str, Any]) -> None:
+    """Leave out the last layers of a hybrid, of which the configuration may list each, if ``kwargs`` say so.
+
+    Raises:
+        CheckpointError: if there are fewer layers than are asked for.
+    """
+    wanted, there = kwargs.get("num_hidden_layers"), config.num_hidden_layers
+    lists = [name for name in LISTS_OF_LAYERS if name in {field.name for field in fields(config)}]
+    if not lists or not isinstance(wanted, int) or isinstance(wanted, bool) or kwargs.keys() & LISTS_OF_LAYERS:
+        return
+    if not 1 <= wanted <= there:
+        raise CheckpointError(
+            f"num_hidden_layers={wanted} cannot be set: the configuration lists what stands in each of its {there} "
+            f"layers, and only the last of them can be left out. Give {lists[0]}= for other layers"
+        )
+    for name in lists:
+        setattr(config, name, list(getattr(config, name))[:wanted])
+    if "num_hidden_layers" not in {field.name for field in fields(config)}:
+        del kwargs["num_hidden_layers"]
 
 
 def dtype_of(kwargs: Mapping[str, Any]) -> torch.dtype | None:

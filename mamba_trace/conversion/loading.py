@@ -26,9 +26,20 @@ from ..names import nearest
 from .checkpoint_files import BOTH_FORMATS, first_file, listing, weight_files, weight_names
 from .checkpoint_index import read_json
 from .checkpoints import Checkpoint
+from .hybrid_weights import Misfits, misfits_of
 from .load_options import DTYPES, replaceable
 from .tensor_files import shapes_of
-from .weight_sizes import EMBEDDING, LAYER, LM_HEAD, check_buildable, check_weights, expected_shapes, misfits
+from .weight_sizes import (
+    EMBEDDING,
+    LAYER,
+    LM_HEAD,
+    Shapes,
+    check_buildable,
+    check_weights,
+    expected_shapes,
+    layers_in,
+    misfits,
+)
 
 #: How transformers is to rename the only parameter whose name differs in the original format.
 KEY_MAPPING = {r"^backbone\.embedding\.": "backbone.embeddings."}
@@ -60,6 +71,8 @@ def examine(checkpoint: Checkpoint, kwargs: Mapping[str, Any], *, fetch: bool = 
     if shapes is None or kwargs.get("key_mapping") is not None or kwargs.get("ignore_mismatched_sizes"):
         there = "has no weights here" if files is None else "has weights that are not compared"
         return check_buildable(f"{name} {there}, and {what}", config)
+    if BY_TYPE[config.model_type].hybrid:
+        return _check_found(checkpoint, *_hybrid_misfits(checkpoint, shapes))
     check_weights(name, config, shapes, what, fewer_layers=checkpoint.given)
     if not any(key.startswith("backbone.") for key in shapes):
         return  # the weights of a model without its lm_head, whose names transformers completes
@@ -70,6 +83,20 @@ def examine(checkpoint: Checkpoint, kwargs: Mapping[str, Any], *, fetch: bool = 
     wrong = [(key, shapes[key], right) for key, right in expected.items() if shapes.get(key, right) != right]
     missing, extra = expected.keys() - shapes.keys() - optional, shapes.keys() - expected.keys()
     _check_found(checkpoint, missing, extra, wrong)
+
+
+def _hybrid_misfits(checkpoint: Checkpoint, shapes: Shapes) -> Misfits:
+    """As `misfits_of`, with the checkpoint's name in its error."""
+    layers, declared = layers_in(shapes), checkpoint.config.num_hidden_layers
+    if layers < declared or (layers > declared and not checkpoint.given):
+        raise CheckpointError(
+            f"the weights of {checkpoint.name} do not fit {_what(checkpoint)}: it declares {declared} layers and the "
+            f"weights have {layers}. Use the config that belongs to the weights"
+        )
+    try:
+        return misfits_of(checkpoint.config, shapes)
+    except CheckpointError as error:
+        raise CheckpointError(f"the weights of {checkpoint.name} do not fit {_what(checkpoint)}: {error}") from error
 
 
 def load_model(checkpoint: Checkpoint, kwargs: Mapping[str, Any]) -> PreTrainedModel:

@@ -78,9 +78,12 @@ class Loading:
             build = BY_TYPE[config.model_type].model_class
             kwargs["device_map"] = usable_device_map(kwargs["device_map"], lambda: build(config))
         # If this is set, transformers 5 rescales weights that it loads, too; it is meant for new weights.
-        rescale, config.rescale_prenorm_residual = config.rescale_prenorm_residual, False
+        rescale = getattr(config, "rescale_prenorm_residual", False)
+        if rescale:
+            config.rescale_prenorm_residual = False
         module: Any = load_model(checkpoint, kwargs)
-        module.config.rescale_prenorm_residual = rescale
+        if rescale:
+            module.config.rescale_prenorm_residual = True
         module.name_or_path = repo_id
         return self._wrap(module, device=device, placed="device_map" in kwargs)
 

@@ -23,9 +23,10 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
-from ..modeling.architectures import ARCHITECTURES, Architecture
+from ..modeling.architectures import ARCHITECTURES, BY_TYPE, Architecture
 from ..modeling.architectures.architecture import size_of
 from .config_formats import check_format
+from .hybrid_weights import check_tied, empty_model, misfits_of
 from .weight_sizes import (
     EMBEDDING,
     LAYER,
@@ -129,12 +130,15 @@ def convert_state_dict(state_dict: Mapping[str, Tensor], to: str, *, source: str
 def check_state_dict(state_dict: Mapping[str, Tensor], config: Any) -> None:
     """Raise `CheckpointError` unless a Hugging Face state dict is exactly what a model of this config needs.
 
-    Keys and shapes must be the model's. If the config ties lm_head to the embedding, lm_head may be absent,
-    and otherwise must equal it. The error lists what is missing, unexpected, or of the wrong shape.
+    Keys and shapes must be the model's; for a hybrid, those that transformers makes of them when it loads them. If the
+    config ties lm_head to the embedding, lm_head may be absent, and otherwise must equal it. The error lists what is
+    missing, unexpected, or of the wrong shape.
 
     >>> check_state_dict(model.state_dict(), model.config)    # doctest: +SKIP
     """
     _check_tensors(state_dict)
+    if BY_TYPE[config.model_type].hybrid:
+        return _check_hybrid(state_dict, config)
     tied = config.tie_word_embeddings
     shapes = {name: tuple(tensor.shape) for name, tensor in state_dict.items()}
     _check(shapes, expected_shapes(config), optional={LM_HEAD} if tied else set())
@@ -143,6 +147,14 @@ def check_state_dict(state_dict: Mapping[str, Tensor], config: Any) -> None:
             "the config ties lm_head.weight to the embedding, but the state dict has another lm_head.weight; "
             "set tie_word_embeddings=False (tie_embeddings=False in the original format)"
         )
+
+
+def _check_hybrid(state_dict: Mapping[str, Tensor], config: Any) -> None:
+    """As `check_state_dict`."""
+    missing, extra, wrong = misfits_of(config, {name: tuple(tensor.shape) for name, tensor in state_dict.items()})
+    if problems := misfits(missing, extra, {key: (shape, right) for key, shape, right in wrong}):
+        raise CheckpointError(f"the state dict does not fit. {problems}")
+    check_tied(config, state_dict, empty_model(config))
 
 
 def _differ(embedding: Tensor, head: Tensor | None) -> bool:

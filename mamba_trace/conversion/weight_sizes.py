@@ -24,6 +24,7 @@ from ..errors import CheckpointError
 from ..modeling.architectures import ARCHITECTURES, BY_TYPE, Architecture
 from ..modeling.architectures.architecture import Shown, size_of
 from .config_fields import MOST_LAYERS
+from .hybrid_weights import empty_model
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -64,7 +65,7 @@ def all_shapes(architecture: Architecture, sizes: Mapping[str, int], flags: Any,
 
 
 def expected_shapes(config: Any) -> Shapes:
-    """Every parameter of the model of a configuration, by its Hugging Face name, lm_head included.
+    """Every parameter of the Mamba of a configuration, by its Hugging Face name, lm_head included.
 
     >>> from transformers import MambaConfig
     >>> expected_shapes(MambaConfig(num_hidden_layers=1))["backbone.norm_f.weight"]
@@ -209,6 +210,8 @@ def some(names: Iterable[Any], most: int = 8, between: str = "; ") -> str:
 def parameters_of(config: Any) -> int:
     """How many numbers a model of this configuration has; a tied lm_head is counted once."""
     architecture = BY_TYPE[config.model_type]
+    if architecture.hybrid:
+        return sum(parameter.numel() for parameter in empty_model(config).parameters())
     sizes = architecture.sizes(config)
     layer = sum(math.prod(shape) for shape in layer_shapes(architecture, sizes, config).values())
     head = math.prod((sizes["V"], sizes["D"])) * (1 if config.tie_word_embeddings else 2)
@@ -226,9 +229,10 @@ def check_buildable(what: str, config: Any, dtype: torch.dtype | None = None) ->
     Raises:
         CheckpointError: naming what is declared or needed, and what is possible.
     """
-    numbers, layers = parameters_of(config), config.num_hidden_layers
+    layers = config.num_hidden_layers
     if layers > MOST_LAYERS:
         raise CheckpointError(f"{what} declares {layers} layers. At most {MOST_LAYERS} are built")
+    numbers = parameters_of(config)
     if numbers > MOST_PARAMETERS:
         raise CheckpointError(
             f"{what} declares {numbers} parameters (hidden_size {config.hidden_size}, vocab_size "

@@ -1,16 +1,18 @@
 """Cutting the flow of information from some tokens to others, to see which way the answer takes.
 
-A token reaches a later one of the same layer in only two ways: through the state, which it writes and the
-later token reads, and through the taps of the convolution, over the next few positions. Each can be cut
+A token reaches a later one of the same layer of a Mamba in only two ways: through the state, which it writes and
+the later token reads, and through the taps of the convolution, over the next few positions. Each can be cut
 exactly, for chosen tokens and channels, while everything else stays as it was: the state carried, what other
-tokens read, and what the target reads of other tokens.
+tokens read, and what the target reads of other tokens. In a hybrid there is a third way, attention, beside the SSM
+or in other layers. It goes on carrying what is cut of the SSM unless it is cut as well.
 
 The functions here are called inside a trace. They read and edit public sites, so they work on every backend,
 in batches and invokes, and leave the kernels of the other layers alone. The scan is linear in x, so what the
 sources contribute to y is one more scan of the same parameters, from a zero state, over x with everything but
 the sources set to zero. It needs no [B,L,E,N] tensor and runs from the first source to the last target only.
 
-Contract: in each layer the functions ask for sites from x_in to y, in execution order. So all cuts of one
+Contract: in each layer the functions ask for sites from x_in to y, and with ``attention`` for its pattern, in
+execution order. So all cuts of one
 layer must be made in one call of `apply`. In the same block, sites before x_in can be read earlier and sites
 after y later; the sites between belong in another invoke or a `tracer.cache`.
 
@@ -32,10 +34,14 @@ from ..arguments.channels import (
     decay_rate,
     mixer_sizes,
 )
-from ..arguments.selection import Layers, Positions, call_inputs, layer_numbers
+from ..arguments.selection import SSM, Layers, Positions, all_with, call_inputs, layer_numbers
+from ..names import spans
+from ..names.layouts import absent
+from ..sites import BY_NAME
 from ..tracing import SiteOrderError, need_a_trace
+from ..tracing.frames import warn_user
 from .cuts import Cut, ZeroDelta, check_positions
-from .layers import edit_layer
+from .layers import cut_reads, edit_layer
 
 if TYPE_CHECKING:
     from ..model import MambaTrace
@@ -51,6 +57,9 @@ __all__ = [
     "zero_delta",
 ]
 
+#: What stands for a layer's attention.
+PATTERN = BY_NAME["pattern"]
+
 
 def knockout(
     model: MambaTrace,
@@ -62,8 +71,12 @@ def knockout(
     heads: Heads = None,
     scan: bool = True,
     conv: bool = False,
+    attention: bool | None = None,
 ) -> None:
     """Cut what flows from source to target tokens through the state; to be called inside a trace.
+
+    This is the flow of the SSM alone. In a hybrid, attention in the same layer or in others still carries from the
+    sources to the targets, unless ``attention`` is true.
 
     For each target i and chosen channel e the part of ``y`` that comes from the sources is taken away::
 
@@ -81,21 +94,26 @@ def knockout(
             the tokens of this forward call; what an earlier call has left in a cache is not cut. In a
             left-padded batch a negative number is the same token in each prompt; others warn, and so does a
             position that is padding in some prompts.
-        layers: an int or several; all by default.
+        layers: an int or several; by default all that have an SSM, or with ``attention`` attention.
         channels: ``None`` for all, ``"slow"``, ``"medium"`` or ``"fast"`` (see `decay_groups`), indices, or
             a boolean mask [E].
         heads: of Mamba-2, in place of channels: ``None`` for all, indices, or a boolean mask [H].
         scan: cut the way through the state.
         conv: cut the way through the convolution too, as `knockout_conv` does. Through tokens between them,
             which are neither sources nor targets, sources still reach the targets.
+        attention: cut what the targets read of the sources through attention as well, in all heads: the pattern is
+            set to 0 there, and what else a target reads stays as it was. ``None`` does not cut it, and warns
+            in a hybrid that has attention; ``False`` does not, and does not warn.
 
     Raises:
         PositionError: for a position that no prompt has, or if no source is at or before a target. Raised
             before anything is computed if the block has not asked for a site yet.
         LayerError: for a layer that the model does not have.
+        UnknownSiteError: for a layer that has nothing to cut, as an MLP has no SSM, or a model without such layers.
         SiteValueError: for channels or heads that it does not have, or outside of a trace.
-        SiteOrderError: if the block has gone past a layer's ssm_input (x_in with ``conv``).
-        ArgumentError: if neither ``scan`` nor ``conv`` is true.
+        SiteOrderError: if the block has gone past a layer's ssm_input (x_in with ``conv``), or its pattern.
+        ArgumentError: if none of ``scan``, ``conv`` and ``attention`` is true, or only ``attention`` and channels
+            or heads are given.
 
     Source:
         The formula of Mamba knockout (arXiv 2505.24244), on the attention matrix of arXiv 2403.01590.
@@ -106,7 +124,7 @@ def knockout(
             knockout(model, source_positions=10, target_positions=-1, layers=[2, 3], channels="slow")
             logits = model.lm_head.output.save()  # [B,L,V]
     """
-    _make("knockout", model, [Cut(source_positions, target_positions, channels, scan, conv, heads)], layers)
+    _make("knockout", model, [Cut(source_positions, target_positions, channels, scan, conv, heads, attention)], layers)
 
 
 def knockout_conv(
@@ -134,7 +152,7 @@ def knockout_conv(
 
     Raises:
         PositionError: as `knockout`, also if no source is within the last K positions of a target.
-        LayerError, SiteValueError, SiteOrderError: as `knockout`.
+        LayerError, UnknownSiteError, SiteValueError, SiteOrderError: as `knockout`.
 
     Source:
         Mamba (arXiv 2312.00752), section 3.4: the convolution before the SSM.
@@ -162,12 +180,13 @@ def zero_delta(
     The token still reads the state left by the tokens before it, and its D term stays.
 
     Args:
-        model, layers, heads: as in `knockout`.
+        model, heads: as in `knockout`.
+        layers: an int or several; by default all that have an SSM.
         channels: the same; in Mamba-2 those of whole heads, since the channels of a head share one delta.
         positions: the tokens, in the forms of ``source_positions`` there.
 
     Raises:
-        PositionError, LayerError, SiteValueError: as `knockout`.
+        PositionError, LayerError, UnknownSiteError, SiteValueError: as `knockout`.
         SiteOrderError: if the block has gone past a layer's delta.
 
     Source:
@@ -191,10 +210,11 @@ def apply(model: MambaTrace, edits: Cut | ZeroDelta | Iterable[Cut | ZeroDelta],
     Args:
         model: the model.
         edits: `Cut` and `ZeroDelta`, one or several, in any order.
-        layers: an int or several; all by default.
+        layers: an int or several; by default all that have something to cut. In a layer that has only the SSM or
+            only attention, what there is of each edit is made; there must be something of each.
 
     Raises:
-        PositionError, LayerError, SiteValueError, SiteOrderError: as `knockout`.
+        PositionError, LayerError, UnknownSiteError, SiteValueError, SiteOrderError: as `knockout`.
 
     Example::
 
@@ -212,21 +232,62 @@ def apply(model: MambaTrace, edits: Cut | ZeroDelta | Iterable[Cut | ZeroDelta],
 
 def _make(verb: str, model: MambaTrace, edits: list[Cut | ZeroDelta], layers: Layers) -> None:
     need_a_trace(verb)
-    numbers = layer_numbers(model, layers)
-    for edit in edits:
-        check_channels(model, edit.channels, edit.heads)
+    numbers = layers_to_cut(model, edits, layers)
+    with_ssm = [number for number in numbers if number in model.ssm_layers]
+    for edit in (edit for edit in edits if edit.of_ssm):
+        check_channels(model, edit.channels, edit.heads, with_ssm[0])
         if isinstance(edit, ZeroDelta):
-            check_whole_heads(model, edit.channels)
+            check_whole_heads(model, edit.channels, with_ssm[0])
     call = call_inputs(model, model.layers[numbers[0]])
     if call is not None:
         for edit in edits:
-            check_positions(edit, *call, mixer_sizes(model)["K"])
+            check_positions(edit, *call, mixer_sizes(model, with_ssm[0])["K"] if edit.of_ssm else 1)
+    warn_of_attention(model, edits)
     for layer in numbers:
-        masks = [channel_mask(model, layer, edit.channels, edit.heads) for edit in edits]
         try:
-            edit_layer(model.layers[layer].ssm, list(zip(edits, masks, strict=True)))
+            make_in(model, layer, edits)
         except SiteOrderError as error:
             raise SiteOrderError(
                 f"{error}. If another cut went past it, make all cuts of a layer in one call, "
                 f"flow.apply(model, [Cut(...), Cut(...)], layers), and earlier layers first"
             ) from error
+
+
+def layers_to_cut(model: MambaTrace, edits: list[Cut | ZeroDelta], layers: Layers) -> list[int]:
+    """The layers in ascending order, in each of which every edit finds something. Raises as `knockout`."""
+    layout, parts = model._layout, []
+    for edit in edits:
+        parts.append([site for site, cut in ((SSM, edit.of_ssm), (PATTERN, edit.attention)) if cut])
+    if layers is None:
+        found = {layer for sites in parts for site in sites for layer in layout.with_site(site)}
+        return sorted(found) or all_with(layout, parts[0][0])
+    numbers = layer_numbers(model, layers)
+    for layer in numbers:
+        for sites in parts:
+            if not any(layout.has(site, layer) for site in sites):
+                raise absent(layout, sites[0], layer, f"layers={layers!r}")
+    return numbers
+
+
+def make_in(model: MambaTrace, layer: int, edits: list[Cut | ZeroDelta]) -> None:
+    """Make in a layer what there is to make of each edit, in execution order."""
+    kind, block = model._layout.layers[layer], model.layers[layer]
+    of_ssm = [edit for edit in edits if edit.of_ssm] if kind.has(SSM) else []
+    reads = [edit for edit in edits if isinstance(edit, Cut) and edit.attention] if kind.has(PATTERN) else []
+    attention_first = "attn" in kind.early
+    if reads and attention_first:
+        cut_reads(block.attn, reads)
+    if of_ssm:
+        edit_layer(block.ssm, [(edit, channel_mask(model, layer, edit.channels, edit.heads)) for edit in of_ssm])
+    if reads and not attention_first:
+        cut_reads(block.attn, reads)
+
+
+def warn_of_attention(model: MambaTrace, edits: list[Cut | ZeroDelta]) -> None:
+    """Warn, at the user's line, of the way through attention where a cut leaves it and does not say so."""
+    left = model.attention_layers
+    if left and any(isinstance(edit, Cut) and edit.scan and edit.attention is None for edit in edits):
+        warn_user(
+            f"only the flow through the SSM is cut: attention, in layers {spans(left)}, still carries from these "
+            f"sources to these targets. attention=True cuts it, too; attention=False if this is meant"
+        )

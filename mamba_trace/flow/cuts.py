@@ -16,7 +16,7 @@ class Cut:
     """A cut of what flows from source to target tokens. The attributes are the arguments of `knockout`.
 
     Raises:
-        ArgumentError: if neither the scan nor the convolution is to be cut.
+        ArgumentError: if nothing is to be cut, or only attention, and in some channels or heads of the SSM.
     """
 
     source_positions: Positions
@@ -25,11 +25,22 @@ class Cut:
     scan: bool = True
     conv: bool = False
     heads: Heads = None
+    attention: bool | None = None
 
     def __post_init__(self) -> None:
         """Raise an `ArgumentError` if there is nothing to cut."""
-        if not (self.scan or self.conv):
+        if not (self.of_ssm or self.attention):
             raise ArgumentError("scan=False and conv=False: nothing would be cut; one of them must be true")
+        if not self.of_ssm and (self.channels is not None or self.heads is not None):
+            raise ArgumentError(
+                "channels= and heads= choose a part of the SSM, and with scan=False and conv=False only attention is "
+                "cut, in all of its heads; for one head edit its pattern, ablate(model.layers[l].attn.pattern, heads=1)"
+            )
+
+    @property
+    def of_ssm(self) -> bool:
+        """Whether it cuts something of the SSM."""
+        return self.scan or self.conv
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,6 +50,8 @@ class ZeroDelta:
     positions: Positions
     channels: Channels = None
     heads: Heads = None
+
+    of_ssm, attention = True, False
 
 
 def check_positions(edit: Cut | ZeroDelta, length: int, mask: Tensor | None, taps: int) -> None:
@@ -73,7 +86,8 @@ def sources_and_targets(cut: Cut, length: int, taps: int) -> tuple[frozenset[int
     asked = f"source_positions={cut.source_positions!r}, target_positions={cut.target_positions!r}"
     if min(sources) > max(targets):
         raise PositionError(f"{asked}: every source comes after every target, and information flows forward")
-    if not cut.scan and not any(target - lag in sources for target in targets for lag in range(taps)):
+    only_conv = not (cut.scan or cut.attention)
+    if only_conv and not any(target - lag in sources for target in targets for lag in range(taps)):
         raise PositionError(
             f"{asked}: no source is in reach of the convolution, which looks at the target itself "
             f"and the {taps - 1} positions before it"

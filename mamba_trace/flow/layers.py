@@ -43,6 +43,22 @@ def edit_layer(ssm: Any, edits: Sequence[tuple[Cut | ZeroDelta, Tensor]]) -> Non
         cut_scan(ssm, scans, x, delta)
 
 
+def cut_reads(attn: Any, cuts: Sequence[Cut]) -> None:
+    """Take what flows through attention out of what each head reads: the pattern is 0 there, in all heads.
+
+    Args:
+        attn: the attention, an envoy.
+        cuts: cuts.
+    """
+    pattern = attn.pattern.output  # [B,Q,L,S]
+    length, past = pattern.shape[2], pattern.shape[3] - pattern.shape[2]
+    cut = torch.zeros(pattern.shape[2:], dtype=torch.bool, device=pattern.device)
+    for sources, targets in (sources_and_targets(each, length, 1) for each in cuts):
+        # What comes after a target is not read in any case.
+        cut[[[target] for target in targets], [past + source for source in sources]] = True
+    attn.pattern.output = pattern.masked_fill(cut, 0)
+
+
 def cut_scan(ssm: Any, cuts: Sequence[tuple[Cut, Tensor]], x: Tensor, delta: Tensor) -> None:
     """Take what flows through the state out of y.
 

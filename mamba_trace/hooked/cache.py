@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .. import names
+from ..arguments.selection import layers_with
 from ..errors import LayerError, PromptError, UnknownSiteError
 from ..names import Place, layer_index
 from ..sites import BY_HOOK, BY_NAME, SITES, STATE, Site
@@ -203,18 +204,20 @@ class ActivationCache(ResidualAnalyses):
         return self
 
     def stack_activation(self, activation_name: str, layer: int | None = -1) -> Tensor:
-        """A site of every layer, stacked.
+        """A site of every layer that has it, stacked.
 
         Args:
             activation_name: a site of the layers, e.g. ``"resid_post"``, ``"h"`` or ``"hook_y"``.
             layer: stack the layers before this one; -1 or ``None`` stacks all.
 
         Returns:
-            [n_layers, ...], e.g. [n_layers,B,L,D].
+            [n_layers, ...], e.g. [n_layers,B,L,D]. In a hybrid row i is of the i-th layer that has the site: for a
+            site of the SSM ``model.ssm_layers[i]``, of attention ``model.attention_layers[i]``.
 
         Raises:
-            UnknownSiteError: if the value of one of the layers is not in this cache.
-            LayerError: if the model has no such layer.
+            UnknownSiteError: if no layer before this one has the site, saying which layers have it; or if the value
+                of one of those that do is not in this cache.
+            LayerError: if there is no such layer.
 
         Example::
 
@@ -223,7 +226,10 @@ class ActivationCache(ResidualAnalyses):
         stop = self._layer(layer)
         if not stop:
             raise LayerError("layer=0: there are no layers before layer 0 to stack")
-        values = [self[activation_name, number] for number in range(stop)]
+        site = shorthand(activation_name.removesuffix(GRADIENT), "layer")
+        numbers = range(stop) if site is None else layers_with(self.model._layout, site)
+        # Where no layer has it, the first says why.
+        values = [self[activation_name, number] for number in numbers if number < stop] or [self[activation_name, 0]]
         return torch.stack([value.to(values[-1].device) for value in values])  # layers may be on several
 
 

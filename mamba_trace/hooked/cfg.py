@@ -4,7 +4,8 @@ Contract: `LensConfig` is a view. It stores nothing: every attribute is looked u
 configuration (device and dtype in its parameters) at the moment it is read, so it follows changes of either,
 and it cannot be assigned to. It has the names of MambaLens's `MambaCfg`, taken from the architecture's table of
 configuration fields, and MambaLens's one-letter sizes. A name that only another architecture has is an error that
-says so.
+says so. Of a hybrid, whose parts have a width and heads each, it shows the sizes under the letters of the sites, and
+refuses the names that could mean two of them.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from collections import namedtuple
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from ..conversion.config_fields import FIELDS_OF, INNER_WIDTH, UNNAMED, aliases_of
+from ..conversion.config_fields import INNER_WIDTH, UNNAMED, aliases_of, fields_of
 from ..conversion.formats import unnamed_settings
 from ..modeling.architectures import ARCHITECTURES, BY_TYPE, axis_sizes
 from ..names import nearest
@@ -33,11 +34,33 @@ LACKED = {
     ("dual", "dt_rank"): "in a Mamba-2 delta_1 has one number for each of the n_heads heads",
     ("dual", "D_delta"): "in a Mamba-2 delta_1 has one number for each of the n_heads heads",
 }
+#: The names of the sizes of a hybrid's parts, by the letter of the axis; a model has those that one of its layers has.
+SIZES = {
+    "E": ("d_inner", "E"),
+    "N": ("d_state", "N"),
+    "R": ("dt_rank", "R", "D_delta"),
+    "K": ("d_conv", "D_conv"),
+    "H": ("H",),
+    "P": ("P",),
+    "G": ("n_groups", "G"),
+    "Q": ("Q",),
+    "U": ("n_key_value_heads", "U"),
+    "W": ("W",),
+    "X": ("n_experts", "X"),
+}
+#: Why a hybrid does not have a name, where there is more to say.
+LACKED_BY_HYBRIDS = {
+    "n_heads": "the heads of the SSM are model.cfg.H, and the query heads of attention model.cfg.Q",
+    "d_head": "a head of the SSM has model.cfg.P channels, and a head of attention model.cfg.W",
+    "d_mlp": "an MLP, a shared MLP and experts have widths of their own, which model.config has",
+    "initializer_cfg": "transformers initialises a hybrid by settings of its own, which model.config has",
+    **dict.fromkeys(("expand", "bias", "conv_bias"), "each hybrid has a field of its own for it in model.config"),
+}
 
 
 def _named(model_type: str, depth: int) -> dict[str, str]:
     """MambaLens's name -> Hugging Face's, at the top level of a configuration (1) or in its initializer_cfg (2)."""
-    paths = ((field.mamba_lens, field.name) for field in FIELDS_OF[model_type])
+    paths = ((field.mamba_lens, field.name) for field in fields_of(BY_TYPE[model_type]))
     return {path[-1]: name for path, name in paths if path and len(path) == depth}
 
 
@@ -45,8 +68,8 @@ def _field(name: str) -> Read:
     return lambda model: getattr(model.config, name)
 
 
-def _inner_width(model: Any) -> int:
-    return axis_sizes(model._module)["E"]
+def _size(axis: str) -> Read:
+    return lambda model: axis_sizes(model._module)[axis]
 
 
 def _initializer(model: Any) -> Any:
@@ -68,14 +91,38 @@ def reads_of(model_type: str) -> Mapping[str, Read]:
     """Name -> how it is read from a model of this architecture, in the order of `LensConfig.to_dict`."""
     names = _named(model_type, 1) | aliases_of(BY_TYPE[model_type])
     return {
-        **{name: _inner_width if theirs == INNER_WIDTH else _field(theirs) for name, theirs in names.items()},
+        **{name: _size("E") if theirs == INNER_WIDTH else _field(theirs) for name, theirs in names.items()},
         "n_ctx": lambda model: None,
-        "device": lambda model: model.device,
-        "dtype": lambda model: model._module.dtype,
-        "default_prepend_bos": lambda model: model.default_prepend_bos,
-        "tokenizer_prepends_bos": lambda model: model.tokenizer_prepends_bos,
+        **_OF_ALL,
         "initializer_cfg": _initializer,
     }
+
+
+_OF_ALL: dict[str, Read] = {
+    "device": lambda model: model.device,
+    "dtype": lambda model: model._module.dtype,
+    "default_prepend_bos": lambda model: model.default_prepend_bos,
+    "tokenizer_prepends_bos": lambda model: model.tokenizer_prepends_bos,
+}
+
+
+def _longest(model: Any) -> int | None:
+    return getattr(model.config, "max_position_embeddings", None) if model.attention_layers else None
+
+
+@functools.cache
+def _reads_of_hybrid(axes: str) -> Mapping[str, Read]:
+    """As `reads_of`, for a hybrid whose layers have these axes."""
+    sizes = {name: _size(axis) for axis, names in SIZES.items() if axis in axes for name in names}
+    stream = {"d_model": "hidden_size", "D": "hidden_size", "n_layers": "num_hidden_layers"}
+    stream |= {"n_layer": "num_hidden_layers"}
+    vocabulary = dict.fromkeys(("vocab_size", "d_vocab", "V"), "vocab_size")
+    fields = {name: _field(theirs) for name, theirs in (stream | vocabulary).items()}
+    return fields | sizes | {"eps": _epsilon, "n_ctx": _longest} | _OF_ALL
+
+
+def _epsilon(model: Any) -> float:
+    return model.norm_f._module.variance_epsilon
 
 
 class LensConfig:
@@ -102,6 +149,15 @@ class LensConfig:
     ``initializer_cfg``                              ``initializer_range``, ``dt_min``, ``dt_max``, ...
     ===============================================  =======================================================
 
+    and in a hybrid, with ``d_inner`` and the other sizes of its SSM if it has one:
+
+    ===============================================  =======================================================
+    ``H``; ``P``                                     heads of the SSM, and channels of each
+    ``Q``; ``n_key_value_heads``, ``U``; ``W``       heads of queries, heads of keys, and channels of each
+    ``n_experts``, ``X``                             experts that a router chooses from
+    ``n_ctx``                                        the longest prompt of the training, where attention is
+    ===============================================  =======================================================
+
     Raises:
         AttributeError: for any other name, with the nearest in the message, and for every assignment.
 
@@ -123,7 +179,10 @@ class LensConfig:
 
     @property
     def _reads(self) -> Mapping[str, Read]:
-        return reads_of(self._model.config.model_type)
+        architecture = self._model.architecture
+        if architecture.hybrid:
+            return _reads_of_hybrid("".join(axis_sizes(self._model._module)))
+        return reads_of(architecture.model_type)
 
     @property
     def huggingface(self) -> Any:
@@ -138,7 +197,9 @@ class LensConfig:
             MambaTrace.demo().cfg.to_dict()["d_model"]  # 64
         """
         values = {name: read(self._model) for name, read in self._reads.items()}
-        return values | {"initializer_cfg": values["initializer_cfg"]._asdict()}
+        if "initializer_cfg" in values:
+            values["initializer_cfg"] = values["initializer_cfg"]._asdict()
+        return values
 
     def __getattr__(self, name: str) -> Any:
         if name in self._reads:
@@ -146,13 +207,17 @@ class LensConfig:
         raise AttributeError(f"model.cfg has no {name!r}{self._instead(name)}. It has: {', '.join(self._reads)}")
 
     def _instead(self, name: str) -> str:
-        if name in ABSENT:
-            return f": {ABSENT[name]}"
-        architecture = BY_TYPE[self._model.config.model_type]
-        if why := LACKED.get((architecture.family, name)):
+        architecture, of_parts = self._model.architecture, [name for names in SIZES.values() for name in names]
+        why = LACKED_BY_HYBRIDS.get(name) if architecture.hybrid else ABSENT.get(name)
+        if why := why or (None if architecture.hybrid else LACKED.get((architecture.family, name))):
             return f": {why}"
-        if theirs := [other.name for other in ARCHITECTURES if name in reads_of(other.model_type)]:
+        if architecture.hybrid and name in of_parts:
+            return ", as no layer of it has such a part: model.layer_kinds says what stands in each layer"
+        pure = [other for other in ARCHITECTURES if not other.hybrid]
+        if theirs := [other.name for other in pure if name in reads_of(other.model_type)]:
             return f", which only a {' or a '.join(theirs)} has: this is a {architecture.name}"
+        if name in of_parts:
+            return ", which only a hybrid has: its layers have attention or experts, too"
         if hasattr(self._model.config, name) and not name.startswith("_"):
             return f", a Hugging Face name: it is model.config.{name}"
         return nearest(name, list(self._reads))

@@ -1,12 +1,14 @@
 """What the layers write into the residual stream, and what the stream says on the way, from a cache.
 
-The stream out of a Mamba is a sum: the embedding and every layer's ``out_proj``. The logits are linear in it
-but for one number at each position, the scale of the final RMSNorm. With that number frozen at its value in
-the run, every term has a logit of its own, and these add up to the logits (direct logit attribution). The
-logit lens reads the partial sums instead, each with its own norm, as if the model ended there.
+The stream out of a Mamba is a sum: the embedding and every layer's ``out_proj``. In a hybrid it is the sum of the
+stream into layer 0, which is the embedding times a factor, and of each `ssm_out`, `attn_out` and `mlp_out`. The
+logits are linear in it but for one number at each position, the scale of the final RMSNorm. With that number frozen
+at its value in the run, every term has a logit of its own, and these add up to the logits (direct logit
+attribution). The logit lens reads the partial sums instead, each with its own norm, as if the model ended there.
+Logits are those that the model returns, of which ``lm_head`` may give a multiple.
 
 Source: TransformerLens's ActivationCache, whose method names and shapes these are; logit lens: nostalgebraist
-(2020). A block of Mamba adds to the stream once, so a block has no middle.
+(2020). A block of Mamba adds to the stream once, so a block has no middle; in a hybrid it may have one.
 """
 
 from __future__ import annotations
@@ -19,9 +21,12 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from ..arguments.selection import layers_with
 from ..errors import LayerError, PromptError, UnknownSiteError
-from ..modeling.effective import FrozenNorm, input_dtype, n_outputs, token_directions
+from ..modeling.block import times
+from ..modeling.effective import FrozenNorm, input_dtype, logits_factor, n_outputs, token_directions
 from ..names import layer_index
+from ..sites import BY_NAME
 from ..tracing.placement import input_device
 
 #: Which positions: all, one (whose axis is dropped), a range as (start, stop), a slice, or several.
@@ -38,7 +43,8 @@ class Directions:
             tokens: token ids of any shape, one id, or a string that is one token.
 
         Returns:
-            Rows of ``lm_head``'s weight, with an adapter's part of it: the shape of ``tokens``, then [D].
+            Rows of ``lm_head``'s weight, with an adapter's part of it and times the factor with which the model
+            makes logits of its output: the shape of ``tokens``, then [D].
 
         Raises:
             PromptError: if a string is not one token, an id is not in the vocabulary, or these are no ids.
@@ -63,7 +69,7 @@ class Directions:
         known = ids.numel() == 0 or 0 <= int(ids.min()) <= int(ids.max()) < size
         if ids.is_floating_point() or not known:
             raise PromptError(f"token ids are integers from 0 to {size - 1}, not {tokens!r}")
-        return token_directions(head, ids, width)
+        return token_directions(head, ids, width, logits_factor(self._module))
 
 
 class ResidualAnalyses(Mapping[Any, Tensor]):
@@ -93,20 +99,30 @@ class ResidualAnalyses(Mapping[Any, Tensor]):
         """The residual stream before each layer up to ``layer``, and after the last one.
 
         Args:
-            incl_mid: must be false: a block of Mamba has no middle.
+            incl_mid: the stream in the middle of each block before ``layer``, too, where blocks have a middle.
             layer, apply_ln, pos_slice, return_labels: see the class.
 
         Returns:
-            [C,B,L,D] where C is ``layer + 1``, in float32 or better.
+            [C,B,L,D] where C is ``layer + 1``, and more with ``incl_mid``, in float32 or better.
+
+        Raises:
+            UnknownSiteError: for ``incl_mid`` where no block has a middle, as in a Mamba.
 
         Example::
 
             cache.accumulated_resid(return_labels=True)[1]  # ["0_pre", "1_pre", "final_post"]
         """
-        if incl_mid:
-            raise UnknownSiteError("a block of Mamba adds to the residual stream once: it has no resid_mid")
+        layout = self.model._layout
+        mid = layout.with_site(BY_NAME["resid_mid"]) if incl_mid else []
+        if incl_mid and not mid:
+            blocks = "block of this model" if layout.hybrid else "block of Mamba"
+            raise UnknownSiteError(f"a {blocks} adds to the residual stream once: it has no resid_mid")
         last, n_layers = self._layer(layer), len(self.model.layers)
-        streams = {f"{number}_pre": self._stream(number) for number in range(min(last + 1, n_layers))}
+        streams = {}
+        for number in range(min(last + 1, n_layers)):
+            streams[f"{number}_pre"] = self._stream(number)
+            if number in mid and number < last:
+                streams[f"{number}_mid"] = self["resid_mid", number]
         if last == n_layers:
             streams["final_post"] = self._stream(last)
         return self._stacked(streams, last, apply_ln, pos_slice, return_labels)
@@ -121,22 +137,28 @@ class ResidualAnalyses(Mapping[Any, Tensor]):
     ) -> Any:
         """The terms that add up to the residual stream into ``layer``: the embedding and each out_proj.
 
-        The sum is exact, to rounding, in a run where nobody edited the stream itself.
+        In a hybrid they are the stream into layer 0 (the embedding times the model's factor), and what the SSM,
+        attention and the MLP or experts of each layer add, with the model's factors: ``"embed"``, ``"0_ssm_out"``,
+        ``"0_mlp_out"``, ``"1_attn_out"``, ... The sum is exact, to rounding, in a run where nobody edited the
+        stream itself.
 
         Args:
             incl_embeds: whether the embedding is one of the terms.
             layer, apply_ln, pos_slice, return_labels: see the class.
 
         Returns:
-            [C,B,L,D] where C is ``layer + 1``, in float32 or better.
+            [C,B,L,D] where C is ``layer + 1``, in a hybrid the number of terms, in float32 or better.
 
         Example::
 
             cache.decompose_resid().sum(0)  # cache["resid_post", -1]
         """
         last = self._layer(layer)
-        terms = {"embed": self["embed"]} if incl_embeds else {}
-        terms |= {f"{number}_out_proj": self["out_proj", number] for number in range(last)}
+        hybrid = self.model._layout.hybrid
+        terms = {"embed": self["resid_pre", 0] if hybrid else self["embed"]} if incl_embeds else {}
+        for number in range(last):
+            parts = self._terms(number) if hybrid else ["out_proj"]
+            terms |= {f"{number}_{part}": self[part, number] for part in parts}
         if not terms:
             raise LayerError("nothing but the embedding goes into layer 0: incl_embeds=False leaves nothing")
         return self._stacked(terms, last, apply_ln, pos_slice, return_labels)
@@ -165,7 +187,7 @@ class ResidualAnalyses(Mapping[Any, Tensor]):
         last = self._layer(layer)
         self.model._follow()
         norm = [*(block.norm for block in self.model.layers), self.model.norm_f][last]._module
-        stream = positions_of(self._stream(last), pos_slice)
+        stream = positions_of(self._normed(last), pos_slice)
         if residual_stack.shape[-stream.dim() :] != stream.shape:
             raise PromptError(
                 f"terms of the stream are [C, ...] with {tuple(stream.shape)} behind it, not "
@@ -225,7 +247,7 @@ class ResidualAnalyses(Mapping[Any, Tensor]):
         self.model._follow()
         head, norm = self.model.lm_head._module, self.model.norm_f._module
         normed = norm(streams.to(input_device(norm)))
-        logits = head(normed.to(input_device(head), input_dtype(head)))
+        logits = times(head(normed.to(input_device(head), input_dtype(head))), logits_factor(self.model._module))
         return (logits, labels) if return_labels else logits
 
     # -- parts -----------------------------------------------------------------------------------------
@@ -240,6 +262,17 @@ class ResidualAnalyses(Mapping[Any, Tensor]):
     def _stream(self, layer: int) -> Tensor:
         n_layers = len(self.model.layers)
         return self["resid_pre", layer] if layer < n_layers else self["resid_post", n_layers - 1]
+
+    def _normed(self, layer: int) -> Tensor:
+        """The input of the norm before ``layer``: the stream, and what a shared transformer adds to it there."""
+        layout = self.model._layout
+        shared = layer < len(layout.layers) and layout.has(BY_NAME["shared_out"], layer)
+        return self["layer_input", layer] if shared else self._stream(layer)
+
+    def _terms(self, layer: int) -> list[str]:
+        """The sites of what a layer of a hybrid adds to the stream, in execution order."""
+        sites = [BY_NAME[name] for name in ("ssm_out", "attn_out", "mlp_out")]
+        return [site.name for site in sites if layer in layers_with(self.model._layout, site)]
 
     def _stacked(
         self, parts: dict[str, Tensor], layer: int, apply_ln: bool, pos_slice: PositionSlice, labels: bool

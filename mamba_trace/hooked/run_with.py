@@ -18,6 +18,7 @@ from ..errors import PromptError
 from ..tracing.frames import warn_user
 from ..tracing.one_run import refuse_inside_a_trace
 from .cache import ActivationCache
+from .extents import check_runnable
 from .hooks import Extent, NameOrFilter, check_name, checked_hooks
 from .losses import next_token_loss
 from .residual import Directions
@@ -75,10 +76,12 @@ class HookedRuns(Directions):
                 out), ``"both"``, or ``None``: then nothing is computed past the last hook.
             stop_at_layer: return the residual stream before this layer [B,L,D], whatever ``return_type``
                 says, and compute no more; negative counts from the end, ``n_layers`` is after the last.
-            start_at_layer: feed ``input`` to this layer; nothing before it is computed.
+            start_at_layer: feed ``input`` to this layer as it is; nothing before it is computed. A layer with a
+                shared transformer cannot run then, since it reads the embeddings as well.
             only_use_these_layers: compute only these layers, in the order given; a layer may occur several
                 times, and hooks on it then run each time. Layers of the list that come before
-                ``start_at_layer``, or from ``stop_at_layer`` on, are left out.
+                ``start_at_layer``, or from ``stop_at_layer`` on, are left out. In a hybrid the layers run in
+                the model's own order, each at most once.
             prepend_bos: put the beginning-of-sequence token before each string; ``None`` for
                 ``model.default_prepend_bos``, which is ``False``.
             attention_mask: [B,L], 0 on padding; strings bring their own.
@@ -94,7 +97,8 @@ class HookedRuns(Directions):
         Raises:
             UnknownSiteError: before anything runs, if no place of this architecture has such a name or a
                 predicate accepts none.
-            LayerError: before anything runs, if the model has no such layer or the run does not reach it.
+            LayerError: before anything runs, if the model has no such layer, the run does not reach it, or
+                these layers of a hybrid cannot run so.
             PositionError: before anything runs, if the prompt is too short for a position.
             SiteValueError: if a function returns a value that does not fit, naming its hook.
             PromptError: if the input is no prompt.
@@ -174,6 +178,7 @@ class HookedRuns(Directions):
         """
         explain_away(kernel_flags)
         extent = Extent.of(len(self.layers), start_at_layer, stop_at_layer, only_use_these_layers)
+        check_runnable(extent, self._layout)
         fwd = checked_hooks(self, fwd_hooks, extent, "fwd_hooks")
         bwd = checked_hooks(self, bwd_hooks, extent, "bwd_hooks")
         cached = _checked_names(self, names_filter, extent)

@@ -20,9 +20,10 @@ from torch import Tensor
 from .. import names
 from ..errors import LayerError, PromptError, SiteValueError, UnknownSiteError
 from ..names import Place, public_path
-from ..sites import BY_NAME, STATE, Layout
+from ..sites import BY_NAME, STATE
 from ..tracing import ask_every_position, reading
 from ..tracing.edits import waiting_edits
+from .extents import run_layers
 from .hooks import Extent, Hook, HookFunction, NameOrFilter, Order, key_of, resolve
 
 #: The place whose value a run returns.
@@ -96,7 +97,7 @@ class HookedRun:
             raise PromptError("the prompt has no tokens")
         actions = self.schedule()
         self.check_edits()
-        if self.extent.layers != list(range(self.extent.n_layers)):
+        if self.extent.layers != list(range(self.extent.n_layers)) or self.extent.start is not None:
             # The base's forward reads its attribute `layers`, and finds this one before the submodule.
             self.shadowed = self.model.layers.parent._module.__dict__
             blocks = [block._module for block in self.model.layers]
@@ -273,44 +274,6 @@ class HookedRun:
             return passed
 
         value.register_hook(through)
-
-
-class Passed:
-    """Stands for a layer that a run passes by: the residual stream goes on as it is."""
-
-    def __init__(self, block: Any, stream: Tensor | None) -> None:
-        self.block, self.stream = block, stream
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.block, name)
-
-    def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        stream = hidden_states if self.stream is None else self.stream
-        return (stream, *[None] * (self.block.returned - 1)) if self.block.returned else stream
-
-
-def run_layers(blocks: list[Any], extent: Extent, stream: Tensor | None, layout: Layout) -> list[Any]:
-    """What the base's forward is to call as its layers.
-
-    Args:
-        blocks: all layers of the model.
-        extent: which of them the run goes through.
-        stream: the residual stream [B,L,D] into the first of them, where the run is given one.
-        layout: of the model. The base of a hybrid makes a mask for each layer by its number.
-
-    Raises:
-        LayerError: for layers of a hybrid in another order than the model's.
-    """
-    layers = extent.layers
-    if not layout.hybrid:
-        return [blocks[layer] for layer in layers]
-    if layers != sorted(set(layers)):
-        raise LayerError(
-            f"only_use_these_layers={list(extent.only or ())}: the layers of this model differ, and run in the "
-            f"model's own order, each at most once"
-        )
-    started = None if extent.start is None else stream
-    return [block if number in layers else Passed(block, started) for number, block in enumerate(blocks)]
 
 
 def every_position(name: NameOrFilter, place_of: Callable[[str], Place]) -> NameOrFilter:

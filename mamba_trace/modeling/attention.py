@@ -15,6 +15,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..scan.reference import accumulation_dtype
 from .offers import Offers
+from .past import StartingStates
 
 
 class HookableAttention(nn.Module):
@@ -29,18 +30,18 @@ class HookableAttention(nn.Module):
     scope = "attn"
     returned = 2
     config: Any
-    layer_idx: int
-    head_dim: int
+    layer_idx: Any
+    head_dim: Any
     num_key_value_groups: int
-    scaling: float
-    attention_dropout: float
+    scaling: Any
+    attention_dropout: Any
     q_proj: nn.Linear
     k_proj: nn.Linear
     v_proj: nn.Linear
     o_proj: nn.Linear
 
     rotate: Callable[..., tuple[Tensor, Tensor]] | None = None
-    key_multiplier = 1.0
+    key_multiplier: Any = 1.0
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -66,27 +67,37 @@ class HookableAttention(nn.Module):
         flat = self.projected(offer, hidden_states, layer)
         heads = (part.unflatten(-1, (-1, self.head_dim)) for part in flat)  # [B,L,heads,W]
         q, k, v = (offer(name, part).transpose(1, 2) for name, part in zip("qkv", heads, strict=True))
+        if isinstance(cache, StartingStates):
+            attention_mask = cache.readable(layer, q.shape[2])
+            if position_embeddings is not None:
+                position_embeddings = cache.rotary(layer, q.shape[2], position_embeddings)
         if self.key_multiplier != 1:
             k = k * self.key_multiplier
         if self.rotate is not None and position_embeddings is not None:
             q, k = self.rotate(q, k, *position_embeddings)
         if cache is not None:
             k, v = cache.update(k, v, layer, kwargs=kwargs)
+        weights: Tensor | None
         if offer.wants("pattern"):
             z, weights = self.by_pattern(offer, q, k, v, attention_mask)
         else:
             offer.pass_over("pattern")
-            z, weights = self.by_function(q, k, v, attention_mask, kwargs)
+            given = isinstance(cache, StartingStates)
+            z, weights = self.by_function(q, k, v, attention_mask, kwargs, given)
         z = offer("z", z)  # [B,L,Q,W]
         out = self.o_proj(offer.into("o_proj", z.flatten(2)))  # [B,L,D]
         offer.close()
         return offer.result(out), weights
 
     def by_function(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, kwargs: dict[str, Any]
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, kwargs: dict[str, Any], given: bool
     ) -> tuple[Tensor, Tensor | None]:
-        """What each head reads [B,L,Q,W], by the attention function of the configuration, and what else it returns."""
-        function = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager)
+        """What each head reads [B,L,Q,W], by the attention function of the configuration, and what else it returns.
+
+        Where ``given``, the mask is one of booleans for each row, which not every such function takes, but sdpa does.
+        """
+        name = "sdpa" if given else self.config._attn_implementation
+        function = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager)
         dropout = self.attention_dropout if self.training else 0.0
         z, weights = function(self, q, k, v, mask, dropout=dropout, scaling=self.scaling, **kwargs)
         return z, weights

@@ -14,9 +14,9 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
+from ..scan.norm import rms_norm
 from ..scan.reference import accumulation_dtype
 from ..sites import Kind
 from ..tracing import Visit, take_note_of_mask
@@ -32,14 +32,7 @@ class HookableRMSNorm(nn.Module):
     wide_weight = False
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        x = hidden_states.to(accumulation_dtype(hidden_states))
-        x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
-        return weighted(self, x, hidden_states.dtype)
-
-
-def weighted(norm: Any, x: Tensor, dtype: torch.dtype) -> Tensor:
-    """The normalised ``x``, in the wide dtype, times the weight of a norm: in the model's ``dtype``."""
-    return (norm.weight.to(x.dtype) * x).to(dtype) if norm.wide_weight else norm.weight * x.to(dtype)
+        return rms_norm(hidden_states, self.weight, self.variance_epsilon, wide_weight=self.wide_weight)
 
 
 class Block(nn.Module):
@@ -148,8 +141,8 @@ def ssm_kind(mixer: Any, *parts: str, name: str = "SSM", early: tuple[str, ...] 
     return Kind(name, parts, mixer.family, mixer.lacks, early, mixer.norm_first, tuple(mixer.own_axes.items()))
 
 
-class TwoStepBlock(Block):
-    """Mixin over a block of two halves: the SSM or attention, then an MLP, experts or both.
+class MlpBlock(Block):
+    """What blocks share whose second half is an MLP, experts or both.
 
     Attributes:
         residual_multiplier: what both terms are multiplied by.
@@ -163,7 +156,22 @@ class TwoStepBlock(Block):
         "mlp": "feed_forward",
         "moe": "feed_forward",
     }
-    residual_multiplier = 1.0
+    residual_multiplier: Any = 1.0
+
+    def second_half(self, offer: Offers, resid: Tensor) -> Any:
+        """From the middle of the block to its end, where ``resid`` [B,L,D] is the stream in the middle."""
+        resid = offer("resid_mid", resid)
+        normalized = self.run(offer, "norm_2", offer("mlp_input", resid))
+        term = offer("mlp_out", times(self.fed(offer, normalized), self.residual_multiplier))
+        return self.ended(offer, resid + term)
+
+    def fed(self, offer: Offers, normalized: Tensor) -> Tensor:
+        """What the MLP or the experts return [B,L,D]."""
+        return self.run(offer, "moe" if self.part("mlp") is None else "mlp", normalized)
+
+
+class TwoStepBlock(MlpBlock):
+    """Mixin over a block of two halves: the SSM or attention, then an MLP, experts or both."""
 
     @property
     def kind(self) -> Kind:
@@ -191,24 +199,13 @@ class TwoStepBlock(Block):
             term = offer("attn_out", times(out, self.residual_multiplier))
         return self.second_half(offer, resid + term)
 
-    def second_half(self, offer: Offers, resid: Tensor) -> Any:
-        """From the middle of the block to its end, where ``resid`` [B,L,D] is the stream in the middle."""
-        resid = offer("resid_mid", resid)
-        normalized = self.run(offer, "norm_2", offer("mlp_input", resid))
-        term = offer("mlp_out", times(self.fed(offer, normalized), self.residual_multiplier))
-        return self.ended(offer, resid + term)
 
-    def fed(self, offer: Offers, normalized: Tensor) -> Tensor:
-        """What the MLP or the experts return [B,L,D]."""
-        return self.run(offer, "moe" if self.part("mlp") is None else "mlp", normalized)
-
-
-class ParallelBlock(TwoStepBlock):
+class ParallelBlock(MlpBlock):
     """Mixin over a block whose first half is the SSM and attention side by side, each with a factor of its own."""
 
-    attention_in_multiplier: float
-    ssm_out_multiplier: float
-    attn_out_multiplier: float
+    attention_in_multiplier: Any
+    ssm_out_multiplier: Any
+    attn_out_multiplier: Any
 
     @property
     def kind(self) -> Kind:
@@ -234,10 +231,14 @@ class ParallelBlock(TwoStepBlock):
         return self.second_half(offer, resid + (first + second))
 
 
-class ZambaBlock(HookableBlock):
+class ZambaBlock(Block):
     """Mixin over a Zamba's block with an SSM alone, which may stand inside of a `SharedBlock`."""
 
     parts_named: ClassVar[dict[str, str]] = {"norm": "input_layernorm", "ssm": "mamba"}
+
+    @property
+    def kind(self) -> Kind:
+        return ssm_kind(self.part("ssm"))
 
     def forward(
         self,
@@ -326,6 +327,6 @@ class SharedBlock(Block):
         )
 
 
-def times(value: Tensor, factor: float) -> Tensor:
+def times(value: Tensor, factor: Any) -> Tensor:
     """``value`` multiplied by a factor of the model, and ``value`` itself where that is 1."""
     return value if factor == 1 else value * factor

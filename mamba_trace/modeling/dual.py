@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..scan import DUAL
 from ..scan.dual import short
+from ..scan.norm import rms_norm
 from ..scan.reference import accumulation_dtype
-from .block import weighted
 from .discretisation import Discretisation, DualDiscretisation
 from .mixer import HookableMixer
 from .offers import Offers
@@ -25,9 +24,9 @@ class DualMixer(HookableMixer):
     The limits of delta hold in every call. Hugging Face's decode step leaves them out.
     """
 
-    num_heads: int  # H
-    head_dim: int  # P
-    n_groups: int  # G
+    num_heads: Any  # H
+    head_dim: Any  # P
+    n_groups: Any  # G
     dt_bias: nn.Parameter  # [H]
     norm: Any  # a gated RMSNorm
     time_step_limit: Any  # two numbers
@@ -108,9 +107,9 @@ class HookableGatedRMSNorm(nn.Module):
     wide_weight = False
 
     def forward(self, hidden_states: Tensor, gate: Tensor | None = None) -> Tensor:
-        x = hidden_states.to(accumulation_dtype(hidden_states))
+        x = hidden_states
         if gate is not None:
+            x = x.to(accumulation_dtype(x))
             x = x * F.silu(gate.to(x.dtype))
-        groups = x.unflatten(-1, (-1, self.group_size))
-        groups = groups * torch.rsqrt(groups.square().mean(-1, keepdim=True) + self.variance_epsilon)
-        return weighted(self, groups.flatten(-2), hidden_states.dtype)
+        epsilon, size = self.variance_epsilon, self.group_size
+        return rms_norm(x, self.weight, epsilon, size, hidden_states.dtype, self.wide_weight)

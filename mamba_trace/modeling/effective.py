@@ -19,7 +19,8 @@ from ..errors import CheckpointError
 from ..scan.reference import accumulation_dtype
 from ..tracing import is_itself
 from ..tracing.placement import input_device
-from .block import HookableRMSNorm
+from .architectures import language_model, layout_of
+from .block import HookableRMSNorm, ParallelBlock, times
 from .dual import DualMixer, HookableGatedRMSNorm
 
 #: How many rows of logits [n,V] are made at a time.
@@ -43,18 +44,37 @@ def n_outputs(head: Any, width: int) -> int:
         return int(head(_zeros(head, 1, width)).shape[-1])
 
 
-def token_directions(head: Any, ids: Tensor, width: int) -> Tensor:
+def logits_factor(model: nn.Module) -> float:
+    """What a model multiplies the output of its unembedding by to have its logits, 1 in most."""
+    if not layout_of(model).logits:
+        return 1.0
+    whole = language_model(model)  # the two names are Falcon-H1's and Granite 4's
+    return float(getattr(whole.model, "lm_head_multiplier", 1.0) / getattr(whole.config, "logits_scaling", 1.0))
+
+
+def ssm_factor(block: Any) -> float:
+    """What a block multiplies the output of its mixer by before it adds it to the residual stream, 1 in most."""
+    name = "ssm_out_multiplier" if isinstance(block, ParallelBlock) else "residual_multiplier"
+    return float(getattr(block, name, 1.0))
+
+
+def token_directions(head: Any, ids: Tensor, width: int, factor: float = 1.0) -> Tensor:
     """The direction of the normed stream that raises each token's logit: rows of the unembedding's weight.
 
     Args:
         head: the unembedding, a module from [...,D] to [...,V].
         ids: tokens, integers of any shape.
         width: D.
+        factor: the model's `logits_factor`.
 
     Returns:
         [..., D], ... the shape of ``ids``: rows of the parameter itself where the unembedding is a plain
-        ``Linear``, else new tensors, the gradients of the logits.
+        ``Linear`` whose output are the logits, else new tensors, the gradients of the logits.
     """
+    return times(_directions(head, ids, width), factor)
+
+
+def _directions(head: Any, ids: Tensor, width: int) -> Tensor:
     if is_itself(head, nn.Linear):
         return head.weight[ids.to(head.weight.device)]
     unique, places = ids.flatten().unique(return_inverse=True)
@@ -111,8 +131,12 @@ class FrozenNorm:
 
     @classmethod
     def inside(cls, mixer: Any) -> FrozenNorm | None:
-        """That of a mixer's own norm between its gate and out_proj; ``None`` in Mamba-1, which has none."""
-        return cls.of(mixer.norm, mixer.sizes["E"]) if isinstance(mixer, DualMixer) else None
+        """That of a mixer's own norm between its scan and out_proj; ``None`` where it has none, as in Mamba-1.
+
+        Its input is the site that `normed_in` names.
+        """
+        has_one = isinstance(mixer, DualMixer) and "inner_norm" not in mixer.lacks
+        return cls.of(mixer.norm, mixer.sizes["E"]) if has_one else None
 
     def scale(self, value: Tensor) -> Tensor:
         """What the norm divides its input [...,D] by, inverted: one number for each group [...,D / group_size]."""
@@ -122,6 +146,11 @@ class FrozenNorm:
     def factors(self, value: Tensor) -> Tensor:
         """What the norm multiplies each number of an input [...,D] by, which is this input in the run."""
         return self.scale(value).repeat_interleave(self.group_size, -1) * self.weight.to(value.device)
+
+
+def normed_in(mixer: Any) -> str:
+    """The site that a mixer's own norm has as its input: a Falcon-H1 may have it before the gate."""
+    return "ssm_output" if mixer.norm_first else "after_skip"
 
 
 def _norm_weight(norm: Any, width: int) -> Tensor:

@@ -11,13 +11,15 @@ from torch import Tensor, nn
 
 from ..tracing import Visit, take_note_of_mask
 from .offers import Offers
+from .past import StartingStates
 
 
 class HookableBase(nn.Module):
     """Mixin over the module of the embedding, the layers and the final norm.
 
     It gives each row the positions of its own tokens, however the row is padded and whatever a cache holds. Hugging
-    Face counts the columns, from 0 again on a Bamba's cache.
+    Face counts the columns, from 0 again on a Bamba's cache. Where rows start in the middle of a prompt, positions are
+    those of the whole prompt, of which attention takes each row's.
     """
 
     scope: ClassVar[None] = None
@@ -27,6 +29,9 @@ class HookableBase(nn.Module):
         given = kwargs.get("input_ids") if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
         if given is not None and not args:
             length = given.shape[1]
+            if isinstance(cache, StartingStates):
+                kwargs["position_ids"] = torch.arange(cache.length, device=given.device)[None]
+                kwargs["attention_mask"] = mask = {"full_attention": None, "linear_attention": None}
             if kwargs.get("position_ids") is None:
                 kwargs["position_ids"] = positions(length, mask, cache, given.device)
             if isinstance(mask, Tensor) and mask.dim() == 2:

@@ -73,11 +73,11 @@ class HookableMixer(nn.Module):
         last_run: what it ran in its last call.
     """
 
-    layer_idx: int
+    layer_idx: Any
     intermediate_size: int  # E
-    ssm_state_size: int  # N
-    conv_kernel_size: int  # K
-    act: nn.Module
+    ssm_state_size: Any  # N; Hugging Face's classes declare these numbers differently
+    conv_kernel_size: Any  # K
+    act: Any
     in_proj: nn.Linear
     conv1d: nn.Conv1d
     out_proj: nn.Linear

@@ -25,7 +25,7 @@ class HookableRouter(nn.Module):
     """
 
     weight: nn.Parameter
-    top_k: int
+    top_k: Any
 
     def logits(self, hidden_states: Tensor) -> Tensor:
         """The logits of the experts [...,X]."""

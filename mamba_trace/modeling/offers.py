@@ -64,7 +64,8 @@ def add_sites(module: nn.Module, sites: Iterable[Site], sizes: dict[str, int]) -
         sites: those that it has, in execution order.
         sizes: of the axes, as far as they are known.
     """
-    own, family = [site for site in sites if site.module is None], getattr(module, "family", "selective")
+    own: list[Site] = [site for site in sites if site.module is None]
+    family: Any = getattr(module, "family", "selective")
     own_axes: dict[str, str] = getattr(module, "own_axes", {})
     for site in own:
         axes = own_axes.get(site.name) or site.axes_in(family)

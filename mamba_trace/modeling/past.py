@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -24,35 +24,92 @@ from ..tracing.mask import ends
 
 @dataclass(frozen=True)
 class StartingStates:
-    """A read-only cache: the convolution columns and states from which a forward call continues in the middle
-    of a prompt.
+    """A read-only cache: the convolution columns, states, keys and values from which a forward call continues in the
+    middle of a prompt.
 
     Unlike Hugging Face's cache it is never updated, and layers may have different numbers of rows. Several
     rows may start from one place, which is kept once. No token of a call that starts here is padding.
 
-    Attributes, each a list over the layers:
-        columns: the last K columns of the convolution before each place [k,channels,K].
-        states: the state before each place [k,...,N].
+    Attributes, each a list over the layers, but for ``length``:
+        columns: the last K columns of the convolution before each place [k,channels,K]; ``None`` without an SSM.
+        states: the state before each place [k,...,N]; ``None`` without an SSM.
         places: the place that each row starts from: integers [B].
+        keys, values: of attention over the whole prompt, rotated and multiplied: [B,U,S,W], or [1,U,S,W] for all
+            rows; ``None`` without attention. Empty where no layer has any.
+        positions: the position in the prompt of each row's first token: integers [B]. A row reads the keys before it.
+        before: the largest of these positions.
+        length: how many positions the prompt has, S.
     """
 
-    columns: list[Tensor]
-    states: list[Tensor]
+    columns: list[Tensor | None]
+    states: list[Tensor | None]
     places: list[Tensor]
+    keys: list[Tensor | None] = field(default_factory=list)
+    values: list[Tensor | None] = field(default_factory=list)
+    positions: list[Tensor] = field(default_factory=list)
+    before: list[int] = field(default_factory=list)
+    length: int = 0
 
-    def add(self, columns: Tensor, state: Tensor) -> None:
-        """Add a layer, each row of which starts from its own columns [B,K,channels] and state [B,...,N]."""
-        self.columns.append(rearrange(columns, "b k e -> b e k").contiguous())
-        self.states.append(state.clone())
-        self.places.append(torch.arange(len(state), device=state.device))
+    def add(self, columns: Tensor | None, state: Tensor | None, positions: Tensor | None = None) -> None:
+        """Add a layer, each row of which starts from its own columns [B,K,channels] and state [B,...,N].
+
+        Args:
+            columns, state: ``None`` for a layer without an SSM.
+            positions: in the prompt, of each row's first token [B]; needed where there is no state.
+        """
+        if positions is None:
+            positions = torch.zeros(len(of_layer(state)), dtype=torch.long, device=of_layer(state).device)
+        self.columns.append(None if columns is None else rearrange(columns, "b k e -> b e k").contiguous())
+        self.states.append(None if state is None else state.clone())
+        self.places.append(torch.arange(len(positions), device=positions.device))
+        self.positions.append(positions)
+        self.before.append(max(positions.tolist(), default=0))
 
     def convolution(self, layer: int) -> Tensor:
         """The columns before the call [B,channels,K]."""
-        return self.columns[layer][self.places[layer]]
+        return of_layer(self.columns[layer])[self.places[layer]]
 
     def state(self, layer: int) -> Tensor:
         """The state before the call [B,...,N]."""
-        return self.states[layer][self.places[layer]]
+        return of_layer(self.states[layer])[self.places[layer]]
+
+    # -- attention -------------------------------------------------------------------------------------
+
+    def update(self, k: Tensor, v: Tensor, layer: int, **_: Any) -> tuple[Tensor, Tensor]:
+        """The keys and values that the rows of a call read: those before it, as far as any row needs them, and its own.
+
+        Args:
+            k, v: of the call [B,U,L,W].
+            layer: the layer.
+        """
+        past = (self.keys[layer], self.values[layer])
+        before, rows = self.before[layer], len(k)
+        kept = [of_layer(part)[:, :, :before].to(own.dtype) for part, own in zip(past, (k, v), strict=True)]
+        k, v = (
+            torch.cat((part.expand(rows, -1, -1, -1), own), dim=2) for part, own in zip(kept, (k, v), strict=True)
+        )
+        return k, v
+
+    def readable(self, layer: int, length: int) -> Tensor:
+        """Which of the keys of `update` each position of a call of ``length`` may read: booleans [B,1,length,S]."""
+        positions, before = self.positions[layer], self.before[layer]
+        earlier = torch.arange(before, device=positions.device) < positions[:, None]  # [B,S]
+        own = torch.ones(length, length, dtype=torch.bool, device=positions.device).tril()
+        parts = (earlier[:, None].expand(-1, length, -1), own.expand(len(positions), -1, -1))
+        return torch.cat(parts, dim=-1)[:, None]
+
+    def rotary(self, layer: int, length: int, embeddings: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Cosine and sine at the positions of each row [B,length,W], where ``embeddings`` are those of the prompt."""
+        steps = torch.arange(length, device=self.positions[layer].device)
+        at = (self.positions[layer][:, None] + steps).clamp(max=self.length - 1)  # past its end, the last again
+        cos, sin = (whole[0].to(at.device)[at] for whole in embeddings)
+        return cos, sin
+
+
+def of_layer(value: Tensor | None) -> Tensor:
+    """What is kept of a layer that has the part."""
+    assert value is not None
+    return value
 
 
 @dataclass(frozen=True)
@@ -168,7 +225,7 @@ class PastStates:
     def shared(self) -> SharedStates | None:
         """The states that the rows of a call start from in the middle of a prompt; ``None`` in any other call."""
         return (
-            None if self.fixed is None else SharedStates(self.fixed.states[self.layer], self.fixed.places[self.layer])
+            None if self.fixed is None else SharedStates(of_layer(self.fixed.states[self.layer]), self.fixed.places[self.layer])
         )
 
     def keep(self, h: Tensor | None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -16,7 +17,7 @@ from .past import masked
 class SelectiveMixer(HookableMixer):
     """Completes Hugging Face's mixers with x_proj and dt_proj: x [B,L,E], states [B,E,N]."""
 
-    time_step_rank: int  # R
+    time_step_rank: Any  # R
     x_proj: nn.Linear
     dt_proj: nn.Linear
 
@@ -61,9 +62,9 @@ class SelectiveMixer(HookableMixer):
 class NormedSelectiveMixer(SelectiveMixer):
     """Completes those with a norm on each of dt, B and C: delta_1, B and C are what the norms return."""
 
-    dt_layernorm: nn.Module
-    b_layernorm: nn.Module
-    c_layernorm: nn.Module
+    dt_layernorm: Any
+    b_layernorm: Any
+    c_layernorm: Any
 
     def selective_parameters(self, offer: Offers, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         delta_1, B, C = super().selective_parameters(offer, x)

@@ -21,28 +21,26 @@ from __future__ import annotations
 import functools
 import operator
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
-from ..errors import LayerError, PositionError, UnknownSiteError
+from ..errors import LayerError, UnknownSiteError
 from ..sites import (
     BY_HOOK,
     BY_MODULE,
     BY_NAME,
     FAMILY_MODELS,
     NATIVE_MODULES,
-    PURE,
     SITES,
     STATE,
     Family,
     Layout,
-    Site,
 )
 from .bridge import BRIDGE_BLOCK, BRIDGE_MODEL, families_of_name, name_of, paths_in_block
 from .hints import families_of, lacked, models_of, nearest, of_another_family
-from .layouts import absent, site_in, spans
+from .layouts import absent, check_meaning, site_in, spans
 from .modules import OF_LAYER, SCOPE_OF, below_the_layer, below_the_model
+from .place import Place, hook_names, hook_places
 
 _IN_LAYER = re.compile(r"layers(?:\[(\d+)\]|\.(\d+))(?:\.(.+))?")
 _POSITION = re.compile(rf"{STATE}(?:\[(-?\d+)\]|\.(-?\d+))")
@@ -74,94 +72,6 @@ __all__ = [
 
 #: A run asks for the same names again at each of its sites; this many are kept.
 NAMES_KEPT = 2**12
-
-
-@dataclass(frozen=True)
-class Place:
-    """A site of a particular layer, and for the state of a particular position.
-
-    Attributes:
-        site: the row of the table, or ``None`` for one of `sites.NATIVE_MODULES`.
-        layer: the layer, or ``None`` for the model's own sites.
-        position: the position for ``h[p]``, or ``None``.
-        native: the inner module's name where ``site`` is ``None``.
-    """
-
-    site: Site | None
-    layer: int | None = None
-    position: int | None = None
-    native: str | None = None
-
-    @property
-    def whole_trajectory(self) -> bool:
-        """Whether this is ``h`` itself, all positions at once, which has no hook name."""
-        return self.site is not None and self.site.name == STATE and self.position is None
-
-    def index(self, layout: Layout | None = None) -> float:
-        """Where the place comes in its layer or its model: the order of execution, positions aside.
-
-        An inner module comes half a step before the site that follows it, ``h[p]`` before the whole ``h``.
-
-        Args:
-            layout: of the model; without one the order is the table's.
-        """
-        site = self.site or BY_NAME[NATIVE_MODULES[str(self.native)]]
-        order = site.index if layout is None else layout.order(site, self.layer)
-        return order - (0.5 if self.site is None or self.position is not None else 0.0)
-
-    @property
-    def path(self) -> str:
-        """The path users write."""
-        if self.site is None:
-            return f"layers[{self.layer}].ssm.{self.native}"
-        return self.site.path(self.layer) + ("" if self.position is None else f"[{self.position}]")
-
-    @property
-    def hook_name(self) -> str:
-        """The MambaLens name, or TransformerLens 4's. Raises `UnknownSiteError` where neither has one."""
-        if self.site is None:
-            raise UnknownSiteError(f"{self.path} has no MambaLens hook: {self.native} is a module, not a site")
-        if self.whole_trajectory:
-            raise UnknownSiteError(
-                f"{self.path} (the whole trajectory) has no hook name: MambaLens has one hook for each "
-                f"position, blocks.{self.layer}.hook_h.p, which is {self.path}[p] here"
-            )
-        return self.site.hook_name(self.layer) + ("" if self.position is None else f".{self.position}")
-
-
-def hook_names(layers: int | Layout, n_positions: int, family: Family = "selective") -> list[str]:
-    """Every MambaLens hook name of a model, in execution order.
-
-    >>> hook_names(1, 2)[:2]
-    ['hook_embed', 'blocks.0.hook_resid_pre']
-
-    Args:
-        layers: what the layers of the model are; for a Mamba their number is enough.
-        n_positions: of the prompt.
-        family: of the mixers, where ``layers`` is a number.
-
-    Raises:
-        PositionError: if ``n_positions`` is not an integer of at least one.
-    """
-    if isinstance(n_positions, bool) or not isinstance(n_positions, int) or n_positions < 1:
-        raise PositionError(
-            f"hook names are those of a prompt of so many tokens, an integer of at least one position, not "
-            f"{n_positions!r}"
-        )
-    layout = Layout((PURE[family],) * layers) if isinstance(layers, int) else layers
-    return [place.hook_name for place in hook_places(layout, n_positions)]
-
-
-def hook_places(layout: Layout, n_positions: int) -> Iterator[Place]:
-    """The places of `hook_names`, in the same order.
-
-    >>> [place.path for place in hook_places(Layout((PURE["selective"],)), 2)][:2]
-    ['embeddings', 'layers[0].resid_pre']
-    """
-    for site, layer in layout.walk():
-        if site.in_mamba_lens or site.part:
-            for position in range(n_positions) if site.name == STATE else (None,):
-                yield Place(site, layer, position)
 
 
 def to_path(name: str, family: Family | None = None) -> str:
@@ -383,6 +293,7 @@ def in_layout(place: Place, layout: Layout, name: str) -> Place:
         if layout.layers[place.layer or 0].family is None:
             raise absent(layout, None, place.layer, repr(name))
         return place
+    check_meaning(layout, place.site, place.layer, name)
     of_logits = place.site.name == "lm_head" and name.endswith(BY_NAME["lm_head"].hook)  # MambaLens's name of these
     site = site_in(layout, BY_NAME["logits"] if of_logits else place.site, place.layer)
     if site is None:

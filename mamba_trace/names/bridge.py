@@ -6,6 +6,9 @@ inner_norm. Its ``mixer.hook_ssm_write`` and ``mixer.hook_ssm_state`` are sites 
 `sites`. Both have other axes than here in Mamba-1, [B,E,L,N] where ours are [B,L,E,N]; in Mamba-2 both have
 [B,L,H,P,N]. The second is read behind the scan, so it is never ``h[p]``, which is carried on.
 
+One name means two things there: ``hook_attn_out`` is what attention adds to the stream in Granite 4, Jamba and
+Bamba, and in Falcon-H1 it lacks the factor that the model multiplies it by. It is refused there: see `layouts`.
+
 Source: TransformerLens 4.3, ``model_bridge/generalized_components``: ``ssm_block``, ``ssm_mixer``, ``ssm2_mixer``.
 """
 
@@ -50,12 +53,23 @@ OF_BLOCK: dict[Family, dict[str, str]] = {
 }
 
 
+#: Those of a hybrid's blocks, which has more parts: TransformerLens names its own parts of a transformer's block so.
+OF_HYBRID_BLOCK = {
+    "layer_input": "ln1.hook_in",
+    "norm": "ln1.hook_out attn.hook_in",
+    "resid_mid": "ln2.hook_in",
+    "norm_2": "mlp.hook_in",
+    "mlp_out": "mlp.hook_out",
+}
+
+
 def _paths(names: Mapping[str, str]) -> dict[str, str]:
     return {name: path for path, several in names.items() for name in several.split()}
 
 
 #: Bridge name -> path, for the model's and, by family, for a block's.
 BRIDGE_MODEL = _paths(OF_MODEL)
+BRIDGE_HYBRID = _paths(OF_HYBRID_BLOCK)
 BRIDGE_BLOCK: dict[Family, dict[str, str]] = {family: _paths(names) for family, names in OF_BLOCK.items()}
 
 
@@ -70,7 +84,11 @@ def paths_in_block(name: str, family: Family | None) -> Iterator[str]:
     >>> list(paths_in_block("mixer.out_proj.hook_in", None))
     ['ssm.after_skip', 'ssm.inner_norm']
     """
-    return (BRIDGE_BLOCK[each][name] for each in tried(family) if name in BRIDGE_BLOCK[each])
+    if name.startswith("mamba."):  # what Falcon-H1's bridge calls the mixer
+        name = f"mixer.{name.removeprefix('mamba.')}"
+    yield from (BRIDGE_BLOCK[each][name] for each in tried(family) if name in BRIDGE_BLOCK[each])
+    if name in BRIDGE_HYBRID:
+        yield BRIDGE_HYBRID[name]
 
 
 def families_of_name(name: str) -> tuple[Family, ...]:

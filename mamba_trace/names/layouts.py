@@ -24,6 +24,20 @@ def site_in(layout: Layout, site: Site, layer: int | None) -> Site | None:
     return same if same is not None and layout.has(same, layer) else None
 
 
+def check_meaning(layout: Layout, site: Site, layer: int | None, name: str) -> None:
+    """Refuse a hook name that means another value in TransformerLens than here, in this model.
+
+    Raises:
+        UnknownSiteError: saying what the two values are called here.
+    """
+    if site.name == "attn_out" and layout.own(site) is not site and name.endswith(site.hook):
+        raise UnknownSiteError(
+            f"{name!r} is in TransformerLens what attention returns in this model, before the model's factor: that is "
+            f"layers[{layer}].attn.output. What is added to the residual stream is layers[{layer}].attn_out, "
+            f"{layout.own(site).hook_name(layer)!r}"
+        )
+
+
 def part_of(site: Site | None) -> str:
     """The part of a layer, in a user's words, that it must have for a site to be there.
 

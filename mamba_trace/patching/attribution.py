@@ -57,14 +57,15 @@ def unpatched(model: MambaTrace, question: Question, run: int) -> tuple[Tensor, 
         values = nnsight.save([])
         for _, place in rows_of(model, question):
             values.append(place.output[0].clone())
-        logits = model.lm_head.output[:, question.looked_at].save()
+        logits = model.hook("logits").output[:, question.looked_at].save()
     return question.measure(logits)[:, 0], values, embeddings
 
 
 def rows_of(model: Any, question: Question) -> Iterator[tuple[int, Any]]:
     """Each row of the grid, with the place of the site in it."""
     for row in range(len(question.windows)):
-        yield row, model.hook(question.site.path(None if question.site.scope == "model" else row))
+        (layer,) = question.patched_layers(row)
+        yield row, model.hook(question.site.path(layer))
 
 
 class Slopes:
@@ -105,7 +106,7 @@ class Slopes:
                         if self.changed:  # as an edit may have cut it off from the embeddings
                             self.ends.append(value)
                         value.register_hook(self.slope(row, positions, value.detach()))
-                logits = model.lm_head.output[:, question.looked_at].save()
+                logits = model.hook("logits").output[:, question.looked_at].save()
             return self.take(logits[:, 0] if question.single else logits)
 
     def places(self, place: Any) -> Iterator[tuple[slice, Any]]:

@@ -23,6 +23,7 @@ from transformers.activations import ACT2FN
 
 from ..modeling.architectures import architecture_of, axis_sizes
 from ..modeling.offers import SiteModule
+from ..sites import Layout
 from ..tracing.forwards import runs_its_own_forward
 from ..tracing.visit import has_global_hooks, has_hooks_of_its_own
 from .marks import mark_of_code, qualified
@@ -42,6 +43,9 @@ KNOWN = {
     ("peft.peft_model", "PeftModelForCausalLM"),
     ("bitsandbytes.nn.modules", "Linear4bit"),
 }
+
+#: The fields of configurations that name an activation.
+ACTIVATIONS = ("hidden_act", "mlp_hidden_act", "mamba_hidden_act")
 
 
 @dataclass(frozen=True)
@@ -67,20 +71,32 @@ def changes(model: MambaTrace) -> list[Change]:
     changed = [Change(words, mark_of_code(edit.code, edit.lcls)) for edit in model._edits]
     if has_global_hooks():
         changed.append(Change("a PyTorch hook on all modules"))
-    plain, conv_kernel = plain_types(model), axis_sizes(model._module)["K"]
+    plain, conv_kernel = plain_types(model), axis_sizes(model._module).get("K", 1)
     for name, module in model._module.named_modules():
         changed += changes_of(module, name or "the model", plain, conv_kernel)
-    layers = [block._module for block in model.layers]
-    if any(getattr(block, "layer_idx", number) != number for number, block in enumerate(layers)):
+    if any(numbers_of(envoy._module) - {number} for number, envoy in enumerate(model.layers)):
         changed.append(Change("another order of the layers"))
     return changed
+
+
+def uncut(layout: Layout) -> list[Change]:
+    """What in a plain model of some layout looks at more than the stream and what layers keep of earlier positions."""
+    shared = any("shared_out" in kind.parts for kind in layout.layers)
+    return [Change("shared transformers, to which each layer gives the embeddings")] if shared else []
+
+
+def numbers_of(block: Any) -> set[int]:
+    """The numbers of its layer that a block and what it has for itself were given, of which there may be none."""
+    parts = [block, block.part("ssm"), *([] if "shared_out" in block.kind.parts else [block.part("attn")])]
+    return {part.layer_idx for part in parts if isinstance(getattr(part, "layer_idx", None), int)}
 
 
 def plain_types(model: MambaTrace) -> Callable[[type], bool]:
     """A function that says whether a plain model contains modules of a class."""
     architecture = architecture_of(model._module)
-    ours = {*PLAIN, *(hookable for hookable, _ in architecture.hookable.values())}
-    ours.add(type(ACT2FN[model.config.hidden_act]))
+    ours = {*PLAIN, *architecture.hookable.values()}
+    acts = {getattr(model.config, field, None) for field in ACTIVATIONS} - {None}
+    ours |= {type(ACT2FN[act]) for act in acts}
     theirs = architecture.model_class.__module__
     return lambda cls: cls in ours or cls.__module__ == theirs
 

@@ -80,7 +80,7 @@ class PatchCommand:
     def grids(self, model: MambaTrace, metric: Metric) -> dict[str, PatchGrid]:
         """Compute every grid; returns them under their headings. Raises as `find_site`, before any of them."""
         for site in self.sites:
-            find_site(site, model.architecture.family)
+            find_site(site, model._layout)
         grids, keep = {}, self.options["keep"]
         for site in self.sites:
             options: dict[str, Any] = dict(self.options)
@@ -125,7 +125,7 @@ class PatchCommand:
         """The grids for programs."""
         described = [
             {field: getattr(grid, field) for field in FIELDS}
-            | {"rows": grid.row_labels, "positions": grid.labels, "values": grid.values.tolist()}
+            | {"rows": grid.row_labels, "layers": grid.layers, "positions": grid.labels, "values": grid.values.tolist()}
             for grid in grids.values()
         ]
         content = {"model": self.model, "prompt": self.prompt, "source": self.source, "grids": described}

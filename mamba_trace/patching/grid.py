@@ -18,12 +18,13 @@ import torch
 from torch import Tensor
 
 from ..arguments.prompts import matching_tokens, token_strings
+from ..arguments.selection import Layers, layer_numbers
 from ..errors import ArgumentError, FileError, LayerError, MetricError
 from ..tracing.one_run import refuse_inside_a_trace
 from .attribution import attributions
 from .metrics import Metric, named_metrics
 from .plan import Limits
-from .question import Question, find_site, metric_positions_of
+from .question import Question, find_site, layers_of_rows, metric_positions_of
 from .result import PatchGrid
 from .run import Answers, answers, on_server
 
@@ -39,6 +40,7 @@ class PatchOptions(TypedDict, total=False):
 
     metric_positions: int | Sequence[int]
     window: int
+    layers: Layers
     batch_size: int | None
     memory: int
     keep: str | os.PathLike[str] | None
@@ -51,6 +53,7 @@ class AttributionOptions(TypedDict, total=False):
     """The arguments of `attribution_grid` that do not change what it returns."""
 
     metric_positions: int | Sequence[int]
+    layers: Layers
     steps: int
     remote: bool | str
 
@@ -83,6 +86,7 @@ def patch_grid(
     *,
     metric_positions: int | Sequence[int] = -1,
     window: int = 1,
+    layers: Layers = None,
     batch_size: int | None = None,
     memory: int = MEMORY,
     keep: str | os.PathLike[str] | None = None,
@@ -101,15 +105,18 @@ def patch_grid(
         model: the model.
         prompt: a string or token ids [1,L].
         source: a string or token ids, with as many tokens.
-        site: a site's name or hook name: ``"h"``, ``"resid_pre"``, ``"hook_conv"``, ... ``h`` is the state
-            carried on from a position, so patching it acts on everything after that position, too.
+        site: a site's name or hook name: ``"h"``, ``"resid_pre"``, ``"hook_conv"``, ``"attn.q"``, ... ``h`` is the
+            state carried on from a position, so patching it acts on everything after that position, too. In a
+            hybrid it may be any site with positions, and rows are the layers that have it.
         metric: from the logits at the last position [B,V] to [B], see `logit_diff`; or a dict of several by
             name, which are measured in the same runs. Each number must come from its own row only, as the
             other rows are other cells. A metric may overwrite the logits that it gets.
         metric_positions: the position whose logits the metric gets, or a list of m positions: then it gets
             [B,m,V], in ascending order of position.
-        window: how many layers are patched together: row l patches ``window`` layers around l, with an even
-            number one more after it than before. Rows at the ends patch fewer.
+        window: how many layers of the model are patched together: row l patches those that have the site of
+            ``window`` layers around l, with an even number one more after it than before. Rows at the ends
+            patch fewer, and so do those in a hybrid near layers without the site.
+        layers: which layers the rows are: one or several; ``None`` for all that have the site.
         batch_size: the most cells that share a forward; ``None`` for as many as ``memory`` permits.
         memory: bytes that the activations of one forward may take. The states that cells start from may take
             as many again, and so may the residual streams of cells that are under way. One run's streams
@@ -123,14 +130,16 @@ def patch_grid(
             must be trusted: the sandbox of ndif 0.1.2 breaks off a run that starts from given states.
 
     Returns:
-        The grid: [n_layers, L], or [1, L] for a site of the whole model (embeddings, norm_f, lm_head). With
-        several metrics, a dict with a grid for each.
+        The grid [rows,L], with a row for each layer that has the site; ``grid.layers`` has their numbers. A site
+        of the whole model (embeddings, norm_f, lm_head, logits) has one row. With several metrics, a dict with a
+        grid for each.
 
     Raises:
         PromptError: before anything runs, if the prompts are not two single prompts of one length.
-        UnknownSiteError: if there is no such site, or models of this architecture lack it.
-        PositionError: if the site has no positions, or the prompt lacks a position that the metric looks at.
-        LayerError: if the model has fewer layers than ``window``.
+        UnknownSiteError: if there is no such site, or no layer of this model has it, or one of ``layers`` lacks it.
+        PositionError: if the site has no positions, or belongs to two of them, as ``pattern`` does, or the prompt
+            lacks a position that the metric looks at.
+        LayerError: if the model has fewer layers than ``window``, or not one of ``layers``.
         ArgumentError: if ``window``, ``batch_size`` or ``memory`` is no integer, or less than 1.
         MetricError: if the metric does not return one number for each row.
         FileError: if ``keep`` cannot be written, holds another grid's cells, or is given with ``remote``.
@@ -141,7 +150,7 @@ def patch_grid(
         grid = patch_grid(model, prompt, source, "resid_pre", logit_diff(model, " Emma", " Shelby"))
         grid.figure().show()
     """
-    question = asked("patch_grid", model, prompt, source, site, metric, metric_positions, window)
+    question = asked("patch_grid", model, prompt, source, site, metric, metric_positions, window, layers)
     if batch_size is not None and integer("batch_size", batch_size) < 1:
         raise ArgumentError(f"batch_size={batch_size}: a forward patches at least one cell")
     if integer("memory", memory) < 1:
@@ -183,6 +192,7 @@ def attribution_grid(
     metric: Metric | Mapping[str, Metric] | None = None,
     *,
     metric_positions: int | Sequence[int] = -1,
+    layers: Layers = None,
     steps: int = 1,
     remote: bool | str = False,
 ) -> PatchGrid | dict[str, PatchGrid]:
@@ -193,8 +203,8 @@ def attribution_grid(
     to.
 
     Args:
-        model, prompt, source, site, metric_positions, remote: as in `patch_grid`. A sandboxed server has no
-            backward pass.
+        model, prompt, source, site, metric_positions, layers, remote: as in `patch_grid`. A sandboxed server has
+            no backward pass.
         metric: as in `patch_grid`; it must be differentiable.
         steps: the number of runs whose gradients are averaged. With more than 1 they run on embeddings
             between the prompt's and the source's (integrated gradients): ``steps`` forwards and backwards,
@@ -217,7 +227,7 @@ def attribution_grid(
         estimate = attribution_grid(model, prompt, source, "h", metric)
         print(estimate.correlation(patch_grid(model, prompt, source, "h", metric)))
     """
-    question = asked("attribution_grid", model, prompt, source, site, metric, metric_positions, window=1)
+    question = asked("attribution_grid", model, prompt, source, site, metric, metric_positions, 1, layers)
     if torch.is_inference_mode_enabled():
         raise MetricError("attribution_grid takes gradients, which torch.inference_mode() has none of: leave it")
     if integer("steps", steps) < 1:
@@ -238,10 +248,14 @@ def asked(
     metric: Metric | Mapping[str, Metric] | None,
     metric_positions: int | Sequence[int],
     window: int,
+    layers: Layers = None,
 ) -> Question:
     """What a call of ``caller`` asks, checked before anything runs. Raises as `patch_grid` does."""
     metrics = named_metrics(metric, caller)
-    patched = find_site(site, model.architecture.family)
+    layout = model._layout
+    patched = find_site(site, layout)
+    chosen = None if layers is None else layer_numbers(model, layers)
+    rows = layers_of_rows(layout, patched, chosen, f"layers={layers!r}")
     tokens, source_tokens = matching_tokens(model, prompt, source)  # [1,L] each
     n_layers = len(model.layers)
     if not 1 <= integer("window", window) <= n_layers:
@@ -251,7 +265,8 @@ def asked(
     return Question(
         tokens=torch.cat((source_tokens, tokens)),
         site=patched,
-        n_layers=n_layers,
+        layout=layout,
+        layers=rows,
         window=window,
         metrics=metrics,
         looked_at=looked_at,
@@ -271,7 +286,7 @@ def results(
 ) -> PatchGrid | dict[str, PatchGrid]:
     """The grid of each metric by name, or the grid alone where the user gave one ``metric``."""
     source_tokens, tokens = (token_strings(model, row[None]) for row in question.tokens)
-    site, rows = question.site, range(question.n_layers)
+    site = question.site
     grids = {
         name: PatchGrid(
             values=computed.values[number],
@@ -279,12 +294,13 @@ def results(
             source_metric=float(computed.source[number]),
             site=site.name,
             metric=name,
-            row_labels=[site.name] if site.scope == "model" else list(map(str, rows)),
+            row_labels=[site.name] if site.scope == "model" else list(map(str, question.layers)),
             prompt_tokens=tokens,
             source_tokens=source_tokens,
             window=question.window,
             method=method,
             plan=computed.plan,
+            layers=question.layers,
         )
         for number, name in enumerate(question.metrics)
     }

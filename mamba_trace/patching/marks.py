@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..modeling.architectures import axis_sizes
+from ..modeling.architectures import architecture_of, axis_sizes
 
 PACKAGE = Path(__file__).parents[1]
 #: Where folders say that this package's own metrics stand. It stays when the module moves, as folders do.
@@ -35,6 +35,8 @@ SETTINGS = (
     "residual_in_fp32",
     "time_step_limit",
 )
+#: The fields of a configuration that no run of a hybrid depends on.
+NO_SETTINGS = ("architectures", "dtype", "transformers_version", "use_cache", "_name_or_path")
 
 
 def mark_of_code(code: CodeType, scope: Mapping[str, Any]) -> str:
@@ -55,9 +57,13 @@ def mark_of_weights(model: nn.Module) -> str:
 def settings_of(model: nn.Module) -> dict[str, Any]:
     """What tells a model from another one that has weights of the same names and shapes, as JSON.
 
-    Falcon-Mamba has the weights of a Mamba-1, and in Mamba-2 two groups of 5 numbers have as many as five of 2.
+    Falcon-Mamba has the weights of a Mamba-1, and in Mamba-2 two groups of 5 numbers have as many as five of 2. What a
+    hybrid computes depends on most fields of its configuration: multipliers, rotary embeddings, numbers of experts.
     """
     config: Any = model.config
+    if architecture_of(model).hybrid:
+        fields = {name: value for name, value in config.to_dict().items() if name not in NO_SETTINGS}
+        return {name: str(value) for name, value in sorted(fields.items())}
     return axis_sizes(model) | {name: str(getattr(config, name)) for name in SETTINGS if hasattr(config, name)}
 
 

@@ -67,7 +67,7 @@ class InPhases:
         made: Iterable[CellStarts | None] = [self.starts]
         if self.starts is None:
             spans, site = [span.positions for span in self.spans], self.question.patched
-            made = starts_by_span(self.model, self.question.tokens, spans, needed, site)
+            made = starts_by_span(self.model, self.question.tokens, spans, needed, site, self.unpatched)
         for span, starts in zip(self.spans, made, strict=False):  # ends with the last span that is needed
             for group in span.groups:
                 jobs = [job for job in group.jobs if job in wanted]
@@ -117,21 +117,23 @@ def run_patched_layers(
         return [unpatched.streams[layer][span]] * sum(window.start == layer for window in windows)
 
     first, last = windows[0].start, windows[-1].stop
-    rows = starting(first)  # [k,l,D] for each window that is under way
-    past = starts.start([places(layer) for layer in range(len(model.layers))])
-    with model.trace(inputs_embeds=joined(rows), cache=past, use_cache=False) as tracer:
+    rows: list[Tensor] = []  # [k,l,D] for each window that is under way
+    past = starts.start([places(layer) for layer in range(len(model.layers))], unpatched.attended)
+    with model.trace(inputs_embeds=joined(starting(first)), cache=past, use_cache=False) as tracer:
         streams = nnsight.save([])
         for layer in range(last):
-            block = model.layers[layer]
-            if layer < first:
+            block, new = model.layers[layer], starting(layer)
+            if not rows and not new:
                 block.skip(block.input)
                 continue
-            new = starting(layer)
-            if layer > first:
-                block.input = joined([*rows, *new])
-            if unpatched.projected and (layer == first or not rows):  # every row is as in the unpatched run
-                block.ssm.in_proj.skip(unpatched.projected[layer][span].repeat(len(new), 1, 1))
-            patch(model, question, layer, starts.values[layer][offsets])
+            # Never the model's own input, which some models multiply by a factor.
+            block.input = joined([*rows, *new])
+            projected, values = unpatched.projected[layer], starts.values[layer]
+            if projected is not None and not rows:  # every row is as in the unpatched run
+                block.ssm.in_proj.skip(projected[span].repeat(len(new), 1, 1))
+            rows += new
+            if values is not None:
+                patch(model, question, layer, values[offsets])
             rows = list(block.resid_post.output.split(len(offsets)))
             ended = sum(window.stop == layer + 1 for window in windows)
             streams.extend(rows[:ended])
@@ -183,17 +185,18 @@ def run_to_the_end(
     looked_at = torch.tensor(question.looked_at, device="cpu")
     ends = (looked_at - positions[:, None]).clamp(min=0)  # [k,m]: where each row has these positions
     ends = repeat(ends, "k m -> (row k) m", row=len(job.rows))
-    first, past = behind[0], starts.start([places(layer) for layer in range(n_layers)])
+    first = behind[0]
+    past = starts.start([places(layer) for layer in range(n_layers)], unpatched.attended)
     with model.trace(inputs_embeds=torch.cat(joining(first)), cache=past, use_cache=False):
         for layer in range(n_layers):
             block = model.layers[layer]
             if layer < first:
                 block.skip(block.input)
-            elif layer > first and joining(layer):
-                block.input = joined([block.input, *joining(layer)])  # [B,l,D]
-        stream = joined([model.norm_f.input, *(joining(n_layers) if first < n_layers else ())])
+            elif joining(layer):
+                block.input = joined([*([block.input] if layer > first else []), *joining(layer)])  # [B,l,D]
+        stream = joined([*([model.norm_f.input] if first < n_layers else []), *joining(n_layers)])
         model.norm_f.input = stream[torch.arange(len(stream), device="cpu")[:, None], ends]  # [B,m,D]
-        logits = model.lm_head.output.save()  # [B,m,V]
+        logits = model.hook("logits").output.save()  # [B,m,V]
     before = looked_at < positions[:, None]  # [k,m]: before the row begins, logits are the unpatched run's
     if not before.any():
         return logits

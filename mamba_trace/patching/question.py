@@ -6,14 +6,16 @@ import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import names
-from ..errors import PositionError, UnknownSiteError
-from ..sites import BY_NAME, SITES, Family, Site, describe_axes, site_named
+from ..errors import LayerError, PositionError, UnknownSiteError
+from ..names.layouts import SAME_AS, absent, site_in
+from ..sites import BY_NAME, PUBLIC_PART, SITES, Layout, Site, describe_axes, site_named
 from .metrics import Metric, measured
 
 #: Rows of `Question.tokens`, and so of every batch that runs both prompts.
@@ -27,7 +29,8 @@ class Question:
     Attributes:
         tokens: the token ids of source and prompt [2,L].
         site: the site that is patched.
-        n_layers: how many layers the model has.
+        layout: what stands in the layers of the model.
+        layers: the layer of each row of the grid, ascending: some that have the site; none for a site of the model.
         window: how many layers are patched together.
         metrics: what is measured, by name.
         looked_at: the positions whose logits the metrics get, ascending.
@@ -36,7 +39,8 @@ class Question:
 
     tokens: Tensor
     site: Site
-    n_layers: int
+    layout: Layout
+    layers: list[int]
     window: int
     metrics: Mapping[str, Metric]
     looked_at: list[int]
@@ -63,9 +67,27 @@ class Question:
         return range(min([*differ, self.stop]), self.stop)
 
     @property
+    def n_layers(self) -> int:
+        """How many layers the model has."""
+        return len(self.layout.layers)
+
+    @cached_property
     def windows(self) -> list[range]:
-        """The layers that each row of the grid patches."""
-        return [range(1)] if self.site.scope == "model" else windows(self.n_layers, self.window)
+        """The layers that each row of the grid runs while it patches.
+
+        They are those of its window, from the first that has the site to the last. Between these may be others.
+        """
+        if self.site.scope == "model":
+            return [range(1)]
+        around = windows(self.n_layers, self.window)
+        own = [[layer for layer in around[row] if self.layout.has(self.site, layer)] for row in self.layers]
+        return [range(layers[0], layers[-1] + 1) for layers in own]
+
+    def patched_layers(self, row: int) -> list[int | None]:
+        """The layers that a row of the grid patches; ``None`` for a site of the whole model."""
+        if self.site.scope == "model":
+            return [None]
+        return [layer for layer in self.windows[row] if self.layout.has(self.site, layer)]
 
     @property
     def patched(self) -> Site:
@@ -84,6 +106,7 @@ class Question:
             "n_layers": self.n_layers,
             "length": self.length,
             "window": self.window,
+            "layers": None if self.site.scope == "model" or len(self.layers) == self.n_layers else self.layers,
             "metrics": list(self.metrics),
             "metric_positions": self.looked_at,
             "prompts": hashlib.sha256(self.tokens.contiguous().numpy().tobytes()).hexdigest(),
@@ -136,27 +159,59 @@ def metric_positions_of(positions: int | Sequence[int], length: int) -> list[int
     return different
 
 
-def positional(family: Family | None = None) -> list[str]:
-    """The sites that a grid can patch: those that have positions, of a family or of all."""
-    return [site.name for site in SITES if "L" in site.axes and (family is None or family in site.families)]
+def layers_of_rows(layout: Layout, site: Site, layers: Sequence[int] | None, asked: str) -> list[int]:
+    """The layer of each row of a grid: those that have the site, or those of them that are named.
 
-
-def find_site(name: str, family: Family | None = None) -> Site:
-    """The site that a name or a hook name means, in a model of a family if it is given.
+    Args:
+        layout: of the model.
+        site: the site that is patched.
+        layers: layers of the model, ascending, or ``None`` for all.
+        asked: what the user wrote.
 
     Raises:
-        UnknownSiteError: if no site has that name, or models of this family lack it.
+        UnknownSiteError: for a layer without the site.
+        LayerError: if layers are named for a site of the model.
+    """
+    if site.scope == "model":
+        if layers is not None:
+            raise LayerError(f"{asked}: {site.name} belongs to the model and not to a layer. Leave layers out")
+        return []
+    there = layout.with_site(site)
+    for layer in layers or ():
+        if layer not in there:
+            raise absent(layout, site, layer, asked)
+    return there if layers is None else list(layers)
+
+
+def positional(layout: Layout | None = None) -> list[str]:
+    """The sites that a grid can patch: those with positions, in a model of some layout or in any.
+
+    A pattern has two kinds of positions, those that read and those that are read, so it is none of them.
+    """
+    return [site.name for site in SITES if has_positions(site) and (layout is None or layout.has(site))]
+
+
+def has_positions(site: Site) -> bool:
+    """Whether a site has a value at each position."""
+    return "L" in site.axes and "S" not in site.axes
+
+
+def find_site(name: str, layout: Layout | None = None) -> Site:
+    """The site that a name or a hook name means, in a model of some layout if it is given.
+
+    Raises:
+        UnknownSiteError: if no site has that name, or no layer of the model has it.
         PositionError: if the site has no positions.
     """
     if not isinstance(name, str):
         raise UnknownSiteError(
             f"site={name!r}: a grid is of one site, named by a string such as 'h'. Make a grid for each"
         )
-    there = positional(family)
+    there = positional(layout)
     possible = f"A grid patches one of {', '.join(there)}"
-    site = site_named(name)
+    site = site_called(name)
     if site is None:
-        meant = site_of_place(name, family)
+        meant = site_of_place(name, layout)
         if meant is not None and meant.name in there:
             takes = f"{meant.name} patches every layer and position."
             hint = f": that is one place, and a grid takes a site. {takes}"
@@ -164,20 +219,52 @@ def find_site(name: str, family: Family | None = None) -> Site:
             hooks = [BY_NAME[one].hook for one in there]
             hint = names.nearest(name, [*there, *hooks]) + "."
         raise UnknownSiteError(f"no site is called {name!r}{hint} {possible}")
-    if family is not None:
-        names.check_family(names.Place(site), family, name)
-    if "L" not in site.axes:
-        axes = describe_axes(site.axes if family is None else site.axes_in(family))
-        raise PositionError(f"{site.name} {axes} has no positions to patch one by one. {possible}")
+    site = site if layout is None else in_model(layout, site, name)
+    if not has_positions(site):
+        axes = describe_axes(site.axes if layout is None else site.axes_in(family_of(layout)))
+        why = "has no positions to patch one by one"
+        if "L" in site.axes:
+            why = "belongs to two positions at once, the one that reads and the one that is read; patch q, k, v or z"
+        raise PositionError(f"{site.name} {axes} {why}. {possible}")
     return site
 
 
-def site_of_place(name: str, family: Family | None = None) -> Site | None:
+def site_called(name: str) -> Site | None:
+    """The site of ``"q"``, ``"attn.q"`` or ``"attn.hook_q"``; else ``None``."""
+    part, _, last = name.rpartition(".")
+    site = BY_NAME.get(last)
+    return site if part and site is not None and PUBLIC_PART.get(site.scope) == part else site_named(name)
+
+
+def in_model(layout: Layout, site: Site, name: str) -> Site:
+    """The site that a model has under the name of ``site``. Raises `UnknownSiteError` if it has none.
+
+    Where the model adds the mixer's output to the stream as it is, `ssm_out` is `out_proj`.
+    """
+    if site.name == "lm_head" and name == site.hook:  # MambaLens's name of the logits
+        site = BY_NAME["logits"]
+    own = site_in(layout, site, None)
+    if own is not None:
+        return own
+    if not layout.hybrid:
+        names.check_family(names.Place(site), family_of(layout), name)
+        raise absent(layout, site, None, repr(name))
+    there = ", ".join([*positional(layout), *(name for name, same in SAME_AS.items() if layout.has(BY_NAME[same]))])
+    why = names.of_another_family(site.name)
+    raise UnknownSiteError(f"{name!r}: no layer of this model has a place of that name{why}. There are {there}")
+
+
+def family_of(layout: Layout) -> Any:
+    """The family of a model's mixers; that of attention's sites where it has none."""
+    return next((kind.family for kind in layout.layers if kind.family is not None), "dual")
+
+
+def site_of_place(name: str, layout: Layout | None = None) -> Site | None:
     """The site of ``"h[5]"``, ``"layers[1].ssm.h"`` or ``"blocks.1.hook_h.5"``; else ``None``."""
     indexed = re.fullmatch(r"(\w+)\[.*\]", name)
     if indexed:
         return site_named(indexed[1])
     try:
-        return names.parse(name, family).site
+        return names.parse(name, None if layout is None else family_of(layout)).site
     except UnknownSiteError:
         return None

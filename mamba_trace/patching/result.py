@@ -7,11 +7,12 @@ were never computed are nan.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
 from ..errors import MetricError
+from ..names import spans
 from ..results.heatmap import Heatmap
 from ..results.result import Result
 from ..sites import BY_NAME
@@ -28,18 +29,19 @@ class PatchGrid(Result):
 
     Attributes:
         values: [rows,L], float32 or float64: the metric of the run on ``prompt`` with the site's value at
-            (row, position) taken from the run on ``source``, or an estimate of it. Rows are layers; a site of
-            the whole model has one row. nan where a cell was never computed.
+            (row, position) taken from the run on ``source``, or an estimate of it. Rows are layers, those that
+            have the site; a site of the whole model has one row. nan where a cell was never computed.
         prompt_metric: the metric of the run on ``prompt``, nothing patched.
         source_metric: the metric of the run on ``source``.
         site: the site's name.
         metric: the metric's name.
-        row_labels: the layers, or the site's name where it belongs to no layer.
+        row_labels: the numbers of the layers, or the site's name where it belongs to no layer.
         prompt_tokens, source_tokens: the string of the token at each position.
-        window: how many layers are patched together.
+        window: how many layers of the model are patched together, as far as they have the site.
         method: ``"patching"``, or how values were estimated: ``"attribution"``, ``"integrated gradients"``.
         plan: how cells ran and why, in words: in batches from their own position on, or each in a forward of
             its own, as something that was done to the model may look at a whole run. Empty if not known.
+        layers: the layer of each row, counted from 0; none for a site of the whole model.
     """
 
     values: Tensor
@@ -53,6 +55,12 @@ class PatchGrid(Result):
     window: int = 1
     method: str = "patching"
     plan: str = ""
+    layers: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        """Take the layers from the labels, where an older file does not have them."""
+        if not self.layers and all(label.isdecimal() for label in self.row_labels):
+            object.__setattr__(self, "layers", list(map(int, self.row_labels)))
 
     @property
     def labels(self) -> list[str]:
@@ -101,14 +109,14 @@ class PatchGrid(Result):
             r, from -1 to 1, computed in float64.
 
         Raises:
-            MetricError: if the grids are of different sites, windows or shapes, or have fewer than two cells
-                in common, or one of them has the same value in all of these.
+            MetricError: if the grids are of different sites, windows, layers or shapes, or have fewer than two
+                cells in common, or one of them has the same value in all of these.
 
         Example::
 
             assert grid.correlation(grid) == 1
         """
-        for name in ("site", "window"):
+        for name in ("site", "window", "layers"):
             ours, theirs = getattr(self, name), getattr(other, name)
             if ours != theirs:
                 raise MetricError(
@@ -139,7 +147,7 @@ class PatchGrid(Result):
         return max(-1.0, min(1.0, together))
 
     def caption(self) -> str:
-        """Both runs' metrics, and how many cells are missing: the line under the grid in a report.
+        """Both runs' metrics, the rows, and how many cells are missing: the line under the grid in a report.
 
         Example::
 
@@ -148,7 +156,14 @@ class PatchGrid(Result):
         both = f"{self.prompt_metric:+.4f} on prompt, {self.source_metric:+.4f} on source"
         missing = int(self.values.isnan().sum())
         rest = f"; {missing} of {self.values.numel()} cells not computed" if missing else ""
-        return f"{self.metric}: {both}{rest}"
+        return f"{self.metric}: {both}{self._rows_in_words()}{rest}"
+
+    def _rows_in_words(self) -> str:
+        # What the numbers beside the rows do not say.
+        words = f"; rows are the layers {spans(self.layers)}" if self.layers != list(range(len(self.layers))) else ""
+        if self.window > 1:
+            words += f"; a row patches {self.site} in those of {self.window} layers of the model that have it"
+        return words
 
     def heatmaps(self) -> list[Heatmap]:
         """The normalised grid, alone. Raises `MetricError` as `normalized` does.

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from .changes import changes
+from .changes import changes, uncut
 from .kept import FolderPath, Kept
 from .marks import mark_of_function, mark_of_weights, settings_of
 from .phases import InPhases
@@ -66,7 +66,8 @@ def answers(
         asked["metric_functions"] = processes.gather([marks])[0]
         asked["weights"] = mark_of_weights(model._module)
     with torch.no_grad():
-        way = Whole(model, question, changed) if changed else InPhases(model, question, limits)
+        whole = changed or uncut(question.layout)
+        way = Whole(model, question, whole) if whole else InPhases(model, question, limits)
         both = question.measure(way.logits.clone())  # [M,2]
         kept = Kept.open(keep, asked, both)
         # A patch that changes nothing leaves the prompt's answer.

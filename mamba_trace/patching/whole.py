@@ -41,14 +41,10 @@ class Whole:
         self.model, self.question, self.changes = model, question, changes
         rows, positions = range(len(question.windows)), range(question.length)
         for row in rows:
-            for layer in self.patched_layers(row):
+            for layer in question.patched_layers(row):
                 model.hook(question.site.path(layer))
         self.jobs = [Job(range(row, row + 1), range(p, p + 1)) for row in rows for p in positions]
         self.logits = torch.cat([patched_logits(model, question, run, {}, 0) for run in (SOURCE, PROMPT)])
-
-    def patched_layers(self, row: int) -> Iterable[int | None]:
-        """The layers that a row of the grid patches; ``None`` for a site of the whole model."""
-        return [None] if self.question.site.scope == "model" else self.question.windows[row]
 
     def fill(self, values: Tensor) -> None:
         """Do nothing: no value is known without running its cell."""
@@ -59,7 +55,7 @@ class Whole:
         for job in wanted:
             if job.rows.start != row:
                 row = job.rows.start
-                values = source_values(self.model, self.question, self.patched_layers(row))
+                values = source_values(self.model, self.question, self.question.patched_layers(row))
             logits = patched_logits(self.model, self.question, PROMPT, values, job.positions.start)
             yield job, self.question.measure(logits)[..., None]
 
@@ -95,5 +91,5 @@ def patched_logits(model: Any, question: Question, run: int, values: dict[int | 
                 place[position].output[:] = value[:, position]
             else:
                 place.output[:, position] = value[:, position]
-        logits = model.lm_head.output[:, question.looked_at].save()
+        logits = model.hook("logits").output[:, question.looked_at].save()
     return logits

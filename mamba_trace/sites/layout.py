@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from .table import BY_NAME, FAMILIES, SITES, STATE, STATE_MEANING, Family, Site, prefix_of
+from .table import ATTENTION_TERM, BY_NAME, FAMILIES, SITES, STATE, STATE_MEANING, Family, Site, prefix_of
 
 
 @dataclass(frozen=True)
@@ -107,10 +108,16 @@ class Layout:
 
     def own(self, site: Site) -> Site:
         """The row of a site as it is in this model."""
-        axes = dict(next((kind.own_axes for kind in self.layers if kind.has(site)), ())).get(site.name)
-        if axes is not None:
-            return replace(site, axes=axes, dual=None)
-        return APART.get(site.name, site) if self.logits else site
+        return self._own.get(site.name, site)
+
+    @functools.cached_property
+    def _own(self) -> dict[str, Site]:
+        own = dict(APART) if self.logits else {}
+        for kind in self.layers:
+            own |= {name: replace(BY_NAME[name], axes=axes, dual=None) for name, axes in kind.own_axes}
+            if {"ssm_out", "attn_out"} <= {*kind.parts}:  # TransformerLens's name has another meaning there
+                own["attn_out"] = replace(BY_NAME["attn_out"], hook=ATTENTION_TERM)
+        return own
 
     def order(self, site: Site, layer: int | None) -> float:
         """Where a site comes in its layer, or in the model, as a number to sort by."""
@@ -126,7 +133,7 @@ class Layout:
         of_model = [self.own(site) for site in SITES if site.scope == "model" and self.has(site)]
         yield from ((site, None) for site in of_model if site.index < first)
         for layer, kind in enumerate(self.layers):
-            yield from ((site, layer) for site in kind.sites())
+            yield from ((self.own(site), layer) for site in kind.sites())
         yield from ((site, None) for site in of_model if site.index >= first)
 
 

@@ -265,7 +265,9 @@ NATIVE_MODULES = {"in_proj": "skip", "conv1d": "conv", "x_proj": "delta_1", "dt_
 LACKED_MODULES: dict[Family, tuple[str, ...]] = {"selective": (), "dual": ("x_proj", "dt_proj")}
 
 BY_NAME: dict[str, Site] = {site.name: site for site in SITES}
-BY_HOOK: dict[str, Site] = {site.hook: site for site in SITES}
+#: The hook name of `attn_out` in a model where TransformerLens's means another value.
+ATTENTION_TERM = "hook_attn_term"
+BY_HOOK: dict[str, Site] = {site.hook: site for site in SITES} | {ATTENTION_TERM: BY_NAME["attn_out"]}
 #: The sites of a mixer that its own modules produce under another name.
 BY_MODULE = {s.module: s for s in SITES if s.scope == "mixer" and s.module and s.module != s.name}
 _INDEX = {site.name: index for index, site in enumerate(SITES)}

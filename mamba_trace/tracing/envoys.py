@@ -35,8 +35,8 @@ class SiteEnvoy(NotAValue, Located):
     @property
     def site(self) -> Site:
         """The row of the site table."""
-        known = getattr(self._module, "site", None)
-        return known if known is not None else parse(public_path(self.path)).site  # a module of Hugging Face's
+        known: Any = getattr(self._module, "site", None) or parse(public_path(self.path)).site
+        return known
 
     @property
     def _axes(self) -> str:  # type: ignore[override]

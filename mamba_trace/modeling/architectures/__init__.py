@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from ...errors import CheckpointError
 from ...sites import Layout, Site, in_scope
@@ -41,6 +42,12 @@ BY_TYPE = {architecture.model_type: architecture for architecture in ARCHITECTUR
 for _hookable in (cls for architecture in ARCHITECTURES for cls in architecture.hookable.values()):
     if (_forward := _hookable.__dict__.get("forward")) is not None:
         _forward.__module__, _forward.__qualname__ = _hookable.__module__, f"{_hookable.__qualname__}.forward"
+# What transformers looks up or writes by the class of a model is for its own: `architectures` in a config.json, the
+# pipelines that take it, the names of weights in a checkpoint. Pickle goes by the qualified name.
+for _theirs, _hookable in (pair for each in ARCHITECTURES for pair in each.hookable.items()):
+    if issubclass(_theirs, PreTrainedModel):
+        _hookable.__name__ = _theirs.__name__
+        setattr(_hookable, "is_custom_code", _theirs.is_custom_code)  # noqa: B010
 
 
 def architecture_of(model: nn.Module) -> Architecture:
@@ -54,7 +61,12 @@ def architecture_of(model: nn.Module) -> Architecture:
             if isinstance(module, architecture.model_class):
                 return architecture
     known = ", ".join(architecture.model_class.__name__ for architecture in ARCHITECTURES)
-    raise CheckpointError(f"{type(model).__name__} is not a language model that this package knows; it knows {known}")
+    remote = ". It is code from the hub: load it without trust_remote_code" * (
+        "transformers_modules" in repr(type(model))
+    )
+    raise CheckpointError(
+        f"{type(model).__name__} is not a language model that this package knows; it knows {known}{remote}"
+    )
 
 
 def axis_sizes(model: nn.Module) -> dict[str, int]:
@@ -62,8 +74,8 @@ def axis_sizes(model: nn.Module) -> dict[str, int]:
     config: Any = model.config
     sizes = {"D": config.hidden_size, "V": config.vocab_size}
     for part in ("mixer", "attn", "moe"):
-        first = next((module for module in model.modules() if getattr(module, "scope", None) == part), None)
-        sizes |= first.sizes if first is not None else {}  # type: ignore[operator]
+        first: Any = next((module for module in model.modules() if getattr(module, "scope", None) == part), None)
+        sizes |= first.sizes if first is not None else {}
     return sizes
 
 

@@ -36,6 +36,8 @@ class HookableFalconH1DecoderLayer(ParallelBlock, FalconH1DecoderLayer):
 class HookableFalconH1Mixer(DualMixer, FalconH1Mixer):
     """A `FalconH1Mixer` with its sites. It has no norm of its own, or one before its gate or after it."""
 
+    mup_vector: Tensor
+
     def made_hookable(self) -> None:
         if not isinstance(self.norm, FalconH1RMSNormGated):
             self.lacks = ("inner_norm",)

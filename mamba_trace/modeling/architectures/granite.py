@@ -23,7 +23,7 @@ from transformers.models.granitemoehybrid.modeling_granitemoehybrid import (
 
 from ...scan.reference import accumulation_dtype
 from ..attention import HookableAttention
-from ..block import HookableRMSNorm, TwoStepBlock
+from ..block import HookableRMSNorm, MlpBlock, TwoStepBlock
 from ..dual import DualMixer, HookableGatedRMSNorm
 from ..language_model import HookableBase, HookableCausalLM, with_signature
 from ..mlp import HookableExperts, HookableMLP, HookableRouter
@@ -34,7 +34,7 @@ from .architecture import Architecture
 class HookableGraniteMoeHybridDecoderLayer(TwoStepBlock, GraniteMoeHybridDecoderLayer):
     """A `GraniteMoeHybridDecoderLayer` with its sites. Where it has experts it has an MLP for all tokens as well."""
 
-    parts_named: ClassVar[dict[str, str]] = TwoStepBlock.parts_named | {
+    parts_named: ClassVar[dict[str, str]] = MlpBlock.parts_named | {
         "norm_2": "post_attention_layernorm",
         "mlp": "shared_mlp",
         "moe": "block_sparse_moe",

@@ -94,7 +94,7 @@ def _empty_results(x: Tensor, h: Tensor, keep: bool) -> tuple[Tensor, Tensor, Te
 def _pieces(kernels: Any, inputs: dict[str, Tensor], **shares: int) -> int:
     batch, length, *heads, width = inputs["x"].shape
     blocks = batch * math.prod(heads) * -(-width // kernels.WIDTH)
-    return team.pieces(blocks, length * -(-inputs["h_start"].shape[-1] // team.D_STATE), **shares)
+    return team.pieces(blocks, length * -(-inputs["C"].shape[-1] // team.D_STATE), **shares)
 
 
 # -- the scans as operators ----------------------------------------------------------------------------------
@@ -297,3 +297,28 @@ def _convolve(x_in: Tensor, weight: Tensor, bias: Tensor | None, before: Tensor 
         out=out,
     )
     return out.to(x_in.dtype)
+
+
+# -- the norm ------------------------------------------------------------------------------------------------
+
+
+def rms_norm(x: Tensor, weight: Tensor, epsilon: float, group_size: int) -> Tensor:
+    """`scan.norm.rms_norm` of values in float32 [...,E]; not differentiable."""
+    groups = weight.reshape(-1, group_size)
+    rows = x.reshape(-1, *groups.shape)
+    out = torch.empty(x.shape, dtype=x.dtype)
+    team.run(
+        _kernels(".norm").forward,
+        team.pieces(len(rows), -(-x.shape[-1] // 64)),  # a step of a scan takes as long as 64 channels here
+        epsilon=_bits(epsilon),
+        x=rows if rows.is_contiguous() or rows[0].is_contiguous() else rows.contiguous(),
+        weight=groups.contiguous(),
+        out=out.view(rows.shape),
+    )
+    return out
+
+
+@functools.cache
+def _bits(number: float) -> int:
+    # The bits of a float32, which a kernel takes as an integer.
+    return int(torch.tensor(number, dtype=torch.float32).view(torch.int32))

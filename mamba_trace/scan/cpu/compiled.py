@@ -132,7 +132,7 @@ def _parameters(data, length):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def _as_float(typingctx: Any, bits: Any) -> Any:
+def as_float(typingctx: Any, bits: Any) -> Any:
     """The float32 that has the bits of an int32."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -166,7 +166,7 @@ def exp2(v):  # type: ignore[no-untyped-def]
     p = p * f + EXP2[2]
     p = p * f + EXP2[1]
     p = p * f + EXP2[0]
-    return p * _as_float(np.int32(np.int32(whole) + np.int32(127)) << np.int32(23))
+    return p * as_float(np.int32(np.int32(whole) + np.int32(127)) << np.int32(23))
 
 
 @njit(inline="always", **OPTIONS)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..cpu import as_floats, operator, run_forward, starting_state
@@ -16,7 +15,9 @@ from .linear import LinearScans
 #: Whether the kernels are worth a call for a single position.
 TAKES_ONE_POSITION = True
 
-_LOOPS = "..dual.loops"  # as seen from `scan.cpu`
+_LOOPS, _GATED = "..dual.loops", "..dual.gated"  # as seen from `scan.cpu`
+#: From how many positions on the gated scan runs chunk by chunk: the states are transposed before and after.
+MANY = 32
 _NAMES = ("x", "decay", "scale", "B", "C")
 _linear: Any = operator(
     _LOOPS,
@@ -49,7 +50,15 @@ def _gated(
 ) -> tuple[Tensor, Tensor]:
     given = as_floats(x, *reference.decay_and_scale(delta, A), B, C, D, skip)
     inputs = dict(zip((*_NAMES, "D", "skip"), given, strict=True))
-    inputs["h_start"] = h = starting_state(x, C.shape[-1], *h_start)
-    y, h_last = h.new_empty(x.shape), torch.empty_like(h)
-    run_forward(_LOOPS, inputs, gated=1, keep=0, y=y, h_last=h_last, states=None)
-    return y.to(x.dtype), h_last
+    y = inputs["x"].new_empty(x.shape)
+    results: Any = {"y": y, "h_last": y.new_empty(x.shape[0], *x.shape[2:], C.shape[-1])}
+    start, many = next(iter(h_start), None), x.shape[1] >= MANY
+    if start is None and many:
+        run_forward(_GATED, inputs, started=0, h_start=None, **results)
+        return y.to(x.dtype), results["h_last"]
+    inputs["h_start"] = starting_state(x, C.shape[-1], start)
+    if many:
+        run_forward(_GATED, inputs, started=1, **results)
+    else:
+        run_forward(_LOOPS, inputs, gated=1, keep=0, states=None, **results)
+    return y.to(x.dtype), results["h_last"]

@@ -20,7 +20,7 @@ CHUNK = 16  # positions between the states that the backward pass keeps
 forward_8, forward_1 = forward_step(GROUP), forward_step(1)
 backward_8, backward_1 = backward_step(GROUP), backward_step(1)
 
-_READ = {
+INPUTS = {
     "x": Buffer("batch length heads width", dense=2),
     "decay": Buffer("batch length heads", dense=1), "scale": Buffer("batch length heads", dense=1),
     "B": Buffer("batch length groups_B n_state", dense=2), "C": Buffer("batch length groups_C n_state", dense=2),
@@ -28,13 +28,13 @@ _READ = {
 }  # fmt: skip
 FORWARD = Layout(
     "gated keep",
-    **_READ, D=Buffer("heads", when="gated"), skip=Buffer("batch length heads width", dense=2, when="gated"),
+    **INPUTS, D=Buffer("heads", when="gated"), skip=Buffer("batch length heads width", dense=2, when="gated"),
     y=Buffer("batch length heads width"), h_last=Buffer("batch heads width n_state"),
     states=Buffer("batch length heads width n_state", when="keep"),
 )  # fmt: skip
 BACKWARD = Layout(
     "keep",
-    **_READ,
+    **INPUTS,
     gy=Buffer("batch length heads width"), gh_last=Buffer("batch heads width n_state"),
     gstates=Buffer("batch length heads width n_state", when="keep"),
     gx=Buffer("batch length heads width"), gh_start=Buffer("batch heads width n_state"),

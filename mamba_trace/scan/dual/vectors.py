@@ -20,6 +20,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 LANES = 16  # numbers in a vector
+CHUNK = 4  # positions in a `chunk_step`
 FAST = ("contract", "reassoc", "nsz")
 FLOAT, INDEX, SHORT = ir.FloatType(), ir.IntType(64), ir.IntType(32)
 
@@ -158,6 +159,64 @@ def forward_step(channels: int) -> Callable[..., None]:
     return step
 
 
+def chunk_step(count: int) -> Callable[..., None]:
+    """Make the step of `gated` over the positions of a chunk, for the channels of ``count`` vectors.
+
+    It takes ``(h, u, y, weights, B, C)``, arrays of which h is changed and y is the result: h [N,2 * LANES], u and y
+    [CHUNK,2 * LANES], weights [CHUNK,CHUNK + 2]; ``step_B`` and ``step_C``, how many numbers a position is from the
+    next in B and C; ``last``, the last position that these have; ``n_state``.
+    """
+
+    @intrinsic
+    def step(typingctx, h, u, y, weights, B, C, step_B, step_C, last, n_state):  # type: ignore[no-untyped-def]
+        kinds = (h, u, y, weights, B, C)
+
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            h, u, y, weights, B, C = _addresses(context, builder, kinds, args[:6])
+            step_B, step_C, last, n_state = args[6:]
+            single, whole = Vectors(builder, 1), Vectors(builder)
+            positions, every, width = range(CHUNK), range(count), 2 * LANES
+
+            def weight(t: int, place: int) -> Any:
+                return whole.filled(single.load(weights, INDEX(t * (CHUNK + 2) + place)))
+
+            def here(t: int) -> Any:
+                within = builder.icmp_signed("<", INDEX(t), last)
+                return builder.select(within, INDEX(t), last)
+
+            rows = [(builder.mul(here(t), step_B), builder.mul(here(t), step_C)) for t in positions]
+            given = [[whole.load(u, INDEX(t * width + v * LANES)) for v in every] for t in positions]
+            writes = [[whole.times(weight(t, CHUNK + 1), each) for each in given[t]] for t in positions]
+            sums = [[Total(builder) for _ in every] for _ in positions]
+            a = weight(CHUNK - 1, 0)
+            with cgutils.for_range_slice(builder, INDEX(0), n_state, INDEX(1)) as (n, _):
+                place = builder.mul(n, INDEX(width))
+                places = [builder.add(place, INDEX(v * LANES)) for v in every]
+                before = [whole.load(h, each) for each in places]
+                after = [whole.times(a, each) for each in before]
+                for t in positions:
+                    B_n, C_n = (
+                        whole.filled(single.load(array, builder.add(row, n)))
+                        for array, row in zip((B, C), rows[t], strict=True)
+                    )
+                    for v in every:
+                        sums[t][v].add(whole, whole.times(C_n, before[v]))
+                        after[v] = whole.added(after[v], whole.times(B_n, writes[t][v]))
+                for v in every:
+                    whole.store(after[v], h, places[v])
+            for t in positions:
+                for v in every:
+                    out = whole.times(weight(t, 0), builder.load(sums[t][v].place))
+                    for s in range(t + 1):
+                        out = whole.added(out, whole.times(weight(t, 1 + s), given[s][v]))
+                    whole.store(out, y, INDEX(t * width + v * LANES))
+            return context.get_dummy_value()
+
+        return types.void(*kinds, *(types.int64,) * 4), codegen
+
+    return step
+
+
 def backward_step(channels: int) -> Callable[..., None]:
     """Make the gradients of `forward_step` for some channels of a block.
 
@@ -222,3 +281,34 @@ def fetch(typingctx, array, index):  # type: ignore[no-untyped-def]
         return context.get_dummy_value()
 
     return types.void(array, types.int64), codegen
+
+
+@intrinsic
+def transpose(typingctx, source, first, step, target, to, to_step):  # type: ignore[no-untyped-def]
+    """Write a square of `LANES` x `LANES` numbers with its axes exchanged.
+
+    It begins at number ``first`` of ``source``, where its rows are ``step`` numbers apart; ``to`` and ``to_step`` say
+    the same of ``target``. In each round the corners of ever smaller squares change places.
+    """
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        starts = _addresses(context, builder, signature.args[::3], args[::3])
+        vectors, every = Vectors(builder), range(LANES)
+
+        def row(at: int, k: int) -> Any:
+            return builder.add(args[at], builder.mul(INDEX(k), args[at + 1]))
+
+        rows = [vectors.load(starts[0], row(1, k)) for k in every]
+        side = LANES // 2
+        while side:
+            upper = [lane if not lane & side else LANES + lane - side for lane in every]
+            lower = [lane + side if not lane & side else LANES + lane for lane in every]
+            for k in (k for k in every if not k & side):
+                pair = rows[k], rows[k + side]
+                rows[k], rows[k + side] = vectors.shuffled(*pair, upper), vectors.shuffled(*pair, lower)
+            side //= 2
+        for k in every:
+            vectors.store(rows[k], starts[1], row(4, k))
+        return context.get_dummy_value()
+
+    return types.void(source, types.int64, types.int64, target, types.int64, types.int64), codegen

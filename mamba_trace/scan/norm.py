@@ -1,0 +1,63 @@
+"""The root mean square norm of a block and of a mixer: one function, compiled where a CPU can run that.
+
+The norms of the architectures differ in what is around it, such as a gate, and in when they round. Everything
+that they share is here.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from . import cpu
+from .recompute import differentiated, transformed
+from .reference import accumulation_dtype
+
+
+def rms_norm(
+    x: Tensor,
+    weight: Tensor,
+    epsilon: float,
+    group_size: int | None = None,
+    dtype: torch.dtype | None = None,
+    wide_weight: bool = False,
+) -> Tensor:
+    """weight x / sqrt(mean(x^2) + epsilon), where the mean is that of a group of channels.
+
+    The norm is computed in float32 or better.
+
+    Args:
+        x: [...,E].
+        weight: [E].
+        epsilon: what is added to the mean of the squares.
+        group_size: how many channels next to each other share a mean: all of them if ``None``.
+        dtype: what the norm is rounded to: the dtype of x if ``None``.
+        wide_weight: whether it is rounded after it is multiplied by the weight, and not before.
+
+    Returns:
+        [...,E], in ``dtype``, or where it is rounded before in that of its product with the weight.
+
+    Source:
+        Root mean square layer normalization (arXiv 1910.07467), equation 4.
+
+    Example::
+
+        rms_norm(torch.rand(2, 9, 8), torch.ones(8), 1e-5, group_size=4)  # [2,9,8]
+    """
+    size, dtype = group_size or x.shape[-1], dtype or x.dtype
+    if takes(x, weight, dtype):
+        return cpu.rms_norm(x, weight, epsilon, size)
+    groups = x.to(accumulation_dtype(x)).unflatten(-1, (-1, size))
+    groups = groups * torch.rsqrt(groups.square().mean(-1, keepdim=True) + epsilon)
+    normed = groups.flatten(-2)
+    return (weight.to(normed.dtype) * normed).to(dtype) if wide_weight else weight * normed.to(dtype)
+
+
+def takes(x: Tensor, weight: Tensor, dtype: torch.dtype) -> bool:
+    """Whether the compiled norm can run: in float32 throughout, on a CPU, and without gradients."""
+    plain = type(x) is Tensor and type(weight) in (Tensor, nn.Parameter)  # with memory of their own
+    if not plain or not (x.dtype == weight.dtype == dtype == torch.float32) or x.numel() == 0:
+        return False
+    if differentiated(x, weight) or transformed() or torch.compiler.is_compiling():
+        return False
+    return x.is_cpu and weight.is_cpu and cpu.unavailable() is None
