@@ -32,12 +32,12 @@ PROMPT = "Lately, Emma and Shelby had fun at school. Shelby gave an apple to"
 SOURCE = "Lately, Emma and Shelby had fun at school. Emma gave an apple to"
 DEMO = "demo"
 #: The models that ship: the argument of `MambaTrace.demo` for each name.
-DEMOS = {DEMO: "mamba", "demo-mamba2": "mamba2"}
+DEMOS = {DEMO: "mamba", "demo-mamba2": "mamba2", "demo-hybrid": "hybrid"}
 #: What ``patch`` can measure, and the dtypes that it can load a model in.
 MetricName = Literal["logit-diff", "logit", "log-prob", "prob"]
 Dtype = Literal["float32", "float64", "float16", "bfloat16"]
 #: Options of several commands.
-ModelName = Annotated[str, typer.Option(help="A hub id or a folder; 'demo' and 'demo-mamba2' ship.")]
+ModelName = Annotated[str, typer.Option(help="A hub id or a folder; 'demo', 'demo-mamba2' and 'demo-hybrid' ship.")]
 Kernels = Annotated[str, typer.Option(help="The backend of the scan: auto or its name.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 
@@ -145,7 +145,8 @@ def patch(
 @app.command()
 def sites(
     model: Annotated[
-        str | None, typer.Option(help="Only the sites of this model: a hub id, a folder, demo or demo-mamba2.")
+        str | None,
+        typer.Option(help="Only the sites of this model: a hub id, a folder, demo, demo-mamba2 or demo-hybrid."),
     ] = None,
     as_json: AsJson = False,
 ) -> None:

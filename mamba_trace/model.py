@@ -53,7 +53,7 @@ RENAME = {f"{base}.{theirs}": ours for base in BASES for ours, several in OF_BAS
 RENAME |= {"mixer": "ssm", "mamba": "ssm"}
 DEMO = Path(__file__).parent / "demo_model"
 #: The models that ship, by the architecture that `MambaTrace.demo` takes.
-DEMOS = {"mamba": DEMO, "mamba2": Path(__file__).parent / "demo_model_mamba2"}
+DEMOS = {"mamba": DEMO} | {name: DEMO.with_name(f"demo_model_{name}") for name in ("mamba2", "hybrid")}
 
 
 class MambaTrace(Places, HookedRuns, LensViews, Tokens, Loading, RootEnvoy):
@@ -167,7 +167,8 @@ class MambaTrace(Places, HookedRuns, LensViews, Tokens, Loading, RootEnvoy):
         """A small trained model that ships with the package: who was given the apple?
 
         Args:
-            architecture: ``"mamba"`` or ``"mamba2"``: both were trained on the same sentences.
+            architecture: ``"mamba"``, ``"mamba2"`` or ``"hybrid"``, a Nemotron-H of Mamba-2 and attention layers:
+                all were trained on the same sentences.
             **kwargs: as for `MambaTrace`.
 
         Returns:
@@ -181,7 +182,7 @@ class MambaTrace(Places, HookedRuns, LensViews, Tokens, Loading, RootEnvoy):
             model = MambaTrace.demo("mamba2")
         """
         if architecture not in DEMOS:
-            raise CheckpointError(f"no demo of {architecture!r} ships; there are {' and '.join(map(repr, DEMOS))}")
+            raise CheckpointError(f"no demo of {architecture!r} ships; there are {', '.join(map(repr, DEMOS))}")
         return cls(str(DEMOS[architecture]), **{"dispatch": True, **kwargs})
 
     @classmethod

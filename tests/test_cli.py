@@ -275,8 +275,9 @@ def test_sites_lists_the_table() -> None:
     assert "B batch, L positions, D d_model" in lines[-1]
 
 
-def test_patch_of_the_mamba2_that_ships(tmp_path: Path) -> None:
-    found = run("patch", "--model", "demo-mamba2", "--out", str(tmp_path / "heatmap.html"), "--quiet")
+@pytest.mark.parametrize("name", ["demo-mamba2", "demo-hybrid"])
+def test_patch_of_the_others_that_ship(name: str, tmp_path: Path) -> None:
+    found = run("patch", "--model", name, "--out", str(tmp_path / "heatmap.html"), "--quiet")
     assert found.exit_code == 0, found.stderr
     assert (tmp_path / "heatmap.html").stat().st_size > 1000
     assert "Emma" in found.stdout

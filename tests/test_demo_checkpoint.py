@@ -7,7 +7,6 @@ against what the training generator yields, and the generator against the split 
 from __future__ import annotations
 
 import copy
-import importlib.util
 import itertools
 import json
 import math
@@ -22,10 +21,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from tutorial import TRAIN_DEMO, train_demo
 
 ROOT = Path(__file__).resolve().parent.parent
-FOLDERS = {"mamba": ROOT / "mamba_trace" / "demo_model", "mamba2": ROOT / "mamba_trace" / "demo_model_mamba2"}
-CLASSES = {"mamba": "MambaForCausalLM", "mamba2": "Mamba2ForCausalLM"}
+FOLDERS = {
+    "mamba": ROOT / "mamba_trace" / "demo_model",
+    "mamba2": ROOT / "mamba_trace" / "demo_model_mamba2",
+    "hybrid": ROOT / "mamba_trace" / "demo_model_hybrid",
+}
+CLASSES = {"mamba": "MambaForCausalLM", "mamba2": "Mamba2ForCausalLM", "hybrid": "NemotronHForCausalLM"}
 END = "<|endoftext|>"
 PROMPTS = {
     "Lately, Emma and Shelby had fun at school. Shelby gave an apple to": (" Emma", " Shelby"),
@@ -35,13 +39,7 @@ PROMPTS = {
 
 @pytest.fixture(scope="module")
 def demo() -> ModuleType:
-    """tutorials/train_demo.py as a module (tutorials is not a package)."""
-    spec = importlib.util.spec_from_file_location("train_demo", ROOT / "tutorials" / "train_demo.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return train_demo()
 
 
 @pytest.fixture(scope="module", params=FOLDERS)
@@ -87,6 +85,7 @@ def test_the_folder_is_small_and_holds_data_only(folder: Path) -> None:
     files = {path.name: path.stat().st_size for path in folder.iterdir()}
     for name in (
         "config.json",
+        "generation_config.json",
         "model.safetensors",
         "tokenizer.json",
         "tokenizer_config.json",
@@ -94,17 +93,34 @@ def test_the_folder_is_small_and_holds_data_only(folder: Path) -> None:
     ):
         assert name in files
     assert not any(name.endswith((".py", ".bin", ".pt")) for name in files)
-    assert sum(files.values()) <= 2_000_000
+    assert sum(files.values()) <= 1_200_000
 
 
 def test_config_is_that_of_a_small_real_mamba(architecture: str, folder: Path, model: Any, tokenizer: Any) -> None:
     config = json.loads((folder / "config.json").read_text())
     assert config["architectures"] == [CLASSES[architecture]]
     assert not config.get("rescale_prenorm_residual"), "Hugging Face 5 would rescale loaded weights"
-    assert (config["expand"], config["state_size"], config["conv_kernel"]) == (2, 16, 4)
+    state_size = config["ssm_state_size" if architecture == "hybrid" else "state_size"]
+    assert (config["expand"], state_size, config["conv_kernel"]) == (2, 16, 4)
     assert config["vocab_size"] == len(tokenizer)
-    assert model.lm_head.weight is model.backbone.embeddings.weight
+    tied = model.lm_head.weight is model.base_model.embeddings.weight
+    assert tied == (architecture != "hybrid"), "a Nemotron-H has a head of its own, whatever its configuration says"
     assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+def test_plain_transformers_holds_no_delta_of_the_hybrid(demo: ModuleType) -> None:
+    """Hugging Face clamps delta in a prompt and not in a decode step: the two must not differ in what ships."""
+    config = json.loads((FOLDERS["hybrid"] / "config.json").read_text())
+    assert config["time_step_min"] == 1e-9
+    model = AutoModelForCausalLM.from_pretrained(FOLDERS["hybrid"], local_files_only=True).eval()
+    tokenizer = AutoTokenizer.from_pretrained(FOLDERS["hybrid"], local_files_only=True)
+    tokens = tokenizer(next(iter(PROMPTS)), return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        whole, cache = model(tokens, use_cache=False).logits[0, -1], None
+        for token in tokens.unbind(1):
+            out = model(token[:, None], cache=cache, use_cache=True)
+            cache = out.cache
+    torch.testing.assert_close(out.logits[0, -1], whole, rtol=1e-4, atol=1e-4)
 
 
 def test_loaded_weights_are_the_stored_ones(folder: Path, model: Any) -> None:
@@ -134,7 +150,7 @@ def test_any_one_layer_can_be_left_out(
     left_out: int, demo: ModuleType, splits: dict[str, Any], model: Any, tokenizer: Any
 ) -> None:
     ablated = copy.deepcopy(model)
-    del ablated.backbone.layers[left_out]
+    del ablated.base_model.layers[left_out]
     sample = list(itertools.islice(demo.examples(splits["held_out"], "ablation"), 100))
     answers = torch.tensor([tokenizer.convert_tokens_to_ids(example.answer) for example in sample])
     logits = logits_after(ablated, tokenizer, [example.prompt for example in sample])
@@ -247,10 +263,26 @@ def test_initialisation_is_mambas(demo: ModuleType) -> None:
         assert torch.equal(mixer.D, torch.ones(128))
 
 
+def test_the_hybrid_is_initialised_as_mamba2_is(demo: ModuleType) -> None:
+    model = demo.build_model(vocab_size=20, n_layers=8, d_model=64, seed=3, architecture="hybrid")
+    mixers = [layer.mixer for layer in model.model.layers if hasattr(layer.mixer, "A_log")]
+    assert len(mixers) == 6
+    for mixer in mixers:
+        torch.testing.assert_close(mixer.A_log, torch.arange(1.0, 9.0).log())
+        assert torch.equal(mixer.D, torch.ones(8))
+    dt = torch.nn.functional.softplus(torch.cat([mixer.dt_bias for mixer in mixers]))
+    assert 1e-3 <= dt.min() < 2e-3
+    assert 0.05 < dt.max() <= 0.1
+    assert dt.log().std().item() == pytest.approx(math.log(100) / math.sqrt(12), rel=0.2)
+    again = demo.build_model(vocab_size=20, n_layers=8, d_model=64, seed=3, architecture="hybrid")
+    for name, weight in again.state_dict().items():
+        assert torch.equal(weight, model.state_dict()[name]), name
+
+
 def test_the_tutorial_runs_from_the_command_line(architecture: str, tmp_path: Path) -> None:
     options = ["--architecture", architecture, "--steps", "2", "--batch-size", "4", "--layers", "1"]
     options += ["--eval-sentences", "4"]
-    command = [sys.executable, ROOT / "tutorials" / "train_demo.py", "--out", tmp_path / "model", *options]
+    command = [sys.executable, TRAIN_DEMO, "--out", tmp_path / "model", *options]
     run = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert run.returncode == 0, run.stderr
     written = AutoModelForCausalLM.from_pretrained(tmp_path / "model")

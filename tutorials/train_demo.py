@@ -1,4 +1,4 @@
-"""Train the small Mamba-1 and Mamba-2 that ship with the package, from nothing, on two CPU cores.
+"""Train the small Mamba-1, Mamba-2 and hybrid that ship with the package, from nothing, on two CPU cores.
 
 The problem: an experiment needs a model that has something to find, and a newcomer should not have to
 download one. The task is the classic one of indirect objects: in "Lately, Emma and Shelby had fun at school.
@@ -15,6 +15,7 @@ V vocabulary.
 
     python tutorials/train_demo.py --out demo_model
     python tutorials/train_demo.py --out demo_model_mamba2 --architecture mamba2
+    python tutorials/train_demo.py --out demo_model_hybrid --architecture hybrid
 """
 
 from __future__ import annotations
@@ -40,6 +41,8 @@ from transformers import (
     Mamba2ForCausalLM,
     MambaConfig,
     MambaForCausalLM,
+    NemotronHConfig,
+    NemotronHForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
@@ -175,30 +178,63 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 # ----------------------------------------------------------------------------------------------------
 
 
+HYBRID_LAYERS = ("linear_attention", "linear_attention", "full_attention", "linear_attention")
+
+
 def build_model(
     vocab_size: int, n_layers: int, d_model: int, seed: int, architecture: str = "mamba"
 ) -> PreTrainedModel:
     """A Mamba as initialised by Hugging Face, which follows the paper (section 3.6).
 
     A_log = log(1..N) in every channel, in Mamba-2 log(1..H); softplus(dt bias) is log-uniform in
-    [1e-3, 1e-1]; D = 1.
+    [1e-3, 1e-1]; D = 1. A hybrid is a Nemotron-H of Mamba-2 and attention layers (see `build_hybrid`).
     """
     torch.manual_seed(seed)
     settings: dict[str, Any] = {
         "vocab_size": vocab_size,
         "hidden_size": d_model,
-        "num_hidden_layers": n_layers,
-        "state_size": 16,
         "conv_kernel": 4,
         "expand": 2,
         "bos_token_id": 0,
         "eos_token_id": 0,
         "pad_token_id": 0,
-        "tie_word_embeddings": True,
     }
+    if architecture == "hybrid":
+        return build_hybrid(settings, n_layers)
+    settings |= {"num_hidden_layers": n_layers, "state_size": 16, "tie_word_embeddings": True}
     if architecture == "mamba":
         return MambaForCausalLM(MambaConfig(**settings))
     return Mamba2ForCausalLM(Mamba2Config(**settings, head_dim=16, num_heads=d_model // 8, n_groups=1))
+
+
+def build_hybrid(settings: dict[str, Any], n_layers: int) -> PreTrainedModel:
+    """A Nemotron-H whose layers are the first n_layers of `HYBRID_LAYERS`, over and over.
+
+    Its heads of an SSM and of attention have 16 channels; two heads of attention share a key and a value.
+    Hugging Face's forward holds delta above `time_step_min` in a prompt and not in a decode step; so small a
+    value holds nothing, and the bias of delta is drawn here from the interval that the others have.
+    """
+    heads = settings["hidden_size"] // 8
+    config = NemotronHConfig(
+        **settings,
+        layers_block_type=list(itertools.islice(itertools.cycle(HYBRID_LAYERS), n_layers)),
+        mamba_num_heads=heads,
+        mamba_head_dim=16,
+        n_groups=1,
+        ssm_state_size=16,
+        num_attention_heads=heads // 2,
+        num_key_value_heads=heads // 4,
+        head_dim=16,
+        initializer_range=0.1,  # as in Mamba-1 and Mamba-2
+        rescale_prenorm_residual=False,
+        time_step_min=1e-9,
+    )
+    model = NemotronHForCausalLM(config)
+    for name, bias in model.named_parameters():
+        if name.endswith("dt_bias"):
+            delta = torch.exp(torch.empty_like(bias).uniform_(math.log(1e-3), math.log(1e-1)))
+            bias.data = delta + torch.log(-torch.expm1(-delta))  # the inverse of softplus
+    return model
 
 
 class SelectiveScan(torch.autograd.Function):
@@ -281,7 +317,24 @@ def mamba2_mixer(mixer: Any, x: Tensor) -> Tensor:
     return mixer.out_proj(mixer.norm(y.flatten(-2), skip))
 
 
-MIXERS = {"mamba": mamba_mixer, "mamba2": mamba2_mixer}
+def attention_mixer(mixer: Any, x: Tensor) -> Tensor:
+    """Causal attention that is told no positions, time first: [L,B,D] -> [L,B,D]."""
+    q, k, v = (
+        projected(x).unflatten(-1, (-1, mixer.head_dim)).permute(1, 2, 0, 3)  # [B,heads,L,channels of a head]
+        for projected in (mixer.q_proj, mixer.k_proj, mixer.v_proj)
+    )
+    z = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    return mixer.o_proj(z.permute(2, 0, 1, 3).flatten(-2))
+
+
+ARCHITECTURES = ("mamba", "mamba2", "hybrid")
+#: The forward of a layer's mixer, by its class in Hugging Face.
+MIXERS = {
+    "MambaMixer": mamba_mixer,
+    "Mamba2Mixer": mamba2_mixer,
+    "NemotronHMamba2Mixer": mamba2_mixer,
+    "NemotronHAttention": attention_mixer,
+}
 
 
 def fast_logits(model: PreTrainedModel, tokens: Tensor, layer_drop: float = 0.0) -> Tensor:
@@ -291,12 +344,12 @@ def fast_logits(model: PreTrainedModel, tokens: Tensor, layer_drop: float = 0.0)
     without any one of its layers (the Mamba-2: any but the first), so that ablating a layer and patching it give
     different answers, as they do in large language models.
     """
-    backbone, mixer_forward = cast(Any, model).backbone, MIXERS[model.config.model_type]
+    backbone = cast(Any, model).base_model
     resid = backbone.embeddings(tokens.t())  # [L,B,D]
     for block in backbone.layers:
         if layer_drop and torch.rand(()).item() < layer_drop:
             continue
-        resid = resid + mixer_forward(block.mixer, block.norm(resid))
+        resid = resid + MIXERS[type(block.mixer).__name__](block.mixer, block.norm(resid))
     return cast(Any, model).lm_head(backbone.norm_f(resid)).transpose(0, 1)
 
 
@@ -385,7 +438,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Train, evaluate and save; see --help."""
     parser = argparse.ArgumentParser(description="Train the demo Mamba on indirect objects.")
     parser.add_argument("--out", type=Path, required=True, help="folder to write the checkpoint to")
-    parser.add_argument("--architecture", choices=list(MIXERS), default="mamba")
+    parser.add_argument("--architecture", choices=ARCHITECTURES, default="mamba")
     parser.add_argument("--seed", type=int, default=0, help="seed of weights, pairs and sentences")
     parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--batch-size", type=int, default=64)
