@@ -25,7 +25,7 @@ from mamba_trace.hidden_attention import hidden_attention
 from mamba_trace.lenses import state_lens
 from mamba_trace.patching import PatchGrid, attribution_grid, logit_diff, patch_grid
 from mamba_trace.scan import cpu, cuda, reference
-from mamba_trace.scan.buffers import Buffer, Layout
+from mamba_trace.scan.buffers import BlockLayout, Buffer
 from mamba_trace.scan.cpu import compiled, conv, explicit, selective, team
 from mamba_trace.scan.cuda import installed as installed
 
@@ -185,7 +185,7 @@ KERNELS = {
 AXES = {"batch": 2, "length": 3, "width": 4, "n_state": 2, "taps": 3, "past": 2, "pieces": 1}
 
 
-def fitting(layout: Layout) -> dict[str, Any]:
+def fitting(layout: BlockLayout) -> dict[str, Any]:
     """What a kernel of the CPU takes: every number, and zeros of the right shapes."""
     given = {name: AXES.get(name, 1) for name in layout.given}
     for name, buffer in layout.buffers.items():
@@ -227,7 +227,7 @@ def test_an_array_that_a_kernel_does_not_look_at_may_be_missing() -> None:
 
 
 def test_the_places_of_a_layout_do_not_overlap() -> None:
-    layout = Layout("scale", x=Buffer("length width", dense=1), out=Buffer("length width"))
+    layout = BlockLayout("scale", x=Buffer("length width", dense=1), out=Buffer("length width"))
     assert layout.places == {
         "next": 0, "pieces": 1, "scale": 2, "length": 3, "width": 4, "x": 5, "out": 7,
     }  # fmt: skip
@@ -243,12 +243,12 @@ def test_the_places_of_a_layout_do_not_overlap() -> None:
 
 
 def test_an_axis_of_an_array_that_is_not_looked_at_shifts_no_other_number() -> None:
-    layout = Layout("with_a", a=Buffer("rows columns", when="with_a"), b=Buffer("rows"))
+    layout = BlockLayout("with_a", a=Buffer("rows columns", when="with_a"), b=Buffer("rows"))
     b = torch.empty(3)
     assert list(layout.pack(1, {"with_a": 0, "a": None, "b": b})) == [0, 1, 0, 3, 0, 0, b.data_ptr()]
 
 
-SUM = Layout("scale", x=Buffer("rows columns", dense=1), out=Buffer("rows"))
+SUM = BlockLayout("scale", x=Buffer("rows columns", dense=1), out=Buffer("rows"))
 
 
 def add_up(data: Any) -> None:
@@ -290,7 +290,7 @@ def test_compiled_code_for_other_places_is_not_run(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path))
     x, out = torch.rand(3, 5), torch.empty(3)
     hits = []
-    for layout in (SUM, SUM, Layout("shift scale", x=Buffer("rows columns", dense=1), out=Buffer("rows"))):
+    for layout in (SUM, SUM, BlockLayout("shift scale", x=Buffer("rows columns", dense=1), out=Buffer("rows"))):
         monkeypatch.setitem(globals(), "sum_arguments", compiled.arguments_of(layout))
         kernel = compiled.Kernel(add_up, layout)
         given = {"scale": 2, "x": x, "out": out} | ({"shift": 0} if "shift" in layout.places else {})

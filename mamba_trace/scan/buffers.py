@@ -4,7 +4,7 @@ Compiled code reads and writes the memory at an address. There a wrong dtype, st
 error: it gives wrong numbers or overwrites the heap. So each kernel declares its arrays (`Buffer`), and no
 tensor reaches a kernel before its device, dtype, shape and strides have been compared with the declaration.
 
-`Layout` is the declaration of a whole CPU kernel, which takes one block of int64 numbers. It says where in
+`BlockLayout` is the declaration of a whole CPU kernel, which takes one block of int64 numbers. It says where in
 the block each number and each array stands. The caller fills the block from it, and the kernel is compiled
 from it.
 """
@@ -124,7 +124,7 @@ def check(arrays: Mapping[str, Tensor | None], buffers: Mapping[str, Buffer], **
         buffers[name].claim(name, tensor, sizes)
 
 
-class Layout:
+class BlockLayout:
     """Where in its block of int64 numbers a CPU kernel finds each number and each array.
 
     The block begins with the ``next`` piece of work to take and the number of ``pieces``. The numbers that
@@ -142,7 +142,7 @@ class Layout:
 
     Example::
 
-        layout = Layout("scale", x=Buffer("length width", dense=1), out=Buffer("length width"))
+        layout = BlockLayout("scale", x=Buffer("length width", dense=1), out=Buffer("length width"))
         layout.places  # next: 0, pieces: 1, scale: 2, length: 3, width: 4, x: 5, out: 7
         layout.pack(1, {"scale": 2, "x": torch.rand(5, 4)[:, :3], "out": torch.empty(5, 3)})
     """

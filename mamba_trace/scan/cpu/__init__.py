@@ -4,7 +4,7 @@ Each differentiable scan is registered with PyTorch as a custom operator, so tha
 graphs; its second derivative is that of `reference`. Where no gradient is needed, softplus, D and the gate
 are computed in the loop of the scan, and SiLU in the loop of the convolution.
 
-The loops of a scan are a module with ``FORWARD`` and ``BACKWARD`` (`Layout`), ``forward`` and ``backward``
+The loops of a scan are a module with ``FORWARD`` and ``BACKWARD`` (`BlockLayout`), ``forward`` and ``backward``
 (kernels) and ``WIDTH``, the channels in a block: `selective` and `explicit` here, and those of `scan.dual`.
 """
 

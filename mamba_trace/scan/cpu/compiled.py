@@ -1,8 +1,8 @@
 """What the compiled loops share: how they are compiled, find their arguments, and vectorise.
 
-A kernel is a C function of one argument: the address of a block of int64 numbers, which `Layout.pack` fills
+A kernel is a C function of one argument: the address of a block of int64 numbers, which `BlockLayout.pack` fills
 with sizes, flags, and the addresses and strides of float32 arrays. `arguments_of` compiles the other side
-from the same `Layout`: a named tuple of everything in the block, so that a kernel writes ``p.width`` and
+from the same `BlockLayout`: a named tuple of everything in the block, so that a kernel writes ``p.width`` and
 ``p.x[b, t, e]`` and no place is counted by hand. A name that the layout lacks, or too many or too few
 indices, do not compile.
 
@@ -30,7 +30,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 from numba.np.arrayobj import populate_array
 
-from ..buffers import Layout
+from ..buffers import BlockLayout
 
 LOG2E = np.float32(math.log2(math.e))
 #: Taylor coefficients of 2**f, lowest first; on [-1/2, 1/2] their error is below float32's.
@@ -56,7 +56,7 @@ class Kernel:
             p = forward_arguments(data)
     """
 
-    def __init__(self, function: Callable[[Any], None], layout: Layout) -> None:
+    def __init__(self, function: Callable[[Any], None], layout: BlockLayout) -> None:
         self.function = function
         self.layout = layout
 
@@ -75,12 +75,12 @@ class Kernel:
             return cfunc(signature, **OPTIONS)(function)
 
 
-def kernel(layout: Layout) -> Callable[[Callable[[Any], None]], Kernel]:
+def kernel(layout: BlockLayout) -> Callable[[Callable[[Any], None]], Kernel]:
     """Make a `Kernel` of a function whose arguments stand at the places of ``layout``."""
     return lambda function: Kernel(function, layout)
 
 
-def arguments_of(layout: Layout) -> Any:
+def arguments_of(layout: BlockLayout) -> Any:
     """A compiled function that makes of an address a named tuple of all numbers and arrays of ``layout``."""
     names = [*layout.places]
     scope = {"parameters": _parameters, "view": _view, "Arguments": namedtuple("Arguments", names)}
@@ -88,7 +88,7 @@ def arguments_of(layout: Layout) -> Any:
     return njit(inline="always", **OPTIONS)(scope["unpack"])
 
 
-def _unpacking(layout: Layout) -> str:
+def _unpacking(layout: BlockLayout) -> str:
     # The source of the function of `arguments_of`.
     fields = []
     for name, place in layout.places.items():

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..buffers import Buffer, Layout
+from ..buffers import BlockLayout, Buffer
 from .compiled import arguments_of, kernel, next_piece, silu
 
-FORWARD = Layout(
+FORWARD = BlockLayout(
     "past activate",
     x_in=Buffer("batch length width", dense=1),
     before=Buffer("batch past width"),

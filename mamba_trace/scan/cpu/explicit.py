@@ -8,19 +8,19 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..buffers import Buffer, Layout
+from ..buffers import BlockLayout, Buffer
 from .compiled import arguments_of, kernel, next_piece
 
 WIDTH = 16  # channels in a block
 
-FORWARD = Layout(
+FORWARD = BlockLayout(
     "keep",
     A_bar=Buffer("batch length width n_state", dense=2), B_bar=Buffer("batch length width n_state", dense=2),
     x=Buffer("batch length width"), C=Buffer("batch length n_state"), h_start=Buffer("batch width n_state"),
     y=Buffer("batch length width"), h_last=Buffer("batch width n_state"),
     states=Buffer("batch length width n_state", when="keep"),
 )  # fmt: skip
-BACKWARD = Layout(
+BACKWARD = BlockLayout(
     "keep",
     A_bar=Buffer("batch length width n_state"), B_bar=Buffer("batch length width n_state"),
     x=Buffer("batch length width"), C=Buffer("batch length n_state"), h_start=Buffer("batch width n_state"),

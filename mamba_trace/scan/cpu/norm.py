@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..buffers import Buffer, Layout
+from ..buffers import BlockLayout, Buffer
 from .compiled import arguments_of, as_float, kernel, next_piece
 
-FORWARD = Layout(
+FORWARD = BlockLayout(
     "epsilon",
     x=Buffer("rows groups width", dense=2),
     weight=Buffer("groups width"),

@@ -11,13 +11,13 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from ..buffers import Buffer, Layout
+from ..buffers import BlockLayout, Buffer
 from .compiled import LOG2E, OPTIONS, arguments_of, exp2, kernel, next_piece, silu, softplus
 
 WIDTH = 16  # channels in a block
 CHUNK = 64  # positions between the states that the backward pass keeps
 
-FORWARD = Layout(
+FORWARD = BlockLayout(
     "gated keep",
     x=Buffer("batch length width", dense=1), delta=Buffer("batch length width", dense=1),
     B=Buffer("batch length n_state", dense=1), C=Buffer("batch length n_state", dense=1),
@@ -26,7 +26,7 @@ FORWARD = Layout(
     y=Buffer("batch length width"), h_last=Buffer("batch width n_state"),
     states=Buffer("batch length width n_state", when="keep"),
 )  # fmt: skip
-BACKWARD = Layout(
+BACKWARD = BlockLayout(
     "keep",
     x=Buffer("batch length width"), delta=Buffer("batch length width"), A=Buffer("width n_state"),
     B=Buffer("batch length n_state"), C=Buffer("batch length n_state"), h_start=Buffer("batch width n_state"),

@@ -17,14 +17,14 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from ..buffers import Buffer, Layout
+from ..buffers import BlockLayout, Buffer
 from ..cpu.compiled import OPTIONS, arguments_of, kernel, next_piece, silu
 from .loops import INPUTS
 from .vectors import CHUNK, LANES, chunk_step, fetch, transpose
 
 WIDTH = 2 * LANES  # channels in a block
 AHEAD = 4 * CHUNK
-FORWARD = Layout(
+FORWARD = BlockLayout(
     "started",
     **INPUTS | {"h_start": Buffer("batch heads width n_state", when="started")},
     D=Buffer("heads"), skip=Buffer("batch length heads width", dense=2),

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..buffers import Buffer, Layout
+from ..buffers import BlockLayout, Buffer
 from ..cpu.compiled import arguments_of, kernel, next_piece, silu
 from .vectors import LANES, backward_step, fetch, forward_step
 
@@ -26,13 +26,13 @@ INPUTS = {
     "B": Buffer("batch length groups_B n_state", dense=2), "C": Buffer("batch length groups_C n_state", dense=2),
     "h_start": Buffer("batch heads width n_state"),
 }  # fmt: skip
-FORWARD = Layout(
+FORWARD = BlockLayout(
     "gated keep",
     **INPUTS, D=Buffer("heads", when="gated"), skip=Buffer("batch length heads width", dense=2, when="gated"),
     y=Buffer("batch length heads width"), h_last=Buffer("batch heads width n_state"),
     states=Buffer("batch length heads width n_state", when="keep"),
 )  # fmt: skip
-BACKWARD = Layout(
+BACKWARD = BlockLayout(
     "keep",
     **INPUTS,
     gy=Buffer("batch length heads width"), gh_last=Buffer("batch heads width n_state"),
