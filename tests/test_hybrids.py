@@ -265,3 +265,45 @@ def test_a_loss_is_that_of_the_logits_as_they_were_edited(kind: str) -> None:
         logits, output = model.logits.output.save(), model.output.save()
     expected = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten())
     near(output.loss.double(), expected.double(), 1e-6)
+
+
+@every
+def test_every_hook_name_is_that_of_its_place(kind: str) -> None:
+    model = made(kind).model
+    hooks = model.hook_names(2)
+    assert len(hooks) == len(set(hooks))
+    for name in hooks:
+        place = model._place(name)
+        assert place.hook_name == name
+        assert model._place(place.path) == place
+        assert model.hook(name) is not None
+
+
+def test_names_of_transformer_lens_mean_what_they_mean_there() -> None:
+    granite, falcon = made("granitemoehybrid").model, made("falcon_h1").model
+    same = {
+        "blocks.1.ln1.hook_in": "layers[1].layer_input",
+        "blocks.1.ln1.hook_out": "layers[1].norm",
+        "blocks.1.attn.hook_q": "layers[1].attn.q",
+        "blocks.1.attn.hook_pattern": "layers[1].attn.pattern",
+        "blocks.1.hook_resid_mid": "layers[1].resid_mid",
+        "blocks.1.ln2.hook_in": "layers[1].resid_mid",
+        "blocks.1.ln2.hook_out": "layers[1].norm_2",
+        "blocks.1.hook_mlp_out": "layers[1].mlp_out",
+        "unembed.hook_out": "lm_head",
+        "hook_logits": "logits",
+    }
+    for model in (granite, falcon):
+        assert {name: model._place(name).path for name in same} == same
+    assert granite._place("blocks.1.hook_attn_out").path == "layers[1].attn_out"
+    assert falcon._place("blocks.1.hook_attn_term").path == "layers[1].attn_out"
+    assert falcon._place("blocks.0.mamba.hook_out").path == "layers[0].ssm.out_proj"
+    with pytest.raises(UnknownSiteError, match=r"before the model's factor: that is layers\[1\].attn.output"):
+        falcon.hook("blocks.1.hook_attn_out")
+
+
+def test_logits_are_lm_head_s_where_the_model_returns_these() -> None:
+    model = made("bamba").model
+    assert model.logits is model.lm_head
+    assert model.hook("logits") is model.lm_head
+    assert model._place("hook_logits").path == "lm_head"
