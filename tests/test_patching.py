@@ -19,7 +19,7 @@ from mamba_trace.errors import ArgumentError, MetricError, PositionError, Prompt
 from mamba_trace.model import DEMO
 from mamba_trace.patching import Metric, PatchGrid, attribution_grid, logit, logit_diff, patch_grid
 from mamba_trace.patching.question import positional
-from mamba_trace.sites import SITES
+from mamba_trace.sites import PURE, SITES, Layout
 
 NAME = 10  # where the seed's prompts differ: the name of who gives
 
@@ -78,9 +78,28 @@ def test_prompts_that_are_the_same_have_one_answer(tiny: MambaTrace) -> None:
 
 
 def test_the_sites_of_a_grid_are_those_with_positions() -> None:
-    assert {site.name for site in SITES} - set(positional()) == {"A", "h_start"}
-    only_in_mamba2 = {"B_in", "C_in", "B_conv", "C_conv", "inner_norm"}
-    assert set(positional("dual")) - set(positional("selective")) == only_in_mamba2
+    assert {site.name for site in SITES} - set(positional()) == {"A", "h_start", "pattern"}
+    selective, dual = (set(positional(Layout((PURE[family],)))) for family in ("selective", "dual"))
+    assert dual - selective == {"B_in", "C_in", "B_conv", "C_conv", "inner_norm"}
+    of_hybrids = {"ssm_out", "q", "k", "v", "z", "attn_out", "shared_out", "resid_mid", "mlp_input", "norm_2"}
+    assert set(positional()) - dual == of_hybrids | {"router", "mlp_out", "logits", "delta_1"} - dual
+
+
+@pytest.mark.usefixtures("never_run")
+@pytest.mark.parametrize("make", [patch_grid, attribution_grid])
+def test_sites_of_hybrids_are_refused_or_meant_by_another_name(tiny: MambaTrace, make: Callable[..., Any]) -> None:
+    for site in ("attn.q", "resid_mid", "router"):
+        said = refusal(UnknownSiteError, lambda site=site: make(tiny, OURS, THEIRS, site, logit(tiny, 3)))
+        assert said == f"{site!r}: a Mamba has no attention, no MLP and one norm in each block"
+
+
+def test_what_the_mixer_adds_is_its_output(tiny: MambaTrace) -> None:
+    one, other = (
+        patch_grid(tiny, OURS, THEIRS, site, logit(tiny, 3), progress=False) for site in ("ssm_out", "out_proj")
+    )
+    assert one.site == "out_proj"
+    assert torch.equal(one.values, other.values)
+    assert one.layers == [0, 1, 2]
 
 
 @pytest.mark.parametrize("variant", OTHERS, ids=str)

@@ -41,8 +41,9 @@ class Attended:
     @classmethod
     def of(cls, cache: Any, layers: Sequence[int], n_layers: int, length: int) -> Attended:
         """What Hugging Face's ``cache`` keeps of the layers with attention."""
-        parts = [[getattr(cache.layers[n], name) if n in layers else None for n in range(n_layers)] for name in PARTS]
-        return cls(*parts, length)
+        kept = [cache.layers[layer] if layer in layers else None for layer in range(n_layers)]
+        keys, values = ([getattr(layer, name, None) for layer in kept] for name in ("keys", "values"))
+        return cls(keys, values, length)
 
     def of_run(self, run: int) -> Attended:
         """Those of the source alone, or of the prompt [1,U,L,W]."""
@@ -50,10 +51,6 @@ class Attended:
             [None if part is None else part[run, None] for part in parts] for parts in (self.keys, self.values)
         )
         return Attended(keys, values, self.length)
-
-
-#: What a cache's layer with attention keeps.
-PARTS = ("keys", "values")
 
 
 @dataclass(frozen=True)
