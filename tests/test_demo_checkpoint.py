@@ -108,7 +108,7 @@ def test_config_is_that_of_a_small_real_mamba(architecture: str, folder: Path, m
     assert {p.dtype for p in model.parameters()} == {torch.float32}
 
 
-def test_plain_transformers_holds_no_delta_of_the_hybrid(demo: ModuleType) -> None:
+def test_plain_transformers_holds_no_delta_of_the_hybrid() -> None:
     """Hugging Face clamps delta in a prompt and not in a decode step: the two must not differ in what ships."""
     config = json.loads((FOLDERS["hybrid"] / "config.json").read_text())
     assert config["time_step_min"] == 1e-9
@@ -125,6 +125,8 @@ def test_plain_transformers_holds_no_delta_of_the_hybrid(demo: ModuleType) -> No
 
 def test_loaded_weights_are_the_stored_ones(folder: Path, model: Any) -> None:
     stored = load_file(folder / "model.safetensors")
+    base = f"{model.base_model_prefix}."  # transformers stores a Nemotron-H under the names of those on the hub
+    stored = {re.sub(r"^backbone\.", base, name): value for name, value in stored.items()}
     loaded = model.state_dict()
     assert set(loaded) - set(stored) <= {"lm_head.weight"}
     for name, value in stored.items():
@@ -141,8 +143,10 @@ def test_held_out_pairs_are_answered(
     assert (logits.argmax(-1) == answers).float().mean() >= 0.99
 
 
-#: In the Mamba-2 the state of the first layer alone holds the answer, and nothing stands in for it.
-SPARE = [("mamba", layer) for layer in range(8)] + [("mamba2", layer) for layer in range(1, 8)]
+#: In the Mamba-2 the state of the first layer alone holds the answer, and nothing stands in for it. The hybrid was
+#: trained with all of its layers, and has spare ones behind those that it needs.
+NEEDED = {"mamba": 0, "mamba2": 1, "hybrid": 3}
+SPARE = [(name, layer) for name, first in NEEDED.items() for layer in range(first, 8)]
 
 
 @pytest.mark.parametrize(("architecture", "left_out"), SPARE, indirect=["architecture"])

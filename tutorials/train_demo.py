@@ -4,8 +4,8 @@ The problem: an experiment needs a model that has something to find, and a newco
 download one. The task is the classic one of indirect objects: in "Lately, Emma and Shelby had fun at school.
 Shelby gave an apple to", the next word is the other of the two names. To answer, the model must remember both
 names, notice which of them is giving, and recall the one that is not; further back than the three tokens that
-a convolution sees, all of that must travel in the hidden states, so patching those shows where each part
-happens.
+a convolution sees, all of that must travel in the hidden states, or through attention in a hybrid, so patching
+those shows where each part happens.
 
 The contract: `main` writes a folder that plain `transformers` loads: config, float32 weights, tokenizer, and
 `splits.json` with the held-out name pairs. A held-out pair, in either order, never occurs in a training
@@ -15,7 +15,7 @@ V vocabulary.
 
     python tutorials/train_demo.py --out demo_model
     python tutorials/train_demo.py --out demo_model_mamba2 --architecture mamba2
-    python tutorials/train_demo.py --out demo_model_hybrid --architecture hybrid
+    python tutorials/train_demo.py --out demo_model_hybrid --architecture hybrid --layer-drop 0
 """
 
 from __future__ import annotations
@@ -342,7 +342,8 @@ def fast_logits(model: PreTrainedModel, tokens: Tensor, layer_drop: float = 0.0)
 
     Each layer is left out with probability layer_drop. Trained so, the model grows a backup: it still answers
     without any one of its layers (the Mamba-2: any but the first), so that ablating a layer and patching it give
-    different answers, as they do in large language models.
+    different answers, as they do in large language models. The hybrid that ships was trained without: its first
+    two SSMs and its first attention share the work, and it needs each of them.
     """
     backbone = cast(Any, model).base_model
     resid = backbone.embeddings(tokens.t())  # [L,B,D]
