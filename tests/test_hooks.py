@@ -418,7 +418,7 @@ def test_a_bridge_name_means_what_it_means_in_this_model(
     assert len(cache) == 1
 
 
-@pytest.mark.parametrize("wrong", [*"hook_hh hook_h_3 hook_h5 hook_delt hook_ssm_out mixer.hook_write".split()])
+@pytest.mark.parametrize("wrong", [*"hook_hh hook_h_3 hook_h5 hook_delt hook_ssm_outptu mixer.hook_write".split()])
 def test_a_name_that_is_suggested_is_accepted(tiny: MambaTrace, tokens: Tensor, wrong: str) -> None:
     with pytest.raises(UnknownSiteError, match="did you mean") as error:
         tiny.run_with_hooks(tokens, [(f"blocks.1.{wrong}", nothing)])

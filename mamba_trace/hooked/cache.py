@@ -111,7 +111,7 @@ class ActivationCache(ResidualAnalyses):
         name = name.removesuffix(GRADIENT)
         site, family = shorthand(name, "model" if layer is None else "layer"), self.model.architecture.family
         if layer is None:
-            place = names.parse(name, family) if site is None else Place(site)
+            place = names.parse(name, family, self.model._layout.hybrid) if site is None else Place(site)
         elif site is None or (position is not None and site.name != STATE):
             layout = self.model._layout
             known = sorted(site.name for site in SITES if site.scope != "model" and layout.has(site))

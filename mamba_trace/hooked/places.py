@@ -89,7 +89,7 @@ class Places:
 
     def _place(self, name: str) -> names.Place:
         """The place of this model that a name means. Raises as `hook`."""
-        place = names.parse(name, self.architecture.family)
+        place = names.parse(name, self.architecture.family, self._layout.hybrid)
         if place.layer is not None:
             place = replace(place, layer=names.layer_index(place.layer, len(self.layers), repr(name)))
         return names.in_layout(place, self._layout, name)

@@ -57,7 +57,6 @@ __all__ = [
     "families_of",
     "hook_names",
     "hook_places",
-    "in_layout",
     "lacked",
     "layer_index",
     "nearest",
@@ -144,8 +143,13 @@ def to_bridge_name(path: str, family: Family | None = None) -> str:
     return (f"blocks.{place.layer}." if in_layer else "") + same
 
 
-def parse(name: str, family: Family | None = None) -> Place:
+def parse(name: str, family: Family | None = None, hybrid: bool | None = None) -> Place:
     """The place that a hook name or a path names, in a model of a family if it is given.
+
+    Args:
+        name: the name.
+        family: as in `to_path`.
+        hybrid: whether the model is a hybrid, if that is known: an error suggests names that it has.
 
     Raises:
         UnknownSiteError: if there is none, or models of this family lack it.
@@ -155,11 +159,11 @@ def parse(name: str, family: Family | None = None) -> Place:
             f"a place is named by a string, 'blocks.3.hook_h.5' or 'layers[3].ssm.h[5]', not by the "
             f"{type(name).__name__} {name!r}"
         )
-    return _parsed(name, family)
+    return _parsed(name, family, hybrid)
 
 
 @functools.lru_cache(maxsize=NAMES_KEPT)
-def _parsed(name: str, family: Family | None) -> Place:
+def _parsed(name: str, family: Family | None, hybrid: bool | None) -> Place:
     stripped = name.removeprefix("model.").removesuffix(".output")
     if stripped == "ln_final.hook_in":
         raise UnknownSiteError(
@@ -171,7 +175,7 @@ def _parsed(name: str, family: Family | None) -> Place:
         others = families_of_name(in_block[2]) if in_block else ()
         if family is not None and others:
             raise _not_of(family, name, f": in TransformerLens 4 it is one of {models_of(others)}")
-        raise UnknownSiteError(f"no site is called {name!r}{_suggest(stripped, family)}")
+        raise UnknownSiteError(f"no site is called {name!r}{_suggest(stripped, family, hybrid)}")
     return place if family is None else check_family(place, family, name)
 
 
@@ -308,13 +312,14 @@ def _not_of(family: Family, name: str, why: str) -> UnknownSiteError:
     )
 
 
-def _suggest(name: str, family: Family | None) -> str:
+def _suggest(name: str, family: Family | None, hybrid: bool | None) -> str:
     in_layer, last = re.match(r"(?:blocks\.|layers[.\[])(\d+)", name), re.search(r"\d+$", name)
     layer, position = (int(number[number.lastindex or 0]) if number else 0 for number in (in_layer, last))
     there = [site for site in SITES if family is None or family in site.families]
+    there = [site for site in there if hybrid or not site.part]
     known = [site.path(layer) for site in there]
     if "hook" in name:  # there is a hook of each position and none of the whole h, so one of them is suggested
         places = (Place(site, layer, position if site.name == STATE else None) for site in there)
         known = [place.hook_name for place in places]
     close = nearest(name, known)
-    return lacked(name) or (f"{close}?" if close else "; `mamba-trace sites` lists them all")
+    return ("" if hybrid else lacked(name)) or (f"{close}?" if close else "; `mamba-trace sites` lists them all")

@@ -88,6 +88,7 @@ def hook_names(layers: int | Layout, n_positions: int, family: Family = "selecti
 def hook_places(layout: Layout, n_positions: int) -> Iterator[Place]:
     """The places of `hook_names`, in the same order.
 
+    >>> from mamba_trace.sites import PURE, Layout
     >>> [place.path for place in hook_places(Layout((PURE["selective"],)), 2)][:2]
     ['embeddings', 'layers[0].resid_pre']
     """
