@@ -174,8 +174,8 @@ def sites(
     lines = [["path", *map(", ".join, models.values()), *(["layers"] if layers else []), "hook name", "meaning"]]
     for row in table:
         where = [spans(layers[row.path] or ())] if layers else []
-        shapes = [row.shape(each) or "(none)" for each in models]
-        lines.append([row.path, *shapes, *where, row.hook or "(none)", row.meaning])
+        in_each = [row.shape(each) or "(none)" for each in models]
+        lines.append([row.path, *in_each, *where, row.hook or "(none)", row.meaning])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     for line in lines:
         typer.echo("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())

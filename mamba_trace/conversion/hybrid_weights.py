@@ -99,10 +99,9 @@ def model_of(config: PreTrainedConfig, state_dict: Mapping[str, Tensor], dtype: 
 
 def _from_tensors(config: PreTrainedConfig, state_dict: Mapping[str, Tensor], **options: Any) -> tuple[Any, Any]:
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    model_class: Any = BY_TYPE[config.model_type].model_class
     with quiet(), torch.random.fork_rng(devices=[]):
-        return BY_TYPE[config.model_type].model_class.from_pretrained(
-            None, config=copy.deepcopy(config), state_dict=dict(state_dict), **options
-        )
+        return model_class.from_pretrained(None, config=copy.deepcopy(config), state_dict=dict(state_dict), **options)
 
 
 @contextlib.contextmanager
