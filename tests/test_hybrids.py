@@ -307,3 +307,28 @@ def test_logits_are_lm_head_s_where_the_model_returns_these() -> None:
     assert model.logits is model.lm_head
     assert model.hook("logits") is model.lm_head
     assert model._place("hook_logits").path == "lm_head"
+
+
+WITHOUT_ATTENTION: dict[str, dict[str, Any]] = {
+    "nemotron_h": {"layers_block_type": ["linear_attention", "mlp"]},
+    "granitemoehybrid": {"num_hidden_layers": 2, "layer_types": ["linear_attention"] * 2},
+    "bamba": {"num_hidden_layers": 2, "attn_layer_indices": []},
+    "jamba": {"num_hidden_layers": 2, "attn_layer_period": 7, "attn_layer_offset": 6},
+}
+
+
+@pytest.mark.parametrize("kind", WITHOUT_ATTENTION)
+def test_a_model_without_attention_decodes(kind: str) -> None:
+    """transformers' cache cannot count its tokens, and Hugging Face's own model raises."""
+    model = MambaTrace(make_hybrid(kind, dtype=torch.float64, **WITHOUT_ATTENTION[kind]))
+    tokens, module = draw_tokens(2, seed=11, length=9), model._module
+    mask = torch.ones_like(tokens)
+    mask[0, :3] = 0
+    with torch.no_grad():
+        whole, padded = module(tokens).logits, module(tokens, attention_mask=mask).logits
+        first = module(tokens[:, :5], use_cache=True)
+        near(module(tokens[:, 5:], cache=first.cache).logits, whole[:, 5:], 1e-12)
+        near(padded[:1, 3:], module(tokens[:1, 3:]).logits, 1e-12)
+        first = module(tokens[:, :5], attention_mask=mask[:, :5], use_cache=True)
+        near(module(tokens[:, 5:], attention_mask=mask, cache=first.cache).logits, padded[:, 5:], 1e-12)
+    assert model.generate(tokens, max_new_tokens=2, do_sample=False).shape == (2, 11)

@@ -19,10 +19,13 @@ class HookableBase(nn.Module):
 
     It gives each row the positions of its own tokens, however the row is padded and whatever a cache holds. Hugging
     Face counts the columns, from 0 again on a Bamba's cache. Where rows start in the middle of a prompt, positions are
-    those of the whole prompt, of which attention takes each row's.
+    those of the whole prompt, of which attention takes each row's. A model whose layers have no attention at all,
+    such as the first layers of a Nemotron-H, needs neither positions nor attention's masks, and transformers' cache
+    cannot count its tokens.
     """
 
     scope: ClassVar[None] = None
+    layers: Any
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         mask, cache = kwargs.get("attention_mask"), kwargs.get("cache")
@@ -32,6 +35,12 @@ class HookableBase(nn.Module):
             if isinstance(cache, StartingStates):
                 kwargs["position_ids"] = torch.arange(cache.length, device=given.device)[None]
                 kwargs["attention_mask"] = mask = {"full_attention": None, "linear_attention": None}
+            elif all(layer.part("attn") is None for layer in self.layers):
+                kwargs["position_ids"] = torch.arange(length, device=given.device)[None]
+                if isinstance(mask, Tensor):
+                    kwargs["attention_mask"] = {"full_attention": None, "linear_attention": mask}
+                elif mask is None:
+                    kwargs["attention_mask"] = {"full_attention": None, "linear_attention": None}
             if kwargs.get("position_ids") is None:
                 kwargs["position_ids"] = positions(length, mask, cache, given.device)
             if isinstance(mask, Tensor) and mask.dim() == 2:

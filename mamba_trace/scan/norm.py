@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from . import cpu
-from .recompute import differentiated, transformed
+from .recompute import recompute, transformed
 from .reference import accumulation_dtype
 
 
@@ -45,19 +45,23 @@ def rms_norm(
         rms_norm(torch.rand(2, 9, 8), torch.ones(8), 1e-5, group_size=4)  # [2,9,8]
     """
     size, dtype = group_size or x.shape[-1], dtype or x.dtype
+
+    def defined(x: Tensor, weight: Tensor) -> Tensor:
+        groups = x.to(accumulation_dtype(x)).unflatten(-1, (-1, size))
+        normed = (groups * torch.rsqrt(groups.square().mean(-1, keepdim=True) + epsilon)).flatten(-2)
+        return (weight.to(normed.dtype) * normed).to(dtype) if wide_weight else weight * normed.to(dtype)
+
     if takes(x, weight, dtype):
-        return cpu.rms_norm(x, weight, epsilon, size)
-    groups = x.to(accumulation_dtype(x)).unflatten(-1, (-1, size))
-    groups = groups * torch.rsqrt(groups.square().mean(-1, keepdim=True) + epsilon)
-    normed = groups.flatten(-2)
-    return (weight.to(normed.dtype) * normed).to(dtype) if wide_weight else weight * normed.to(dtype)
+        # With gradients as well, so that a run has the same numbers whether anybody asks for them.
+        return recompute(lambda x, weight: cpu.rms_norm(x, weight, epsilon, size), defined, x, weight)
+    return defined(x, weight)
 
 
 def takes(x: Tensor, weight: Tensor, dtype: torch.dtype) -> bool:
-    """Whether the compiled norm can run: in float32 throughout, on a CPU, and without gradients."""
+    """Whether the compiled norm can run: in float32 throughout and on a CPU."""
     plain = type(x) is Tensor and type(weight) in (Tensor, nn.Parameter)  # with memory of their own
     if not plain or not (x.dtype == weight.dtype == dtype == torch.float32) or x.numel() == 0:
         return False
-    if differentiated(x, weight) or transformed() or torch.compiler.is_compiling():
+    if transformed() or torch.compiler.is_compiling():
         return False
     return x.is_cpu and weight.is_cpu and cpu.unavailable() is None
