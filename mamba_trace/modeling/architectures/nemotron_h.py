@@ -119,16 +119,6 @@ class HookableNemotronHModel(HookableBase, NemotronHModel):
     """A `NemotronHModel`."""
 
 
-class HookableNemotronHForCausalLM(NemotronHForCausalLM):
-    """A `NemotronHForCausalLM` that makes no mask of attention where no layer has any: its cache counts no tokens."""
-
-    @staticmethod
-    def create_masks_for_generate(config: Any, *args: Any, **kwargs: Any) -> Any:
-        if "full_attention" in config.layers_block_type:
-            return NemotronHForCausalLM.create_masks_for_generate(config, *args, **kwargs)
-        return {"full_attention": None, "linear_attention": kwargs.get("attention_mask")}
-
-
 NEMOTRON_H = Architecture(
     name="Nemotron-H",
     family="dual",
@@ -145,6 +135,5 @@ NEMOTRON_H = Architecture(
         NemotronHRMSNorm: HookableNemotronHRMSNorm,
         NemotronHRMSNormGated: HookableNemotronHRMSNormGated,
         NemotronHModel: HookableNemotronHModel,
-        NemotronHForCausalLM: HookableNemotronHForCausalLM,
     },
 )
