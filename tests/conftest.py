@@ -38,7 +38,7 @@ from transformers import (
 from mamba_trace import MambaTrace, names
 from mamba_trace.conversion.checkpoints import save_original
 from mamba_trace.modeling.run_report import LayerRun
-from mamba_trace.sites import SITES, Site
+from mamba_trace.sites import BY_NAME, SITES, Site
 
 BATCH, LENGTH, N_LAYERS = 3, 9, 3
 SIZES = {
@@ -83,8 +83,8 @@ OTHERS: list[dict[str, Any]] = [
 
 def has(model_type: str, path: str) -> bool:
     """Whether the models of this type have the site or the inner module at the end of a path."""
-    family = "dual" if model_type == "mamba2" else "selective"
-    return family in names.families_of(re.sub(r"\[.*", "", path.rsplit(".", 1)[-1]))
+    family, name = "dual" if model_type == "mamba2" else "selective", re.sub(r"\[.*", "", path.rsplit(".", 1)[-1])
+    return family in names.families_of(name) and not (name in BY_NAME and BY_NAME[name].part)
 
 
 #: For a test with `tiny` or `hf` that holds in both families.

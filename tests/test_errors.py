@@ -66,7 +66,7 @@ def at_users_line(error: Any, line: str) -> None:
         ("layers[0].ssm", "delt", "delta"),
         ("layers[0].ssm", "convolution", "conv"),
         ("layers[0].ssm", "hstart", "h_start"),
-        ("layers[0]", "resid_mid", "resid_"),
+        ("layers[0]", "resid_middle", "resid_"),
         ("layers[0]", "layer_inputs", "layer_input"),
         ("", "embeding", "embeddings"),
         ("", "lm_hed", "lm_head"),

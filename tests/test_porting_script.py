@@ -76,8 +76,8 @@ def test_a_mamba_2_is_no_hooked_mamba(name: str) -> None:
     ("name", "said"),
     [
         ("blocks.3.hook_deltaa", "did you mean blocks.3.hook_delta or"),
-        ("blocks.3.attn.hook_pattern", "a Mamba has no attention"),
-        ("blocks.3.hook_resid_mid", "a Mamba has no attention, no MLP and one norm"),
+        ("blocks.3.attn.hook_result", "a Mamba has no attention"),
+        ("blocks.3.hook_pos_embed", "a Mamba has no attention, no MLP and one norm"),
         ("blocks.{layer}.hook_deltaa", "no site is called 'blocks.{layer}.hook_deltaa'"),
         ("ln_final.hook_in", "use its blocks.l.hook_resid_post"),
     ],
@@ -473,7 +473,7 @@ model.load_state_dict(hooked)
 @pytest.mark.parametrize(
     ("code", "line", "reason"),
     [
-        ('model.run_with_hooks(x, fwd_hooks=[("blocks.0.attn.hook_z", f)])', 1, "no attention"),
+        ('model.run_with_hooks(x, fwd_hooks=[("blocks.0.attn.hook_result", f)])', 1, "no attention"),
         ('model.run_with_hooks(x, fwd_hooks=[("blocks.0.hook_hh.2", f)])', 1, "did you mean"),
         ("model.add_perma_hook('blocks.0.hook_y', f)", 1, "model.edit(inplace=True)"),
         ("model.add_hook('blocks.0.hook_y', f, level=1)", 1, "model.edit(inplace=True)"),

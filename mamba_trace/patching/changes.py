@@ -32,7 +32,16 @@ if TYPE_CHECKING:
     from ..model import MambaTrace
 
 #: Containers and layers of PyTorch that treat every position alike.
-PLAIN = (nn.ModuleList, nn.ModuleDict, nn.ParameterDict, nn.Identity, nn.Linear, nn.Embedding, SiteModule)
+PLAIN = (
+    nn.ModuleList,
+    nn.ModuleDict,
+    nn.Sequential,
+    nn.ParameterDict,
+    nn.Identity,
+    nn.Linear,
+    nn.Embedding,
+    SiteModule,
+)
 #: Layers of other packages that do the same, by module and class.
 KNOWN = {
     ("peft.tuners.lora.layer", "Linear"),
@@ -45,7 +54,7 @@ KNOWN = {
 }
 
 #: The fields of configurations that name an activation.
-ACTIVATIONS = ("hidden_act", "mlp_hidden_act", "mamba_hidden_act")
+ACTIVATIONS = ("hidden_act", "mlp_hidden_act", "mamba_hidden_act", "hidden_mamba_act")
 
 
 @dataclass(frozen=True)
@@ -96,7 +105,7 @@ def plain_types(model: MambaTrace) -> Callable[[type], bool]:
     architecture = architecture_of(model._module)
     ours = {*PLAIN, *architecture.hookable.values()}
     acts = {getattr(model.config, field, None) for field in ACTIVATIONS} - {None}
-    ours |= {type(ACT2FN[act]) for act in acts}
+    ours |= {nn.SiLU, *(type(ACT2FN[act]) for act in acts)}  # Zamba2 names none for its SSM
     theirs = architecture.model_class.__module__
     return lambda cls: cls in ours or cls.__module__ == theirs
 

@@ -63,7 +63,8 @@ class Guarded(Envoy):
         if isinstance(value, (nn.Module, Envoy)) or name.startswith("_") or being_made:
             super().__setattr__(name, value)
             return
-        if name in PLACES:
+        only_in_hybrids = name in BY_NAME and bool(BY_NAME[name].part) and not self._has(name)
+        if name in PLACES and not only_in_hybrids:
             raise not_a_value(f"{self._public_path}.{name}".removeprefix("model."))
         if name not in self.__dict__ and not hasattr(type(self), name) and self._meant(name):
             raise UnknownSiteError(

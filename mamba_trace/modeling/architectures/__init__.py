@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from ...errors import CheckpointError
 from ...sites import Layout, Site, in_scope
 from ...tracing import rebind_forward
+from ..attention import HookableAttention
 from ..block import Block
 from ..language_model import HookableCausalLM
 from ..mixer import HookableMixer
@@ -183,7 +184,7 @@ def check_layers(model: nn.Module, architecture: Architecture) -> None:
         places = [(f"layers[{layer}]", block)]
         places += [(f"layers[{layer}].{part}", getattr(block, name, None)) for part, name in parts.items()]
         for path, module in places:
-            if module is not None and not (type(module) in known or getattr(module, "scope", None) is not None):
+            if not (module is None or type(module) in known or isinstance(module, WITH_SITES)):
                 raise CheckpointError(
                     f"{path} is a {type(module).__name__}, which has none of the sites of a "
                     f"{' or '.join(cls.__name__ for cls in known[:2])}. Adapt or replace the modules inside "
@@ -193,6 +194,8 @@ def check_layers(model: nn.Module, architecture: Architecture) -> None:
 
 #: The parts of a block that must have their sites.
 FIXED = ("ssm", "attn")
+#: What such a part is once it has them. A wrapper that adapts one passes its attributes on, and is none of these.
+WITH_SITES = (Block, HookableMixer, HookableAttention)
 
 
 def kernels_of(model: nn.Module) -> str | None:

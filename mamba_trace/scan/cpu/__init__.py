@@ -306,7 +306,7 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float, group_size: int) -> Tens
     """`scan.norm.rms_norm` of values in float32 [...,E]; not differentiable."""
     groups = weight.reshape(-1, group_size)
     rows = x.reshape(-1, *groups.shape)
-    out = torch.empty(x.shape, dtype=x.dtype)
+    out = torch.empty(x.shape, dtype=x.dtype, device="cpu")  # whatever the default device
     team.run(
         _kernels(".norm").forward,
         team.pieces(len(rows), -(-x.shape[-1] // 64)),  # a step of a scan takes as long as 64 channels here
