@@ -14,12 +14,15 @@ from torch import Tensor, nn
 
 from ..errors import SiteValueError, UnknownSiteError
 from ..names import NATIVE_MODULES, lacked, nearest, of_another_family, public_path
-from ..names.modules import OF_LAYER
+from ..names.modules import BASES, OF_LAYER
 from ..sites import BY_MODULE, BY_NAME, SITES
 from .envoy_map import EnvoyMap
 
 #: Names of places: a user reads values there, and never assigns to the name itself.
 PLACES = {*BY_NAME, *NATIVE_MODULES, *OF_LAYER, "layers"}
+
+#: What nnsight looks for at every envoy of a tree to give it another name: the error needs no suggestion.
+LOOKED_FOR = {*BASES, "mixer", "mamba"}
 
 
 class Guarded(Envoy):
@@ -44,6 +47,8 @@ class Guarded(Envoy):
         except AttributeError as error:
             if name.startswith("_"):
                 raise
+            if name in LOOKED_FOR:
+                raise UnknownSiteError(f"{self._public_path} has no {name!r}") from error
             raise self._lacks(name) from error
 
     def _lacks(self, name: str) -> Exception:

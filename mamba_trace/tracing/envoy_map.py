@@ -17,6 +17,9 @@ from torch import nn
 
 from ..errors import SiteValueError, UnknownSiteError
 
+#: The most components that a path suffix of this package's has.
+LONGEST = 4
+
 
 class EnvoyMap(dict):
     """nnsight's ``envoys=`` of a whole tree: this package's classes and the user's, by path suffix or module
@@ -47,11 +50,17 @@ class EnvoyMap(dict):
 
     def choose(self, rename: Any, module: nn.Module, path: str) -> type[Envoy]:
         """The class for the envoy of ``module`` at ``path``."""
-        ours, users = (
-            Envoy._resolve_envoy_class(SimpleNamespace(_envoys=envoys, _rename=rename), module, path)
-            for envoys in (self.ours, self.users)
-        )
-        return composed(users, self.by_scope.get(getattr(module, "scope", None), ours))
+        ours = self.by_scope.get(getattr(module, "scope", None)) or self._named(path)
+        if self.users is None:
+            return ours
+        nodes = SimpleNamespace(_envoys=self.users, _rename=rename)
+        return composed(Envoy._resolve_envoy_class(nodes, module, path), ours)
+
+    def _named(self, path: str) -> type[Envoy]:
+        # As nnsight finds it, by the longest suffix, but by a look-up: a tree has thousands of modules.
+        parts = ["*" if part.isdigit() else part for part in path.split(".")]
+        suffixes = (".".join(parts[start:]) for start in range(max(0, len(parts) - LONGEST), len(parts)))
+        return next((self.ours[suffix] for suffix in suffixes if suffix in self.ours), Envoy)
 
 
 @functools.cache
