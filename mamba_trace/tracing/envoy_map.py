@@ -50,7 +50,7 @@ class EnvoyMap(dict):
 
     def choose(self, rename: Any, module: nn.Module, path: str) -> type[Envoy]:
         """The class for the envoy of ``module`` at ``path``."""
-        ours = self.by_scope.get(getattr(module, "scope", None)) or self._named(path)
+        ours: Any = self.by_scope.get(getattr(module, "scope", None)) or self._named(path)
         if self.users is None:
             return ours
         nodes = SimpleNamespace(_envoys=self.users, _rename=rename)
