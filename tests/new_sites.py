@@ -12,13 +12,14 @@ from types import CodeType
 
 import torch
 
+TABLE = "mamba_trace.sites.table"
 OFFERS = "mamba_trace.modeling."
 #: The row before the new one, the row, and the one line of a forward: where, what it was, what it is.
 NEW = [
     (
         'Site("norm", "block"',
         'Site("u", "mixer", "BLD", "hook_u", "input of the mixer", alias=True)',
-        ("mixer", 'offer.into("in_proj", hidden_states)', 'offer("u", hidden_states)'),
+        ("mixer", 'offer.into("in_proj", self.entered(hidden_states))', 'offer("u", self.entered(hidden_states))'),
     ),
     (
         'Site("conv", "mixer"',
@@ -46,7 +47,11 @@ NEW = [
     (
         'Site("out_proj", "mixer"',
         'Site("branch", "block", "BLD", "hook_branch", "what the block adds", alias=True)',
-        ("block", "resid + out", 'resid + offer("branch", out)'),
+        (
+            "block",
+            "resid + self.term(offer, normalized, cache, attention_mask, kwargs)",
+            'resid + offer("branch", self.term(offer, normalized, cache, attention_mask, kwargs))',
+        ),
     ),
 ]
 #: New site -> the one whose edit by a factor means the same, and what the new one holds, by that of others.
@@ -70,7 +75,7 @@ GIVEN_UP = {
 def edited(source: str, module: str) -> str:
     """The source of a module of the package with the new rows or lines in it."""
     for before, row, (where, old, new) in NEW:
-        if module == "mamba_trace.sites":
+        if module == TABLE:
             at = re.search(before.replace("(", r"\(\s*"), source)  # the arguments may begin on the next line
             assert at, before
             end = source.index("\n    Site(", at.end())
@@ -84,7 +89,7 @@ def edited(source: str, module: str) -> str:
 def install() -> None:
     """Edit the modules of the package as they are imported; their files stay as they are."""
     own = SourceFileLoader.get_code
-    touched = {"mamba_trace.sites", *(OFFERS + where for _, _, (where, _, _) in NEW)}
+    touched = {TABLE, *(OFFERS + where for _, _, (where, _, _) in NEW)}
 
     def get_code(self: SourceFileLoader, name: str) -> CodeType | None:
         if name not in touched:
