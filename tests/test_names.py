@@ -75,7 +75,11 @@ def test_paths_and_hook_names_are_inverse_over_every_name(family):
         assert [to_path(to_hook_name(path, of), of) for path in paths] == paths
 
 
-@given(st.sampled_from(SITES), st.integers(0, 99), st.integers(-300, 300))
+#: All but one: where nobody knows the model, MambaLens's name of the logits is that of lm_head.
+ONE_TO_ONE = [site for site in SITES if site.name != "logits"]
+
+
+@given(st.sampled_from(ONE_TO_ONE), st.integers(0, 99), st.integers(-300, 300))
 def test_inverse_over_any_layer_and_position(site, layer, position):
     hook = site.hook_name(layer) + (f".{position}" if site.name == "h" else "")
     path = site.path(layer) + (f"[{position}]" if site.name == "h" else "")

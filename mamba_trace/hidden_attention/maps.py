@@ -54,19 +54,8 @@ class TokenPairs(Result):
         apart = self.values.dim() == 3
         measure = f"mean of {self.measure}" if apart else self.measure
         unit, count = ("channel", len(self.channels)) if self.heads is None else ("head", len(self.heads))
-        rows, columns = (labelled(self.tokens, positions) for positions in (self.rows, self.columns))
-        return [
-            Heatmap(
-                values=self.values.mean(-1) if apart else self.values,
-                title=f"{self._title}, layer {self.layer}\n{measure}, {count} {unit}{'s' * (count != 1)}",
-                row_title="token that reads",
-                row_labels=rows,
-                column_title="Token that is read",
-                column_labels=columns,
-                value_title=measure,
-                signed=measure not in UNSIGNED,
-            )
-        ]
+        title = f"{self._title}, layer {self.layer}\n{measure}, {count} {unit}{'s' * (count != 1)}"
+        return [drawn(self, self.values.mean(-1) if apart else self.values, title, measure)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,20 +101,25 @@ class AttentionMaps(Result):
 
             attention_maps(model, prompt).heatmaps()[0].title  # "Layer 0, SSM\\nmean of alpha"
         """
-        rows, columns = (labelled(self.tokens, positions) for positions in (self.rows, self.columns))
+        maps = zip(self.values, self.layers, self.kinds, self.measures, strict=True)
         return [
-            Heatmap(
-                values=values,
-                title=f"Layer {layer}, {kind}\n{measure}",
-                row_title="token that reads",
-                row_labels=rows,
-                column_title="Token that is read",
-                column_labels=columns,
-                value_title=measure,
-                signed=measure not in UNSIGNED,
-            )
-            for values, layer, kind, measure in zip(self.values, self.layers, self.kinds, self.measures, strict=True)
+            drawn(self, values, f"Layer {layer}, {kind}\n{measure}", measure) for values, layer, kind, measure in maps
         ]
+
+
+def drawn(result: TokenPairs | AttentionMaps, values: Tensor, title: str, measure: str) -> Heatmap:
+    """The picture of numbers [rows, columns] for the pairs of tokens of a result."""
+    rows, columns = (labelled(result.tokens, positions) for positions in (result.rows, result.columns))
+    return Heatmap(
+        values=values,
+        title=title,
+        row_title="token that reads",
+        row_labels=rows,
+        column_title="Token that is read",
+        column_labels=columns,
+        value_title=measure,
+        signed=measure not in UNSIGNED,
+    )
 
 
 def labelled(tokens: list[str], positions: list[int]) -> list[str]:

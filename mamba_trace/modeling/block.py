@@ -12,6 +12,7 @@ A class of a block says by `parts_named` what Hugging Face calls its parts.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -69,9 +70,9 @@ class Block(nn.Module):
         return module if fits else None
 
     @property
+    @abstractmethod
     def kind(self) -> Kind:
         """What stands in this layer."""
-        raise NotImplementedError
 
     def run(self, offer: Offers, name: str, value: Tensor, *args: Any, **kwargs: Any) -> Any:
         """What a part of the block returns for ``value``."""
@@ -91,13 +92,13 @@ PART_SCOPES = {"ssm": "mixer", "attn": "attn", "moe": "moe", "mlp": "mlp"}
 CALLED = {"ssm": "SSM", "attn": "attention", "mlp": "MLP", "moe": "MoE"}
 
 
-def called(*parts: str | None) -> str:
+def called(*parts: str) -> str:
     """What people call a layer with these parts.
 
     >>> called("ssm", "attn")
     'SSM and attention'
     """
-    return " and ".join(CALLED[part] for part in parts if part)
+    return " and ".join(CALLED[part] for part in parts)
 
 
 class HookableBlock(Block):

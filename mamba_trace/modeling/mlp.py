@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ class HookableMLP(nn.Module):
 
 
 class HookableRouter(nn.Module):
-    """Mixin over Hugging Face's router, which is given the tokens and by `HookableExperts` their logits as well.
+    """Mixin over Hugging Face's router: the logits are offered before the experts are chosen by them.
 
     Attributes:
         weight: [X,D].
@@ -31,9 +32,9 @@ class HookableRouter(nn.Module):
         """The logits of the experts [...,X]."""
         return nn.functional.linear(hidden_states, self.weight)
 
+    @abstractmethod
     def chosen(self, logits: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """The weights of the chosen experts and their numbers [tokens,top_k], from logits [tokens,X]."""
-        raise NotImplementedError
 
     def forward(self, hidden_states: Tensor, offer: Offers | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """The logits [tokens,X], and the weights and numbers of the chosen experts [tokens,top_k].

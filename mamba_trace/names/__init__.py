@@ -297,7 +297,7 @@ def in_layout(place: Place, layout: Layout, name: str) -> Place:
         if layout.layers[place.layer or 0].family is None:
             raise absent(layout, None, place.layer, repr(name))
         return place
-    check_meaning(layout, place.site, place.layer, name)
+    check_meaning(layout, place.layer, name)
     of_logits = place.site.name == "lm_head" and name.endswith(BY_NAME["lm_head"].hook)  # MambaLens's name of these
     site = site_in(layout, BY_NAME["logits"] if of_logits else place.site, place.layer)
     if site is None:

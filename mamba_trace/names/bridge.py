@@ -6,8 +6,8 @@ inner_norm. Its ``mixer.hook_ssm_write`` and ``mixer.hook_ssm_state`` are sites 
 `sites`. Both have other axes than here in Mamba-1, [B,E,L,N] where ours are [B,L,E,N]; in Mamba-2 both have
 [B,L,H,P,N]. The second is read behind the scan, so it is never ``h[p]``, which is carried on.
 
-One name means two things there: ``hook_attn_out`` is what attention adds to the stream in Granite 4, Jamba and
-Bamba, and in Falcon-H1 it lacks the factor that the model multiplies it by. It is refused there: see `layouts`.
+Some names mean another value in a Falcon-H1 than elsewhere, because of its factors and the place of its norm:
+``hook_attn_out``, ``mixer.in_proj.hook_in`` and ``mixer.out_proj.hook_in``. They are refused there: see `layouts`.
 
 Source: TransformerLens 4.3, ``model_bridge/generalized_components``: ``ssm_block``, ``ssm_mixer``, ``ssm2_mixer``.
 """
@@ -56,10 +56,9 @@ OF_BLOCK: dict[Family, dict[str, str]] = {
 #: Those of a hybrid's blocks, which has more parts: TransformerLens names its own parts of a transformer's block so.
 OF_HYBRID_BLOCK = {
     "layer_input": "ln1.hook_in",
-    "norm": "ln1.hook_out attn.hook_in",
+    "norm": "ln1.hook_out",
     "resid_mid": "ln2.hook_in",
     "norm_2": "mlp.hook_in",
-    "mlp_out": "mlp.hook_out",
 }
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..errors import UnknownSiteError
-from ..sites import BY_NAME, PUBLIC_PART, Kind, Layout, Site
+from ..sites import ATTENTION_TERM, BY_NAME, PUBLIC_PART, Kind, Layout, Site
 from .hints import OF_A_MAMBA
 
 #: Sites that some models have no value of their own for, and the site whose value it is there.
@@ -24,18 +24,27 @@ def site_in(layout: Layout, site: Site, layer: int | None) -> Site | None:
     return same if same is not None and layout.has(same, layer) else None
 
 
-def check_meaning(layout: Layout, site: Site, layer: int | None, name: str) -> None:
-    """Refuse a hook name that means another value in TransformerLens than here, in this model.
+def check_meaning(layout: Layout, layer: int | None, name: str) -> None:
+    """Refuse a hook name that means another value in TransformerLens than here, in a model with factors of its own.
 
     Raises:
-        UnknownSiteError: saying what the two values are called here.
+        UnknownSiteError: saying what the values are called here.
     """
-    if site.name == "attn_out" and layout.own(site) is not site and name.endswith(site.hook):
-        raise UnknownSiteError(
-            f"{name!r} is in TransformerLens what attention returns in this model, before the model's factor: that is "
-            f"layers[{layer}].attn.output. What is added to the residual stream is layers[{layer}].attn_out, "
-            f"{layout.own(site).hook_name(layer)!r}"
+    if layer is None:
+        return
+    kind, here = layout.layers[layer], f"layers[{layer}]"
+    why = ""
+    if kind.parallel and name.endswith(".hook_attn_out"):
+        why = (
+            f"what attention returns, before the model's factor: that is {here}.attn.output. What is added to the "
+            f"residual stream is {here}.attn_out, 'blocks.{layer}.{ATTENTION_TERM}'"
         )
+    elif kind.parallel and name.endswith(".in_proj.hook_in"):
+        why = f"{here}.norm times a factor of the model: that is {here}.ssm.in_proj.input"
+    elif name.endswith(".out_proj.hook_in") and (kind.norm_first or "inner_norm" in kind.lacks):
+        why = f"the input of out_proj, which no norm stands before: that is {here}.ssm.after_skip"
+    if why:
+        raise UnknownSiteError(f"{name!r} is in TransformerLens, in this model, {why}")
 
 
 def part_of(site: Site | None) -> str:

@@ -2,6 +2,7 @@
 
 from .layout import PURE, Kind, Layout, Row, rows, walk
 from .table import (
+    ATTENTION_TERM,
     AXES,
     BY_HOOK,
     BY_MODULE,
@@ -26,6 +27,7 @@ from .table import (
 )
 
 __all__ = [
+    "ATTENTION_TERM",
     "AXES",
     "BY_HOOK",
     "BY_MODULE",

@@ -52,8 +52,13 @@ class Kind:
     norm_first: bool = False
     own_axes: tuple[tuple[str, str], ...] = ()
 
+    @property
+    def parallel(self) -> bool:
+        """Whether it has an SSM and attention that both write to the residual stream."""
+        return {"ssm_out", "attn_out"} <= {*self.parts}
+
     def has(self, site: Site) -> bool:
-        """Whether a layer of this kind has a site, or the model around it."""
+        """Whether a layer of this kind has a site of a layer."""
         if site.scope == "mixer":
             return self.family in site.families and site.name not in self.lacks
         return not site.part or site.part in self.parts
@@ -76,8 +81,8 @@ class Kind:
 PURE: dict[Family, Kind] = {family: Kind("SSM", (), family) for family in FAMILIES}
 
 
-#: `lm_head` where its output is not the logits, whose name MambaLens's is.
-APART = {"lm_head": replace(BY_NAME["lm_head"], hook="unembed.hook_out")}
+#: `lm_head` where its output is not the logits, which have MambaLens's name there.
+LM_HEAD_APART = replace(BY_NAME["lm_head"], hook="unembed.hook_out")
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,10 +114,10 @@ class Layout:
 
     @functools.cached_property
     def _own(self) -> dict[str, Site]:
-        own = dict(APART) if self.logits else {}
+        own = {"lm_head": LM_HEAD_APART} if self.logits else {}
         for kind in self.layers:
             own |= {name: replace(BY_NAME[name], axes=axes, dual=None) for name, axes in kind.own_axes}
-            if {"ssm_out", "attn_out"} <= {*kind.parts}:  # TransformerLens's name has another meaning there
+            if kind.parallel:  # TransformerLens's name has another meaning there
                 own["attn_out"] = replace(BY_NAME["attn_out"], hook=ATTENTION_TERM)
         return own
 

@@ -1,4 +1,4 @@
-"""The sites: every place of a Mamba where a value can be read or replaced.
+"""The sites: every place of a model where a value can be read or replaced.
 
 One table says what each site is called, what it holds, what wanting it costs, and which Hugging Face module
 (if any) already produces it. The hookable modules, the envoys, the name map, the error messages,

@@ -24,7 +24,7 @@ from timing import measure, summary, table
 from torch import Tensor
 
 sys.path.append(str(Path(__file__).parent.parent))
-from hybrid_models import HYBRIDS, PLAIN, make_hybrid
+from hybrid_models import PLAIN, make_hybrid
 
 from mamba_trace import MambaTrace
 
@@ -88,9 +88,8 @@ LARGE: dict[str, dict[str, Any]] = {
 def models(model_type: str, shape: str) -> tuple[Any, MambaTrace]:
     """Hugging Face's module, and ours over another with the same weights."""
     changes = {} if shape == "tiny" else {**WIDE, **LARGE[model_type]}
-    known = HYBRIDS[model_type] | changes
-    if "layers_block_type" in known:
-        changes.pop("num_hidden_layers", None) if model_type == "nemotron_h" else None
+    if model_type == "nemotron_h":  # its list of layers is as long as it has layers
+        changes.pop("num_hidden_layers", None)
     module = make_hybrid(model_type, **changes)
     return module, MambaTrace(copy.deepcopy(module))
 
