@@ -517,11 +517,13 @@ def main() -> None:
     parser.add_argument("--architectures", nargs="+", default=ARCHITECTURES, choices=ARCHITECTURES)
     parser.add_argument("--first", type=int, default=0, help="the first seed")
     parser.add_argument("--programs", type=int, default=100, help="of each architecture")
-    parser.add_argument("--json", type=Path, help="where to write what was run")
+    parser.add_argument("--json", type=Path, help="where to write what was run, architecture by architecture")
     options = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     record: dict[str, Any] = {}
+    if options.json and options.json.exists():
+        record = json.loads(options.json.read_text(encoding="utf-8"))
     for architecture in options.architectures:
         start, failures, kinds = time.perf_counter(), [], dict.fromkeys((kind.__name__ for kind in KINDS), 0)
         for seed in range(options.first, options.first + options.programs):
@@ -539,8 +541,8 @@ def main() -> None:
             "seconds": seconds,
         }
         print(f"{architecture}: {options.programs} programs, {len(failures)} failures, {seconds} s", flush=True)
-    if options.json:
-        options.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        if options.json:
+            options.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
