@@ -1,0 +1,380 @@
+# %% [markdown]
+# # 10. Indirect objects, from the question to the circuit
+#
+# This is a small study of one shipped model, written as the appendix of a paper would be. At the end you will be able
+# to build a set of prompts, patch many of them and report mean and spread, test single paths, claim a circuit, and
+# measure with numbers whether the claim holds and where it stops.
+#
+# **Question.** In "Lately, Emma and Shelby had fun at school. Shelby gave an apple to" the model answers " Emma". How
+# does it know?
+#
+# **Answer, in short.** One layer does it with three writes to its state. The token of the second name writes *both*
+# names with a plus, the first of them through a tap of the convolution. The giver's token and the one two
+# places after it write the giver's name with a minus. The last token reads the sum, in which one name is left.
+#
+# To study a large model instead, change the cell below to `MambaTrace("state-spaces/mamba-370m")` or
+# `MambaTrace("state-spaces/mamba2-370m")`, and then the cell of the prompts, so that each name is one token and all
+# prompts have the same length. The positions in the later cells are results for this model, not settings.
+
+# %%
+import json
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import torch
+from IPython.display import Image
+
+import mamba_trace
+from mamba_trace import MambaTrace
+from mamba_trace.flow import knockout, knockout_conv
+from mamba_trace.hidden_attention import contributions
+from mamba_trace.interventions import ablate
+from mamba_trace.means import mean_activation
+from mamba_trace.patching import logit_diff, patch_grid
+
+torch.set_grad_enabled(False)
+model = MambaTrace.demo()
+print(len(model.layers), "layers, state", tuple(model.layers[0].ssm._module.A_log.shape))
+
+# %% [markdown]
+# The model has eight layers, each with a state of 16 numbers for each of 128 channels. No gradient is needed here.
+#
+# ## 1. Prompts
+#
+# The model was trained on pairs of names; 400 pairs were held out, and `splits.json` beside the weights lists them. We
+# use only these, in one sentence frame with slots, so that a position means the same in every prompt. A pair gives two
+# prompts, one for each giver. The first 32 pairs are for **finding** the circuit, the next 64 for **testing** it.
+
+# %%
+PLACES, THINGS = ("school", "work", "home"), ("an apple", "an orange", "a book", "the key")
+LEADS, VERBS = ("Lately", "Recently", "Today", "Once"), ("gave", "handed", "passed", "offered")
+FRAME = "{lead}, {first} and {second} had fun at {place}. {giver} {verb} {thing} to"
+SLOTS = "lead , first and second had fun at place . giver verb article thing to".split()
+FIRST, SECOND, GIVER, END = SLOTS.index("first"), SLOTS.index("second"), SLOTS.index("giver"), len(SLOTS) - 1
+
+
+class Prompts:
+    """Prompts of some pairs of names. Rows 2i and 2i+1 differ only in who gives: the second name, the first."""
+
+    def __init__(self, pairs, seed, frame=FRAME):
+        rng = random.Random(seed)
+        self.texts, self.right, self.wrong = [], [], []
+        for pair in pairs:
+            first, second = rng.sample(pair, 2)
+            words = dict(lead=rng.choice(LEADS), place=rng.choice(PLACES), verb=rng.choice(VERBS), thing=rng.choice(THINGS))
+            for receiver, giver in ((first, second), (second, first)):
+                self.texts.append(frame.format(first=first, second=second, giver=giver, **words))
+                self.right.append(f" {receiver}")
+                self.wrong.append(f" {giver}")
+        self.right_ids = torch.tensor([model.to_single_token(name) for name in self.right])  # [B]
+        self.wrong_ids = torch.tensor([model.to_single_token(name) for name in self.wrong])
+        self.rows = torch.arange(len(self.texts))
+
+
+held_out = json.loads((Path(mamba_trace.__file__).parent / "demo_model" / "splits.json").read_text())["held_out"]
+finding, testing = Prompts(held_out[:32], seed=1), Prompts(held_out[32:96], seed=2)
+for text, right in zip(finding.texts[:4], finding.right):
+    print(f"{text} ->{right}")
+
+# %% [markdown]
+# ## 2. What the model does
+#
+# Three measures, since each alone can mislead, as section 5 shows. **Accuracy** is the share of prompts whose most
+# probable next token, of all 344, is the right name. The **logit difference** compares the right name with the giver
+# alone. The **margin** is the logit of the right name minus the largest of all other logits: it is positive exactly
+# where the answer is right.
+
+
+# %%
+def measure(prompts, logits):
+    """Accuracy, logit difference and margin for each prompt, from logits [B,V]: [3,B]."""
+    right = logits[prompts.rows, prompts.right_ids]
+    others = logits.clone()
+    others[prompts.rows, prompts.right_ids] = -torch.inf
+    margin = right - others.amax(-1)
+    return torch.stack([(margin > 0).float(), right - logits[prompts.rows, prompts.wrong_ids], margin])
+
+
+def show(name, measures):
+    accuracy, difference, margin = measures
+    spread = f"{difference.mean():6.1f} ± {difference.std():.1f}"
+    print(f"{name:44} {accuracy.mean():6.0%}    {spread}    {margin.mean():6.1f}")
+
+
+print(f"{'':44} right    logit diff.      margin")
+for name, prompts in (("finding", finding), ("testing", testing)):
+    with model.trace(prompts.texts):
+        logits = model.lm_head.output[:, -1].save()  # [B,V]
+    show(f"{name}, {len(prompts.texts)} prompts", measure(prompts, logits))
+
+# %% [markdown]
+# Every prompt of both sets is answered rightly, by a wide margin. (Here and below, ± is the standard deviation over
+# prompts.)
+#
+# ## 3. Where: patching many prompts
+#
+# Two contrasts ask two questions. In the first, prompt and source differ only in **who gives**: patching shows where
+# that is known. In the second, the source has **another first name**: patching shows where the first name itself is
+# kept. For eight pairs each we patch every layer and position, normalise each grid (0: as on the prompt, 1: as on the
+# source), and report the mean and the standard deviation over pairs.
+
+# %%
+PAIRS = 8
+contrasts = {
+    "giver": [(finding.texts[i], finding.texts[i + 1], finding.right[i], finding.right[i + 1]) for i in range(0, 2 * PAIRS, 2)],
+    "first name": [],
+}
+for i in range(0, 2 * PAIRS, 2):  # the second name gives, so the answer is the first
+    old, new = finding.right[i], finding.right[i + 2 * PAIRS]
+    contrasts["first name"].append((finding.texts[i], finding.texts[i].replace(old, new), old, new))
+
+
+def mean_grid(contrast, site):
+    """The grids of all pairs of a contrast: their mean as a grid, and the standard deviation [n_layers,L]."""
+    grids = []
+    for prompt, source, answer, other in contrasts[contrast]:
+        metric = logit_diff(model, answer, other)
+        grids.append(patch_grid(model, prompt, source, site, metric, progress=False))
+    values = torch.stack([grid.normalized() for grid in grids])  # [pairs,n_layers,L]
+    labels = dict(prompt_tokens=SLOTS, source_tokens=SLOTS, metric=f"mean over {len(grids)} pairs, contrast: {contrast}")
+    return replace(grids[0], values=values.mean(0), prompt_metric=0.0, source_metric=1.0, **labels), values.std(0)
+
+
+grids = {}
+for contrast, site in (("giver", "resid_pre"), ("giver", "h"), ("giver", "conv"), ("giver", "delta"), ("first name", "h")):
+    grids[contrast, site] = grid, spread = mean_grid(contrast, site)
+    print(f"contrast {contrast}, site {site}: largest std {spread.max():.2f}; means above 0.1:")
+    for layer, position in (grid.values > 0.1).nonzero().tolist():
+        mean, std = grid.values[layer, position], spread[layer, position]
+        print(f"    layer {layer} {SLOTS[position] + '_' + str(position):10} {mean:.2f} ± {std:.2f}")
+
+# %% [markdown]
+# The picture of the state, for the first contrast:
+
+# %%
+grids["giver", "h"][0].save("h.png")
+Image("h.png")
+
+# %% [markdown]
+# How to read the numbers:
+#
+# - `resid_pre`: who gives is in the stream at the giver's token (_10) up to the input of layer 1, and from the input of
+#   layer 2 on it is at the last token (_14). So **layer 1** carries it there, and nothing else does.
+# - `h`: the state of layer 1 holds it: about half after the giver's token, all of it two tokens later. No state of another
+#   layer matters.
+# - `conv`: the two steps are two uses of the name in the convolution of layer 1, at the giver and, two positions
+#   later, at the article. A tap of the convolution, which sees the last four tokens, takes the name there.
+# - `delta`: nothing above 0.1. Which name is given changes what is written, not the step size.
+# - The first name is in the state of layer 1, but **only from the second name's token (_4) on**, not from its own (_2).
+#
+# ## 4. What is written: the state as a sum
+#
+# The scan is linear in what tokens write. So what layer 1 says at the last token about a name is a sum over tokens, and
+# `contributions` gives its terms, along the direction of each name in the unembedding (before the final norm).
+
+# %%
+terms = []  # of the right name and of the giver
+for text, *ids in zip(finding.texts, finding.right_ids, finding.wrong_ids):
+    directions = model.tokens_to_residual_directions(torch.stack(ids))  # [2,D]
+    terms.append(torch.cat([contributions(model, text, 1, residual_direction=d, rows=-1).values for d in directions]))
+terms = torch.stack(terms)  # [B,2,L]
+mean, std = terms.mean(0), terms.std(0)
+
+figure, axes = plt.subplots(figsize=(9, 3.2))
+for number, name in enumerate(("name of the receiver", "name of the giver")):
+    axes.bar(torch.arange(15) + 0.4 * number - 0.2, mean[number], 0.4, yerr=std[number], label=name, capsize=2)
+axes.axhline(0, color="grey", linewidth=0.8)
+axes.set_xticks(range(15), [f"{slot}_{position}" for position, slot in enumerate(SLOTS)], rotation=45)
+axes.set(ylabel="what layer 1 adds at the end", title="Terms of layer 1's state at the last token, by the token that wrote")
+axes.legend()
+for position in (FIRST, SECOND, SECOND + 2, GIVER, GIVER + 2):
+    print(f"{SLOTS[position]}_{position}: receiver {mean[0, position]:+.1f}, giver {mean[1, position]:+.1f}")
+
+# %% [markdown]
+# The second name's token adds both names, a little more of the receiver. The giver's token and the article (_12) take
+# away the giver's name and hardly touch the receiver's. Token _6, again two after the second name, adds something to
+# the giver's name on average. (Bars are means over the 64 prompts, whiskers standard deviations.)
+#
+# This is the hypothesis: **a set of two names, minus the giver**. So far it only describes; next it is tested.
+#
+# ## 5. Paths: cut them one at a time
+#
+# `knockout` takes away what one token wrote from what the last token reads, in layer 1. `knockout_conv` cuts one tap.
+
+
+# %%
+def scores(prompts, edit):
+    """The measures of the prompts under an edit, which is called inside the trace."""
+    with model.trace(prompts.texts):
+        edit()
+        logits = model.lm_head.output[:, -1].save()
+    return measure(prompts, logits)
+
+
+print(f"{'':44} right    logit diff.      margin")
+show("nothing cut", scores(finding, lambda: None))
+for position in (FIRST, SECOND, SECOND + 2, GIVER, GIVER + 1, GIVER + 2):
+    cut = scores(finding, lambda: knockout(model, position, END, layers=1))
+    show(f"state: {SLOTS[position]}_{position} -> to_{END}", cut)
+for source, target in ((FIRST, SECOND), (SECOND, SECOND), (GIVER, GIVER), (GIVER, GIVER + 2)):
+    cut = scores(finding, lambda: knockout_conv(model, source, target, layers=1))
+    show(f"conv: {SLOTS[source]}_{source} -> {SLOTS[target]}_{target}", cut)
+    if target == SECOND:
+        print(f"{'':12}right where the answer is the first name {cut[0, 0::2].mean():.0%}, the second {cut[0, 1::2].mean():.0%}")
+
+# %% [markdown]
+# - Cutting the second name's write ends it: hardly any answer is right. Yet the logit difference hardly falls,
+#   since the giver's name is still pushed down; some third name wins. **Logit difference alone would call this path
+#   unimportant**, which is why accuracy and margin stand beside it.
+# - Cutting the first name's own write changes nothing, as patching said. Cutting the tap from the first name to the second
+#   name's token ends most of the answers that are the first name.
+# - Either of the two subtractions can be cut without an error, at half of the logit difference: each is enough.
+#
+# ## 6. Layers: zero and mean ablation disagree, and both are right
+#
+# Ablate the output of one layer, at all positions: to zero, or to its mean at each position over the prompts.
+
+# %%
+means = {site: mean_activation(model, finding.texts, site, over="prompts") for site in ("out_proj", "write", "C", "skip")}
+print(f"{'':44} right    logit diff.      margin")
+for layer in range(8):
+    place = model.layers[layer].ssm.out_proj
+    show(f"layer {layer} to its mean", scores(finding, lambda: ablate(place, means["out_proj"][layer])))
+    if layer == 1:
+        show("layer 1 to zero", scores(finding, lambda: ablate(place)))
+
+
+def both(layer):
+    ablate(model.layers[1].ssm.out_proj)
+    ablate(model.layers[layer].ssm.out_proj)
+
+
+for layer in range(2, 8):
+    show(f"layers 1 and {layer} to zero", scores(finding, lambda: both(layer)))
+
+# %% [markdown]
+# With its mean in place of layer 1 the model fails. With *zero* it answers as well as before. This model
+# was trained with whole layers left out at random, and a layer left out adds zero, so zero is an input that it knows:
+# there is a **backup**, and it needs layer 2. The mean is no such sign, and the backup stays silent. Neither ablation
+# is wrong; they answer different questions. For "what does the model use when nothing is broken?" we take the mean.
+#
+# ## 7. The claim, and its test
+#
+# **Claimed circuit.** In layer 1: the writes of the second name's token, the giver's token and the token two after it
+# to the state; what the last token reads and adds to the stream. Everything else is replaced by its mean at its
+# position: the outputs of seven layers everywhere, the output of layer 1 at all positions but the last, and in layer 1
+# the writes of the twelve other tokens. The means come from the finding set. *Faithfulness* is the share of the
+# margin, between nothing kept and nothing ablated, that the circuit restores.
+
+
+# %%
+def keep_only(writes, layer=1, reader=True, means=means):
+    """Mean-ablate all but some writes of a layer and its output at the last position; inside a trace."""
+    for number, block in enumerate(model.layers):
+        last = block.ssm.skip.output.shape[1] - 1
+        if number == layer:
+            if not reader:  # what the last token reads with, too
+                ablate(block.ssm.skip, means["skip"][number], positions=last)
+                ablate(block.ssm.C, means["C"][number], positions=last)
+            ablate(block.ssm.write, means["write"][number], positions=[p for p in range(last + 1) if p not in writes])
+        kept = slice(None, last) if number == layer else None
+        ablate(block.ssm.out_proj, means["out_proj"][number], positions=kept)
+
+
+CIRCUIT = (SECOND, GIVER, GIVER + 2)
+print(f"{'testing set':44} right    logit diff.      margin")
+full = scores(testing, lambda: None)
+empty = scores(testing, lambda: keep_only(()))
+circuit = scores(testing, lambda: keep_only(CIRCUIT))
+show("everything", full)
+show(f"the circuit: writes of {CIRCUIT}", circuit)
+show("nothing", empty)
+low, high = empty[2].mean(), full[2].mean()
+print(f"faithfulness of the margin: {(circuit[2].mean() - low) / (high - low):.0%}")
+show("circuit, its reader (C, gate) at the mean", scores(testing, lambda: keep_only(CIRCUIT, reader=False)))
+print("without one of the three:")
+for left_out in CIRCUIT:
+    kept = [position for position in CIRCUIT if position != left_out]
+    show(f"    no {SLOTS[left_out]}_{left_out}", scores(testing, lambda: keep_only(kept)))
+
+
+# %% [markdown]
+# On pairs that played no part in finding it, the circuit answers every prompt. The reader itself may be at its mean: what
+# the last token reads *with* does not depend on the names. And each of the three is needed: without
+# the second name's write nothing is right, without a subtraction some answers are lost and the margin falls.
+#
+# ## 8. Completeness: what is left without it
+#
+# The converse: ablate only the three writes, and leave the rest of the model as it is.
+
+
+# %%
+def without(writes, value):
+    ablate(model.layers[1].ssm.write, value, positions=list(writes))
+
+
+print(f"{'testing set':44} right    logit diff.      margin")
+mean_write = means["write"][1]
+show("the three writes to their mean", scores(testing, lambda: without(CIRCUIT, mean_write)))
+show("the three writes to zero", scores(testing, lambda: without(CIRCUIT, 0.0)))
+show("layer 1 to zero", scores(testing, lambda: ablate(model.layers[1].ssm.out_proj)))
+
+# %% [markdown]
+# Without the three writes hardly any answer is right, so in the intact model nothing else does the job at the same time:
+# the circuit is complete in this sense. It is not the only way that the model *can* answer: with all of layer 1 at zero
+# the backup of section 6 takes over. A claim of the form "the model needs this circuit" would be false.
+#
+# ## 9. Controls that should fail
+#
+# The same test with other parts of the same size: the three writes one position later, the same positions in
+# other layers, and twenty random triples of positions in layer 1.
+
+# %%
+print(f"{'testing set':44} right    logit diff.      margin")
+shifted = [position + 1 for position in CIRCUIT]
+show(f"writes of {tuple(shifted)}", scores(testing, lambda: keep_only(shifted)))
+for layer in (0, 2, 4):
+    show(f"writes of {CIRCUIT} in layer {layer}", scores(testing, lambda: keep_only(CIRCUIT, layer)))
+rng = random.Random(0)
+triples = [sorted(rng.sample(range(END + 1), 3)) for _ in range(20)]
+shares = [scores(finding, lambda: keep_only(triple))[0].mean() for triple in triples]
+best = max(range(20), key=lambda number: shares[number])
+print(f"20 random triples: mean {sum(shares) / 20:.0%} right, the best {shares[best]:.0%}: {triples[best]}")
+
+# %% [markdown]
+# All controls fail. The best random triple tells the same story: it is whatever comes closest to the circuit.
+#
+# ## 10. Does it hold in another sentence?
+#
+# The circuit is stated in roles: the second name, the giver, two after the giver. In another frame of the training
+# sentences the roles stand elsewhere, so the claim predicts other positions. New means, same test.
+
+# %%
+OTHER = "When {first} and {second} had lunch at {place}, {giver} {verb} {thing} to"
+other = Prompts(held_out[96:128], seed=3, frame=OTHER)
+tokens = model.to_str_tokens(other.texts[0])
+roles = (3, 9, 11)
+print([f"{tokens[position]}_{position}" for position in roles], "of", repr(other.texts[0]))
+other_means = {site: mean_activation(model, other.texts, site, over="prompts") for site in means}
+print(f"{'another frame':44} right    logit diff.      margin")
+show("everything", scores(other, lambda: None))
+show(f"writes of {roles}", scores(other, lambda: keep_only(roles, means=other_means)))
+show("one position later", scores(other, lambda: keep_only([p + 1 for p in roles], means=other_means)))
+show("nothing", scores(other, lambda: keep_only((), means=other_means)))
+
+# %% [markdown]
+# ## 11. Limits
+#
+# - One model of one seed, trained on eight sentence frames; two of them were studied. Another seed may
+#   solve the task otherwise: the Mamba-2 and the hybrid that ship do (tutorial 7).
+# - Mean ablation compares with the average prompt *of this frame*. What all prompts share, such as the fact that a name is
+#   wanted at all, is in the means and is not explained by the circuit.
+# - The tap from the first name to the second is in the claim, but section 7 keeps whole writes and does not split them. Its
+#   evidence is section 5: cutting the tap takes away most answers that are the first name, not all.
+# - Why a token two after the second name adds to the giver's name (section 4) is not explained. The circuit does without it.
+# - Layers 2 to 7 are at their means in the test. That they do little is a statement about these prompts.
+#
+# To do the same on your question: write the cell of prompts, keep a testing set apart, and go through the
+# sections in order. The numbers will be different; the controls should still fail.
