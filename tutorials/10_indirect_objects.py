@@ -8,9 +8,10 @@
 # **Question.** In "Lately, Emma and Shelby had fun at school. Shelby gave an apple to" the model answers " Emma". How
 # does it know?
 #
-# **Answer, in short.** One layer does it with three writes to its state. The token of the second name writes *both*
-# names with a plus, the first of them through a tap of the convolution. The giver's token and the one two
-# places after it write the giver's name with a minus. The last token reads the sum, in which one name is left.
+# **Answer, in short.** Layer 1 does it, with four writes to its state. The token of the second name writes *both*
+# names with a plus, the first of them through a tap of the convolution; the token two places after it writes the second
+# name once more. The giver's token and the token two places after it write the giver's name with a minus. The last token
+# reads the sum, in which one name is left.
 #
 # To study a large model instead, change the cell below to `MambaTrace("state-spaces/mamba-370m")` or
 # `MambaTrace("state-spaces/mamba2-370m")`, and then the cell of the prompts, so that each name is one token and all
@@ -127,7 +128,8 @@ contrasts = {
     "first name": [],
 }
 for i in range(0, 2 * PAIRS, 2):  # the second name gives, so the answer is the first
-    old, new = finding.right[i], finding.right[i + 2 * PAIRS]
+    old = finding.right[i]
+    new = next(name for name in finding.right[i + 2 :] if name not in (old, finding.wrong[i]))
     contrasts["first name"].append((finding.texts[i], finding.texts[i].replace(old, new), old, new))
 
 
@@ -175,29 +177,38 @@ Image("h.png")
 # `contributions` gives its terms, along the direction of each name in the unembedding (before the final norm).
 
 # %%
-terms = []  # of the right name and of the giver
-for text, *ids in zip(finding.texts, finding.right_ids, finding.wrong_ids):
-    directions = model.tokens_to_residual_directions(torch.stack(ids))  # [2,D]
+terms = []
+for number, text in enumerate(finding.texts):
+    ids = torch.stack([finding.right_ids[number], finding.wrong_ids[number]])
+    if number % 2:  # here the first name gives
+        ids = ids.flip(0)
+    directions = model.tokens_to_residual_directions(ids)  # [2,D]: of the first and of the second name
     terms.append(torch.cat([contributions(model, text, 1, residual_direction=d, rows=-1).values for d in directions]))
 terms = torch.stack(terms)  # [B,2,L]
-mean, std = terms.mean(0), terms.std(0)
 
-figure, axes = plt.subplots(figsize=(9, 3.2))
-for number, name in enumerate(("name of the receiver", "name of the giver")):
-    axes.bar(torch.arange(15) + 0.4 * number - 0.2, mean[number], 0.4, yerr=std[number], label=name, capsize=2)
-axes.axhline(0, color="grey", linewidth=0.8)
-axes.set_xticks(range(15), [f"{slot}_{position}" for position, slot in enumerate(SLOTS)], rotation=45)
-axes.set(ylabel="what layer 1 adds at the end", title="Terms of layer 1's state at the last token, by the token that wrote")
-axes.legend()
-for position in (FIRST, SECOND, SECOND + 2, GIVER, GIVER + 2):
-    print(f"{SLOTS[position]}_{position}: receiver {mean[0, position]:+.1f}, giver {mean[1, position]:+.1f}")
+figure, axes = plt.subplots(2, figsize=(9, 5), sharex=True, sharey=True)
+for start, panel in enumerate(axes):
+    mean, std = terms[start::2].mean(0), terms[start::2].std(0)  # [2,L]
+    giver = ("second", "first")[start]
+    for name in range(2):
+        label = f"the {('first', 'second')[name]} name"
+        panel.bar(torch.arange(15) + 0.4 * name - 0.2, mean[name], 0.4, yerr=std[name], label=label, capsize=2)
+    panel.axhline(0, color="grey", linewidth=0.8)
+    panel.set(title=f"the {giver} name gives", ylabel="adds to the logit of")
+    print(f"the {giver} name gives; added to the logits of (first, second) name by")
+    for position in (FIRST, SECOND, SECOND + 2, GIVER, GIVER + 2):
+        print(f"    {SLOTS[position]}_{position}: {mean[0, position]:+.1f}, {mean[1, position]:+.1f}")
+axes[0].legend()
+axes[1].set_xticks(range(15), [f"{slot}_{position}" for position, slot in enumerate(SLOTS)], rotation=45)
+figure.tight_layout()
 
 # %% [markdown]
-# The second name's token adds both names, a little more of the receiver. The giver's token and the article (_12) take
-# away the giver's name and hardly touch the receiver's. Token _6, again two after the second name, adds something to
-# the giver's name on average. (Bars are means over the 64 prompts, whiskers standard deviations.)
+# (Bars are means over 32 prompts, whiskers standard deviations.) The first name's own token writes nothing of it. The
+# second name's token adds **both** names; the token two after it (_6) adds the second name once more, a little. The giver's
+# token and the article two after it (_12) **take away the giver's name** and hardly touch the other. What is left is the
+# receiver.
 #
-# This is the hypothesis: **a set of two names, minus the giver**. So far it only describes; next it is tested.
+# This is the hypothesis: *a set of two names, minus the giver*. So far it only describes; next it is tested.
 #
 # ## 5. Paths: cut them one at a time
 #
@@ -225,11 +236,12 @@ for source, target in ((FIRST, SECOND), (SECOND, SECOND), (GIVER, GIVER), (GIVER
         print(f"{'':12}right where the answer is the first name {cut[0, 0::2].mean():.0%}, the second {cut[0, 1::2].mean():.0%}")
 
 # %% [markdown]
-# - Cutting the second name's write ends it: hardly any answer is right. Yet the logit difference hardly falls,
-#   since the giver's name is still pushed down; some third name wins. **Logit difference alone would call this path
+# - Cutting the second name's write ends it: hardly any answer is right. Yet the logit difference falls little,
+#   since the giver's name is still pushed down; some third name wins. **By the logit difference alone this path would look
 #   unimportant**, which is why accuracy and margin stand beside it.
 # - Cutting the first name's own write changes nothing, as patching said. Cutting the tap from the first name to the second
-#   name's token ends most of the answers that are the first name.
+#   name's token ends nearly all answers that are the first name.
+# - The second name's own tap at its token is less needed. That fits section 4: token _6 writes the second name as well.
 # - Either of the two subtractions can be cut without an error, at half of the logit difference: each is enough.
 #
 # ## 6. Layers: zero and mean ablation disagree, and both are right
@@ -255,18 +267,19 @@ for layer in range(2, 8):
     show(f"layers 1 and {layer} to zero", scores(finding, lambda: both(layer)))
 
 # %% [markdown]
-# With its mean in place of layer 1 the model fails. With *zero* it answers as well as before. This model
-# was trained with whole layers left out at random, and a layer left out adds zero, so zero is an input that it knows:
-# there is a **backup**, and it needs layer 2. The mean is no such sign, and the backup stays silent. Neither ablation
-# is wrong; they answer different questions. For "what does the model use when nothing is broken?" we take the mean.
+# With its mean in place of layer 1 the model fails. With *zero* it answers as well as before, if less clearly. This model
+# was trained with whole layers left out at random (tutorial 9), and a layer that is left out adds zero. So zero is an
+# input that it knows, and there is a **backup**; of the other layers it needs layer 2. With the mean the backup does not
+# answer. Neither ablation is wrong: they ask different things. For "what does the model use when nothing is broken?" we
+# take the mean.
 #
 # ## 7. The claim, and its test
 #
-# **Claimed circuit.** In layer 1: the writes of the second name's token, the giver's token and the token two after it
+# **First claim.** In layer 1: the writes of the second name's token, of the giver's token and of the token two after that
 # to the state; what the last token reads and adds to the stream. Everything else is replaced by its mean at its
 # position: the outputs of seven layers everywhere, the output of layer 1 at all positions but the last, and in layer 1
-# the writes of the twelve other tokens. The means come from the finding set. *Faithfulness* is the share of the
-# margin, between nothing kept and nothing ablated, that the circuit restores.
+# the writes of the twelve other tokens. The means come from the finding set, the prompts from the testing set.
+# *Faithfulness* is the share that the circuit restores of the margin between "nothing kept" and "nothing ablated".
 
 
 # %%
@@ -283,53 +296,66 @@ def keep_only(writes, layer=1, reader=True, means=means):
         ablate(block.ssm.out_proj, means["out_proj"][number], positions=kept)
 
 
-CIRCUIT = (SECOND, GIVER, GIVER + 2)
+FIRST_CLAIM = (SECOND, GIVER, GIVER + 2)
 print(f"{'testing set':44} right    logit diff.      margin")
-full = scores(testing, lambda: None)
-empty = scores(testing, lambda: keep_only(()))
-circuit = scores(testing, lambda: keep_only(CIRCUIT))
+full, empty = scores(testing, lambda: None), scores(testing, lambda: keep_only(()))
 show("everything", full)
-show(f"the circuit: writes of {CIRCUIT}", circuit)
 show("nothing", empty)
-low, high = empty[2].mean(), full[2].mean()
-print(f"faithfulness of the margin: {(circuit[2].mean() - low) / (high - low):.0%}")
-show("circuit, its reader (C, gate) at the mean", scores(testing, lambda: keep_only(CIRCUIT, reader=False)))
-print("without one of the three:")
-for left_out in CIRCUIT:
-    kept = [position for position in CIRCUIT if position != left_out]
-    show(f"    no {SLOTS[left_out]}_{left_out}", scores(testing, lambda: keep_only(kept)))
+circuit = scores(testing, lambda: keep_only(FIRST_CLAIM))
+show(f"writes of {FIRST_CLAIM}", circuit)
 
+
+def faithfulness(circuit):
+    low, high = empty[2].mean(), full[2].mean()
+    return f"{(circuit[2].mean() - low) / (high - low):.0%}"
+
+
+print("faithfulness", faithfulness(circuit))
+for left_out in FIRST_CLAIM:
+    kept = [position for position in FIRST_CLAIM if position != left_out]
+    show(f"    without {SLOTS[left_out]}_{left_out}", scores(testing, lambda: keep_only(kept)))
 
 # %% [markdown]
-# On pairs that played no part in finding it, the circuit answers every prompt. The reader itself may be at its mean: what
-# the last token reads *with* does not depend on the names. And each of the three is needed: without
-# the second name's write nothing is right, without a subtraction some answers are lost and the margin falls.
+# On pairs that played no part in finding it, three writes answer every prompt. And each of them counts: without
+# the second name's write nothing is right, without one of the subtractions some answers are lost and the margin falls.
 #
-# ## 8. Completeness: what is left without it
+# ## 8. Completeness, and a better claim
 #
-# The converse: ablate only the three writes, and leave the rest of the model as it is.
+# The converse question: ablate only the circuit, and leave the rest of the model as it is. A complete circuit leaves
+# nothing that works.
 
 
 # %%
-def without(writes, value):
-    ablate(model.layers[1].ssm.write, value, positions=list(writes))
+def without(writes):
+    ablate(model.layers[1].ssm.write, means["write"][1], positions=list(writes))
 
 
+CIRCUIT = (SECOND, SECOND + 2, GIVER, GIVER + 2)
 print(f"{'testing set':44} right    logit diff.      margin")
-mean_write = means["write"][1]
-show("the three writes to their mean", scores(testing, lambda: without(CIRCUIT, mean_write)))
-show("the three writes to zero", scores(testing, lambda: without(CIRCUIT, 0.0)))
-show("layer 1 to zero", scores(testing, lambda: ablate(model.layers[1].ssm.out_proj)))
+for claim in (FIRST_CLAIM, CIRCUIT):
+    left = scores(testing, lambda: without(claim))
+    show(f"all but writes of {claim}", left)
+    print(f"{'':12}right where the answer is the first name {left[0, 0::2].mean():.0%}, the second {left[0, 1::2].mean():.0%}")
+circuit = scores(testing, lambda: keep_only(CIRCUIT))
+show(f"writes of {CIRCUIT}", circuit)
+print("faithfulness", faithfulness(circuit))
+show("the same, C and gate of the reader at the mean", scores(testing, lambda: keep_only(CIRCUIT, reader=False)))
 
 # %% [markdown]
-# Without the three writes hardly any answer is right, so in the intact model nothing else does the job at the same time:
-# the circuit is complete in this sense. It is not the only way that the model *can* answer: with all of layer 1 at zero
-# the backup of section 6 takes over. A claim of the form "the model needs this circuit" would be false.
+# The first claim was **faithful but not complete**: without its three writes most answers that are the *second* name are
+# still right. Section 4 says how: token _6 writes the second name too. With it as the fourth, hardly any answer
+# survives the ablation of the circuit, and the circuit's margin comes closer to the model's. So the claim is
+# these four writes. The last line says that what the last token reads *with*, its C and its gate, may be at the mean:
+# it does not depend on the names.
+#
+# "The model needs this circuit" would still be false: with all of layer 1 at zero the backup of section 6 answers.
 #
 # ## 9. Controls that should fail
 #
-# The same test with other parts of the same size: the three writes one position later, the same positions in
-# other layers, and twenty random triples of positions in layer 1.
+# The same test with parts of the same size: the writes one position later, the same positions in other layers, and
+# random sets of four positions in layer 1. The claim predicts more than failure for these: a set without token _4 answers
+# nothing; with _4 but without a subtraction it knows two names and should be right about half of the time; with _4 and a
+# subtraction it should work.
 
 # %%
 print(f"{'testing set':44} right    logit diff.      margin")
@@ -338,24 +364,29 @@ show(f"writes of {tuple(shifted)}", scores(testing, lambda: keep_only(shifted)))
 for layer in (0, 2, 4):
     show(f"writes of {CIRCUIT} in layer {layer}", scores(testing, lambda: keep_only(CIRCUIT, layer)))
 rng = random.Random(0)
-triples = [sorted(rng.sample(range(END + 1), 3)) for _ in range(20)]
-shares = [scores(finding, lambda: keep_only(triple))[0].mean() for triple in triples]
-best = max(range(20), key=lambda number: shares[number])
-print(f"20 random triples: mean {sum(shares) / 20:.0%} right, the best {shares[best]:.0%}: {triples[best]}")
+groups = {"without the second name": [], "with it, no subtraction": [], "with it and a subtraction": []}
+for _ in range(16):
+    drawn = sorted(rng.sample(range(END + 1), 4))
+    number = 0 if SECOND not in drawn else 1 + (GIVER in drawn or GIVER + 2 in drawn)
+    shares = list(groups.values())[number]
+    shares.append(scores(finding, lambda: keep_only(drawn))[0].mean().item())
+for name, shares in groups.items():
+    print(f"random sets {name}: {len(shares)}, right from {min(shares):.0%} to {max(shares):.0%}")
 
 # %% [markdown]
-# All controls fail. The best random triple tells the same story: it is whatever comes closest to the circuit.
+# Shifted by one, or in another layer, the "circuit" is worth nothing. The random sets fall into the three groups as
+# predicted.
 #
 # ## 10. Does it hold in another sentence?
 #
-# The circuit is stated in roles: the second name, the giver, two after the giver. In another frame of the training
+# The circuit is stated in roles: the second name, the giver, and two after each. In another frame of the training
 # sentences the roles stand elsewhere, so the claim predicts other positions. New means, same test.
 
 # %%
 OTHER = "When {first} and {second} had lunch at {place}, {giver} {verb} {thing} to"
 other = Prompts(held_out[96:128], seed=3, frame=OTHER)
 tokens = model.to_str_tokens(other.texts[0])
-roles = (3, 9, 11)
+roles = (3, 5, 9, 11)
 print([f"{tokens[position]}_{position}" for position in roles], "of", repr(other.texts[0]))
 other_means = {site: mean_activation(model, other.texts, site, over="prompts") for site in means}
 print(f"{'another frame':44} right    logit diff.      margin")
@@ -371,10 +402,11 @@ show("nothing", scores(other, lambda: keep_only((), means=other_means)))
 #   solve the task otherwise: the Mamba-2 and the hybrid that ship do (tutorial 7).
 # - Mean ablation compares with the average prompt *of this frame*. What all prompts share, such as the fact that a name is
 #   wanted at all, is in the means and is not explained by the circuit.
-# - The tap from the first name to the second is in the claim, but section 7 keeps whole writes and does not split them. Its
-#   evidence is section 5: cutting the tap takes away most answers that are the first name, not all.
-# - Why a token two after the second name adds to the giver's name (section 4) is not explained. The circuit does without it.
-# - Layers 2 to 7 are at their means in the test. That they do little is a statement about these prompts.
+# - The taps of the convolution are evidence from section 5, one cut at a time. The test of sections 7 and 8 keeps whole
+#   writes and does not split them by tap.
+# - How layer 1 knows to write a plus in one place and a minus in another is not explained.
+# - What the missing share of the margin is made of is not known: other writes of layer 1 and layers 2 to 7 are in it.
+# - The backup was seen and not studied.
 #
 # To do the same on your question: write the cell of prompts, keep a testing set apart, and go through the
 # sections in order. The numbers will be different; the controls should still fail.
