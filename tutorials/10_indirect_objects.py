@@ -46,7 +46,7 @@ print(len(model.layers), "layers, state", tuple(model.layers[0].ssm._module.A_lo
 #
 # The model was trained on pairs of names; 400 pairs were held out, and `splits.json` beside the weights lists them. We
 # use only these, in one sentence frame with slots, so that a position means the same in every prompt. A pair gives two
-# prompts, one for each giver. The first 32 pairs are for **finding** the circuit, the next 64 for **testing** it.
+# prompts, one for each giver. The first 24 pairs are for **finding** the circuit, the next 40 for **testing** it.
 
 # %%
 PLACES, THINGS = ("school", "work", "home"), ("an apple", "an orange", "a book", "the key")
@@ -75,7 +75,7 @@ class Prompts:
 
 
 held_out = json.loads((Path(mamba_trace.__file__).parent / "demo_model" / "splits.json").read_text())["held_out"]
-finding, testing = Prompts(held_out[:32], seed=1), Prompts(held_out[32:96], seed=2)
+finding, testing = Prompts(held_out[:24], seed=1), Prompts(held_out[24:64], seed=2)
 for text, right in zip(finding.texts[:4], finding.right):
     print(f"{text} ->{right}")
 
@@ -203,7 +203,7 @@ axes[1].set_xticks(range(15), [f"{slot}_{position}" for position, slot in enumer
 figure.tight_layout()
 
 # %% [markdown]
-# (Bars are means over 32 prompts, whiskers standard deviations.) The first name's own token writes nothing of it. The
+# (Bars are means over 24 prompts, whiskers standard deviations.) The first name's own token writes nothing of it. The
 # second name's token adds **both** names; the token two after it (_6) adds the second name once more, a little. The giver's
 # token and the article two after it (_12) **take away the giver's name** and hardly touch the other. What is left is the
 # receiver.
@@ -353,9 +353,9 @@ show("the same, C and gate of the reader at the mean", scores(testing, lambda: k
 # ## 9. Controls that should fail
 #
 # The same test with parts of the same size: the writes one position later, the same positions in other layers, and
-# random sets of four positions in layer 1. The claim predicts more than failure for these: a set without token _4 answers
-# nothing; with _4 but without a subtraction it knows two names and should be right about half of the time; with _4 and a
-# subtraction it should work.
+# random sets of four positions in layer 1. For these the claim predicts more than failure. A set without _4 and _6 knows
+# no name and answers nothing; one with _6 alone knows only the second; one with _4 and no subtraction knows two names and
+# not who gives, so it should be right about half of the time; one with _4 and a subtraction should work.
 
 # %%
 print(f"{'testing set':44} right    logit diff.      margin")
@@ -364,12 +364,14 @@ show(f"writes of {tuple(shifted)}", scores(testing, lambda: keep_only(shifted)))
 for layer in (0, 2, 4):
     show(f"writes of {CIRCUIT} in layer {layer}", scores(testing, lambda: keep_only(CIRCUIT, layer)))
 rng = random.Random(0)
-groups = {"without the second name": [], "with it, no subtraction": [], "with it and a subtraction": []}
-for _ in range(16):
+groups = {"without _4 and _6": [], "with _6, without _4": [], "with _4, no subtraction": [], "with _4 and a subtraction": []}
+for _ in range(14):
     drawn = sorted(rng.sample(range(END + 1), 4))
-    number = 0 if SECOND not in drawn else 1 + (GIVER in drawn or GIVER + 2 in drawn)
-    shares = list(groups.values())[number]
-    shares.append(scores(finding, lambda: keep_only(drawn))[0].mean().item())
+    if SECOND in drawn:
+        number = 2 + (GIVER in drawn or GIVER + 2 in drawn)
+    else:
+        number = int(SECOND + 2 in drawn)
+    list(groups.values())[number].append(scores(finding, lambda: keep_only(drawn))[0].mean().item())
 for name, shares in groups.items():
     print(f"random sets {name}: {len(shares)}, right from {min(shares):.0%} to {max(shares):.0%}")
 
@@ -384,7 +386,7 @@ for name, shares in groups.items():
 
 # %%
 OTHER = "When {first} and {second} had lunch at {place}, {giver} {verb} {thing} to"
-other = Prompts(held_out[96:128], seed=3, frame=OTHER)
+other = Prompts(held_out[64:88], seed=3, frame=OTHER)
 tokens = model.to_str_tokens(other.texts[0])
 roles = (3, 5, 9, 11)
 print([f"{tokens[position]}_{position}" for position in roles], "of", repr(other.texts[0]))
