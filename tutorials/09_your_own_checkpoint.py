@@ -17,6 +17,7 @@
 # %%
 import json
 import random
+import warnings
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -28,7 +29,8 @@ from mamba_trace import MambaTrace
 from mamba_trace.conversion import convert_config, convert_state_dict, detect_state_dict_format
 from mamba_trace.errors import MambaTraceError
 
-transformers.logging.set_verbosity_error()  # it would say below that its own kernels are slow ones
+transformers.logging.set_verbosity_error()  # it would say below that its own kernels are slow
+warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers for something by its old name
 model = MambaTrace.demo()
 prompt = "Lately, Emma and Shelby had fun at school. Shelby gave an apple to"
 print(type(model._module).__name__, f"{model._module.num_parameters():,} parameters")
@@ -47,14 +49,14 @@ weights = model._module.state_dict()
 formats = {name: convert_state_dict(weights, name) for name in ("huggingface", "original", "mamba_lens")}
 for name, converted in formats.items():
     print(f"{name} ({len(converted)} tensors, recognised as {detect_state_dict_format(converted)})")
-    for key in [key for key in converted if key.startswith("emb") or "embed" in key or ".0." in key and "proj.w" in key]:
-        print(f"    {key:38} {tuple(converted[key].shape)}")
+    for key in [key for key in converted if "embedding" in key or (".0." in key and not key.endswith("bias"))][:10]:
+        print(f"    {key:40} {tuple(converted[key].shape)}")
 back = convert_state_dict(formats["mamba_lens"], "huggingface")
 print("there and back, equal to the last bit:", all(torch.equal(weights[key], back[key]) for key in weights))
 
 # %% [markdown]
-# MambaLens has the gate as a matrix of its own (`skip_proj`), and likewise the rows of `x_proj`; the embedding's name differs in each format,
-# which is the usual reason why a checkpoint of one kind does not load as another.
+# The first two differ in the name of the embedding alone, which is enough for a checkpoint of one kind not to load as
+# the other. MambaLens splits matrices: `in_proj` into x and the gate (`skip_proj`), `x_proj` into delta, B and C.
 #
 # ## A folder in the original format
 #
@@ -72,7 +74,7 @@ with model.trace(prompt):
     expected = model.lm_head.output.save()
 with loaded.trace(prompt):
     logits = loaded.lm_head.output.save()
-print("the same logits:", torch.equal(logits, expected))
+print("the same logits:", torch.allclose(logits, expected, atol=1e-4))
 try:
     transformers.AutoModelForCausalLM.from_pretrained("original")
 except ValueError as error:
@@ -117,8 +119,8 @@ figure.tight_layout()
 print(f"loss: {losses[0]:.1f} at the first step, {losses[-1]:.1f} at the last")
 
 # %% [markdown]
-# The loss falls and then stays: which names and which place come next cannot be known. What the model has learned can be read in a
-# trace. The model below is the one that was just trained; its weights are read anew in every run.
+# The loss falls and then stays: which names and which place come next cannot be known. What the model has learned can be
+# read in a trace of it, right after the training; nothing has to be loaded again.
 
 # %%
 ATTEMPT = "Lately, Tom and Alice had fun at"
@@ -159,10 +161,10 @@ tokenizer = transformers.AutoTokenizer.from_pretrained("mine")
 with torch.no_grad():
     of_plain = plain(**tokenizer(ATTEMPT, return_tensors="pt")).logits
 again = MambaTrace("mine")
-with torch.no_grad(), again.trace(ATTEMPT):
-    of_again = again.lm_head.output.save()
+again.dispatch()  # weights are loaded at the first run, or here
+kept = zip(scratch._module.parameters(), again._module.parameters(), strict=True)
 print(type(plain).__name__, "in transformers: largest difference below 1e-4:", bool((of_plain - logits).abs().max() < 1e-4))
-print("loaded here again: the same to the last bit:", torch.equal(of_again, logits))
+print("loaded here again: the weights are equal to the last bit:", all(torch.equal(old, new) for old, new in kept))
 
 # %% [markdown]
 # ## An adapter
@@ -172,17 +174,18 @@ print("loaded here again: the same to the last bit:", torch.equal(of_again, logi
 # itself does not allow `out_proj` and `conv1d` as targets in a Mamba.)
 
 # %%
+torch.manual_seed(0)  # of the adapter's first weights
 lora = get_peft_model(again._module, LoraConfig(r=4, target_modules=["in_proj", "x_proj"]))
 trainable = sum(parameter.numel() for parameter in lora.parameters() if parameter.requires_grad)
 print("before:", places(again))
-train(lora, ["work"], steps=20)
+train(lora, ["work"], steps=40)
 print("after: ", places(again), f" trained {trainable:,} of {again._module.num_parameters():,} parameters")
 with lora.disable_adapter():
     print("off:   ", places(again))
 print(again.last_run)
 
 # %% [markdown]
-# After the training of the adapter the place is " work"; with the adapter switched off the model is the old one. The last lines
+# The adapter moves probability to " work"; with it switched off the model is the old one. The last lines
 # say what ran. An adapter on `in_proj` and `x_proj` costs no kernel, since those are called as modules in any case.
 #
 # ## What is refused, and how it says so
