@@ -15,6 +15,7 @@
 # out the lines that save the demo. The code below counts the layers by itself.
 
 # %%
+import logging
 from pathlib import Path
 
 import torch
@@ -24,6 +25,8 @@ from safetensors.torch import save_file
 from mamba_trace import MambaTrace
 from mamba_trace.errors import MambaTraceError
 from mamba_trace.patching import logit_diff, patch_grid
+
+logging.getLogger("accelerate").setLevel(logging.ERROR)  # it would remark that weights are offloaded, as we want it
 
 demo = MambaTrace.demo()
 demo._module.save_pretrained("saved")  # a folder as you would download it
@@ -96,7 +99,8 @@ except KeyboardInterrupt:
 print("\n".join(sorted(path.name for path in Path("sweep").iterdir())))
 
 # %% [markdown]
-# The same call goes on from these cells:
+# One call measured the two unpatched runs, three measured finished cells, and the fifth was interrupted. The cells of three
+# forwards are on disk, and beside them what the question was. The same call goes on from there:
 
 # %%
 second = Difference(" Emma", " Shelby")
