@@ -271,15 +271,27 @@ print(f"true change:      {(last[emma] - last[shelby] - difference).item():.1f}"
 # %%
 with model.trace(prompt):
     model.layers[1].ssm.h[12].output[:] = 0
-print(model.last_run)
+model.last_run
 
 # %% [markdown]
 # In layer 1 the scan stopped after 13 positions, handed its state to your code, and went on with what came back over
 # the last 2. In all other layers nothing was wanted, so they ran two fused kernels each. [Tutorial
 # 4](04_kernels.ipynb) explains this report.
 #
+# ## All places
+#
+# The model itself, at the end of a cell, lists every place that can be read and edited, in the order in which a trace
+# asks for them. `mamba-trace sites` prints the same table on the command line.
+
+# %%
+model
+
+# %% [markdown]
+# B is the batch, L the positions, and R, in `delta_1`, a small rank through which delta is computed. The column with
+# hook names is for those who come from MambaLens or TransformerLens.
+#
 # ## Where to go from here
 #
 # - [Tutorial 2](02_activation_patching.ipynb): which layer and which token hold the answer.
 # - [Tutorial 3](03_from_mamba_lens_and_transformer_lens.ipynb): the names and calls of MambaLens and TransformerLens.
-# - `mamba-trace sites` on the command line prints every place that can be read and edited, in the order of a trace.
+# - [Tutorial 5](05_information_flow.ipynb): by which way a name gets from one token to another.
