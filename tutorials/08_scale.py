@@ -11,8 +11,8 @@
 # All of it is shown on one CPU with the small model that ships, and what is run here is what you would run elsewhere.
 # Commands that start several processes are shown with what they print.
 #
-# To use a large model, change the cell below: `MODEL = "state-spaces/mamba-370m"` or `MODEL = "state-spaces/mamba2-370m"`, and leave
-# out the lines that save the demo. The code below counts the layers by itself.
+# To use a large model, change the cell below: `MODEL = "state-spaces/mamba-370m"` or `MODEL =
+# "state-spaces/mamba2-370m"`, and leave out the lines that save the demo. The code below counts the layers by itself.
 
 # %%
 import logging
@@ -40,9 +40,9 @@ print(sorted(path.name for path in Path(MODEL).iterdir()))
 # %% [markdown]
 # ## Several devices, main memory, disk
 #
-# `device_map=` is accelerate's: `"auto"` fills the GPUs first, then main memory, then the disk. Here it is written by hand for a machine
-# without a GPU: the lower half of the layers on the CPU, the upper half on disk, from where a layer's weights are read
-# when it runs. On two GPUs the same map would say `0` and `1`.
+# `device_map=` is accelerate's: `"auto"` fills the GPUs first, then main memory, then the disk. Here it is written by
+# hand for a machine without a GPU: the lower half of the layers on the CPU, the upper half on disk, from where a
+# layer's weights are read when it runs. On two GPUs the same map would say `0` and `1`.
 
 # %%
 n_layers = len(demo.layers)
@@ -61,9 +61,9 @@ on_disk = sum(parameter.is_meta for parameter in model._module.parameters())
 print(f"{on_disk} of {len(list(model._module.parameters()))} parameters are on disk")
 
 # %% [markdown]
-# Sites are read and edited in a layer on disk as anywhere else; on several GPUs each site is on its layer's device, and a
-# tensor that you assign is moved there. `model.last_run` says what offloading costs: the convolution of such a layer runs as a module
-# of its own, so that its weights can be fetched.
+# Sites are read and edited in a layer on disk as anywhere else; on several GPUs each site is on its layer's device,
+# and a tensor that you assign is moved there. `model.last_run` says what offloading costs: the convolution of such a
+# layer runs as a module of its own, so that its weights can be fetched.
 
 # %%
 print(model.last_run)
@@ -71,9 +71,9 @@ print(model.last_run)
 # %% [markdown]
 # ## A sweep that survives an interrupt
 #
-# `patch_grid(..., keep="folder")` writes finished cells to a folder. To show it, here is a metric that interrupts the run in its
-# fifth call, as Ctrl-C or a job's time limit would. (`batch_size=15` makes the forwards small, so that there are several; by
-# default as many cells run together as `memory=` permits.)
+# `patch_grid(..., keep="folder")` writes finished cells to a folder. To show it, here is a metric that interrupts the
+# run in its fifth call, as Ctrl-C or a job's time limit would. (`batch_size=15` makes the forwards small, so that
+# there are several; by default as many cells run together as `memory=` permits.)
 
 
 # %%
@@ -99,8 +99,8 @@ except KeyboardInterrupt:
 print("\n".join(sorted(path.name for path in Path("sweep").iterdir())))
 
 # %% [markdown]
-# One call measured the two unpatched runs, three measured finished cells, and the fifth was interrupted. The cells of three
-# forwards are on disk, and beside them what the question was. The same call goes on from there:
+# One call measured the two unpatched runs, three measured finished cells, and the fifth was interrupted. The cells of
+# three forwards are on disk, and beside them what the question was. The same call goes on from there:
 
 # %%
 second = Difference(" Emma", " Shelby")
@@ -123,8 +123,8 @@ except MambaTraceError as error:
 # %% [markdown]
 # ## Several processes
 #
-# Processes that a launcher starts divide the cells of a grid among them, and every one returns the whole grid. Nothing
-# changes in a script but the command that starts it. The command line works in the same way:
+# Processes that a launcher starts divide the cells of a grid among them, and every one returns the whole grid.
+# Nothing changes in a script but the command that starts it. The command line works in the same way:
 #
 # ```bash
 # torchrun --standalone --nproc_per_node 2 -m mamba_trace patch --keep sweep --batch-size 10 --out grid.json
@@ -146,7 +146,8 @@ except MambaTraceError as error:
 # ```
 #
 # Look at the words "on 2 processes": if they are missing, the launcher has started one (`accelerate launch --cpu
-# --num_processes 2` does that without a machine file), which then does all the work. With 8 GPUs, and with 2 machines of 8:
+# --num_processes 2` does that without a machine file), which then does all the work. With 8 GPUs, and with 2 machines
+# of 8:
 #
 # ```bash
 # torchrun --standalone --nproc_per_node 8 -m mamba_trace patch --model state-spaces/mamba-2.8b-hf --keep sweep
@@ -154,14 +155,14 @@ except MambaTraceError as error:
 # torchrun --nnodes 2 --node_rank R --nproc_per_node 8 --master_addr IP --master_port 29500 -m mamba_trace patch
 # ```
 #
-# On CPUs set `OMP_NUM_THREADS` to the cores of a process, or they fight for them. With `keep` on a disk that all share, a
-# killed process loses only the cells that it had not finished.
+# On CPUs set `OMP_NUM_THREADS` to the cores of a process, or they fight for them. With `keep` on a disk that all
+# share, a killed process loses only the cells that it had not finished.
 #
 # ## Activations of a data set, batch by batch
 #
-# A dictionary or a probe is trained on activations of many prompts. Hold one batch at a time, write each to a file of its
-# own, and skip files that exist: then this too can be interrupted. Padding must not be written; the mask says what is
-# padding. `tracer.stop()` ends the forward at the layer, since nothing above it is needed.
+# A dictionary or a probe is trained on activations of many prompts. Hold one batch at a time, write each to a file of
+# its own, and skip files that exist: then this too can be interrupted. Padding must not be written; the mask says
+# what is padding. `tracer.stop()` ends the forward at the layer, since nothing above it is needed.
 
 # %%
 names = ("Emma", "Shelby", "Mary", "John", "Alice", "Bob")
@@ -195,11 +196,11 @@ files = sorted(folder.iterdir())
 print(len(texts), "prompts in", len(files), "files")
 for path in files:
     with safe_open(path, "pt") as file:
-        print(path.name, {key: file.get_slice(key).get_shape() for key in file.keys()})
+        print(path.name, {key: file.get_slice(key).get_shape() for key in ("resid_post", "token", "prompt")})
 
 # %% [markdown]
-# The forward uses the fast kernels here, since `resid_post` is there in any case. To divide the batches among processes, let
-# process r of n take every n-th:
+# The forward uses the fast kernels here, since `resid_post` is there in any case. To divide the batches among
+# processes, let process r of n take every n-th:
 #
 # ```python
 # from accelerate import PartialState
@@ -223,9 +224,10 @@ print(f"mean over {count} tokens; its norm is {(total / count).norm():.2f}")
 # %% [markdown]
 # ## A server
 #
-# An [NDIF](https://ndif.us) server that has this package runs a trace for you; the weights never come to your machine. The
-# same line of code does it: `remote=True` for the server of your configuration, or its address. `remote="local"`
-# makes the round trip without a server: the trace is packed, sent to itself, and only what is saved comes back.
+# An [NDIF](https://ndif.us) server that has this package runs a trace for you; the weights never come to your
+# machine. The same line of code does it: `remote=True` for the server of your configuration, or its address.
+# `remote="local"` makes the round trip without a server: the trace is packed, sent to itself, and only what is saved
+# comes back.
 
 # %%
 remote = MambaTrace(MODEL)  # reads the configuration and the tokenizer, not the weights
@@ -237,8 +239,9 @@ over_there = patch_grid(remote, prompt, source, "h", logit_diff(remote, " Emma",
 print("row of layer 1:", [round(value, 1) for value in over_there.normalized()[0, 10:].tolist()])
 
 # %% [markdown]
-# A grid is one request, and its cells run on the server. Only the grid comes back. `tutorials/deployment.md` says what an operator
-# installs, and what differs for requests that the server does not trust: they have no gradients and no `patch_grid`.
+# A grid is one request, and its cells run on the server. Only the grid comes back. `tutorials/deployment.md` says
+# what an operator installs, and what differs for requests that the server does not trust: they have no gradients and
+# no `patch_grid`.
 #
-# **What to take along.** Offload with `device_map`, divide with `torchrun`, go on with `keep=`, send with `remote=`: in each
-# case the code of the experiment stays what it was in tutorial 2.
+# **What to take along.** Offload with `device_map`, divide with `torchrun`, go on with `keep=`, send with `remote=`:
+# in each case the code of the experiment stays what it was in tutorial 2.

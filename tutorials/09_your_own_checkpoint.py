@@ -9,10 +9,10 @@
 # - trace a model with a LoRA adapter of PEFT,
 # - read the messages with which a checkpoint is refused.
 #
-# Your own checkpoint goes into the cell below: a folder, or the name of a repository on the hub. With a large public model it
-# would be `model = MambaTrace("state-spaces/mamba-370m")` or `MambaTrace("state-spaces/mamba2-370m")`; both are in the
-# original format, and `state-spaces/mamba-370m-hf` is the first of them in Hugging Face's. The training further down is made for
-# the small model that ships.
+# Your own checkpoint goes into the cell below: a folder, or the name of a repository on the hub. With a large public
+# model it would be `model = MambaTrace("state-spaces/mamba-370m")` or `MambaTrace("state-spaces/mamba2-370m")`; both
+# are in the original format, and `state-spaces/mamba-370m-hf` is the first of them in Hugging Face's. The training
+# further down is made for the small model that ships.
 
 # %%
 import json
@@ -26,7 +26,7 @@ import transformers
 from peft import LoraConfig, get_peft_model
 
 from mamba_trace import MambaTrace
-from mamba_trace.conversion import convert_config, convert_state_dict, detect_state_dict_format
+from mamba_trace.conversion import convert_state_dict, detect_state_dict_format
 from mamba_trace.errors import MambaTraceError
 
 transformers.logging.set_verbosity_error()  # it would say below that its own kernels are slow
@@ -36,13 +36,14 @@ prompt = "Lately, Emma and Shelby had fun at school. Shelby gave an apple to"
 print(type(model._module).__name__, f"{model._module.num_parameters():,} parameters")
 
 # %% [markdown]
-# `model._module` is Hugging Face's own class, with its own parameters. Everything that takes such a module takes this one.
+# `model._module` is Hugging Face's own class, with its own parameters. Everything that takes such a module takes this
+# one.
 #
 # ## Three formats
 #
-# The same weights go by different names: in Hugging Face's checkpoints (`state-spaces/mamba-370m-hf`), in the original ones of
-# Mamba's authors (`state-spaces/mamba-370m`), and in MambaLens's state dicts. `convert_state_dict` goes from each to each, and
-# recognises what it gets.
+# The same weights go by different names: in Hugging Face's checkpoints (`state-spaces/mamba-370m-hf`), in the
+# original ones of Mamba's authors (`state-spaces/mamba-370m`), and in MambaLens's state dicts. `convert_state_dict`
+# goes from each to each, and recognises what it gets.
 
 # %%
 weights = model._module.state_dict()
@@ -60,8 +61,8 @@ print("there and back, equal to the last bit:", all(torch.equal(weights[key], ba
 #
 # ## A folder in the original format
 #
-# Such a folder has a `config.json` with `d_model` and `n_layer` and no `model_type`, weights, and often no tokenizer. We write
-# one and load it: nothing has to be converted first. The tokenizer is given.
+# Such a folder has a `config.json` with `d_model` and `n_layer` and no `model_type`, weights, and often no tokenizer.
+# We write one and load it: nothing has to be converted first. The tokenizer is given.
 
 # %%
 folder = Path("original")
@@ -86,8 +87,8 @@ except ValueError as error:
 #
 # ## From scratch
 #
-# `from_config` makes a new model, initialised as Mamba's authors do, here with two layers. Its module trains like
-# any other. The task is small enough for seconds: sentences with two of eight names and one of three places.
+# `from_config` makes a new model, initialised as Mamba's authors do, here with two layers. Its module trains like any
+# other. The task is small enough for seconds: sentences with two of eight names and one of three places.
 
 # %%
 NAMES, PLACES = "Emma Shelby Mary John Alice Bob Tom James".split(), "school work home".split()
@@ -119,8 +120,8 @@ figure.tight_layout()
 print(f"loss: {losses[0]:.1f} at the first step, {losses[-1]:.1f} at the last")
 
 # %% [markdown]
-# The loss falls and then stays: which names and which place come next cannot be known. What the model has learned can be
-# read in a trace of it, right after the training; nothing has to be loaded again.
+# The loss falls and then stays: which names and which place come next cannot be known. What the model has learned can
+# be read in a trace of it, right after the training; nothing has to be loaded again.
 
 # %%
 ATTEMPT = "Lately, Tom and Alice had fun at"
@@ -145,10 +146,11 @@ print("places:", places(scratch), " state:", list(state.shape))
 #
 # ## Save, and load in plain transformers
 #
-# Save the module and the tokenizer with Hugging Face's own `save_pretrained`. One line before it deserves an explanation.
-# Mamba's initialisation divides `out_proj` by the square root of the number of layers, and the configuration says so. transformers 5.24 does that
-# division again when it *loads* such a checkpoint. This package does not, but your colleague's script would get
-# another model than the one you saved. Once a model is trained, switch the setting off.
+# Save the module and the tokenizer with Hugging Face's own `save_pretrained`. One line before it deserves an
+# explanation. Mamba's initialisation divides `out_proj` by the square root of the number of layers, and the
+# configuration says so. transformers 5.24 does that division again when it *loads* such a checkpoint. This package
+# does not, but your colleague's script would get another model than the one you saved. Once a model is trained,
+# switch the setting off.
 
 # %%
 scratch._module.config.rescale_prenorm_residual = False
@@ -163,15 +165,15 @@ with torch.no_grad():
 again = MambaTrace("mine")
 again.dispatch()  # weights are loaded at the first run, or here
 kept = zip(scratch._module.parameters(), again._module.parameters(), strict=True)
-print(type(plain).__name__, "in transformers: largest difference below 1e-4:", bool((of_plain - logits).abs().max() < 1e-4))
+print(type(plain).__name__, "in transformers gives the same logits:", torch.allclose(of_plain, logits, atol=1e-4))
 print("loaded here again: the weights are equal to the last bit:", all(torch.equal(old, new) for old, new in kept))
 
 # %% [markdown]
 # ## An adapter
 #
-# PEFT's LoRA is added to the module, before or after wrapping. It trains the adapter alone, here on sentences in which everybody
-# is at work. Traces go through the adapter without another word: what runs is what is there at that moment. (PEFT
-# itself does not allow `out_proj` and `conv1d` as targets in a Mamba.)
+# PEFT's LoRA is added to the module, before or after wrapping. It trains the adapter alone, here on sentences in
+# which everybody is at work. Traces go through the adapter without another word: what runs is what is there at that
+# moment. (PEFT itself does not allow `out_proj` and `conv1d` as targets in a Mamba.)
 
 # %%
 torch.manual_seed(0)  # of the adapter's first weights
@@ -185,13 +187,13 @@ with lora.disable_adapter():
 print(again.last_run)
 
 # %% [markdown]
-# The adapter moves probability to " work"; with it switched off the model is the old one. The last lines
-# say what ran. An adapter on `in_proj` and `x_proj` costs no kernel, since those are called as modules in any case.
+# The adapter moves probability to " work"; with it switched off the model is the old one. The last lines say what
+# ran. An adapter on `in_proj` and `x_proj` costs no kernel, since those are called as modules in any case.
 #
 # ## What is refused, and how it says so
 #
-# A checkpoint is checked before a model is built. Each of these would otherwise end in a model that is silently wrong, in
-# a long stack of calls, or in foreign code that runs.
+# A checkpoint is checked before a model is built. Each of these would otherwise end in a model that is silently
+# wrong, in a long stack of calls, or in foreign code that runs.
 
 
 # %%
@@ -207,7 +209,8 @@ def without(key):
 (Path("pickled")).mkdir()
 (Path("pickled") / "config.json").write_text((folder / "config.json").read_text())
 torch.save({"backbone.embedding.weight": Code()}, "pickled/pytorch_model.bin")
-gpt2 = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_layer=1, n_head=1, n_embd=8, vocab_size=9, bos_token_id=0, eos_token_id=0))
+config = transformers.GPT2Config(n_layer=1, n_head=1, n_embd=8, vocab_size=9, bos_token_id=0, eos_token_id=0)
+gpt2 = transformers.GPT2LMHeadModel(config)
 small = {"d_model": 64, "n_layer": 8, "vocab_size": 344}
 attempts = {
     "a weight is missing": lambda: MambaTrace.from_state_dict(small, without("backbone.layers.3.mixer.D")),
@@ -229,8 +232,9 @@ for name, attempt in attempts.items():
 #
 # ## The script that trained the models that ship
 #
-# `tutorials/train_demo.py` made the three models behind `MambaTrace.demo()`, from nothing, on two CPU cores. It is one file that
-# you can change: the sentences, the tokenizer (one token for each word), the architecture, the training.
+# `tutorials/train_demo.py` made the three models behind `MambaTrace.demo()`, from nothing, on two CPU cores. It is
+# one file that you can change: the sentences, the tokenizer (one token for each word), the architecture, the
+# training.
 #
 # ```bash
 # python tutorials/train_demo.py --out demo_model
@@ -239,11 +243,12 @@ for name, attempt in attempts.items():
 # ```
 #
 # It prints the number of parameters, a progress bar with the loss and the share of right answers, and at the end, for
-# sentences with pairs of names that never occurred in training, the share that is answered right and the logit differences of the
-# two prompts of these tutorials. The folder that it writes loads in plain transformers and with
-# `MambaTrace("demo_model")`. To try it in seconds, add `--steps 3 --layers 2 --eval-sentences 50`: the answers will be wrong, but
-# every part has run.
+# sentences with pairs of names that never occurred in training, the share that is answered right and the logit
+# differences of the two prompts of these tutorials. The folder that it writes loads in plain transformers and with
+# `MambaTrace("demo_model")`. To try it in seconds, add `--steps 3 --layers 2 --eval-sentences 50`: the answers will
+# be wrong, but every part has run.
 #
-# Two of its choices show in the tutorials. `--layer-drop 0.2` leaves out each layer with that probability in training, so that the
-# models can do without a layer (tutorial 10 finds the backup). And a token for each word makes positions easy to read; a
-# large model's tokenizer will split some names, and `model.to_single_token(" Emma")` tells you which.
+# Two of its choices show in the tutorials. `--layer-drop 0.2` leaves out each layer with that probability in
+# training, so that the models can do without a layer (tutorial 10 finds the backup). And a token for each word makes
+# positions easy to read; a large model's tokenizer will split some names, and `model.to_single_token(" Emma")` tells
+# you which.
