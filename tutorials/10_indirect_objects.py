@@ -99,10 +99,14 @@ def measure(prompts, logits):
     return torch.stack([(margin > 0).float(), right - logits[prompts.rows, prompts.wrong_ids], margin])
 
 
+def rounded(value):
+    return round(float(value), 1) + 0.0  # which makes -0.0 a 0.0
+
+
 def show(name, measures):
     accuracy, difference, margin = measures
-    spread = f"{difference.mean():6.1f} ± {difference.std():.1f}"
-    print(f"{name:44} {accuracy.mean():6.0%}    {spread}    {margin.mean():6.1f}")
+    spread = f"{rounded(difference.mean()):6.1f} ± {difference.std():.1f}"
+    print(f"{name:44} {accuracy.mean():6.0%}    {spread}    {rounded(margin.mean()):6.1f}")
 
 
 print(f"{'':44} right    logit diff.      margin")
@@ -119,11 +123,11 @@ for name, prompts in (("finding", finding), ("testing", testing)):
 #
 # Two contrasts ask two questions. In the first, prompt and source differ only in **who gives**: patching shows where
 # that is known. In the second, the source has **another first name**: patching shows where the first name itself is
-# kept. For eight pairs each we patch every layer and position, normalise each grid (0: as on the prompt, 1: as on the
+# kept. For six pairs each we patch every layer and position, normalise each grid (0: as on the prompt, 1: as on the
 # source), and report the mean and the standard deviation over pairs.
 
 # %%
-PAIRS = 8
+PAIRS = 6
 contrasts = {"giver": [], "first name": []}  # of each pair: prompt, source, answer to prompt, answer to source
 for i in range(0, 2 * PAIRS, 2):  # the second name gives, so the answer is the first
     contrasts["giver"].append((finding.texts[i], finding.texts[i + 1], finding.right[i], finding.right[i + 1]))
@@ -181,13 +185,13 @@ Image("h.png")
 
 # %%
 terms = []
-for number, text in enumerate(finding.texts):
+for number, text in enumerate(finding.texts[:32]):
     ids = torch.stack([finding.right_ids[number], finding.wrong_ids[number]])
     if number % 2:  # here the first name gives
         ids = ids.flip(0)
     directions = model.tokens_to_residual_directions(ids)  # [2,D]: of the first and of the second name
     terms.append(torch.cat([contributions(model, text, 1, residual_direction=d, rows=-1).values for d in directions]))
-terms = torch.stack(terms)  # [B,2,L]
+terms = torch.stack(terms)  # [32,2,L]
 
 figure, axes = plt.subplots(2, figsize=(9, 5), sharex=True, sharey=True)
 for start, panel in enumerate(axes):
@@ -200,13 +204,13 @@ for start, panel in enumerate(axes):
     panel.set(title=f"the {giver} name gives", ylabel="adds to the logit of")
     print(f"the {giver} name gives; added to the logits of (first, second) name by")
     for position in (FIRST, SECOND, SECOND + 2, GIVER, GIVER + 2):
-        print(f"    {SLOTS[position]}_{position}: {mean[0, position]:+.1f}, {mean[1, position]:+.1f}")
+        print(f"    {SLOTS[position]}_{position}: {rounded(mean[0, position]):+}, {rounded(mean[1, position]):+}")
 axes[0].legend()
 axes[1].set_xticks(range(15), [f"{slot}_{position}" for position, slot in enumerate(SLOTS)], rotation=45)
 figure.tight_layout()
 
 # %% [markdown]
-# (Bars are means over 24 prompts, whiskers standard deviations.) The first name's own token writes nothing of it. The
+# (Bars are means over 16 prompts, whiskers standard deviations.) The first name's own token writes nothing of it. The
 # second name's token adds **both** names; the token two after it (_6) adds the second name once more, a little. The
 # giver's token and the article two after it (_12) **take away the giver's name** and hardly touch the other. What is
 # left is the receiver.
@@ -249,7 +253,7 @@ for source, target in ((FIRST, SECOND), (SECOND, SECOND), (GIVER, GIVER), (GIVER
 #   the giver's name is still pushed down; some third name wins. **By the logit difference alone this path would look
 #   unimportant**, which is why accuracy and margin stand beside it.
 # - Cutting the first name's own write changes nothing, as patching said. Cutting the tap from the first name to the
-#   second name's token ends nearly all answers that are the first name.
+#   second name's token ends nearly all answers that are the first name, and a part of the others.
 # - The second name's own tap at its token is less needed. That fits section 4: token _6 writes the second name as
 #   well.
 # - Either of the two subtractions can be cut without an error, at half of the logit difference: each is enough.
@@ -365,8 +369,9 @@ show("the same, C and gate of the reader at the mean", scores(testing, keep_only
 #
 # The same test with parts of the same size: the writes one position later, the same positions in other layers, and
 # random sets of four positions in layer 1. For these the claim predicts more than failure. A set without _4 and _6
-# knows no name and answers nothing; one with _6 alone knows only the second; one with _4 and no subtraction knows two
-# names and not who gives, so it should be right about half of the time; one with _4 and a subtraction should work.
+# knows no name and answers nothing; one with _6 in place of _4 knows the second name alone, which is right at most
+# half of the time; one with _4 and no subtraction knows two names and not who gives, so it should be right about half
+# of the time; one with _4 and a subtraction should work.
 
 # %%
 print(f"{'testing set':44} right    logit diff.      margin")
