@@ -17,20 +17,15 @@
 # %%
 import json
 import random
-import warnings
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch
-import transformers
-from peft import LoraConfig, get_peft_model
 
 from mamba_trace import MambaTrace
 from mamba_trace.conversion import convert_state_dict, detect_state_dict_format
 from mamba_trace.errors import MambaTraceError
 
-transformers.logging.set_verbosity_error()  # it would say below that its own kernels are slow
-warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers for something by its old name
 model = MambaTrace.demo()
 prompt = "Lately, Emma and Shelby had fun at school. Shelby gave an apple to"
 print(type(model._module).__name__, f"{model._module.num_parameters():,} parameters")
@@ -65,6 +60,10 @@ print("there and back, equal to the last bit:", all(torch.equal(weights[key], ba
 # We write one and load it: nothing has to be converted first. The tokenizer is given.
 
 # %%
+import transformers
+
+transformers.logging.set_verbosity_error()  # it would say below that its own kernels are slow
+
 folder = Path("original")
 folder.mkdir()
 (folder / "config.json").write_text(json.dumps({"d_model": 64, "n_layer": 8, "vocab_size": 344, "rms_norm": True}))
@@ -176,6 +175,11 @@ print("loaded here again: the weights are equal to the last bit:", all(torch.equ
 # moment. (PEFT itself does not allow `out_proj` and `conv1d` as targets in a Mamba.)
 
 # %%
+import warnings
+
+from peft import LoraConfig, get_peft_model
+
+warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers for something by its old name
 torch.manual_seed(0)  # of the adapter's first weights
 lora = get_peft_model(again._module, LoraConfig(r=4, target_modules=["in_proj", "x_proj"]))
 trainable = sum(parameter.numel() for parameter in lora.parameters() if parameter.requires_grad)
