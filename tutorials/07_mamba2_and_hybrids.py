@@ -201,8 +201,9 @@ grid  # the last of the three: attn_out
 # - `h`: **no cell**. In the Mamba-1 and the Mamba-2 the state of some layer holds who gives. Here no state does.
 # - `ssm_out`: what layer 0 adds at the giver's token (_10), then what layer 1 adds at the verb (_11). A step of one
 #   token is within reach of the convolution of layer 1, which needs no state.
-# - `attn_out`: one cell of two layers times fifteen tokens, layer 2 at the last token, moves the logit difference 96
-#   % of the way. The giver's name, which the SSMs have brought to the verb, is read there by attention.
+# - `attn_out`: of the cells of two layers and fifteen tokens only one counts: layer 2 at the last token. It moves the
+#   logit difference 96 % of the way. The giver's name, which the SSMs have brought to the verb, is read there by
+#   attention.
 # - Layers 3 and 7 at the end have some of it too: they work on what attention has put there. Cells of a grid are no
 #   shares of a whole and need not sum to 1.
 #
@@ -274,6 +275,7 @@ for position in (2, 4, 10, 11):
 # cut, and most of who gives if the *verb* (_11) is cut, as patching said; cutting the giver's own token (_10) changes
 # next to nothing. Cutting the second name raises the difference, as it should: it is the wrong answer.
 #
-# **What to take along.** The same sentences, learned by three architectures, are solved in three ways: by the state
-# of layer 1 in the Mamba-1, by three heads of layer 0 in the Mamba-2, and by attention in the hybrid, to which the
-# SSMs serve as a short convolution. With one vocabulary for all of them, the code above was the same each time.
+# **What to take along.** The same sentences, learned by three architectures, are solved in three ways. Who gives is
+# held by the state of layer 1 in the Mamba-1, mainly by three heads of layer 0 in the Mamba-2, and by attention in
+# the hybrid, to which the SSMs serve as a short convolution. With one vocabulary for all of them, the code above was
+# the same each time.

@@ -9,10 +9,12 @@
 # - send a trace to a server.
 #
 # All of it is shown on one CPU with the small model that ships, and what is run here is what you would run elsewhere.
-# Commands that start several processes are shown with what they print.
+# The command that starts two processes is shown with what it printed; those for GPUs and several machines were not
+# run here.
 #
 # To use a large model, change the cell below: `MODEL = "state-spaces/mamba-370m"` or `MODEL =
-# "state-spaces/mamba2-370m"`, and leave out the lines that save the demo. The code below counts the layers by itself.
+# "state-spaces/mamba2-370m"`, and `demo = MambaTrace(MODEL)` in place of the lines that make and save the demo. The
+# code counts the layers by itself.
 
 # %%
 import logging
@@ -211,7 +213,8 @@ for path in files:
 #     write_batch(number, texts[start : start + BATCH])
 # ```
 #
-# Reading is by slices, without loading a file: the mean of the stream over all tokens, and one token's rows.
+# To read them, go from file to file, so that no more than one is in memory. Here is the mean of the stream over all
+# tokens:
 
 # %%
 total, count = torch.zeros(demo.cfg.d_model, dtype=torch.float64), 0

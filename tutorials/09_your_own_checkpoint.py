@@ -141,7 +141,7 @@ print("after 'Lately, Tom and Alice' the next tokens:", said[4:-1])
 print("places:", places(scratch), " state:", list(state.shape))
 
 # %% [markdown]
-# The fixed words come right, and each place is about as probable as the others.
+# The fixed words come right, and the three places share the probability, as they did in the sentences.
 #
 # ## Save, and load in plain transformers
 #

@@ -174,7 +174,7 @@ Image("h.png")
 #   another layer matters.
 # - `conv`: the two steps are two uses of the name in the convolution of layer 1, at the giver and, two positions
 #   later, at the article. A tap of the convolution, which sees the last four tokens, takes the name there.
-# - `delta`: nothing above 0.1. Which name is given changes what is written, not the step size.
+# - `delta`: nothing above 0.1. Who gives is in what is written, and not in the step size.
 # - The first name is in the state of layer 1, but **only from the second name's token (_4) on**, not from its own
 #   (_2).
 #
@@ -212,8 +212,8 @@ figure.tight_layout()
 # %% [markdown]
 # (Bars are means over 16 prompts, whiskers standard deviations.) The first name's own token writes nothing of it. The
 # second name's token adds **both** names; the token two after it (_6) adds the second name once more, a little. The
-# giver's token and the article two after it (_12) **take away the giver's name** and hardly touch the other. What is
-# left is the receiver.
+# giver's token and the article two after it (_12) **take away the giver's name** and change the other much less. What
+# is left is the receiver.
 #
 # This is the hypothesis: *a set of two names, minus the giver*. So far it only describes; next it is tested.
 #
@@ -332,7 +332,8 @@ for left_out in FIRST_CLAIM:
 
 # %% [markdown]
 # On pairs that played no part in finding it, three writes answer every prompt. And each of them counts: without the
-# second name's write nothing is right, without one of the subtractions some answers are lost and the margin falls.
+# second name's write hardly anything is right, without one of the subtractions some answers are lost and the margin
+# falls.
 #
 # ## 8. Completeness, and a better claim
 #
@@ -395,7 +396,7 @@ for name, shares in groups.items():
     print(f"random sets {name}: {len(shares)}, right from {min(shares):.0%} to {max(shares):.0%}")
 
 # %% [markdown]
-# Shifted by one, or in another layer, the "circuit" is worth nothing. The random sets fall into the three groups as
+# Shifted by one, or in another layer, the "circuit" is worth nothing. The random sets fall into the four groups as
 # predicted.
 #
 # ## 10. Does it hold in another sentence?
