@@ -7,7 +7,8 @@ The scripts are the source. They are in jupytext's percent format: ``# %% [markd
     python tutorials/notebooks.py 02 05  # two of them
 
 It takes what the ``dev`` extra installs. The notebooks run on the models that ship with the package, without a
-network. Nothing in a written notebook depends on the machine or the time, so writing it twice gives the same file.
+network. Nothing in a written notebook depends on the machine or the time, so writing it twice gives the same file,
+except for pictures of measured times.
 """
 
 from __future__ import annotations
