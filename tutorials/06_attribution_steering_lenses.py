@@ -64,13 +64,13 @@ for name, found in (("patched", grid), ("estimated", estimate)):
 
 # %%
 print(
-    f"{'site':10} largest patched cell   estimate there with steps = 1     2     8     correlation   1       2       8"
+    f"{'site':10} largest patched cell   estimate there with steps = 1     2     4     correlation   1       2       4"
 )
 for site in ("h", "resid_pre", "conv", "delta"):
     patched = grid if site == "h" else patch_grid(model, prompt, source, site, metric, progress=False)
     cells = patched.normalized()
     layer, position = divmod(cells.abs().argmax().item(), cells.shape[1])
-    estimates = [attribution_grid(model, prompt, source, site, metric, steps=steps) for steps in (1, 2, 8)]
+    estimates = [attribution_grid(model, prompt, source, site, metric, steps=steps) for steps in (1, 2, 4)]
     there = " ".join(f"{e.normalized()[layer, position]:5.2f}" for e in estimates)
     correlations = "  ".join(f"{e.correlation(patched):6.3f}" for e in estimates)
     largest = f"layer {layer}, _{position}: {cells[layer, position]:5.2f}"
@@ -78,8 +78,8 @@ for site in ("h", "resid_pre", "conv", "delta"):
 
 # %% [markdown]
 # - `resid_pre` at token 10, where the prompts differ, is the largest error: 0.15 in place of 1.00. The whole network
-#   lies between this cell and the metric. Two steps repair most of it, eight nearly all.
-# - `h` and `conv` have the right cells from the start. With eight steps their scale is right within a tenth as well.
+#   lies between this cell and the metric. Two steps repair most of it, four nearly all.
+# - `h` and `conv` have the right cells from the start. With four steps their scale is right to about a tenth as well.
 # - `delta` has nothing to find: its largest cell moves the metric by 0.02. Here steps make the estimate *worse*; they
 #   average gradients on a way on which everything changes, and patching changes delta alone. Look at the size of a
 #   grid before you believe its correlation.

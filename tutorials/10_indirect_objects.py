@@ -123,11 +123,11 @@ for name, prompts in (("finding", finding), ("testing", testing)):
 #
 # Two contrasts ask two questions. In the first, prompt and source differ only in **who gives**: patching shows where
 # that is known. In the second, the source has **another first name**: patching shows where the first name itself is
-# kept. For six pairs each we patch every layer and position, normalise each grid (0: as on the prompt, 1: as on the
+# kept. For five pairs each we patch every layer and position, normalise each grid (0: as on the prompt, 1: as on the
 # source), and report the mean and the standard deviation over pairs.
 
 # %%
-PAIRS = 6
+PAIRS = 5
 contrasts = {"giver": [], "first name": []}  # of each pair: prompt, source, answer to prompt, answer to source
 for i in range(0, 2 * PAIRS, 2):  # the second name gives, so the answer is the first
     contrasts["giver"].append((finding.texts[i], finding.texts[i + 1], finding.right[i], finding.right[i + 1]))
@@ -387,7 +387,7 @@ groups = {
     "with _4, no subtraction": [],
     "with _4 and a subtraction": [],
 }
-for _ in range(14):
+for _ in range(11):
     drawn = sorted(rng.sample(range(END + 1), 4))
     subtraction = GIVER in drawn or GIVER + 2 in drawn
     number = 2 + subtraction if SECOND in drawn else int(SECOND + 2 in drawn)
