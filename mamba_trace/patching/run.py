@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import nnsight
 import torch
 from torch import Tensor
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from .changes import changes, uncut
 from .kept import FolderPath, Kept
