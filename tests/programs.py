@@ -39,7 +39,7 @@ def same_gradients(subject: Subject, actual: Tensor, expected: Tensor, seed: int
     cotangent = torch.randn(expected.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     ours, theirs = (gradients(logits, subject.parameters, cotangent) for logits in (actual, expected))
     for one, other in zip(ours, theirs, strict=True):
-        subject.same(one, other, "gradient of a parameter", least=1.0)
+        subject.same_gradient(one, other, "a parameter")
 
 
 def gradients(logits: Tensor, parameters: list[Tensor], cotangent: Tensor) -> list[Tensor]:
@@ -435,7 +435,7 @@ def gradient_of_a_value(subject: Subject, random: Random) -> None:
                 gradient = value.grad.save()
         else:
             gradient = exact.save()
-    subject.same(gradient, exact, f"gradient of {wanted}")
+    subject.same_gradient(gradient, exact, wanted)
 
 
 #: Sites that `patch_grid` patches at a position.
