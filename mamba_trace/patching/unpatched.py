@@ -41,9 +41,7 @@ class Attended:
     embeddings: Tensor | None = None
 
     @classmethod
-    def of(
-        cls, cache: Any, layers: Sequence[int], n_layers: int, length: int, embeddings: Tensor | None
-    ) -> Attended:
+    def of(cls, cache: Any, layers: Sequence[int], n_layers: int, length: int, embeddings: Tensor | None) -> Attended:
         """What Hugging Face's ``cache`` keeps of the layers with attention."""
         kept = [cache.layers[layer] if layer in layers else None for layer in range(n_layers)]
         keys, values = ([getattr(layer, name, None) for layer in kept] for name in ("keys", "values"))
