@@ -1,7 +1,7 @@
 """The table of the page on other packages, cell by cell: what it says, and the test or the recorded number behind it.
 
-Evidence is ``"test_flow.py::test_name"`` or ``"forward.json: lengths / 128 / contenders / floor / ms"``, a path into a file of
-`tests/benchmarks`. A cell may have ``{}`` where the recorded number stands.
+Evidence is ``"test_flow.py::test_name"`` or ``"forward.json: lengths / 128 / contenders / floor / ms"``, a path into
+a file of `tests/benchmarks`. A cell may have ``{}`` where the recorded number stands.
 """
 
 from __future__ import annotations
@@ -37,8 +37,10 @@ def cell(text: str, *evidence: str) -> Cell:
 NOT_MEASURED = Cell("not measured")
 ROWS: dict[str, tuple[Cell, Cell, Cell, Cell]] = {
     "architectures": (
-        cell("Mamba-1, Falcon-Mamba, Mamba-2 and seven hybrids", *("test_reference.py::test_every_value_in_float64",
-             "test_hybrids.py::test_every_site_in_float64")),
+        cell(
+            "Mamba-1, Falcon-Mamba, Mamba-2 and seven hybrids",
+            *("test_reference.py::test_every_value_in_float64", "test_hybrids.py::test_every_site_in_float64"),
+        ),
         cell("Mamba-1", "test_mamba_lens.py::test_the_hooks_are_the_same"),
         cell(
             "Mamba, Mamba-2 and hybrids; logits as Hugging Face's in the three that were tried",

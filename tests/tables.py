@@ -2,7 +2,8 @@
 
     python tests/tables.py
 
-writes them where they stand, between ``<!-- name -->`` and ``<!-- /name -->``; `test_documentation` says which are out of date.
+writes them where they stand, between ``<!-- name -->`` and ``<!-- /name -->``; `test_documentation` says which are out
+of date.
 """
 
 from __future__ import annotations
@@ -14,8 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parent.parent
-sys.path += [str(ROOT / "tests"), str(ROOT / "tests" / "benchmarks")]
+sys.path.append(str(Path(__file__).parent / "benchmarks"))
 
 from comparison import comparison_table, evidence_list
 from hybrid_models import PLAIN, make_hybrid
@@ -32,6 +32,7 @@ from readme_table import (
 from mamba_trace import MambaTrace
 from mamba_trace.sites import FAMILIES, rows
 
+ROOT = Path(__file__).parent.parent
 PAGES = (ROOT / "README.md", *sorted((ROOT / "tutorials" / "docs").glob("*.md")))
 #: The three that have nothing but SSMs: their family.
 PURE = {"Mamba-1": "selective", "Falcon-Mamba": "selective", "Mamba-2": "dual"}
@@ -101,7 +102,9 @@ def shapes() -> dict[str, dict[str, str]]:
 def sites_by_architecture() -> str:
     """Which architecture has which site: a row for each site that one of them lacks or has in another shape."""
     sites = shapes()
-    everywhere = [path for path, shape in sites["Mamba-1"].items() if all(own.get(path) == shape for own in sites.values())]
+    everywhere = [
+        path for path, shape in sites["Mamba-1"].items() if all(own.get(path) == shape for own in sites.values())
+    ]
     order = [row.path for row in (*rows(), *rows(hybrid=True))]
     shared = ", ".join(f"`{path}` {sites['Mamba-1'][path]}" for path in everywhere)
     lines = [f"All ten have, in these shapes: {shared}.", ""]
