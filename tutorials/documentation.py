@@ -28,6 +28,8 @@ RENDERED = re.compile(r"^::: (\S+)$", re.MULTILINE)
 FETCHED = re.compile(r"""<(?:script|img|iframe|link rel="stylesheet")[^>]*(?:src|href)="(https?:)?//[^"]+""")
 #: A link to the page of a notebook.
 NOTEBOOK = re.compile(r"\[([^\]]*)\]\(notebooks/(\w+)\.md\)")
+#: A link of a notebook to a file of the repository.
+LINK = re.compile(r"(?<!!)\[([^\]]*)\]\((?!https?:|#)([^)#\s]+)(#[^)]*)?\)")
 #: The longest text of one output of a cell, in characters: a whole plotly belongs to the notebook alone.
 LONGEST = 4000
 
@@ -132,7 +134,7 @@ def page_of(notebook: dict[str, Any], name: str) -> tuple[dict[str, bytes], str]
     for cell in notebook["cells"]:
         source = "".join(cell["source"])
         if cell["cell_type"] == "markdown":
-            parts.append(source)
+            parts.append(LINK.sub(followed, source))
         elif cell["cell_type"] == "code" and source.strip():
             parts.append(fenced(source, "python"))
             for output in cell["outputs"]:
@@ -141,6 +143,16 @@ def page_of(notebook: dict[str, Any], name: str) -> tuple[dict[str, bytes], str]
     if title is not None:  # the title comes first
         parts.insert(0, parts.pop(title))
     return pictures, "\n\n".join(parts) + "\n"
+
+
+def followed(link: re.Match[str]) -> str:
+    """A link of a notebook to another, or to a page, as it is in the documentation; to other files there is none."""
+    words, path = link[1], Path(link[2])
+    if path.suffix == ".ipynb" and (HERE / path).exists():
+        return f"[{words}]({path.stem}.md{link[3] or ''})"
+    if path.parts[:1] == ("docs",):
+        return f"[{words}](../{path.relative_to('docs').as_posix()}{link[3] or ''})"
+    return words
 
 
 def shown(output: dict[str, Any], name: str, pictures: dict[str, bytes]) -> list[str]:
