@@ -17,7 +17,7 @@ from typing import Any
 
 import griffe
 from mkdocs.config.defaults import MkDocsConfig
-from mkdocs.structure.files import File, Files
+from mkdocs.structure.files import File, Files, InclusionLevel
 from mkdocs.structure.pages import Page
 
 HERE = Path(__file__).parent
@@ -100,7 +100,9 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         if path.stem not in {name for _, name in named}:
             log.warning("%s is not named in tutorials.md", path.name)
         pictures, text = page_of(json.loads(path.read_text(encoding="utf-8")), path.stem)
-        files.append(File.generated(config, f"notebooks/{path.stem}.md", content=text))
+        files.append(
+            File.generated(config, f"notebooks/{path.stem}.md", content=text, inclusion=InclusionLevel.NOT_IN_NAV)
+        )
         for name, content in pictures.items():
             files.append(File.generated(config, f"notebooks/{name}", content=content))
     return files
