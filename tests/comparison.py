@@ -46,7 +46,7 @@ ROWS: dict[str, tuple[Cell, Cell, Cell, Cell]] = {
             "Mamba, Mamba-2 and hybrids; logits as Hugging Face's in the three that were tried",
             *(LENS4 + f"{name} / logits" for name in ("mamba", "mamba2", "nemotron_h")),
         ),
-        cell("whatever transformers has", "test_peers.py::test_nnsight_alone_reaches_no_state"),
+        cell("any module; tried on Hugging Face's Mamba-1", "test_peers.py::test_nnsight_alone_reaches_no_state"),
     ),
     "the state after one token can be read": (
         cell("`ssm.h[p]`", "test_reference.py::test_every_value_in_float64"),

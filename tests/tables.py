@@ -34,6 +34,7 @@ from mamba_trace.sites import FAMILIES, rows
 
 ROOT = Path(__file__).parent.parent
 PAGES = (ROOT / "README.md", *sorted((ROOT / "tutorials" / "docs").glob("*.md")))
+VERSIONS = ROOT / "tests" / "benchmarks" / "versions.json"
 #: The three that have nothing but SSMs: their family.
 PURE = {"Mamba-1": "selective", "Falcon-Mamba": "selective", "Mamba-2": "dual"}
 #: What a layer is, and what is not served, by architecture.
@@ -136,6 +137,21 @@ def short_architecture_table() -> str:
     return "\n".join(lines)
 
 
+def version_table() -> str:
+    """What `versions.py` recorded."""
+    if not VERSIONS.exists():
+        return "No try is recorded yet."
+    tries = recorded("versions")
+    steps = ("install", "first command", "tests")
+    names = list(next(row["versions"] for row in tries.values() if "versions" in row))
+    lines = ["| | " + " | ".join((*names, "installs", "first command", "tests")) + " |"]
+    lines.append("|---" * (len(names) + len(steps) + 1) + "|")
+    for which, row in tries.items():
+        versions = [row.get("versions", {}).get(name, "") for name in names]
+        lines.append(f"| {which} | " + " | ".join([*versions, *(row.get(step, "") for step in steps)]) + " |")
+    return "\n".join(lines)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "sites": site_table,
     "hybrid sites": hybrid_table,
@@ -148,6 +164,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "patching": lambda: patching_table(recorded("patching")),
     "speed in short": lambda: speed_in_short(recorded),
     "comparison": comparison_table,
+    "versions": version_table,
     "evidence": evidence_list,
 }
 

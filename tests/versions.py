@@ -5,8 +5,8 @@
 
 Each makes a virtual environment in a temporary folder, installs the package there with every dependency at its lower
 bound, or at its newest release, and runs the README's first command and the tests in TESTS. What happened is a row of
-``tests/benchmarks/versions.json``, of which `tests/tables.py` makes the table of the page on versions. ``--torch`` names
-another release of torch, where the declared one is not to be had.
+``tests/benchmarks/versions.json``, of which `tests/tables.py` makes the table of the page on versions. ``--torch``
+names another release of torch, where the declared one is not to be had.
 """
 
 from __future__ import annotations
