@@ -8,7 +8,17 @@ with model.trace("Lately, Emma and Shelby had fun at school. Shelby gave an appl
     logits = model.lm_head.output.save()
 """
 
+import importlib
+import sys
+import warnings
 from typing import TYPE_CHECKING, Any
+
+if "IPython" in sys.modules:
+    # In a notebook without ipywidgets, whatever imports tqdm.auto first warns, and its bars are text. That is no
+    # mistake of the user's.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        importlib.import_module("tqdm.auto")
 
 from . import names
 from ._version import __version__

@@ -39,9 +39,11 @@ from .hooked.weights import LensViews
 from .modeling.architectures import architecture_of, axis_sizes, kernels_of, make_hookable
 from .modeling.offers import SiteModule
 from .modeling.run_report import RunReport
+from .names import spans
 from .names.modules import BASES, OF_BASE
 from .scan import check
-from .sites import rows
+from .sites import BY_NAME, rows
+from .tables import html_table
 from .tracing import placement
 from .tracing.forwards import reinstate_controllers
 from .tracing.root import RootEnvoy
@@ -248,13 +250,23 @@ class MambaTrace(Places, HookedRuns, LensViews, Tokens, Loading, RootEnvoy):
     # -- the sites -------------------------------------------------------------------------------------
 
     def __repr__(self) -> str:
-        family, sizes = self.architecture.family, axis_sizes(self._module)
-        table = list(rows(family, self._layout))
-        shapes = [f"[{', '.join(str(sizes.get(axis, axis)) for axis in row.axes[family])}]" for row in table]
-        lines = [
-            f"  {row.path:26} {shape:22} {row.hook or ''}".rstrip() for row, shape in zip(table, shapes, strict=True)
-        ]
+        lines = [f"  {path:26} {shape:22} {hook}".rstrip() for path, shape, _, hook, _ in self._site_rows()]
         return "\n".join([super().__repr__(), "Sites, in the order to ask for them:", *lines])
+
+    def _repr_html_(self) -> str:
+        kind = f"{self.architecture.name}, {len(self.layers)} layers. Its sites, in the order to ask for them:"
+        return html_table(kind, ["path", "shape", "layers", "hook name", "meaning"], self._site_rows())
+
+    def _site_rows(self) -> list[tuple[str, str, str, str, str]]:
+        # The path, the shape with this model's sizes, the layers, the hook name and the meaning of each site.
+        family, sizes = self.architecture.family, axis_sizes(self._module)
+        found = []
+        for row in rows(family, self._layout):
+            site = BY_NAME[row.path.removesuffix("[p]").rpartition(".")[2]]
+            shape = f"[{', '.join(str(sizes.get(axis, axis)) for axis in row.axes[family])}]"
+            layers = "" if site.scope == "model" else spans(self._layout.with_site(site))
+            found.append((row.path, shape, layers, row.hook or "", row.meaning))
+        return found
 
     def _lacks(self, name: str) -> Exception:
         return none_kept(name) if name in KEEPING_HOOKS else super()._lacks(name)

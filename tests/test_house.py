@@ -24,7 +24,7 @@ PACKAGE = ROOT.name
 FLOORS: tuple[frozenset[str], ...] = tuple(
     frozenset(floor.split())
     for floor in (
-        "_version errors",
+        "_version errors tables",
         "sites",
         "names",
         "scan",

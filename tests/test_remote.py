@@ -117,6 +117,25 @@ def test_an_edit_is_made_on_the_server(
     agree(logits, expected["hook_norm"], 1e-12)
 
 
+@pytest.mark.parametrize("name", ["mamba2", "hybrid"])
+def test_every_site_of_another_architecture_is_read_on_the_server_and_an_edit_is_made(host: str, name: str) -> None:
+    model = MambaTrace.demo(name)
+    hooks = [hook for hook in model.hook_names(2) if not hook.endswith("hook_h.0")]
+    edited, found = f"layers[{model.ssm_layers[1]}].ssm.h[1]", []
+    for where in (host, False):
+        with torch.no_grad(), model.trace(PROMPT, remote=where):
+            values = {}.save()
+            for hook in hooks:
+                values[hook] = model.hook(hook).output.detach()
+                if model._place(hook).path == edited:
+                    model.hook(edited).output[:] = 0
+        found.append(values)
+    assert found[0].keys() == found[1].keys() == set(hooks)
+    assert "layers[2].attn.pattern" in {model._place(hook).path for hook in hooks} or name == "mamba2"
+    for hook in hooks:
+        agree(found[0][hook], found[1][hook])
+
+
 def test_an_edit_with_a_function_of_the_callers_file_is_made_on_the_server(host: str, demo: MambaTrace) -> None:
     with demo.trace(PROMPT):
         demo.layers[1].ssm.h[5].output = demo.layers[1].ssm.h[5].output / 2

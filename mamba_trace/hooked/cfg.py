@@ -19,6 +19,7 @@ from ..conversion.config_fields import INNER_WIDTH, UNNAMED, aliases_of, fields_
 from ..conversion.formats import unnamed_settings
 from ..modeling.architectures import ARCHITECTURES, BY_TYPE, axis_sizes
 from ..names import nearest
+from ..tables import html_table
 
 Read = Callable[[Any], Any]
 
@@ -243,6 +244,10 @@ class LensConfig:
     def __repr__(self) -> str:
         lines = (f"  {name}: {value!r}" for name, value in self.to_dict().items())
         return "\n".join(["LensConfig, a view of model.config:", *lines])
+
+    def _repr_html_(self) -> str:
+        rows = ([name, repr(value)] for name, value in self.to_dict().items())
+        return html_table("LensConfig, a view of model.config", ["name", "value"], rows)
 
 
 def _way_out(name: str) -> str:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..arguments.prompts import prompt_of
 from ..errors import PromptError
-from ..tracing.frames import warn_user
+from ..tracing.frames import users_errors, warn_user
 from ..tracing.one_run import refuse_inside_a_trace
 from .cache import ActivationCache
 from .extents import check_runnable
@@ -41,6 +41,7 @@ class Output(NamedTuple):
 class HookedRuns(Directions):
     """`run_with_cache` and `run_with_hooks`; mixed into the model class."""
 
+    @users_errors
     def run_with_hooks(
         self: Any,
         input: Any,
@@ -128,6 +129,7 @@ class HookedRuns(Directions):
         )
         return output
 
+    @users_errors
     def run_with_cache(
         self: Any,
         input: Any,

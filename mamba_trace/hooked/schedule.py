@@ -231,7 +231,7 @@ class HookedRun:
             try:
                 envoy.output = returned
             except SiteValueError as error:
-                raise SiteValueError(f"what the hook on {key} returned: {error}") from error
+                raise SiteValueError(f"what the hook on {key} returned: {error}") from None
             value = envoy.output
         self.handed_out |= bool(actions.fwd) and key == LOGITS
         keeps = actions.cached and last

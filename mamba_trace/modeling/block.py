@@ -22,6 +22,7 @@ from ..scan.reference import accumulation_dtype
 from ..sites import Kind
 from ..tracing import Visit, take_note_of_mask
 from .offers import Offers, add_sites
+from .past import StartingStates
 
 
 class HookableRMSNorm(nn.Module):
@@ -297,7 +298,7 @@ class SharedBlock(Block):
     def forward(
         self,
         hidden_states: Tensor,
-        original_hidden_states: Tensor | None = None,
+        original_hidden_states: Any = None,
         layer_idx: int | None = None,
         attention_mask: Tensor | None = None,
         causal_mask: Tensor | None = None,
@@ -306,6 +307,8 @@ class SharedBlock(Block):
     ) -> Any:
         offer = Offers(self)
         resid = offer("resid_pre", hidden_states)  # [B,L,D]
+        if isinstance(cache, StartingStates):
+            original_hidden_states = cache.original(self.mamba_decoder.mamba.layer_idx, original_hidden_states)
         transformer: Any = self._modules[self.shared]
         read = transformer(
             offer.into(self.shared, resid),

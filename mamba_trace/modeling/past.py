@@ -39,6 +39,8 @@ class StartingStates:
         positions: the position in the prompt of each row's first token: integers [B]. A row reads the keys before it.
         before: the largest of these positions.
         length: how many positions the prompt has, S.
+        embeddings: of the prompt's tokens [1,S,D], which a shared transformer reads; ``None`` where none does, and
+            where the call is given its own tokens.
     """
 
     columns: list[Tensor | None]
@@ -49,6 +51,7 @@ class StartingStates:
     positions: list[Tensor] = field(default_factory=list)
     before: list[int] = field(default_factory=list)
     length: int = 0
+    embeddings: Tensor | None = None
 
     def add(self, columns: Tensor | None, state: Tensor | None, positions: Tensor | None = None) -> None:
         """Add a layer, each row of which starts from its own columns [B,K,channels] and state [B,...,N].
@@ -98,10 +101,21 @@ class StartingStates:
 
     def rotary(self, layer: int, length: int, embeddings: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """Cosine and sine at the positions of each row [B,length,W], where ``embeddings`` are those of the prompt."""
-        steps = torch.arange(length, device=self.positions[layer].device)
-        at = (self.positions[layer][:, None] + steps).clamp(max=self.length - 1)  # past its end, the last again
+        at = self._positions_of_rows(layer, length)
         cos, sin = (whole[0].to(at.device)[at] for whole in embeddings)
         return cos, sin
+
+    def original(self, layer: int, given: Tensor) -> Tensor:
+        """The embeddings of each row's tokens [B,length,D], where ``given`` are those of the call."""
+        if self.embeddings is None:
+            return given
+        at = self._positions_of_rows(layer, given.shape[1])
+        return self.embeddings[0].to(at.device)[at]
+
+    def _positions_of_rows(self, layer: int, length: int) -> Tensor:
+        """The positions of each row in the prompt [B,length]; past its end, the last again."""
+        steps = torch.arange(length, device=self.positions[layer].device)
+        return (self.positions[layer][:, None] + steps).clamp(max=self.length - 1)
 
 
 def of_layer(value: Tensor | None) -> Tensor:

@@ -12,6 +12,7 @@ from itertools import groupby
 
 from ..errors import LayerError
 from ..scan.record import Call
+from ..tables import html_table
 
 #: What a report calls the functions of a backend.
 LABELS = {
@@ -25,7 +26,7 @@ LABELS = {
 }
 
 
-@dataclass
+@dataclass(repr=False)
 class LayerRun:
     """What one layer's mixer ran in its last forward call.
 
@@ -49,11 +50,11 @@ class LayerRun:
             parts.append(f"{backend} {LABELS.get(function, function)}{cut}")
         return "; ".join(parts)
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         return self.kernels() + (f" ({'; '.join(self.reasons)})" if self.reasons else "")
 
 
-@dataclass
+@dataclass(repr=False)
 class RunReport:
     """What every layer ran in the last forward call; in ``generate``, in the last step.
 
@@ -88,9 +89,21 @@ class RunReport:
     def __len__(self) -> int:
         return len(self.layers)
 
-    def __str__(self) -> str:
-        lines = [f"{self.layers[0].positions} positions" if self.layers else "nothing has run yet"]
-        for text, layers in groupby(self.layers, str):
-            first, *rest = (run.layer for run in layers)
-            lines.append(f"layers {first}-{rest[-1]}: {text}" if rest else f"layer {first}: {text}")
-        return "\n".join(lines)
+    def __repr__(self) -> str:
+        lines = (f"layer{'s' * ('-' in layers)} {layers}: {runs[0]}" for layers, runs in self._alike())
+        return "\n".join([self._length(), *lines])
+
+    def _repr_html_(self) -> str:
+        rows = ([layers, runs[0].kernels(), "; ".join(runs[0].reasons)] for layers, runs in self._alike())
+        caption = f"The last forward call: {self._length()}"
+        return html_table(caption, ["layers", "what ran", "why no faster kernel"], rows)
+
+    def _length(self) -> str:
+        return f"{self.layers[0].positions} positions" if self.layers else "nothing has run yet"
+
+    def _alike(self) -> Iterator[tuple[str, list[LayerRun]]]:
+        # Layers in a row that ran the same, with their numbers: "0-3".
+        for _, together in groupby(self.layers, repr):
+            runs = list(together)
+            first, last = runs[0].layer, runs[-1].layer
+            yield f"{first}" if first == last else f"{first}-{last}", runs

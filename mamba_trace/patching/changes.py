@@ -23,7 +23,7 @@ from transformers.activations import ACT2FN
 
 from ..modeling.architectures import architecture_of, axis_sizes
 from ..modeling.offers import SiteModule
-from ..sites import Layout
+from ..sites import Layout, Site
 from ..tracing.forwards import runs_its_own_forward
 from ..tracing.visit import has_global_hooks, has_hooks_of_its_own
 from .marks import mark_of_code, qualified
@@ -88,10 +88,15 @@ def changes(model: MambaTrace) -> list[Change]:
     return changed
 
 
-def uncut(layout: Layout) -> list[Change]:
-    """What in a plain model of some layout looks at more than the stream and what layers keep of earlier positions."""
+def uncut(layout: Layout, site: Site) -> list[Change]:
+    """Why the cells of a site cannot start in the middle of a plain model of some layout.
+
+    Where a shared transformer reads the embeddings in many layers, a patch of them changes all these layers.
+    """
     shared = any("shared_out" in kind.parts for kind in layout.layers)
-    return [Change("shared transformers, to which each layer gives the embeddings")] if shared else []
+    if not (shared and site.name == "embeddings"):
+        return []
+    return [Change("shared transformers, to which each layer gives the embeddings that are patched")]
 
 
 def numbers_of(block: Any) -> set[int]:

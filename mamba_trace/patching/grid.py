@@ -20,6 +20,7 @@ from torch import Tensor
 from ..arguments.prompts import matching_tokens, token_strings
 from ..arguments.selection import Layers, layer_numbers
 from ..errors import ArgumentError, FileError, LayerError, MetricError
+from ..tracing.frames import users_errors
 from ..tracing.one_run import refuse_inside_a_trace
 from .attribution import attributions
 from .metrics import Metric, named_metrics
@@ -77,6 +78,7 @@ def patch_grid(
     metric: Mapping[str, Metric],
     **options: Unpack[PatchOptions],
 ) -> dict[str, PatchGrid]: ...
+@users_errors
 def patch_grid(
     model: MambaTrace,
     prompt: str | Tensor,
@@ -184,6 +186,7 @@ def attribution_grid(
     metric: Mapping[str, Metric],
     **options: Unpack[AttributionOptions],
 ) -> dict[str, PatchGrid]: ...
+@users_errors
 def attribution_grid(
     model: MambaTrace,
     prompt: str | Tensor,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import nnsight
 import torch
 from torch import Tensor
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from .changes import changes, uncut
 from .kept import FolderPath, Kept
@@ -66,7 +66,7 @@ def answers(
         asked["metric_functions"] = processes.gather([marks])[0]
         asked["weights"] = mark_of_weights(model._module)
     with torch.no_grad():
-        whole = changed or uncut(question.layout)
+        whole = changed or uncut(question.layout, question.site)
         way = Whole(model, question, whole) if whole else InPhases(model, question, limits)
         both = question.measure(way.logits.clone())  # [M,2]
         kept = Kept.open(keep, asked, both)

@@ -27,30 +27,34 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Attended:
-    """The keys and values of attention in the runs on source and prompt, by layer.
+    """What layers read of the runs on source and prompt beside the stream: of attention keys and values, by layer.
 
     Attributes:
         keys, values: rotated and multiplied, at every position [2,U,L,W]; ``None`` for a layer without attention.
         length: how many positions the prompt has, L.
+        embeddings: of the tokens [2,L,D], where a shared transformer reads them.
     """
 
     keys: list[Tensor | None]
     values: list[Tensor | None]
     length: int
+    embeddings: Tensor | None = None
 
     @classmethod
-    def of(cls, cache: Any, layers: Sequence[int], n_layers: int, length: int) -> Attended:
+    def of(
+        cls, cache: Any, layers: Sequence[int], n_layers: int, length: int, embeddings: Tensor | None
+    ) -> Attended:
         """What Hugging Face's ``cache`` keeps of the layers with attention."""
         kept = [cache.layers[layer] if layer in layers else None for layer in range(n_layers)]
         keys, values = ([getattr(layer, name, None) for layer in kept] for name in ("keys", "values"))
-        return cls(keys, values, length)
+        return cls(keys, values, length, embeddings)
 
     def of_run(self, run: int) -> Attended:
-        """Those of the source alone, or of the prompt [1,U,L,W]."""
+        """Those of the source alone, or of the prompt [1,...]."""
         keys, values = (
             [None if part is None else part[run, None] for part in parts] for parts in (self.keys, self.values)
         )
-        return Attended(keys, values, self.length)
+        return Attended(keys, values, self.length, None if self.embeddings is None else self.embeddings[run, None])
 
 
 @dataclass(frozen=True)
@@ -116,7 +120,7 @@ class CellStarts:
         there = [place.to(device) for place, device in zip(places, self.devices, strict=True)]
         at = [place + self.positions.start for place in there]
         kept = (prompt.keys, prompt.values)
-        return StartingStates(self.columns, self.states, there, *kept, at, before, attended.length)
+        return StartingStates(self.columns, self.states, there, *kept, at, before, attended.length, prompt.embeddings)
 
 
 def run_unpatched(
@@ -129,8 +133,10 @@ def run_unpatched(
     starts = CellStarts(range(tokens.shape[1])) if site is not None else None
     attention, n_layers = model.attention_layers, len(model.layers)
     cache = DynamicCache(config=model.config) if attention else None
+    shared = any(kind.has(BY_NAME["shared_out"]) for kind in model._layout.layers)
     with model.trace(tokens, cache=cache, use_cache=cache is not None):
         streams, projected = nnsight.save([]), nnsight.save([])
+        embeddings = nnsight.save(model.embeddings.output.clone() if shared else None)
         for layer in range(n_layers):
             block = model.layers[layer]
             streams.append(block.resid_pre.output[PROMPT].clone())
@@ -142,7 +148,7 @@ def run_unpatched(
         logits = model.hook("logits").output.save()
     if starts is not None:
         starts.devices[:] = [stream.device for stream in streams]
-    attended = Attended.of(cache, attention, n_layers, tokens.shape[1])
+    attended = Attended.of(cache, attention, n_layers, tokens.shape[1], embeddings)
     return Unpatched(streams, projected, attended, logits), starts
 
 

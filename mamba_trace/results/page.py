@@ -7,11 +7,15 @@ needs no network, and gives every result a heading, its figure and its caption.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from html import escape
 from pathlib import Path
+from typing import Any
 
 from ..errors import FileError
 from .files import check_writable, optional, replacing
+from .heatmap import Heatmap
+from .notebook import mimebundle
 from .result import Result
 
 __all__ = ["Report"]
@@ -81,6 +85,21 @@ class Report(Mapping[str, Result]):
 
     def __repr__(self) -> str:
         return f"Report({self.title!r}: {', '.join(map(repr, self)) or 'empty'})"
+
+    def __str__(self) -> str:
+        """The title, and every result's heading, numbers and caption."""
+        return "\n\n".join([self.title, *(f"{heading}\n\n{result}" for heading, result in self.items())])
+
+    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, Any]:
+        # What a notebook shows and stores: the pictures of all results, one above the other.
+        return mimebundle(self._heatmaps, str(self))
+
+    def _heatmaps(self) -> list[Heatmap]:
+        return [
+            replace(heatmap, title=f"{heading}\n{heatmap.title}")
+            for heading, result in self.items()
+            for heatmap in result.heatmaps()
+        ]
 
     def save(self, path: str | Path) -> Path:
         """Write the report as one self-contained page and return the path.

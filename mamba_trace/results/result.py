@@ -18,6 +18,7 @@ from ..errors import FileError
 from .figure import plotly_figure
 from .files import check_writable, replacing
 from .heatmap import Heatmap
+from .notebook import in_text, mimebundle
 from .png import write_png
 from .stored import SUFFIXES, read_data, write_data
 
@@ -79,6 +80,14 @@ class Result(ABC):
             for name, value in shown.items()
             if isinstance(value, (str, int, float))
         )
+
+    def __str__(self) -> str:
+        """The numbers of the pictures as tables, with their titles and the caption."""
+        return in_text(self.heatmaps, self.caption())
+
+    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, Any]:
+        # What a notebook shows and stores.
+        return mimebundle(self.heatmaps, str(self))
 
     def figure(self) -> Figure:
         """The pictures as one interactive plotly figure, one above the other.

@@ -44,12 +44,12 @@ class Guarded(Envoy):
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
-        except AttributeError as error:
+        except AttributeError:
             if name.startswith("_"):
                 raise
             if name in LOOKED_FOR:
-                raise UnknownSiteError(f"{self._public_path} has no {name!r}") from error
-            raise self._lacks(name) from error
+                raise UnknownSiteError(f"{self._public_path} has no {name!r}") from None
+            raise self._lacks(name) from None
 
     def _lacks(self, name: str) -> Exception:
         # The error for an attribute that this envoy does not have.

@@ -29,6 +29,8 @@ def skip(envoy: Envoy, replacement: Any, axes: str = "", returned: int = 0) -> N
             same = replacement.shape == current.shape if axes else replacement.shape[:1] == current.shape[:1]
             if same:
                 value = moved(path, replacement, current)
+                if axes:  # an output like the input: of its dtype, and a copy, as an assigned value is
+                    value = value.to(dtype=current.dtype, copy=True)
                 return (value, *[None] * (returned - 1)) if returned else value
         shape = f"shape {tuple(current.shape)} {describe_axes(axes)}" if axes else f"{len(current)} rows"
         raise SiteValueError(

@@ -8,22 +8,30 @@ wrote the body, as in `run_with_hooks`, the user's line is on the model's stack:
 
 from __future__ import annotations
 
+import functools
 import itertools
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from traceback import walk_tb
 from types import FrameType, TracebackType
+from typing import Any, ParamSpec, TypeVar
 
 from nnsight.schema.config import CONFIG
+from nnsight.tracing.tracer import Tracer
 from nnsight.tracing.util import filter_traceback
+
+from ..errors import MambaTraceError
 
 #: Packages, besides this one, whose frames never hold the user's line.
 INTERNAL = ("nnsight", "greenlet")
 #: Packages whose frames may lie below the user's line when this package raises an error about it.
 BELOW = (*INTERNAL, "torch", "transformers", "accelerate", "contextlib")
 PACKAGE = Path(__file__).parents[1]
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 def users_frame(parked: FrameType) -> FrameType:
@@ -64,20 +72,51 @@ def is_internal(frame: FrameType) -> bool:
     return _package(frame) in INTERNAL or is_ours(frame)
 
 
-def up_to_the_user(traceback: TracebackType | None, caller: FrameType) -> TracebackType | None:
-    """A traceback cut off after the last line that the user wrote, unless nnsight is in debug mode.
+def users_part(error: BaseException) -> TracebackType | None:
+    """What the user should see of the traceback of an error that ends a trace, unless nnsight is in debug mode.
 
-    Args:
-        traceback: the traceback of an error of this package.
-        caller: the frame in which the trace ends: the user's line if the traceback has none.
+    Between the line at which the trace ends and the user's lines in its body lies everything that ran the model,
+    and none of it says anything about the mistake. Below the user's last line lies what it called: of an error
+    of this package, how the mistake was found, which the message says; of any other error, where it was raised.
+    An error that no line of the user's led to, such as one of a kernel, keeps its whole traceback.
     """
+    traceback = error.__traceback__
     if CONFIG.APP.DEBUG:
         return traceback
     frames = [frame for frame, _ in walk_tb(traceback)]
-    below = set(itertools.takewhile(_is_below, frames[::-1]))
-    if not below.issuperset(frames) or is_internal(caller):
-        return filter_traceback(traceback, lambda frame: frame not in below)
-    return TracebackType(None, caller, caller.f_lasti, caller.f_lineno)
+    users = [number for number, frame in enumerate(frames) if not _is_below(frame)]
+    about_the_user = isinstance(error, MambaTraceError)
+    if not users:
+        return None if about_the_user else traceback
+    kept = {frames[number] for number in users}
+    if not about_the_user:
+        kept.update(frames[users[-1] :])
+    return filter_traceback(traceback, lambda frame: frame in kept)
+
+
+def users_errors(function: Callable[P, T]) -> Callable[P, T]:
+    """A function that is called outside of traces, whose errors have the traceback that the user should see.
+
+    For functions that call what the user wrote, such as a hook or a metric.
+    """
+
+    @functools.wraps(function)
+    def wrapper(*args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return function(*args, **kwargs)
+        except Exception as error:
+            error.__traceback__ = users_part(error)
+            raise  # which adds no frame to it, unlike `raise error`
+
+    return wrapper
+
+
+class UsersErrors(Tracer):
+    """A tracer whose errors have the traceback that the user should see, in a script and in a notebook."""
+
+    @users_errors
+    def __exit__(self, *raised: Any) -> bool:
+        return super().__exit__(*raised)
 
 
 def _is_below(frame: FrameType) -> bool:

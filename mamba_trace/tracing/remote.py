@@ -31,6 +31,7 @@ from torch import Tensor
 
 from .._version import __version__
 from ..errors import CheckpointError, MambaTraceError
+from .frames import UsersErrors
 from .saving import is_saved
 from .served import nnsight_mark
 
@@ -218,7 +219,7 @@ class SmallResults(Tracer):
             scope.update({name: nnsight_mark(compact(value)) for name, value in saved.items()})
 
 
-class SessionTracer(SmallResults):
+class SessionTracer(UsersErrors, SmallResults):
     """What ``with model.session(...)`` binds."""
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import operator
-import sys
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -14,23 +13,17 @@ from nnsight.intervention.envoy import Envoy
 from nnsight.intervention.interleaver import Mediator
 from nnsight.intervention.iterator import Iterations
 
-from ..errors import MambaTraceError, PositionError, SiteValueError, UnknownSiteError
+from ..errors import PositionError, SiteValueError, UnknownSiteError
 from .edits import let_edits_go
-from .frames import up_to_the_user
+from .frames import UsersErrors
 from .one_run import OneRun
 from .placement import ShapeTracer
 from .remote import SmallResults
 from .saving import GuardedTracer
 
 
-class PlaceTracer(OneRun, GuardedTracer):
+class PlaceTracer(UsersErrors, OneRun, GuardedTracer):
     """A tracer that has the model to itself, and whose errors end at the user's line."""
-
-    def __exit__(self, *raised: Any) -> bool:
-        try:
-            return super().__exit__(*raised)
-        except MambaTraceError as error:
-            raise error.with_traceback(up_to_the_user(error.__traceback__, sys._getframe(1)))  # noqa: B904
 
 
 class ScanTracer(PlaceTracer, ShapeTracer):

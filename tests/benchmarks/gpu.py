@@ -1,8 +1,9 @@
 """What a forward, a trace, a heatmap and decoding cost on a GPU, beside mamba_ssm's own model.
 
 Every contender runs in turn within each repeat, and what counts is the ratio of their medians (`timing` says
-why). Each time is taken from an idle GPU until it is idle again. The models have the shapes of mamba-130m and
-mamba-370m, random weights, batch 1; mamba_ssm's rows are left out where it does not import.
+why). Each time is taken from an idle GPU until it is idle again. The models have the shapes of mamba-130m,
+mamba-370m, mamba2-130m and mamba2-370m, random weights, batch 1; mamba_ssm's rows are left out where it does not
+import.
 
     python tests/benchmarks/gpu.py --lengths 128 512 2048 --json out.json
 """
@@ -20,19 +21,24 @@ import torch
 from forward import LAYER, POSITION, traces
 from timing import Contender, Milliseconds, Rows, measure, summary, table
 from torch import Tensor
-from transformers import MambaConfig, MambaForCausalLM
+from transformers import AutoModelForCausalLM, Mamba2Config, MambaConfig
 
 from mamba_trace import MambaTrace
 from mamba_trace.patching import patch_grid
 from mamba_trace.scan import cuda, triton
 
 DEVICE = torch.device("cuda:0")
-SHAPES = {
-    "130m": {"num_hidden_layers": 24, "hidden_size": 768, "state_size": 16, "vocab_size": 50280},
-    "370m": {"num_hidden_layers": 48, "hidden_size": 1024, "state_size": 16, "vocab_size": 50280},
+VOCABULARY = 50280
+SHAPES: dict[str, dict[str, Any]] = {
+    "130m": {"num_hidden_layers": 24, "hidden_size": 768, "state_size": 16},
+    "370m": {"num_hidden_layers": 48, "hidden_size": 1024, "state_size": 16},
+    "mamba2-130m": {"num_hidden_layers": 24, "hidden_size": 768, "state_size": 128, "num_heads": 24},
+    "mamba2-370m": {"num_hidden_layers": 48, "hidden_size": 1024, "state_size": 128, "num_heads": 32},
 }
+#: What the configurations of all Mamba-2 shapes have in common.
+DUAL = {"head_dim": 64, "n_groups": 1, "chunk_size": 256, "tie_word_embeddings": True, "residual_in_fp32": True}
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-HEATMAP = ("370m", 17)  # 48 layers x 17 positions
+HEATMAPS, POSITIONS = ("370m", "mamba2-370m"), 17  # 48 layers x 17 positions
 PROMPT, NEW_TOKENS = 16, 128
 PACKAGES = ("mamba_trace", "torch", "transformers", "nnsight", "mamba-ssm", "causal-conv1d", "triton")
 
@@ -53,20 +59,25 @@ def synchronised(run: Contender) -> Contender:
     return timed
 
 
-def ours(shape: dict[str, int], dtype: torch.dtype, kernels: str) -> MambaTrace:
+def ours(shape: dict[str, Any], dtype: torch.dtype, kernels: str) -> MambaTrace:
     """A model of ``shape`` with random weights on the GPU."""
-    module = MambaForCausalLM(MambaConfig(**shape, pad_token_id=0, eos_token_id=None))
+    fields = {**shape, "vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None}
+    config = Mamba2Config(**fields, **DUAL) if "num_heads" in shape else MambaConfig(**fields)
+    module = AutoModelForCausalLM.from_config(config)
     return MambaTrace(module.to(DEVICE, dtype).eval(), kernels=kernels)
 
 
-def theirs(shape: dict[str, int], dtype: torch.dtype) -> Any:
+def theirs(shape: dict[str, Any], dtype: torch.dtype) -> Any:
     """mamba_ssm's model of the same shape, or ``None`` where it cannot be had."""
     try:
         from mamba_ssm.models.config_mamba import MambaConfig as TheirConfig
         from mamba_ssm.models.mixer_seq_simple import MambaLMHeadModel
 
         config = TheirConfig(
-            d_model=shape["hidden_size"], n_layer=shape["num_hidden_layers"], vocab_size=shape["vocab_size"]
+            d_model=shape["hidden_size"],
+            n_layer=shape["num_hidden_layers"],
+            vocab_size=VOCABULARY,
+            ssm_cfg={"layer": "Mamba2"} if "num_heads" in shape else {},
         )
         model = MambaLMHeadModel(config, device=DEVICE, dtype=dtype).eval()
         model(torch.zeros(1, 8, dtype=torch.long, device=DEVICE))
@@ -79,7 +90,7 @@ def theirs(shape: dict[str, int], dtype: torch.dtype) -> Any:
 def random_tokens(length: int, seed: int = 0) -> Tensor:
     """Token ids [1,L] on the GPU."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.randint(1, SHAPES["130m"]["vocab_size"], (1, length), generator=generator).to(DEVICE)
+    return torch.randint(1, VOCABULARY, (1, length), generator=generator).to(DEVICE)
 
 
 def prefill(model: MambaTrace, other: Any, length: int) -> dict[str, Contender]:
@@ -182,9 +193,9 @@ def measured(shape: str, dtype: str, arguments: argparse.Namespace) -> dict[str,
     for name, row in found["decode"].items():
         row["tokens_per_second"] = round(1000 * NEW_TOKENS / row["ms"], 1)
         print(f"  {name:24}{row['tokens_per_second']:9.1f} tokens/s")
-    if shape == HEATMAP[0]:
-        cells = f"{SHAPES[shape]['num_hidden_layers']} x {HEATMAP[1]}"
-        found["heatmap"] = timed(f"{title}: heatmap of {cells}", heatmap(model, HEATMAP[1]), few)
+    if shape in HEATMAPS:
+        cells = f"{SHAPES[shape]['num_hidden_layers']} x {POSITIONS}"
+        found["heatmap"] = timed(f"{title}: heatmap of {cells}", heatmap(model, POSITIONS), few)
     return found
 
 

@@ -1,0 +1,56 @@
+"""Random programs on random models: the first of those that `programs` runs by hand, and what a program notices."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from random import Random
+
+import programs
+import pytest
+import torch
+from reference import Edit
+from subjects import ARCHITECTURES, draw_subject, draw_tokens
+
+RECORDED = Path(__file__).parent / "data" / "programs.json"
+EACH = 200
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("part", range(2))
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_any_program(architecture: str, part: int) -> None:
+    for seed in range(part, EACH, 2):
+        try:
+            programs.run(architecture, seed)
+        except Exception as error:
+            error.add_note(f"python tests/programs.py --architectures {architecture} --first {seed} --programs 1")
+            raise
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_seed_is_a_program(architecture: str) -> None:
+    one, other = draw_subject(architecture, 3), draw_subject(architecture, 3)
+    assert one.config.to_dict() == other.config.to_dict()
+    assert torch.equal(one.module(draw_tokens(1, 0)).logits, other.module(draw_tokens(1, 0)).logits)
+    plans = [programs.plan_of(subject, Random(5)) for subject in (one, other)]
+    assert plans[0].steps == plans[1].steps
+    assert torch.equal(plans[0].tokens, plans[1].tokens)
+
+
+def test_a_program_notices_an_edit_that_is_not_made() -> None:
+    subject = draw_subject("mamba", 0)
+    plan = programs.Plan(subject, [programs.Step(subject.hooks[0], "scale")], draw_tokens(1, 0), seed=0)
+    plan.edits = {subject.hooks[0]: Edit(subject.hooks[0], "scale", 1.5)}
+    with torch.no_grad(), subject.model.trace(plan.tokens):
+        logits = subject.model.logits.output.save()
+    with pytest.raises(AssertionError, match=r"logits: .* apart"):
+        plan.check(logits)
+
+
+def test_the_recorded_runs_had_no_failure() -> None:
+    record = json.loads(RECORDED.read_text(encoding="utf-8"))
+    assert set(record) == set(ARCHITECTURES)
+    for run in record.values():
+        assert run["failures"] == []
+        assert sum(run["kinds"].values()) == run["programs"] >= 2000
