@@ -170,7 +170,7 @@ class HookedRuns(Directions):
             any tensor reaches them. If a layer runs several times, the cache holds its last values.
 
         Raises:
-            As `run_with_hooks`.
+            UnknownSiteError, LayerError: as `run_with_hooks`.
 
         Example::
 

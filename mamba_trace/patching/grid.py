@@ -218,8 +218,9 @@ def attribution_grid(
         what `patch_grid` computed.
 
     Raises:
-        As `patch_grid`; ArgumentError also if ``steps`` is no integer or less than 1, MetricError also if a
-        metric has no gradient.
+        ArgumentError: as `patch_grid`, and if ``steps`` is no integer or less than 1.
+        MetricError: as `patch_grid`, and if a metric has no gradient.
+        PromptError, UnknownSiteError, PositionError, LayerError: as `patch_grid`.
 
     Source:
         Attribution patching (Syed et al., arXiv 2310.10348); EAP-IG (Hanna et al., arXiv 2403.17806).

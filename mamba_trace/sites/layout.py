@@ -149,7 +149,7 @@ def walk(n_layers: int, family: Family = "selective") -> Iterator[tuple[Site, in
 
 
 def rows(family: Family | None = None, layout: Layout | None = None, *, hybrid: bool = False) -> Iterator[Row]:
-    """The table as people are shown it, in execution order: the command line and the README print these.
+    """The table as people are shown it, in execution order: the command line and the documentation print these.
 
     The state has two rows, as ``h[p]`` and the whole ``h`` are two things: an edit of the first is carried on
     to later positions, an edit of the second is not.

@@ -1,11 +1,12 @@
-"""The README's tables of measurements, made from the recorded runs.
+"""The tables of measurements in the README and the documentation, made from the recorded runs.
 
-python tests/benchmarks/readme_table.py
+`tests/tables.py` writes them where they stand; run here, this prints them.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -58,14 +59,69 @@ def patching_table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+#: The names of model types of `hybrids.json`.
+HYBRID_NAMES = {
+    "nemotron_h": "Nemotron-H",
+    "falcon_h1": "Falcon-H1",
+    "granitemoehybrid": "Granite 4",
+    "jamba": "Jamba",
+    "bamba": "Bamba",
+    "zamba": "Zamba",
+    "zamba2": "Zamba2",
+}
+Speeds = dict[str, tuple[float, float, float | None]]
+
+
+def architecture_speed(recorded: Callable[[str], dict[str, Any]]) -> Speeds:
+    """By architecture: a forward beside Hugging Face's, an edit of a state beside the forward, a decode step beside
+    Hugging Face's, which the records of Mamba-1 and Mamba-2 do not have."""
+    found: Speeds = {}
+    for name, file in (("Mamba-1", "forward"), ("Mamba-2", "forward_mamba2")):
+        rows = recorded(file)["lengths"]["128"]["contenders"]
+        found[name] = (rows["untraced"]["ms"] / rows["hugging face"]["ms"], rows["trace, edit h[5]"]["ratio"], None)
+    for model_type, name in HYBRID_NAMES.items():
+        rows = recorded("hybrids")["shapes"]["large"][model_type]
+        found[name] = tuple(rows[row]["ratio"] for row in ("untraced", "trace, edit h[5]", "decode step"))
+    return found
+
+
+def hugging_face_ratios(speeds: Speeds) -> str:
+    """A row for each architecture."""
+    head = ("architecture", "forward / Hugging Face's", "edit h[5] / forward", "decode step / Hugging Face's")
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for name, (forward, edit, step) in speeds.items():
+        lines.append(f"| {name} | {forward:.2f} | {edit:.2f} | " + ("|" if step is None else f"{step:.2f} |"))
+    return "\n".join(lines)
+
+
+def speed_in_short(recorded: Callable[[str], dict[str, Any]]) -> str:
+    """The README's table: what people do, and how long it takes here and elsewhere."""
+    rows = recorded("forward")["lengths"]["128"]["contenders"]
+    second = recorded("forward_mamba2")["lengths"]["128"]["contenders"]
+    sweep = recorded("patching")["first difference"]["0"]
+    ms = {name: row["ms"] for name, row in sweep["contenders"].items()}
+    lines = ["| | mamba_trace | MambaLens | Hugging Face | matmuls alone |", "|---|---|---|---|---|"]
+    lines.append(
+        "| a forward, L = 128 | "
+        + " | ".join(f"{rows[name]['ms']:.0f} ms" for name in ("untraced", "mamba lens", "hugging face", "floor"))
+        + " |"
+    )
+    edits = [rows["trace, edit h[5]"]["ms"], rows["mamba lens, edit h[5]"]["ms"]]
+    lines.append("| the same with an edit of `h[5]` | " + " | ".join(f"{edit:.0f} ms" for edit in edits) + " | no | |")
+    times = [ms["patch_grid"], sweep["mamba lens"]["ms"], None, ms["floor"]]
+    cells = ["no" if time is None else f"{time / 1000:.1f} s" for time in times]
+    lines.append("| the heatmap of the state, 24 x 17 cells | " + " | ".join(cells) + " |")
+    times = [second[name]["ms"] for name in ("untraced", "hugging face", "floor")]
+    cells = [f"{times[0]:.0f} ms", "no", f"{times[1]:.0f} ms", f"{times[2]:.0f} ms"]
+    lines.append("| a forward of a Mamba-2, L = 128 | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def recorded(name: str) -> dict[str, Any]:
     """One of the recorded runs beside this file."""
     return json.loads((HERE / f"{name}.json").read_text(encoding="utf-8"))
 
 
 if __name__ == "__main__":
-    print(forward_table(recorded("forward")))
-    print()
-    print(scaling_table(recorded("scaling")))
-    print()
-    print(patching_table(recorded("patching")))
+    print(forward_table(recorded("forward")), scaling_table(recorded("scaling")), sep="\n\n", end="\n\n")
+    print(patching_table(recorded("patching")), hugging_face_ratios(architecture_speed(recorded)), sep="\n\n")
