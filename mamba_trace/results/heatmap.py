@@ -25,11 +25,14 @@ LONGEST, LONGEST_TEXT = 24, 12
 #: Pixels (100 to the inch): the average character, a line of labels, a line of a title, the room for the
 #: colour bar and its labels.
 CHARACTER, LINE, TITLE_LINE, COLOUR_BAR = 7, 14, 20, 120
+#: Pixels between labels at an angle of 45 degrees that do not touch.
+SLANTED = 20
 
 
 class Size(NamedTuple):
     """Pixels for the cells of a picture, and on each side for its title, labels and colour bar.
 
+    ``angle`` is that of the columns' labels: 0 degrees where each is as narrow as its column, else 45 or 90.
     An estimate: plotly and matplotlib lay out the parts, and shrink the cells where a part needs more.
     """
 
@@ -39,6 +42,7 @@ class Size(NamedTuple):
     right: int
     above: int
     below: int
+    angle: int
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -132,9 +136,11 @@ class Heatmap:
         if self.square:
             width = height = width if self.texts else min(width, 900)
         left = CHARACTER * longest(self.row_labels) + 3 * LINE
-        above = TITLE_LINE * (len(wrapped(self.title, width + COLOUR_BAR)) + 1)
-        below = CHARACTER * longest(self.column_labels) + 4 * LINE
-        return Size(width, height, left, COLOUR_BAR, above, below)
+        above = TITLE_LINE * len(wrapped(self.title, width + COLOUR_BAR)) + LINE
+        label, column = CHARACTER * longest(self.column_labels), width / max(columns, 1)
+        angle = 0 if label + LINE <= column else 45 if column >= SLANTED else 90
+        below = round(label * math.sin(math.radians(angle))) + 4 * LINE
+        return Size(width, height, left, COLOUR_BAR, above, below, angle)
 
     def hover_texts(self) -> list[list[str]]:
         """What each cell says when the mouse points at it, in plain text."""

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .files import optional, replacing
-from .heatmap import CHARACTER, LINE, LONGEST, Heatmap, Size, as_stack, spelt, wrapped
+from .heatmap import CHARACTER, LINE, LONGEST, SLANTED, Heatmap, Size, as_stack, spelt, wrapped
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -25,8 +25,6 @@ __all__ = ["png_bytes", "write_png"]
 SMALL, LARGE = 8, 10
 #: The colour of a cell without a number.
 BLANK = (0.75, 0.75, 0.75)
-#: Pixels between labels at an angle of 45 degrees that do not touch.
-SLANTED = 20
 #: The share of the scale above which a cell is so dark that its text is white.
 DARK = 0.6
 
