@@ -86,8 +86,10 @@ def draw(cells: Any, heatmap: Heatmap, size: Size, known: Container[int]) -> Non
     aspect = "equal" if heatmap.square else "auto"
     shades = heatmap.shades.numpy()
     image = cells.imshow(shades, cmap=colours, vmin=least, vmax=scale, aspect=aspect, interpolation="nearest")
+    cells.set_anchor("W")  # squares stand at the left, under their title and those of other pictures
+    turned = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"} if size.angle else {}
     for labels, set_ticks, most in (
-        (heatmap.column_labels, partial(cells.set_xticks, rotation=45, ha="right"), size.width / SLANTED),
+        (heatmap.column_labels, partial(cells.set_xticks, **turned), size.width / SLANTED),
         (heatmap.row_labels, cells.set_yticks, size.height / LINE),
     ):
         some = range(0, len(labels), max(1, -int(-len(labels) // most)))
