@@ -155,6 +155,7 @@ def test_equal_labels_stay_columns_of_their_own() -> None:
 def test_what_cannot_be_negative_has_a_scale_that_begins_at_zero() -> None:
     drawn = plotly_figure(picture([[0.25, 0.5]], signed=False)).data[0]
     assert (drawn.zmin, drawn.zmid, drawn.zmax) == (0, None, 0.5)
+    assert drawn.text[0][1].endswith("value 0.50000"), "without a sign"
     assert drawn.colorscale[0][1] == "rgb(247,251,255)", "white for zero"
     assert drawn.colorscale[-1][1] == "rgb(8,48,107)", "blue for much"
 

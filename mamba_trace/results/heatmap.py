@@ -121,6 +121,11 @@ class Heatmap:
         return max(finite.max().item() if finite.numel() else 0.0, self.resolution) or 1.0
 
     @property
+    def sign(self) -> str:
+        """What stands before a positive number: nothing where none is negative."""
+        return "+" if self.signed else ""
+
+    @property
     def square(self) -> bool:
         """Whether there are as many rows as columns, as for pairs of tokens: cells should then be squares."""
         return len(self.row_labels) == len(self.column_labels) > 1
@@ -147,26 +152,26 @@ class Heatmap:
         if self.hover is not None:
             return self.hover
         rows = [f"{self.row_title} {spelt(label)}" for label in self.row_labels]
-        title, scale = self.column_title.lower(), self.scale
+        title, scale, sign = self.column_title.lower(), self.scale, self.sign
         columns = [f"{title} {spelt(label)}\n{self.value_title}" for label in self.column_labels]
         if self.prompt_tokens is not None:
             pairs = zip(self.prompt_tokens, self.source_tokens or self.prompt_tokens, strict=True)
             tokens = [f"token {p!r}" if p == s else f"prompt {p!r}, source {s!r}" for p, s in pairs]
             columns = [f"{title} {at}: {words}\n{self.value_title}" for at, words in enumerate(tokens)]
         return [
-            [f"{row}\n{column} {in_words(value, scale)}" for column, value in zip(columns, values, strict=True)]
+            [f"{row}\n{column} {in_words(value, scale, sign)}" for column, value in zip(columns, values, strict=True)]
             for row, values in zip(rows, self.numbers.tolist(), strict=True)
         ]
 
 
-def in_words(value: float, scale: float) -> str:
-    """A cell's value with its sign, to about the 10000th part of ``scale``."""
+def in_words(value: float, scale: float, sign: str) -> str:
+    """A cell's value, behind ``sign`` if it is positive, to about the 10000th part of ``scale``."""
     if math.isnan(value):
         return "not computed"
     if math.isinf(value) or not 1e-4 <= scale < 1e6:
-        return f"{value:+.4g}"
+        return f"{value:{sign}.4g}"
     digits = max(0, 4 - math.floor(math.log10(scale)))
-    return f"{round(value, digits) + 0.0:+.{digits}f}"  # + 0.0: never -0.0000
+    return f"{round(value, digits) + 0.0:{sign}.{digits}f}"  # + 0.0: never -0.0000
 
 
 def spelt(text: str, longest: int | None = None, known: Container[int] | None = None) -> str:
