@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 
 import pytest
@@ -34,7 +35,7 @@ def test_markup_in_labels_titles_and_words_is_shown_as_it_is() -> None:
     drawn, layout = figure.data[0], figure.layout
     assert layout.xaxis.labelalias == {"0": "&lt;|endoftext|&gt;_0"}
     assert layout.yaxis.labelalias == {"0": "&lt;s&gt;"}
-    assert (layout.title.text, layout.title.subtitle.text) == ("&lt;i&gt;", "b")
+    assert layout.title.text == "&lt;i&gt;<br>b"
     assert drawn.text[0][0] == "&lt;b&gt;"
     assert drawn.colorbar.title.text == "a&lt;b"
     assert drawn.hovertext[0][0].split("<br>")[0] == "layer &lt;s&gt;"
@@ -83,9 +84,11 @@ def test_plotly_makes_room_for_titles_labels_and_bars(heatmaps: list[Heatmap]) -
             assert (settings.tickmode, settings.tickvals, settings.nticks) == (None, None, None)
             assert list(settings.labelalias) == [str(at) for at in range(len(labels))]
     if len(heatmaps) == 1:
-        title = layout.title
-        assert (title.automargin, title.yref, title.y) == (True, "container", None)
-        assert "<br>" not in title.text, "plotly moves a text of several lines out of the container"
+        title, lines = layout.title, layout.title.text.count("<br>") + 1
+        assert (title.yref, title.yanchor) == ("container", "top")
+        base = (1 - title.y) * layout.height  # of the first line, in pixels from the top
+        assert base - 15 >= 25, "below the buttons"
+        assert base + 20 * (lines - 1) + 5 <= layout.margin.t, "above the cells"
     assert layout.width <= 1800 or any(heatmap.texts for heatmap in heatmaps)
 
 
@@ -97,15 +100,41 @@ def test_stacked_pictures_have_room_for_the_labels_and_titles_between_them() -> 
     end = None  # of the picture above, as a share of the height from below
     for number, (drawn, heatmap) in enumerate(zip(figure.data, SIZES["three"], strict=True), start=1):
         domain = layout[f"yaxis{'' if number == 1 else number}"].domain
-        assert (domain[1] - domain[0]) * height > heatmap.size.height
+        assert (domain[1] - domain[0]) * height == pytest.approx(heatmap.size.height)
         if end is not None:
             longest = max(cell_len(label) for label in SIZES["three"][number - 2].column_labels)
-            assert (end - domain[1]) * height > 6.6 * longest + 2 * 15 + 20, "labels upright, and a title"
+            slanted = 0.7 * 6.6 * longest + 15
+            assert (end - domain[1]) * height > slanted + 2 * 15 + 20, "slanted labels, their heading and a title"
         end = domain[0]
         assert drawn.colorbar.y == pytest.approx(sum(domain) / 2)
         assert drawn.colorbar.len == pytest.approx(domain[1] - domain[0])
         assert layout.annotations[number - 1].y == domain[1]
         assert layout.annotations[number - 1].yanchor == "bottom"
+
+
+@pytest.mark.parametrize(("columns", "longest", "angle"), [(3, 4, 0), (15, 9, 45), (60, 9, 45), (100, 9, 90)])
+def test_labels_are_turned_where_columns_are_narrow(columns: int, longest: int, angle: int) -> None:
+    heatmap = shaped(2, columns, column_labels=["m" * longest] * columns)
+    assert heatmap.size.angle == plotly_figure(heatmap).layout.xaxis.tickangle == angle
+
+
+def test_pictures_of_a_stack_have_their_own_width() -> None:
+    figure = plotly_figure([shaped(2, 30), shaped(2, 15)])
+    wide, narrow = figure.layout.xaxis.domain[1], figure.layout.xaxis2.domain[1]
+    assert (wide, narrow) == (1, 0.5)
+    assert [drawn.colorbar.x for drawn in figure.data] == [1, 0.5]
+
+
+def test_the_template_of_the_user_is_kept() -> None:
+    templates = importlib.import_module("plotly.io").templates
+    before = templates.default
+    try:
+        templates.default = "plotly_dark"
+        layout = plotly_figure(shaped(2, 3)).layout
+        assert layout.template.layout.paper_bgcolor == templates["plotly_dark"].layout.paper_bgcolor
+        assert (layout.paper_bgcolor, layout.font.color, layout.title.font.color) == (None, None, None)
+    finally:
+        templates.default = before
 
 
 @pytest.mark.parametrize("columns", [1, 15, 500])
@@ -126,6 +155,7 @@ def test_equal_labels_stay_columns_of_their_own() -> None:
 def test_what_cannot_be_negative_has_a_scale_that_begins_at_zero() -> None:
     drawn = plotly_figure(picture([[0.25, 0.5]], signed=False)).data[0]
     assert (drawn.zmin, drawn.zmid, drawn.zmax) == (0, None, 0.5)
+    assert drawn.text[0][1].endswith("value 0.50000"), "without a sign"
     assert drawn.colorscale[0][1] == "rgb(247,251,255)", "white for zero"
     assert drawn.colorscale[-1][1] == "rgb(8,48,107)", "blue for much"
 
@@ -155,7 +185,7 @@ def test_token_by_token_cells_are_squares(size: int) -> None:
 
 def test_long_titles_are_broken_to_the_width_of_the_picture() -> None:
     title = plotly_figure(shaped(3, 5, title="word " * 60 + "\nand another line")).layout.title
-    lines = [title.text, *title.subtitle.text.split("<br>")]
+    lines = title.text.split("<br>")
     assert len(lines) > 4
     assert max(map(len, lines)) * 8 <= 420 + 120
     assert lines[-1] == "and another line"

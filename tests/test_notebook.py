@@ -86,6 +86,20 @@ def test_print_shows_the_numbers_under_their_tokens() -> None:
     ]
 
 
+def test_print_names_the_tokens_of_a_map_and_gives_no_sign_to_what_is_never_negative() -> None:
+    values = torch.tensor([[0.5, 0.0], [0.25, 12.0]])
+    labels = [" a_0", " b_1"]
+    shown = picture(values, row_labels=labels, column_labels=labels, signed=False, column_title="Token")
+    lines = str(Drawn([shown], note="")).splitlines()
+    assert [line.split() for line in lines[:5]] == [
+        ["A", "title"],
+        ["0", "1"],
+        ["token", "a_0", "b_1"],
+        ["a_0", "0.50", "·"],
+        ["b_1", "0.25", "12.00"],
+    ]
+
+
 def test_print_describes_what_is_too_large_for_a_table() -> None:
     values = torch.zeros(64, 300)
     values[3, 250], values[60, 7] = -2.0, 1.5

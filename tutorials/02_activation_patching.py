@@ -49,8 +49,8 @@ for text in (prompt, source):
 #
 # ## The plain loop
 #
-# First the experiment in its plainest form: for each layer and each position, one run on `prompt` in which one value
-# comes from the run on `source`. Two kinds of value are patched, one after the other:
+# First the experiment in its plainest form: for each layer and each position from the changed token on, one run on
+# `prompt` in which one value comes from the run on `source`. Two kinds of value are patched, one after the other:
 #
 # - `resid_pre[:, p]`, the residual stream into a layer at one token, as one would in a transformer;
 # - `ssm.h[p]`, the state of a layer after one token. It has no counterpart in a transformer: it is all that this
@@ -62,11 +62,15 @@ with model.trace(source):
 with model.trace(source):
     states = [layer.ssm.h.output for layer in model.layers].save()  # [1,L,E,N] each
 
+with model.trace(prompt):
+    last = model.lm_head.output[0, -1].save()
+
 n_layers, n_positions = len(streams), streams[0].shape[1]
-of_stream = torch.zeros(n_layers, n_positions)
-of_state = torch.zeros(n_layers, n_positions)
+first = (model.to_tokens(prompt) != model.to_tokens(source)).nonzero()[0, 1].item()
+of_stream = torch.full((n_layers, n_positions), logit_difference(last))
+of_state = of_stream.clone()
 for number, layer in enumerate(model.layers):
-    for p in range(n_positions):
+    for p in range(first, n_positions):  # before it both runs are the same
         with model.trace(prompt):
             layer.resid_pre.output[:, p] = streams[number][:, p]
             last = model.lm_head.output[0, -1].save()
@@ -85,7 +89,8 @@ plt.show()
 
 # %% [markdown]
 # Dark blue is the answer on `prompt`, red the answer on `source`. Most patches change nothing: before token 10 both
-# runs are the same anyway, and after it most layers hold nothing that matters at that place.
+# runs are the same anyway, so these cells have the unpatched value, and after it most layers hold nothing that
+# matters.
 #
 # ## The same in one call
 #
@@ -207,8 +212,8 @@ patch_grid(model, prompt, source, "h", metric, window=3, progress=False)
 #
 # ## What a grid costs
 #
-# The loop above ran the whole model for each of the 120 cells, twice. `patch_grid` computes much less, because a
-# patch changes nothing before its layer and its position:
+# The loop above ran the whole model for each cell. `patch_grid` computes much less, because a patch changes nothing
+# before its layer and its position:
 
 # %%
 print(state_grid.plan)

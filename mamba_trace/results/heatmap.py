@@ -25,11 +25,14 @@ LONGEST, LONGEST_TEXT = 24, 12
 #: Pixels (100 to the inch): the average character, a line of labels, a line of a title, the room for the
 #: colour bar and its labels.
 CHARACTER, LINE, TITLE_LINE, COLOUR_BAR = 7, 14, 20, 120
+#: Pixels between labels at an angle of 45 degrees that do not touch.
+SLANTED = 20
 
 
 class Size(NamedTuple):
     """Pixels for the cells of a picture, and on each side for its title, labels and colour bar.
 
+    ``angle`` is that of the columns' labels: 0 degrees where each is as narrow as its column, else 45 or 90.
     An estimate: plotly and matplotlib lay out the parts, and shrink the cells where a part needs more.
     """
 
@@ -39,6 +42,7 @@ class Size(NamedTuple):
     right: int
     above: int
     below: int
+    angle: int
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -117,6 +121,11 @@ class Heatmap:
         return max(finite.max().item() if finite.numel() else 0.0, self.resolution) or 1.0
 
     @property
+    def sign(self) -> str:
+        """What stands before a positive number: nothing where none is negative."""
+        return "+" if self.signed else ""
+
+    @property
     def square(self) -> bool:
         """Whether there are as many rows as columns, as for pairs of tokens: cells should then be squares."""
         return len(self.row_labels) == len(self.column_labels) > 1
@@ -132,35 +141,37 @@ class Heatmap:
         if self.square:
             width = height = width if self.texts else min(width, 900)
         left = CHARACTER * longest(self.row_labels) + 3 * LINE
-        above = TITLE_LINE * (len(wrapped(self.title, width + COLOUR_BAR)) + 1)
-        below = CHARACTER * longest(self.column_labels) + 4 * LINE
-        return Size(width, height, left, COLOUR_BAR, above, below)
+        above = TITLE_LINE * len(wrapped(self.title, width + COLOUR_BAR)) + LINE
+        label, column = CHARACTER * longest(self.column_labels), width / max(columns, 1)
+        angle = 0 if label + LINE <= column else 45 if column >= SLANTED else 90
+        below = round(label * math.sin(math.radians(angle))) + 4 * LINE
+        return Size(width, height, left, COLOUR_BAR, above, below, angle)
 
     def hover_texts(self) -> list[list[str]]:
         """What each cell says when the mouse points at it, in plain text."""
         if self.hover is not None:
             return self.hover
         rows = [f"{self.row_title} {spelt(label)}" for label in self.row_labels]
-        title, scale = self.column_title.lower(), self.scale
+        title, scale, sign = self.column_title.lower(), self.scale, self.sign
         columns = [f"{title} {spelt(label)}\n{self.value_title}" for label in self.column_labels]
         if self.prompt_tokens is not None:
             pairs = zip(self.prompt_tokens, self.source_tokens or self.prompt_tokens, strict=True)
             tokens = [f"token {p!r}" if p == s else f"prompt {p!r}, source {s!r}" for p, s in pairs]
             columns = [f"{title} {at}: {words}\n{self.value_title}" for at, words in enumerate(tokens)]
         return [
-            [f"{row}\n{column} {in_words(value, scale)}" for column, value in zip(columns, values, strict=True)]
+            [f"{row}\n{column} {in_words(value, scale, sign)}" for column, value in zip(columns, values, strict=True)]
             for row, values in zip(rows, self.numbers.tolist(), strict=True)
         ]
 
 
-def in_words(value: float, scale: float) -> str:
-    """A cell's value with its sign, to about the 10000th part of ``scale``."""
+def in_words(value: float, scale: float, sign: str) -> str:
+    """A cell's value, behind ``sign`` if it is positive, to about the 10000th part of ``scale``."""
     if math.isnan(value):
         return "not computed"
     if math.isinf(value) or not 1e-4 <= scale < 1e6:
-        return f"{value:+.4g}"
+        return f"{value:{sign}.4g}"
     digits = max(0, 4 - math.floor(math.log10(scale)))
-    return f"{round(value, digits) + 0.0:+.{digits}f}"  # + 0.0: never -0.0000
+    return f"{round(value, digits) + 0.0:{sign}.{digits}f}"  # + 0.0: never -0.0000
 
 
 def spelt(text: str, longest: int | None = None, known: Container[int] | None = None) -> str:

@@ -65,8 +65,8 @@ def in_text(draw: Callable[[], Sequence[Heatmap]], caption: str) -> str:
     try:
         heatmaps = draw()
     except MambaTraceError as error:
-        return f"{error}\n{caption}"
-    return "\n\n".join([*map(heatmap_in_text, heatmaps), caption])
+        return "\n".join([str(error), *filter(None, [caption])])
+    return "\n\n".join([*map(heatmap_in_text, heatmaps), *filter(None, [caption])])
 
 
 def heatmap_in_text(heatmap: Heatmap) -> str:

@@ -26,12 +26,17 @@ PAGE = """<!DOCTYPE html>
 <meta charset="utf-8">
 <title>{title}</title>
 <style>
-body {{ font-family: system-ui, sans-serif; line-height: 1.5; color: #222; margin: 2rem auto;
-  padding: 0 1.5rem; max-width: 1500px; }}
+:root {{ color-scheme: light dark; --paper: #fff; --text: #222; --caption: #444; --link: #0b57d0; }}
+@media (prefers-color-scheme: dark) {{
+  :root {{ --paper: #16181c; --text: #e4e6ea; --caption: #b6bac2; --link: #8ab4f8; }}
+}}
+body {{ font-family: system-ui, sans-serif; line-height: 1.5; color: var(--text); background: var(--paper);
+  margin: 2rem auto; padding: 0 1.5rem; max-width: 1500px; }}
 h1, h2 {{ line-height: 1.25; }}
+a {{ color: var(--link); }}
 section {{ margin-top: 3rem; }}
 .figure {{ overflow-x: auto; }}
-.caption {{ color: #444; max-width: 60rem; overflow-wrap: anywhere; }}
+.caption {{ color: var(--caption); max-width: 60rem; overflow-wrap: anywhere; }}
 </style>
 <script>{library}</script>
 </head>

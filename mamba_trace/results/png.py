@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .files import optional, replacing
-from .heatmap import CHARACTER, LINE, LONGEST, Heatmap, Size, as_stack, spelt, wrapped
+from .heatmap import CHARACTER, LINE, LONGEST, SLANTED, Heatmap, Size, as_stack, spelt, wrapped
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -25,8 +25,6 @@ __all__ = ["png_bytes", "write_png"]
 SMALL, LARGE = 8, 10
 #: The colour of a cell without a number.
 BLANK = (0.75, 0.75, 0.75)
-#: Pixels between labels at an angle of 45 degrees that do not touch.
-SLANTED = 20
 #: The share of the scale above which a cell is so dark that its text is white.
 DARK = 0.6
 
@@ -88,8 +86,10 @@ def draw(cells: Any, heatmap: Heatmap, size: Size, known: Container[int]) -> Non
     aspect = "equal" if heatmap.square else "auto"
     shades = heatmap.shades.numpy()
     image = cells.imshow(shades, cmap=colours, vmin=least, vmax=scale, aspect=aspect, interpolation="nearest")
+    cells.set_anchor("W")  # squares stand at the left, under their title and those of other pictures
+    turned = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"} if size.angle else {}
     for labels, set_ticks, most in (
-        (heatmap.column_labels, partial(cells.set_xticks, rotation=45, ha="right"), size.width / SLANTED),
+        (heatmap.column_labels, partial(cells.set_xticks, **turned), size.width / SLANTED),
         (heatmap.row_labels, cells.set_yticks, size.height / LINE),
     ):
         some = range(0, len(labels), max(1, -int(-len(labels) // most)))

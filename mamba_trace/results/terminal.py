@@ -39,7 +39,9 @@ def terminal_table(heatmap: Heatmap, width: int = 120) -> Group:
     """
     unit = printed_unit(heatmap)
     rows = headings(heatmap)
-    names = [f"{heatmap.row_title} {spelt(label, LONGEST)}" for label in heatmap.row_labels]
+    names = [spelt(label, LONGEST) for label in heatmap.row_labels]
+    if not heatmap.square:  # where rows are tokens, too, these alone are clear
+        names = [f"{heatmap.row_title} {name}" for name in names]
     rows += list(zip(names, table_cells(heatmap, unit), strict=True))
     corner = "" if unit == 1 else f"x {unit:.0e}"
     margin = max(cell_len(name) for name in (corner, *(name for name, _ in rows)))
@@ -81,7 +83,7 @@ def table_cells(heatmap: Heatmap, unit: float) -> list[list[Text]]:
     scale, resolution = heatmap.scale, heatmap.resolution
     numbers = heatmap.numbers.tolist()
     if heatmap.texts is None:
-        texts = [[number_text(one / unit, resolution / unit) for one in row] for row in numbers]
+        texts = [[number_text(one / unit, resolution / unit, heatmap.sign) for one in row] for row in numbers]
     else:
         texts = [[visible(text) if text else "" for text in row] for row in heatmap.texts]
     return [
@@ -106,13 +108,16 @@ def visible(token: str) -> str:
     return text if text and text.isprintable() else repr(token)[1:-1] if token.strip(" ") else repr(token)
 
 
-def number_text(value: float, resolution: float = 0.0) -> str:
-    """``value`` with its sign in at most 5 characters; a dot if it rounds to zero, ``?`` for no number."""
+def number_text(value: float, resolution: float = 0.0, sign: str = "+") -> str:
+    """``value`` in at most 5 characters, behind ``sign`` if it is positive.
+
+    A dot stands for a value that rounds to zero, ``?`` for no number.
+    """
     if math.isnan(value):
         return "?"
     if abs(value) < max(resolution, 0.005):
         return "·"
-    forms = (f"{value:+.2f}", f"{value:+.1f}", f"{value:+.0f}", f"{value:+.0e}")
+    forms = [f"{value:{sign}{form}}" for form in (".2f", ".1f", ".0f", ".0e")]
     return next((form for form in forms if len(form) <= 5), forms[-1])
 
 
