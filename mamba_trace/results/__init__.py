@@ -7,6 +7,8 @@ cell without a number is grey, a colour that the scale does not have.
 
 plotly draws the figure and matplotlib the PNG (plotly's own PNG export needs Chrome). Both are optional and
 are imported when first used. The table needs rich alone and can be read without colours.
+
+In a notebook a result that is the last expression of a cell shows all three (`notebook`).
 """
 
 from .page import Report

@@ -56,6 +56,10 @@ def png_bytes(heatmaps: Heatmap | Sequence[Heatmap]) -> bytes:
     Raises:
         MissingExtraError: if matplotlib is not installed.
         ValueError: if there are no heatmaps.
+
+    Example::
+
+        png_bytes(grid.heatmaps())[:4]  # b"\\x89PNG"
     """
     content = io.BytesIO()
     static_figure(heatmaps).savefig(content, format="png")
