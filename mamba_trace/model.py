@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from .arguments import padding
 from .arguments.prompt_forms import (
     check_arguments,
+    check_counts,
     check_lengths,
     check_prompt,
     check_token_lists,
@@ -277,8 +278,11 @@ class MambaTrace(Places, HookedRuns, LensViews, Tokens, Loading, RootEnvoy):
         return super()._batch_size(*inputs, **kwargs)
 
     def _check_arguments(self, fn: Any, inputs: tuple, kwargs: Mapping[str, Any]) -> None:
-        if getattr(fn, "__name__", None) == "_call":
+        name = getattr(fn, "__name__", None)
+        if name == "_call":
             check_arguments(self, inputs, kwargs)
+        if name in ("generate", "pipe"):
+            check_counts(kwargs)
 
     def _settings(self, side: str | None, settings: Mapping[str, Any] | None) -> dict[str, Any]:
         # The attributes to set on the tokenizer.
@@ -302,6 +306,11 @@ class MambaTrace(Places, HookedRuns, LensViews, Tokens, Loading, RootEnvoy):
             follow(self)
 
     def _batch(self, invokes: list, fn: Any) -> tuple:
+        if not invokes:
+            raise PromptError(
+                "no invoke of this trace has a prompt, so nothing can run: give one, `with tracer.invoke(prompt):`; "
+                "an invoke without a prompt sees the rows of all others"
+            )
         if self.tokenizer is None and any(_holds_text(inputs) for inputs, _ in invokes):
             raise PromptError(
                 "this model has no tokenizer, so a prompt must be a tensor of token ids [B,L]; "

@@ -35,7 +35,8 @@ from nnsight.tracing.tracer import WithBlockNotFoundError
 from ..errors import TraceError
 from ..names import public_path
 from .frames import users_frame
-from .worker import SiteOrderError, within_skipped
+from .served import SERVED
+from .worker import LAST, SiteOrderError, within_skipped
 
 #: Seconds after which a thread that still waits for its turn says so.
 PATIENCE = 60.0
@@ -241,6 +242,17 @@ class OneThreadInterleaver(Interleaver):
     def __enter__(self) -> Interleaver:
         self.skipped.clear()
         return super().__enter__()
+
+    def cancel(self) -> None:
+        """Drop the workers as nnsight does, and with them what they were served: an edit's mediator lives on."""
+        mediators = self.mediators
+        try:
+            super().cancel()
+        finally:
+            for mediator in mediators:
+                mediator.pending = None
+                for name in (SERVED, LAST, "flush"):
+                    mediator.__dict__.pop(name, None)
 
     def check_dangling_mediators(self) -> None:
         """End the blocks that still wait when the run is over, each with an error in words at its own line.
