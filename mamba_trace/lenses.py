@@ -289,8 +289,8 @@ class Cells:
         self.model, self.top, self.probable = model, top, probable
         self.chosen = None if token is None else single_token(model, token)
         size = model.config.vocab_size
-        if not 1 <= top <= size:
-            raise ArgumentError(f"top={top}: a lens keeps from 1 to {size} tokens, the size of the vocabulary")
+        if type(top) is not int or not 1 <= top <= size:
+            raise ArgumentError(f"top={top!r}: a lens keeps from 1 to {size} tokens, the size of the vocabulary")
         self.logits: list[Tensor] = []  # [L] each
         self.top_ids: list[Tensor] = []  # [L,K] each
         self.top_logits: list[Tensor] = []

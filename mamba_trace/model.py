@@ -29,7 +29,7 @@ from .arguments.prompt_forms import (
 )
 from .conversion.building import from_scratch, from_weights
 from .conversion.config_names import check_names
-from .conversion.load_options import dtype_of
+from .conversion.load_options import check_module_arguments, check_seed, check_tokenizer, dtype_of, parameters_of
 from .conversion.model_loading import Loading
 from .errors import CheckpointError, PromptError
 from .hooked.hooks import KEEPING_HOOKS, none_kept
@@ -102,6 +102,7 @@ class MambaTrace(Places, HookedRuns, LensViews, Tokens, Loading, RootEnvoy):
         **kwargs: Any,
     ) -> None:
         self._kernels = check(kernels)
+        check_tokenizer(kwargs.get("tokenizer"), tokenizer_kwargs)
         self._tokenizer_settings = self._settings(padding_side, tokenizer_kwargs)
         # A copy, since its padding token and side are set below and the user's own must stay as it is.
         kwargs["tokenizer"] = copy.deepcopy(kwargs.get("tokenizer"))
@@ -109,6 +110,8 @@ class MambaTrace(Places, HookedRuns, LensViews, Tokens, Loading, RootEnvoy):
             repo_id = str(repo_id)
         if isinstance(repo_id, nn.Module):
             architecture_of(repo_id)
+            inits = (vars(kind)["__init__"] for kind in type(self).__mro__ if "__init__" in vars(kind))
+            check_module_arguments(kwargs, {name for init in inits for name in parameters_of(init)})
         super().__init__(repo_id, *args, ours=RENAME, **kwargs)
 
     @property
@@ -182,7 +185,7 @@ class MambaTrace(Places, HookedRuns, LensViews, Tokens, Loading, RootEnvoy):
 
             model = MambaTrace.demo("mamba2")
         """
-        if architecture not in DEMOS:
+        if not isinstance(architecture, str) or architecture not in DEMOS:
             raise CheckpointError(f"no demo of {architecture!r} ships; there are {', '.join(map(repr, DEMOS))}")
         return cls(str(DEMOS[architecture]), **{"dispatch": True, **kwargs})
 
@@ -209,13 +212,14 @@ class MambaTrace(Places, HookedRuns, LensViews, Tokens, Loading, RootEnvoy):
         Raises:
             CheckpointError: for a field that the configuration's format does not have, a value that does not
                 fit, or a model too large for this machine's memory.
+            ArgumentError: for a seed that is no integer.
 
         Example::
 
             model = MambaTrace.from_config({"d_model": 64, "n_layer": 2, "vocab_size": 100}, seed=1)
         """
         check_names(config)
-        module = from_scratch(config, dtype_of({"dtype": dtype}) or torch.float32, seed)
+        module = from_scratch(config, dtype_of({"dtype": dtype}) or torch.float32, check_seed(seed))
         return cls(module, tokenizer=tokenizer, **kwargs)
 
     @classmethod

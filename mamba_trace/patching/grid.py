@@ -20,7 +20,7 @@ from torch import Tensor
 from ..arguments.prompts import matching_tokens, token_strings
 from ..arguments.selection import Layers, layer_numbers
 from ..errors import ArgumentError, FileError, LayerError, MetricError
-from ..tracing.one_run import refuse_inside_a_trace
+from ..tracing.one_run import check_model, refuse_inside_a_trace
 from .attribution import attributions
 from .metrics import Metric, named_metrics
 from .plan import Limits
@@ -251,6 +251,7 @@ def asked(
     layers: Layers = None,
 ) -> Question:
     """What a call of ``caller`` asks, checked before anything runs. Raises as `patch_grid` does."""
+    check_model(model, caller)
     metrics = named_metrics(metric, caller)
     layout = model._layout
     patched = find_site(site, layout)

@@ -54,6 +54,8 @@ class Kept:
         """
         if folder is None:
             return cls(None)
+        if not isinstance(folder, (str, os.PathLike)) or not os.fspath(folder):
+            raise FileError(f"keep={folder!r} names no folder: keep='cells', or None to keep cells in memory only")
         kept, path = cls(Path(folder)), Path(folder) / "question.json"
         metrics = {"source_metrics": both[:, SOURCE].tolist(), "prompt_metrics": both[:, PROMPT].tolist()}
         try:

@@ -116,6 +116,8 @@ class PatchGrid(Result):
 
             assert grid.correlation(grid) == 1
         """
+        if not isinstance(other, PatchGrid):
+            raise MetricError(f"a grid is compared with another PatchGrid, not with a {type(other).__name__}")
         for name in ("site", "window", "layers"):
             ours, theirs = getattr(self, name), getattr(other, name)
             if ours != theirs:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ..errors import MetricError
 from .changes import changes, uncut
 from .kept import FolderPath, Kept
 from .marks import mark_of_function, mark_of_weights, settings_of
@@ -69,6 +70,11 @@ def answers(
         whole = changed or uncut(question.layout)
         way = Whole(model, question, whole) if whole else InPhases(model, question, limits)
         both = question.measure(way.logits.clone())  # [M,2]
+        if bool(both.isnan().any()):
+            raise MetricError(
+                f"a metric of the unpatched runs is nan (source, prompt: "
+                f"{dict(zip(question.metrics, both.tolist(), strict=True))}), and nothing can be compared with it"
+            )
         kept = Kept.open(keep, asked, both)
         # A patch that changes nothing leaves the prompt's answer.
         values = both[:, PROMPT, None, None].repeat(1, len(question.windows), question.length)

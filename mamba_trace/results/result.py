@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from ..errors import FileError
 from .figure import plotly_figure
-from .files import check_writable, replacing
+from .files import check_writable, path_of, replacing
 from .heatmap import Heatmap
 from .png import write_png
 from .stored import SUFFIXES, read_data, write_data
@@ -136,7 +136,7 @@ class Result(ABC):
             grid.save("h.safetensors")
             grid = PatchGrid.load("h.safetensors")
         """
-        path = Path(path)
+        path = path_of(path)
         if path.suffix not in SUFFIXES:
             raise FileError(f"{path}: a result is loaded from {' or '.join(SUFFIXES)}; pictures hold no data")
         fields = read_data(path)

@@ -32,7 +32,7 @@ from nnsight.intervention.interleaver import Interleaver, dangling_unwind
 from nnsight.intervention.tracer import InterleavingTracer
 from nnsight.tracing.tracer import WithBlockNotFoundError
 
-from ..errors import TraceError
+from ..errors import ArgumentError, TraceError
 from ..names import public_path
 from .frames import users_frame
 from .served import SERVED
@@ -161,8 +161,21 @@ def in_a_run(envoy: Any) -> bool:
         return any(run.thread is thread and run.excludes(envoy) for run in _runs)
 
 
+def check_model(model: Any, what: str) -> None:
+    """Raises `ArgumentError` if ``model`` is none of this package's; ``what`` is the name of the function it is for."""
+    if not hasattr(model, "_layout"):
+        raise ArgumentError(
+            f"{what} takes a MambaTrace as its model, not a {type(model).__name__}; a loaded module is wrapped by "
+            f"MambaTrace(module)"
+        )
+
+
 def refuse_inside_a_trace(envoy: Any, what: str) -> None:
-    """Raises `TraceError` inside a trace of ``envoy``: ``what``, a function's name, starts its own."""
+    """Raises `TraceError` inside a trace of ``envoy``: ``what``, a function's name, starts its own.
+
+    Raises `ArgumentError` if ``envoy`` is no model.
+    """
+    check_model(envoy, what)
     if in_a_run(envoy):
         raise TraceError(
             f"{what} is a trace of its own, and this model is in one: call it before or after it, or ask for "
