@@ -87,16 +87,27 @@ def only_run(envoy: Any, what: str) -> Iterator[None]:
     Raises:
         TraceError: if this thread is already inside a run of it, or if it would wait for ever.
     """
-    run = Run(envoy)
+    run, claimed = Run(envoy), False
     try:
         with _turn:
             _take_turn(run, what)
+        claimed = True
+        _stand_down(envoy.interleaver)
         yield
     finally:
         run.over = True
+        if claimed:
+            _stand_down(envoy.interleaver)
         with _turn:
             _runs.discard(run)
             _turn.notify_all()
+
+
+def _stand_down(interleaver: Any) -> None:
+    """End what a run has left behind: a refused prompt's batch, or more if Ctrl-C came in nnsight's bookkeeping."""
+    if interleaver.interleaving or interleaver.mediators or interleaver.batcher is not None:
+        interleaver.interleaving = False
+        interleaver.cancel()
 
 
 def _take_turn(run: Run, what: str) -> None:

@@ -42,6 +42,11 @@ class PlaceTracer(OneRun, GuardedTracer):
         """
         if self.envoy is None:
             raise TraceError("tracer.invoke(...): this trace is over. Open another, `with model.trace() as tracer:`")
+        if self.batcher is None:
+            raise TraceError(
+                "tracer.invoke(...) needs a line of its own in the body of the trace: `with model.trace() as tracer:`, and "
+                "below it `with tracer.invoke(prompt):`"
+            )
         if self.envoy.interleaver.interleaving:
             raise TraceError(
                 "tracer.invoke(...): the model is already running. Give trace() no prompt, and one to each "
@@ -131,9 +136,7 @@ class SiteTracer(SmallResults, PlaceTracer):
     def _envoy_path(self, module: Any) -> Any:
         if isinstance(module, Envoy):
             if module.interleaver is not self.envoy.interleaver:
-                raise UnknownSiteError(
-                    f"tracer.cache(modules=...): {module.path} is of another model than this trace"
-                )
+                raise UnknownSiteError(f"tracer.cache(modules=...): {module.path} is of another model than this trace")
             if isinstance(module._module, ModuleList):
                 raise UnknownSiteError(
                     "tracer.cache(modules=...): the list of layers has no value; name its members, "
