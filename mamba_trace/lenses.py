@@ -35,6 +35,7 @@ from .errors import ArgumentError
 from .modeling.block import times
 from .modeling.effective import FrozenNorm, input_dtype, logits_factor, normed_in, ssm_factor, without_bias
 from .results.heatmap import Heatmap
+from .results.made import made_by
 from .results.result import Result
 from .tracing.one_run import refuse_inside_a_trace
 
@@ -328,4 +329,5 @@ class Cells:
             "token": None if chosen is None else token_strings(self.model, chosen)[0],
             "tokens": token_strings(self.model, tokens),
             "row_labels": rows,
+            "made": made_by(self.model),
         }

@@ -217,7 +217,7 @@ def apply(model: MambaTrace, edits: Cut | ZeroDelta | Iterable[Cut | ZeroDelta],
 
     Raises:
         PositionError, LayerError, UnknownSiteError, SiteValueError, SiteOrderError: as `knockout`.
-        ArgumentError: for edits of another kind, or none.
+        ArgumentError: for edits of another kind.
 
     Example::
 
@@ -227,11 +227,11 @@ def apply(model: MambaTrace, edits: Cut | ZeroDelta | Iterable[Cut | ZeroDelta],
             apply(model, [Cut(10, -1, conv=True), Cut(1, [-1, -2], "fast"), ZeroDelta(6)], layers=[2, 3])
             logits = model.lm_head.output.save()  # [B,L,V]
     """
-    several = [edits] if isinstance(edits, (Cut, ZeroDelta)) else list(edits) if isinstance(edits, Iterable) else []
-    if not several or not all(isinstance(edit, (Cut, ZeroDelta)) for edit in several):
-        raise ArgumentError(
-            f"apply takes one or several of Cut and ZeroDelta, not {edits!r}: apply(model, [Cut(1, 4)])"
-        )
+    several = (
+        [edits] if isinstance(edits, (Cut, ZeroDelta)) else list(edits) if isinstance(edits, Iterable) else [edits]
+    )
+    if not all(isinstance(edit, (Cut, ZeroDelta)) for edit in several):
+        raise ArgumentError(f"apply takes Cut and ZeroDelta, one or several, not {edits!r}: apply(model, Cut(1, 4))")
     _make("apply", model, several, layers)
 
 
@@ -268,6 +268,8 @@ def layers_to_cut(model: MambaTrace, edits: list[Cut | ZeroDelta], layers: Layer
     for edit in edits:
         parts.append([site for site, cut in ((SSM, edit.of_ssm), (PATTERN, edit.attention)) if cut])
     if layers is None:
+        if not edits:
+            return all_with(layout, SSM)
         found = {layer for sites in parts for site in sites for layer in layout.with_site(site)}
         return sorted(found) or all_with(layout, parts[0][0])
     numbers = layer_numbers(model, layers)

@@ -20,6 +20,7 @@ from torch import Tensor
 from ..arguments.prompts import matching_tokens, token_strings
 from ..arguments.selection import Layers, layer_numbers
 from ..errors import ArgumentError, FileError, LayerError, MetricError
+from ..results.made import made_by
 from ..tracing.one_run import check_model, refuse_inside_a_trace
 from .attribution import attributions
 from .metrics import Metric, named_metrics
@@ -339,6 +340,7 @@ def results(
             plan=computed.plan,
             layers=question.layers,
             partial=partial,
+            made=made_by(model),
         )
         for number, name in enumerate(question.metrics)
     }

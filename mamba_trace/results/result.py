@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -51,6 +51,8 @@ class Result(ABC):
     """
 
     _classes: ClassVar[dict[str, type[Result]]] = {}
+    #: By which versions of what and of which model it was made (`made.made_by`); empty where nobody has said.
+    made: dict[str, Any] = field(default_factory=dict, kw_only=True, repr=False)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Remember the class by its name, for `load`."""

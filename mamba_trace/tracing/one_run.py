@@ -267,6 +267,17 @@ class OneThreadInterleaver(Interleaver):
         self.skipped.clear()
         return super().__enter__()
 
+    def __exit__(self, kind: Any, error: Any, traceback: Any) -> bool:
+        """End the run as nnsight does, and let go of the frames of a stopped one.
+
+        Those that pass a stop on hold it in a variable, so that they and their tensors would wait for the collector.
+        """
+        stopped = super().__exit__(kind, error, traceback)
+        if stopped:
+            error.__traceback__ = None
+            error.__dict__.clear()
+        return stopped
+
     def cancel(self) -> None:
         """Drop the workers as nnsight does, and with them what they were served: an edit's mediator lives on."""
         mediators = self.mediators

@@ -44,7 +44,7 @@ class PlaceTracer(OneRun, GuardedTracer):
             raise TraceError("tracer.invoke(...): this trace is over. Open another, `with model.trace() as tracer:`")
         if self.batcher is None:
             raise TraceError(
-                "tracer.invoke(...) needs a line of its own in the body of the trace: `with model.trace() as tracer:`, and "
+                "tracer.invoke(...) needs a line of its own in the body: `with model.trace() as tracer:`, and "
                 "below it `with tracer.invoke(prompt):`"
             )
         if self.envoy.interleaver.interleaving:
