@@ -217,7 +217,7 @@ def check_value(name: str, value: Any, size: int) -> None:
     elif name in CACHES:
         takes = "" if hasattr(value, "layers") or isinstance(value, StartingStates) else "the cache of an earlier run"
     elif name == "logits_to_keep":
-        counts = isinstance(value, numbers.Integral) and not isinstance(value, bool) and value >= 0
+        counts = isinstance(value, numbers.Integral) and not isinstance(value, bool) and int(value) >= 0
         takes = "" if counts or _are_integers(value) else "how many of the last positions, 0 for all, or their indices"
     elif name in ("labels", "position_ids"):
         takes = "" if _are_integers(value) else "an integer tensor [B,L]"

@@ -315,8 +315,8 @@ def begun_answers(model: MambaTrace, question: Question, begun: PatchGrid | Mapp
                     f"{value!r}"
                 )
     asked = [grids[name] for name in question.metrics]
-    runs = (torch.tensor([getattr(grid, f"{run}_metric") for grid in asked]) for run in ("source", "prompt"))
-    return Answers(torch.stack([grid.values for grid in asked]), *runs)
+    source, prompt = (torch.tensor([getattr(grid, f"{run}_metric") for grid in asked]) for run in ("source", "prompt"))
+    return Answers(torch.stack([grid.values for grid in asked]), source, prompt)
 
 
 def results(
