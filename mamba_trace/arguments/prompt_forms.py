@@ -176,6 +176,7 @@ def check_arguments(model: ArgumentModel, inputs: tuple, kwargs: Mapping[str, An
     known = {"use_cache"} | {name for name in parameters if name not in ("self", "kwargs", "args")} | set(ROW_FIELDS)
     # The older name of cache=, which transformers still reads; it ignores the other's.
     known |= {"padding_side", "cache_position", "past_key_values" if architecture.hybrid else "cache_params"}
+    known |= {name for name in CACHES if kwargs.get(name) is None}
     _refuse_unknown("an encoding", set(encoding) - known - OF_ENCODINGS, known, parameters)
     if inputs and not isinstance(inputs[0], Tensor):
         known |= set(inspect.signature(model.pipeline.preprocess).parameters) - {"generate_kwargs"}
