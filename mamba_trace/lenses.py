@@ -35,6 +35,7 @@ from .errors import ArgumentError
 from .modeling.block import times
 from .modeling.effective import FrozenNorm, input_dtype, logits_factor, normed_in, ssm_factor, without_bias
 from .results.heatmap import Heatmap
+from .results.made import made_by
 from .results.result import Result
 from .tracing.one_run import refuse_inside_a_trace
 
@@ -289,8 +290,8 @@ class Cells:
         self.model, self.top, self.probable = model, top, probable
         self.chosen = None if token is None else single_token(model, token)
         size = model.config.vocab_size
-        if not 1 <= top <= size:
-            raise ArgumentError(f"top={top}: a lens keeps from 1 to {size} tokens, the size of the vocabulary")
+        if type(top) is not int or not 1 <= top <= size:
+            raise ArgumentError(f"top={top!r}: a lens keeps from 1 to {size} tokens, the size of the vocabulary")
         self.logits: list[Tensor] = []  # [L] each
         self.top_ids: list[Tensor] = []  # [L,K] each
         self.top_logits: list[Tensor] = []
@@ -328,4 +329,5 @@ class Cells:
             "token": None if chosen is None else token_strings(self.model, chosen)[0],
             "tokens": token_strings(self.model, tokens),
             "row_labels": rows,
+            "made": made_by(self.model),
         }

@@ -89,7 +89,7 @@ def mean_activation(
             f"over='positions': each row of {site} {describe_axes(averaged.axes)} belongs to one position and has "
             f"a number for each before it; over='prompts' averages it over prompts of one length"
         )
-    if batch_size < 1:
+    if type(batch_size) is not int or batch_size < 1:
         raise ArgumentError(f"batch_size={batch_size}: a forward runs at least one prompt")
     rows = prompt_rows(model, prompts)
     if isinstance(rows, Tensor):  # for all rows at once: the longest says what is padding in the others
@@ -176,6 +176,8 @@ def prompt_rows(model: MambaTrace, prompts: Any) -> list[str] | Tensor:
     rows = prompt_of(model, prompts, None)
     if isinstance(rows, Tensor):
         return rows if rows.dim() == 2 else rows[None]
+    if not isinstance(rows, (str, list, tuple)):
+        raise PromptError(f"prompts are strings or a tensor of token ids [B,L], not {rows!r} (a {type(rows).__name__})")
     rows = [rows] if isinstance(rows, str) else list(rows)
     if not all(isinstance(row, str) for row in rows):
         raise PromptError(f"prompts are strings or a tensor of token ids [B,L], not a list of {rows[0]!r}")

@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from .arguments import padding
 from .arguments.prompt_forms import (
     check_arguments,
+    check_counts,
     check_lengths,
     check_prompt,
     check_token_lists,
@@ -28,7 +29,7 @@ from .arguments.prompt_forms import (
 )
 from .conversion.building import from_scratch, from_weights
 from .conversion.config_names import check_names
-from .conversion.load_options import dtype_of
+from .conversion.load_options import check_module_arguments, check_seed, check_tokenizer, dtype_of, parameters_of
 from .conversion.model_loading import Loading
 from .errors import CheckpointError, PromptError
 from .hooked.hooks import KEEPING_HOOKS, none_kept
@@ -103,6 +104,7 @@ class MambaTrace(Places, HookedRuns, LensViews, Tokens, Loading, RootEnvoy):
         **kwargs: Any,
     ) -> None:
         self._kernels = check(kernels)
+        check_tokenizer(kwargs.get("tokenizer"), tokenizer_kwargs)
         self._tokenizer_settings = self._settings(padding_side, tokenizer_kwargs)
         # A copy, since its padding token and side are set below and the user's own must stay as it is.
         kwargs["tokenizer"] = copy.deepcopy(kwargs.get("tokenizer"))
@@ -110,6 +112,8 @@ class MambaTrace(Places, HookedRuns, LensViews, Tokens, Loading, RootEnvoy):
             repo_id = str(repo_id)
         if isinstance(repo_id, nn.Module):
             architecture_of(repo_id)
+            inits = (vars(kind)["__init__"] for kind in type(self).__mro__ if "__init__" in vars(kind))
+            check_module_arguments(kwargs, {name for init in inits for name in parameters_of(init)})
         super().__init__(repo_id, *args, ours=RENAME, **kwargs)
 
     @property
@@ -183,7 +187,7 @@ class MambaTrace(Places, HookedRuns, LensViews, Tokens, Loading, RootEnvoy):
 
             model = MambaTrace.demo("mamba2")
         """
-        if architecture not in DEMOS:
+        if not isinstance(architecture, str) or architecture not in DEMOS:
             raise CheckpointError(f"no demo of {architecture!r} ships; there are {', '.join(map(repr, DEMOS))}")
         return cls(str(DEMOS[architecture]), **{"dispatch": True, **kwargs})
 
@@ -210,13 +214,14 @@ class MambaTrace(Places, HookedRuns, LensViews, Tokens, Loading, RootEnvoy):
         Raises:
             CheckpointError: for a field that the configuration's format does not have, a value that does not
                 fit, or a model too large for this machine's memory.
+            ArgumentError: for a seed that is no integer.
 
         Example::
 
             model = MambaTrace.from_config({"d_model": 64, "n_layer": 2, "vocab_size": 100}, seed=1)
         """
         check_names(config)
-        module = from_scratch(config, dtype_of({"dtype": dtype}) or torch.float32, seed)
+        module = from_scratch(config, dtype_of({"dtype": dtype}) or torch.float32, check_seed(seed))
         return cls(module, tokenizer=tokenizer, **kwargs)
 
     @classmethod
@@ -289,8 +294,11 @@ class MambaTrace(Places, HookedRuns, LensViews, Tokens, Loading, RootEnvoy):
         return super()._batch_size(*inputs, **kwargs)
 
     def _check_arguments(self, fn: Any, inputs: tuple, kwargs: Mapping[str, Any]) -> None:
-        if getattr(fn, "__name__", None) == "_call":
+        name = getattr(fn, "__name__", None)
+        if name == "_call":
             check_arguments(self, inputs, kwargs)
+        if name in ("generate", "pipe"):
+            check_counts(kwargs)
 
     def _settings(self, side: str | None, settings: Mapping[str, Any] | None) -> dict[str, Any]:
         # The attributes to set on the tokenizer.
@@ -314,6 +322,11 @@ class MambaTrace(Places, HookedRuns, LensViews, Tokens, Loading, RootEnvoy):
             follow(self)
 
     def _batch(self, invokes: list, fn: Any) -> tuple:
+        if not invokes:
+            raise PromptError(
+                "no invoke of this trace has a prompt, so nothing can run: give one, `with tracer.invoke(prompt):`; "
+                "an invoke without a prompt sees the rows of all others"
+            )
         if self.tokenizer is None and any(_holds_text(inputs) for inputs, _ in invokes):
             raise PromptError(
                 "this model has no tokenizer, so a prompt must be a tensor of token ids [B,L]; "

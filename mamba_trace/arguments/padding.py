@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 
 from ..errors import PromptError
@@ -162,6 +163,10 @@ def checked_mask(mask: Any, shape: tuple[int, ...], cached: bool = False) -> Ten
         mask = mask if isinstance(mask, Tensor) else torch.as_tensor(mask, device="cpu")
     except (TypeError, ValueError, RuntimeError) as error:
         raise PromptError(f"attention_mask is {wanted}, not a {type(mask).__name__}: {error}") from error
+    if mask.is_complex() or mask.layout != torch.strided:
+        raise PromptError(f"attention_mask is {wanted}, not {mask.dtype} of layout {mask.layout}")
+    if mask.is_meta and not isinstance(mask, FakeTensor) and detect_fake_mode() is None:
+        raise PromptError(f"attention_mask is {wanted}, and a tensor on the meta device holds no numbers")
     if mask.dim() == 1 and len(shape) == 2 and shape[0] == 1:
         mask = mask[None]
     longer = cached and mask.dim() == len(shape) and mask.shape[-1] > shape[-1]

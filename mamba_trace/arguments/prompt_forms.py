@@ -10,19 +10,30 @@ from __future__ import annotations
 
 import inspect
 import numbers
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensor
 from transformers import GenerationConfig
 
 from ..errors import PromptError
 from ..modeling.architectures import architecture_of
+from ..modeling.past import StartingStates
 from ..names import nearest
 from ..tracing.prompts import ROW_FIELDS, as_encoding, split
 from .model import ArgumentModel
+
+#: The only argument that may be text.
+PROMPT = "the prompt"
+#: The arguments of generate that count something.
+COUNTS = ("max_new_tokens", "min_new_tokens", "max_length", "min_length", "num_beams", "num_return_sequences")
+#: The names under which a forward takes the cache of an earlier run.
+CACHES = ("cache", "past_key_values", "cache_params")
+#: The label of a position that does not count in a loss.
+IGNORED = -100
 
 
 def check_prompt(size: int, inputs: tuple, kwargs: Mapping[str, Any]) -> None:
@@ -55,22 +66,23 @@ def check_prompt(size: int, inputs: tuple, kwargs: Mapping[str, Any]) -> None:
             f"or [B,L], or an encoding with input_ids"
         )
     if prompt is not None and not isinstance(prompt, Mapping):
-        _check_ids("the prompt", prompt)
+        _check_ids(PROMPT, prompt)
     if "input_ids" in named:
         _check_ids("input_ids=", encoding["input_ids"])
     if "inputs_embeds" in named:
         embeds = encoding["inputs_embeds"]
         fits = isinstance(embeds, Tensor) and embeds.is_floating_point() and embeds.dim() in (2, 3)
-        if not fits or embeds.shape[-1] != size or not embeds.shape[0]:
+        if not fits or embeds.shape[-1] != size or not embeds.numel():
             raise PromptError(f"inputs_embeds= is a floating tensor [B,L,{size}], not {_described(embeds)}")
+        _check_numbers("inputs_embeds=", embeds)
 
 
 def _check_ids(what: str, prompt: Any) -> None:
     """Refuse everything that nnsight cannot turn into token ids. Raises `PromptError`."""
-    if isinstance(prompt, str):
+    if isinstance(prompt, str) and what == PROMPT:
         return
     if hasattr(prompt, "dtype") and hasattr(prompt, "shape"):
-        ids = _tensor(prompt)
+        ids = _tensor(prompt, what)
         if not _are_ids(ids) or ids.dim() not in (1, 2):
             raise PromptError(
                 f"{what} is a tensor of {ids.dtype} with shape {tuple(ids.shape)}; token ids are integers, "
@@ -78,11 +90,11 @@ def _check_ids(what: str, prompt: Any) -> None:
             )
         if ids.dim() == 2 and not len(ids):
             raise PromptError(f"{what} has no rows: its shape is {tuple(ids.shape)}, and a run needs one at least")
+        _check_numbers(what, ids)
         return
     if not isinstance(prompt, (list, tuple)):
-        raise PromptError(
-            f"{what} must be a string, a list of strings or token ids [L] or [B,L], not {_described(prompt)}"
-        )
+        text = "a string, a list of strings or " if what == PROMPT else ""
+        raise PromptError(f"{what} must be {text}token ids [L] or [B,L], not {_described(prompt)}")
     if not prompt:
         raise PromptError(f"{what} is {prompt!r}: a run needs one prompt at least")
     kinds = {_kind(item) for item in prompt}
@@ -107,6 +119,8 @@ def _kind(item: Any) -> str:
     if isinstance(item, (list, tuple)) or getattr(item, "ndim", None):
         return "ids"
     is_id = not isinstance(item, bool) and (isinstance(item, numbers.Integral) or _are_ids(item))
+    if is_id and isinstance(item, int) and not -(2**63) <= item < 2**63:
+        raise PromptError(f"token {item} is in no vocabulary")  # which no tensor could hold
     return "id" if is_id else "other"
 
 
@@ -117,8 +131,20 @@ def _are_ids(value: Any) -> bool:
     return hasattr(value, "dtype") and _tensor(value).dtype in (torch.int64, torch.int32)
 
 
-def _tensor(value: Any) -> Tensor:
-    return value if isinstance(value, Tensor) else torch.as_tensor(value, device="cpu")
+def _tensor(value: Any, what: str = "the prompt") -> Tensor:
+    """A tensor, or an array as a tensor. Raises `PromptError` for an array of objects or of text."""
+    try:
+        return value if isinstance(value, Tensor) else torch.as_tensor(value, device="cpu")
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise PromptError(f"{what} is {_described(value)}, and not an array of integers: {error}") from error
+
+
+def _check_numbers(what: str, value: Tensor) -> None:
+    """Refuse a tensor whose numbers a run cannot read. Raises `PromptError`; ``what`` is its name."""
+    if value.layout != torch.strided or value.is_nested:
+        raise PromptError(f"{what} is {_described(value)} of layout {value.layout}: use .to_dense()")
+    if value.is_meta and not isinstance(value, FakeTensor) and detect_fake_mode() is None:
+        raise PromptError(f"{what} is on the meta device, which holds no numbers: give a tensor that has some")
 
 
 def _described(value: Any) -> str:
@@ -128,30 +154,99 @@ def _described(value: Any) -> str:
     return f"{text if len(text) <= 60 else text[:57] + '...'} (a {type(value).__name__})"
 
 
+#: What tokenizers put into an encoding beside what the forward takes; nnsight leaves it out.
+OF_ENCODINGS = {
+    *("token_type_ids", "special_tokens_mask", "offset_mapping", "length", "overflow_to_sample_mapping"),
+    *("overflowing_tokens", "num_truncated_tokens"),
+}
+
+
 def check_arguments(model: ArgumentModel, inputs: tuple, kwargs: Mapping[str, Any]) -> None:
-    """Refuse arguments of a trace that its forward would accept and ignore.
+    """Refuse arguments of a trace that its forward would accept and ignore, or that are of another type.
 
     Raises:
         PromptError: naming the argument, and the arguments that exist.
     """
-    if not kwargs:
+    encoding = inputs[0] if inputs and isinstance(inputs[0], Mapping) else {}
+    if not kwargs and not encoding:
         return
     # The architecture's forward, since an adapter around the model passes its arguments on to that.
-    parameters = inspect.signature(architecture_of(model._module).model_class.forward).parameters
+    architecture = architecture_of(model._module)
+    parameters = inspect.signature(architecture.model_class.forward).parameters
     known = {"use_cache"} | {name for name in parameters if name not in ("self", "kwargs", "args")} | set(ROW_FIELDS)
-    known |= {"padding_side"} | {"past_key_values", "cache_params", "cache_position"} & set(kwargs)
+    # The older name of cache=, which transformers still reads; it ignores the other's.
+    known |= {"padding_side", "cache_position", "past_key_values" if architecture.hybrid else "cache_params"}
+    known |= {name for name in CACHES if kwargs.get(name) is None}
+    _refuse_unknown("an encoding", set(encoding) - known - OF_ENCODINGS, known, parameters)
     if inputs and not isinstance(inputs[0], Tensor):
         known |= set(inspect.signature(model.pipeline.preprocess).parameters) - {"generate_kwargs"}
         known |= {"truncation", "max_length", "padding"}
-    unknown = sorted(set(kwargs) - known)
-    if unknown:
-        hint = nearest(unknown[0], sorted(known))
-        generates = unknown[0] in GenerationConfig().to_dict()
-        hint = hint or (f"; it is one of model.generate(prompt, {unknown[0]}=...)" if generates else "")
+    _refuse_unknown("a trace", set(kwargs) - known, known, parameters)
+    for name, value in {**encoding, **kwargs}.items():
+        check_value(name, value, model.config.vocab_size)
+
+
+def _refuse_unknown(what: str, unknown: set[str], known: set[str], parameters: Iterable[str]) -> None:
+    for name in sorted(unknown, key=str):
+        hint = nearest(name, sorted(known)) if isinstance(name, str) else ""
+        if name in ("past_key_values", "cache_params"):
+            hint = "; the cache of an earlier run goes in as cache="
+        elif not hint and name in GenerationConfig().to_dict():
+            hint = f"; it is one of model.generate(prompt, {name}=...)"
         raise PromptError(
-            f"a trace has no argument {unknown[0]!r}{hint}. Beside the prompt it takes what the forward "
+            f"{what} has no argument {name!r}{hint}. Beside the prompt it takes what the forward "
             f"does: {', '.join(name for name in parameters if name not in ('self', 'kwargs'))}"
         )
+
+
+def check_value(name: str, value: Any, size: int) -> None:
+    """Refuse a value of a forward's argument that is of another type than it takes.
+
+    Args:
+        name: the argument.
+        value: what was given; ``None`` is the same as nothing.
+        size: of the vocabulary.
+
+    Raises:
+        PromptError: saying what the argument takes.
+    """
+    takes = ""
+    if value is None:
+        return
+    if name in ("use_cache", "output_hidden_states", "return_dict"):
+        takes = "" if isinstance(value, (bool, int)) and value in (0, 1) else "True or False"
+    elif name in CACHES:
+        takes = "" if hasattr(value, "layers") or isinstance(value, StartingStates) else "the cache of an earlier run"
+    elif name == "logits_to_keep":
+        counts = isinstance(value, numbers.Integral) and not isinstance(value, bool) and int(value) >= 0
+        takes = "" if counts or _are_integers(value) else "how many of the last positions, 0 for all, or their indices"
+    elif name in ("labels", "position_ids"):
+        takes = "" if _are_integers(value) else "an integer tensor [B,L]"
+    if takes:
+        raise PromptError(f"{name}= takes {takes}, not {_described(value)}")
+    if name == "labels":
+        labels = _tensor(value, "labels=")
+        wrong = labels[(labels != IGNORED) & ((labels < 0) | (labels >= size))]
+        if wrong.numel():
+            raise PromptError(
+                f"labels= has {int(wrong[0])}, which is not in the vocabulary, whose ids are 0 to {size - 1}; "
+                f"{IGNORED} is for positions that do not count"
+            )
+
+
+def check_counts(kwargs: Mapping[str, Any]) -> None:
+    """Refuse arguments of generate that count something and are no integers. Raises `PromptError`."""
+    for name in COUNTS:
+        value = kwargs.get(name)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, numbers.Integral)):
+            raise PromptError(f"{name}= takes an integer, not {_described(value)}")
+
+
+def _are_integers(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        value = _tensor(value)
+    integral = hasattr(value, "dtype") and _tensor(value).dtype in (torch.int64, torch.int32)
+    return integral and _tensor(value).dim() <= 2
 
 
 def check_lengths(model: ArgumentModel, invokes: list) -> None:
@@ -199,6 +294,11 @@ def check_tokens(model: ArgumentModel, invokes: list, inputs: Mapping[str, Any])
         raise _no_tokens("the prompt")
     if isinstance(ids, FakeTensor) or not ids.numel():  # there are no numbers to look at
         return
+    labels = inputs.get("labels")
+    if isinstance(labels, Tensor) and labels.shape != ids.shape:
+        raise PromptError(
+            f"labels= is one token id for each of the prompt's, of shape {list(ids.shape)}, not {list(labels.shape)}"
+        )
     check_ids(ids, model.config.vocab_size)
     if mask is None or bool(mask.any(-1).all()):
         return

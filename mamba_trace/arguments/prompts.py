@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import PromptError
+from ..tracing.one_run import check_model
 from .model import ArgumentModel
 from .padding import mask_of
 from .prompt_forms import check_id, check_ids
@@ -54,11 +55,12 @@ def prompt_of(model: ArgumentModel, input: Any, prepend_bos: bool | None) -> Any
 
 def single_token(model: ArgumentModel, token: str | int) -> int:
     """The id of one token of the vocabulary. Raises `PromptError`."""
+    check_model(model, "this function")
     if isinstance(token, str):
         return model.to_single_token(token)
     size = model.config.vocab_size
     try:
-        return check_id(operator.index(token), size)
+        return check_id(operator.index(None if isinstance(token, bool) else token), size)  # type: ignore[arg-type]
     except TypeError:
         raise PromptError(
             f"a token is a string that is one token, or its id, 0 to {size - 1}, not {describe(token)}"
@@ -88,6 +90,8 @@ def prompt_tokens(model: ArgumentModel, role: str, prompt: str | Tensor) -> Tens
                 f"{token_strings(model, tokens)}. Use words of its vocabulary, or pass token ids [1,L]"
             )
     elif isinstance(prompt, Tensor) and prompt.dtype != torch.bool and not prompt.is_floating_point():
+        if prompt.is_meta or prompt.layout != torch.strided:
+            raise PromptError(f"{role} is on {prompt.device} in the layout {prompt.layout}: give a dense tensor of ids")
         tokens = prompt.cpu()
         mask = mask_of(prompt, model.tokenizer) if prompt.dim() == 2 and len(prompt) == 1 else None
         if mask is not None:  # without its padding, so that positions count the prompt's own tokens
@@ -112,7 +116,9 @@ def token_strings(model: ArgumentModel, tokens: Tensor) -> list[str]:
 def describe(value: Any) -> str:
     """The kind of a value, for messages: ``"a float"``, or a tensor with its shape and dtype."""
     if isinstance(value, Tensor):
-        return f"a tensor of shape {list(value.shape)} and dtype {str(value.dtype).removeprefix('torch.')}"
+        how = "a tensor" if value.layout == torch.strided else f"a tensor of layout {value.layout}"
+        how += " on the meta device" if value.is_meta else ""
+        return f"{how} of shape {list(value.shape)} and dtype {str(value.dtype).removeprefix('torch.')}"
     return f"a {type(value).__name__}"
 
 

@@ -19,7 +19,13 @@ from .config_names import check_names
 from .formats import convert_config, unnamed_settings
 from .hybrid_weights import model_of
 from .initialization import initialize
-from .weight_formats import check_state_dict, convert_state_dict, detect_state_dict_format
+from .weight_formats import (
+    check_mapping,
+    check_state_dict,
+    check_values,
+    convert_state_dict,
+    detect_state_dict_format,
+)
 from .weight_sizes import check_buildable
 
 
@@ -48,7 +54,9 @@ def from_weights(config: Any, state_dict: Mapping[str, Tensor]) -> PreTrainedMod
     hf_config = convert_config(config, "huggingface", trained=True)
     architecture = BY_TYPE[hf_config.model_type]
     if architecture.hybrid:
+        check_mapping(state_dict)
         check_state_dict(state_dict, hf_config)
+        check_values(state_dict)
         values = {name: value.detach().clone() for name, value in state_dict.items()}
         return model_of(hf_config, values, next(iter(values.values())).dtype)
     format = detect_state_dict_format(state_dict)
@@ -59,6 +67,7 @@ def from_weights(config: Any, state_dict: Mapping[str, Tensor]) -> PreTrainedMod
         )
     weights = convert_state_dict(state_dict, "huggingface")
     check_state_dict(weights, hf_config)
+    check_values(weights)
     module = _empty(hf_config, next(iter(weights.values())).dtype)
     module.load_state_dict(weights, strict=False)  # keys were checked above, but for a tied lm_head
     return module

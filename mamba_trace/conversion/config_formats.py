@@ -132,7 +132,12 @@ def _plain_mamba_lens(raw: Config) -> Config:
     """
     raw = raw | raw.pop("ssm_config", {})
     if "n_layer" in raw:
-        raw["n_layers"] = raw.pop("n_layer")
+        layers = raw.pop("n_layer")
+        if raw.setdefault("n_layers", layers) != layers:
+            raise CheckpointError(
+                f"this configuration says n_layer={layers!r} and n_layers={raw['n_layers']!r}, which are two names of "
+                f"one field: leave one of them out"
+            )
     if "device" in raw:
         raw["device"] = str(raw["device"])
     if "initializer_cfg" not in raw:

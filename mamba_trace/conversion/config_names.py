@@ -60,7 +60,9 @@ def _check_strictly(format: str, raw: Config, architecture: Architecture) -> Non
         known[""].add(path[0])
         if len(path) == 2:
             known.setdefault(path[0], set()).add(path[1])
-    accepted = STAMPS | (aliases_of(architecture).keys() if format == "mamba_lens" else set())
+    aliases = aliases_of(architecture) if format == "mamba_lens" else {}
+    accepted = STAMPS | aliases.keys()
+    _check_aliases(raw, aliases, architecture)
     paths = {".".join(filter(None, (section, name))): name for section in known for name in known[section]}
     for section, names in known.items():
         holder = raw if not section else raw.get(section) or {}
@@ -71,6 +73,20 @@ def _check_strictly(format: str, raw: Config, architecture: Architecture) -> Non
             hint = f"; it belongs where {elsewhere[0]} is" if elsewhere else _nearest(str(name), paths)
             where = f"{section} of the {format} format" if section else f"the {format} format"
             raise CheckpointError(f"{where} has no field {name!r}{hint}. It has {', '.join(sorted(names))}")
+
+
+def _check_aliases(raw: Config, aliases: Mapping[str, str], architecture: Architecture) -> None:
+    """Refuse a second name of a field that contradicts the first, which is the one that would be read."""
+    first = {field.name: path[0] for field in fields_of(architecture) if (path := field.path("mamba_lens"))}
+    for alias in aliases.keys() & raw.keys():
+        name = first.get(aliases[alias])
+        if name is None or name == alias or name not in raw:
+            continue
+        if isinstance(raw[name], int) and raw[alias] != raw[name]:
+            raise CheckpointError(
+                f"this configuration says {alias}={raw[alias]!r} and {name}={raw[name]!r}, which are two names of one "
+                f"field: leave one of them out"
+            )
 
 
 def _nearest(name: str, paths: Mapping[str, str]) -> str:

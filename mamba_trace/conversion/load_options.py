@@ -11,18 +11,19 @@ or ``config=``, either with fields replaced by keyword, as transformers and nnsi
 from __future__ import annotations
 
 import copy
+import inspect
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import CONFIG_NAME
 
-from ..errors import CheckpointError
+from ..errors import ArgumentError, CheckpointError
 from ..modeling.architectures import ARCHITECTURES, BY_TYPE
 from ..names import nearest
 from .checkpoint_index import read_json
@@ -169,3 +170,56 @@ def check_device(argument: str, device: Any, spread: tuple[str, ...] = (), *, he
         raise CheckpointError(
             f"{argument}{device!r} {problem}. There are {', '.join([*there, 'cpu'])}{either}"
         ) from error
+
+
+#: Arguments that decide how weights are loaded, and change nothing about a module that has its weights.
+OF_LOADING = (*DTYPES, "quantization_config", "config")
+
+
+def check_module_arguments(kwargs: Mapping[str, Any], known: set[str]) -> None:
+    """Refuse an argument for a loaded module that nothing would read.
+
+    Args:
+        kwargs: the arguments.
+        known: the names of the arguments that the model's class has.
+
+    Raises:
+        CheckpointError: naming the argument.
+    """
+    known = known | set(inspect.signature(PreTrainedModel.from_pretrained).parameters)
+    for name, value in kwargs.items():
+        if name in OF_LOADING and value is not None:
+            raise CheckpointError(
+                f"{name}= decides how weights are loaded, and this module has its weights: leave it out, and change "
+                f"the module itself, as module.to(torch.float16) does"
+            )
+        if name not in known | {*OF_LOADING, "device", "device_map"}:
+            raise CheckpointError(
+                f"MambaTrace takes no argument {name} for a loaded module{nearest(name, sorted(known))}"
+            )
+
+
+def parameters_of(function: Any) -> Iterable[str]:
+    """The names of a function's parameters; none where its signature cannot be read."""
+    try:
+        return inspect.signature(function).parameters
+    except (TypeError, ValueError):
+        return ()
+
+
+def check_tokenizer(tokenizer: Any, settings: Any) -> None:
+    """Refuse what is no tokenizer, or no attributes by name. Raises `ArgumentError`."""
+    if tokenizer is not None and not hasattr(tokenizer, "pad_token_id"):
+        name = f"{tokenizer!r} (a {type(tokenizer).__name__})"
+        raise ArgumentError(
+            f"tokenizer= takes a tokenizer of transformers, not {name}: AutoTokenizer.from_pretrained(...) loads one"
+        )
+    if settings is not None and not isinstance(settings, Mapping):
+        raise ArgumentError(f"tokenizer_kwargs= takes a dict of the tokenizer's attributes, not {settings!r}")
+
+
+def check_seed(seed: Any) -> int:
+    """``seed`` if a generator takes it. Raises `ArgumentError`."""
+    if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**63:
+        raise ArgumentError(f"seed={seed!r}: the seed of a generator is an integer of 64 bits")
+    return seed

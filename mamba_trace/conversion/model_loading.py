@@ -9,8 +9,9 @@ import torch
 from torch import nn
 from transformers import TextGenerationPipeline
 
-from ..errors import CheckpointError
+from ..errors import ArgumentError, CheckpointError
 from ..modeling.architectures import BY_TYPE, make_hookable
+from ..names import nearest
 from ..tracing.placement import full_device_map, one_device, usable_device_map
 from ..tracing.remote import TASK
 from .checkpoint_tokenizer import load_tokenizer
@@ -56,6 +57,12 @@ class Loading:
         super()._configure_tokenizer()  # type: ignore[misc]
         if self.tokenizer is not None:
             for name, value in self._tokenizer_settings.items():
+                if not hasattr(self.tokenizer, name):
+                    known = [known for known in dir(self.tokenizer) if not known.startswith("_")]
+                    raise ArgumentError(
+                        f"tokenizer_kwargs= has {name!r}, which is no attribute of a "
+                        f"{type(self.tokenizer).__name__}{nearest(name, known)}"
+                    )
                 setattr(self.tokenizer, name, value)
         self._configured = self.tokenizer is not None
 

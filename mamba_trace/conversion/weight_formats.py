@@ -65,6 +65,7 @@ def detect_state_dict_format(state_dict: Mapping[str, object]) -> str:
     >>> detect_state_dict_format({"backbone.embedding.weight": torch.zeros(8, 4)})
     'original'
     """
+    check_mapping(state_dict)
     formats = [format for format, key in EMBEDDING.items() if key in state_dict]
     if len(formats) == 1:
         return formats[0]
@@ -79,6 +80,14 @@ def detect_state_dict_format(state_dict: Mapping[str, object]) -> str:
         f"not the state dict of a Mamba language model: found {some(state_dict)}; "
         f"expected one of {expected}{hint if wrapped else ''}"
     )
+
+
+def check_mapping(state_dict: object) -> None:
+    """Raise `CheckpointError` for anything that maps no names to anything."""
+    if not isinstance(state_dict, Mapping):
+        raise CheckpointError(
+            f"a state dict maps names to tensors, and this is a {type(state_dict).__name__}: module.state_dict() is one"
+        )
 
 
 def convert_state_dict(state_dict: Mapping[str, Tensor], to: str, *, source: str | None = None) -> StateDict:
@@ -219,12 +228,23 @@ def _names_of(architecture: Architecture) -> set[str]:
 
 
 def _check_tensors(state_dict: Mapping[str, Tensor]) -> None:
-    """Raise unless the values are real tensors."""
+    """Raise unless the values are dense tensors of real numbers."""
     for name, value in state_dict.items():
         if not isinstance(value, Tensor):
             raise CheckpointError(f"a state dict maps names to tensors; {name!r} is a {type(value).__name__}")
         if value.is_complex():
             raise CheckpointError(f"{name!r} is complex ({value.dtype}); Hugging Face's Mamba has real parameters only")
+        if value.layout != torch.strided:
+            raise CheckpointError(f"{name!r} is of layout {value.layout}; parameters are dense: use .to_dense()")
+
+
+def check_values(state_dict: Mapping[str, Tensor]) -> None:
+    """Raise `CheckpointError` unless a model can be built of the values: floating numbers that are there."""
+    for name, value in state_dict.items():
+        if not value.is_floating_point():
+            raise CheckpointError(f"{name!r} is of {value.dtype}; the parameters of a model are floating: use .float()")
+        if value.is_meta:
+            raise CheckpointError(f"{name!r} is on the meta device, which holds no numbers: load the weights first")
 
 
 def _check(shapes: Shapes, expected: Shapes, optional: set[str]) -> None:

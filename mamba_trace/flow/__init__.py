@@ -35,11 +35,13 @@ from ..arguments.channels import (
     mixer_sizes,
 )
 from ..arguments.selection import SSM, Layers, Positions, all_with, call_inputs, layer_numbers
+from ..errors import ArgumentError
 from ..names import spans
 from ..names.layouts import absent
 from ..sites import BY_NAME
 from ..tracing import SiteOrderError, need_a_trace
 from ..tracing.frames import warn_user
+from ..tracing.one_run import check_model
 from .cuts import Cut, ZeroDelta, check_positions
 from .layers import cut_reads, edit_layer
 
@@ -215,6 +217,7 @@ def apply(model: MambaTrace, edits: Cut | ZeroDelta | Iterable[Cut | ZeroDelta],
 
     Raises:
         PositionError, LayerError, UnknownSiteError, SiteValueError, SiteOrderError: as `knockout`.
+        ArgumentError: for edits of another kind.
 
     Example::
 
@@ -224,13 +227,19 @@ def apply(model: MambaTrace, edits: Cut | ZeroDelta | Iterable[Cut | ZeroDelta],
             apply(model, [Cut(10, -1, conv=True), Cut(1, [-1, -2], "fast"), ZeroDelta(6)], layers=[2, 3])
             logits = model.lm_head.output.save()  # [B,L,V]
     """
-    _make("apply", model, [edits] if isinstance(edits, (Cut, ZeroDelta)) else list(edits), layers)
+    several = (
+        [edits] if isinstance(edits, (Cut, ZeroDelta)) else list(edits) if isinstance(edits, Iterable) else [edits]
+    )
+    if not all(isinstance(edit, (Cut, ZeroDelta)) for edit in several):
+        raise ArgumentError(f"apply takes Cut and ZeroDelta, one or several, not {edits!r}: apply(model, Cut(1, 4))")
+    _make("apply", model, several, layers)
 
 
 # -- checked before anything is computed, then made layer by layer -----------------------------------------
 
 
 def _make(verb: str, model: MambaTrace, edits: list[Cut | ZeroDelta], layers: Layers) -> None:
+    check_model(model, verb)
     need_a_trace(verb)
     numbers = layers_to_cut(model, edits, layers)
     with_ssm = [number for number in numbers if number in model.ssm_layers]
@@ -259,6 +268,8 @@ def layers_to_cut(model: MambaTrace, edits: list[Cut | ZeroDelta], layers: Layer
     for edit in edits:
         parts.append([site for site, cut in ((SSM, edit.of_ssm), (PATTERN, edit.attention)) if cut])
     if layers is None:
+        if not edits:
+            return all_with(layout, SSM)
         found = {layer for sites in parts for site in sites for layer in layout.with_site(site)}
         return sorted(found) or all_with(layout, parts[0][0])
     numbers = layer_numbers(model, layers)

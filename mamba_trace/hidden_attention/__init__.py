@@ -32,6 +32,7 @@ from ..arguments.selection import SSM, Layers, Positions, all_with, checked_laye
 from ..errors import ArgumentError, SiteValueError
 from ..modeling.block import times
 from ..modeling.effective import ssm_factor
+from ..results.made import made_by
 from ..sites import BY_NAME
 from ..tracing.one_run import refuse_inside_a_trace
 from .maps import MEASURES, NORM, PATTERN, AttentionMaps, Contributions, HiddenAttention, TokenPairs
@@ -113,7 +114,7 @@ def hidden_attention(
         values = pairs.along(scan.by_head(torch.full_like(scan.x, 1 / len(asked["channels"]))))
     else:
         values = pairs.summed(torch.abs) / len(asked["channels"])
-    return HiddenAttention(values=values.cpu(), measure=MEASURES[reduce], **asked)
+    return HiddenAttention(values=values.cpu(), measure=MEASURES[reduce], made=made_by(model), **asked)
 
 
 def contributions(
@@ -180,7 +181,7 @@ def contributions(
         values, measure = pairs.along(scan.by_head(along)), "alpha x along a direction of y"
     else:
         values, measure = pairs.summed(torch.square).sqrt(), NORM
-    return Contributions(values=values.cpu(), measure=measure, **asked)
+    return Contributions(values=values.cpu(), measure=measure, made=made_by(model), **asked)
 
 
 def attention_maps(
@@ -233,6 +234,7 @@ def attention_maps(
         layers=[layer for layer, _ in places],
         kinds=[kind for _, kind in places],
         measures=[str(MEASURES[reduce]) if kind == "SSM" else PATTERN for _, kind in places],
+        made=made_by(model),
         **asked,
     )
 

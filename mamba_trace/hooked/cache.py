@@ -226,6 +226,10 @@ class ActivationCache(ResidualAnalyses):
         stop = self._layer(layer)
         if not stop:
             raise LayerError("layer=0: there are no layers before layer 0 to stack")
+        if not isinstance(activation_name, str):
+            raise UnknownSiteError(
+                f"stack_activation takes the name of a site, 'h' or 'hook_y', not {activation_name!r}"
+            )
         site = shorthand(activation_name.removesuffix(GRADIENT), "layer")
         numbers = range(stop) if site is None else layers_with(self.model._layout, site)
         # Where no layer has it, the first says why.

@@ -22,7 +22,7 @@ from einops import rearrange
 from torch import Tensor
 
 from ..arguments.selection import layers_with
-from ..errors import LayerError, PromptError, UnknownSiteError
+from ..errors import LayerError, PositionError, PromptError, UnknownSiteError
 from ..modeling.block import times
 from ..modeling.effective import FrozenNorm, input_dtype, logits_factor, n_outputs, token_directions
 from ..names import layer_index
@@ -304,7 +304,12 @@ def positions_of(value: Tensor, pos_slice: PositionSlice) -> Tensor:
     """Some positions of a value [...,L,D]; a single int drops the axis."""
     if pos_slice is None:
         return value
+    length = value.shape[-2]
     if isinstance(pos_slice, int):
+        if not -length <= pos_slice < length:
+            raise PositionError(
+                f"pos_slice={pos_slice}: this run has {length} positions, from {-length} to {length - 1}"
+            )
         return value.select(-2, pos_slice)
     if isinstance(pos_slice, tuple):
         pos_slice = slice(*pos_slice)

@@ -266,7 +266,7 @@ def _ids(tokens: Any, asked: str) -> Tensor:
         ids = torch.as_tensor(tokens, device="cpu")
     except (TypeError, ValueError, RuntimeError) as error:
         raise PromptError(f"{asked} takes token ids, not {_described(tokens)}: {error}") from error
-    if ids.is_floating_point() and ids.numel():
+    if (ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool) and ids.numel():
         raise PromptError(f"{asked} takes token ids, which are integers, not {ids.dtype}")
     return ids
 

@@ -20,8 +20,9 @@ from torch import Tensor
 from ..arguments.prompts import matching_tokens, token_strings
 from ..arguments.selection import Layers, layer_numbers
 from ..errors import ArgumentError, FileError, LayerError, MetricError
+from ..results.made import made_by
 from ..tracing.frames import users_errors
-from ..tracing.one_run import refuse_inside_a_trace
+from ..tracing.one_run import check_model, refuse_inside_a_trace
 from .attribution import attributions
 from .metrics import Metric, named_metrics
 from .plan import Limits
@@ -45,6 +46,7 @@ class PatchOptions(TypedDict, total=False):
     batch_size: int | None
     memory: int
     keep: str | os.PathLike[str] | None
+    resume: PatchGrid | Mapping[str, PatchGrid] | None
     progress: bool
     distribute: bool
     remote: bool | str
@@ -92,6 +94,7 @@ def patch_grid(
     batch_size: int | None = None,
     memory: int = MEMORY,
     keep: str | os.PathLike[str] | None = None,
+    resume: PatchGrid | Mapping[str, PatchGrid] | None = None,
     progress: bool = True,
     distribute: bool = True,
     remote: bool | str = False,
@@ -124,6 +127,8 @@ def patch_grid(
             as many again, and so may the residual streams of cells that are under way. One run's streams
             [n_layers,L,D] and a forward of both prompts come on top.
         keep: a folder where finished cells are kept. After an interrupt the same call goes on from there.
+        resume: what an interrupted call of the same question left: the attribute ``partial`` of its
+            KeyboardInterrupt, or what was saved of it. Cells that are nan there are computed.
         progress: whether to show a progress bar on stderr, with the time that is left.
         distribute: whether the processes that a launcher started (torchrun, accelerate launch) share the
             cells. Each of them gets the whole grid, the same to the last bit as from one process.
@@ -145,7 +150,10 @@ def patch_grid(
         ArgumentError: if ``window``, ``batch_size`` or ``memory`` is no integer, or less than 1.
         MetricError: if the metric does not return one number for each row.
         FileError: if ``keep`` cannot be written, holds another grid's cells, or is given with ``remote``.
+        ArgumentError: if ``resume`` is a grid of another question, or given with ``remote``.
         ProcessesError: if the processes that share a grid ask for different ones.
+        KeyboardInterrupt: on Ctrl-C, with what was done: ``error.partial`` is the grid, or the dict, that would have
+            been returned, nan in cells that were not computed. It can be saved, loaded and given as ``resume``.
 
     Example::
 
@@ -161,9 +169,17 @@ def patch_grid(
     if remote:
         if keep is not None:
             raise FileError(f"keep={str(keep)!r}: with remote= the cells are on the server, and none are kept here")
+        if resume is not None:
+            raise ArgumentError("resume= with remote=: the cells of a server's grid all come from there")
         computed = on_server(model, remote, answers, question, limits, None, False, False)
-    else:
-        computed = answers(model, question, limits, keep, progress, distribute)
+        return results(model, question, computed, "patching", metric)
+    begun = None if resume is None else begun_answers(model, question, resume)
+    try:
+        computed = answers(model, question, limits, keep, progress, distribute, begun)
+    except KeyboardInterrupt as interrupt:
+        if isinstance(left := getattr(interrupt, "partial", None), Answers):
+            interrupt.partial = results(model, question, left, "patching", metric, partial=True)  # type: ignore[attr-defined]
+        raise
     return results(model, question, computed, "patching", metric)
 
 
@@ -255,6 +271,7 @@ def asked(
     layers: Layers = None,
 ) -> Question:
     """What a call of ``caller`` asks, checked before anything runs. Raises as `patch_grid` does."""
+    check_model(model, caller)
     metrics = named_metrics(metric, caller)
     layout = model._layout
     patched = find_site(site, layout)
@@ -285,8 +302,29 @@ def integer(name: str, number: int) -> int:
     return number
 
 
+def begun_answers(model: MambaTrace, question: Question, begun: PatchGrid | Mapping[str, PatchGrid]) -> Answers:
+    """What interrupted grids have. Raises `ArgumentError` if they are of another question."""
+    grids = begun if isinstance(begun, Mapping) else {getattr(begun, "metric", None): begun}
+    source_tokens, tokens = (token_strings(model, row[None]) for row in question.tokens)
+    wanted = {"site": question.site.name, "window": question.window, "layers": question.layers, "method": "patching"}
+    wanted |= {"prompt_tokens": tokens, "source_tokens": source_tokens}
+    for name in question.metrics:
+        grid = grids.get(name)
+        if not isinstance(grid, PatchGrid):
+            raise ArgumentError(f"resume= has no grid of the metric {name!r}: it has {', '.join(map(repr, grids))}")
+        for key, value in wanted.items():
+            if getattr(grid, key) != value:
+                raise ArgumentError(
+                    f"resume= is a grid of another question: its {key} is {getattr(grid, key)!r}, and this call's "
+                    f"{value!r}"
+                )
+    asked = [grids[name] for name in question.metrics]
+    source, prompt = (torch.tensor([getattr(grid, f"{run}_metric") for grid in asked]) for run in ("source", "prompt"))
+    return Answers(torch.stack([grid.values for grid in asked]), source, prompt)
+
+
 def results(
-    model: MambaTrace, question: Question, computed: Answers, method: str, metric: Any
+    model: MambaTrace, question: Question, computed: Answers, method: str, metric: Any, partial: bool = False
 ) -> PatchGrid | dict[str, PatchGrid]:
     """The grid of each metric by name, or the grid alone where the user gave one ``metric``."""
     source_tokens, tokens = (token_strings(model, row[None]) for row in question.tokens)
@@ -305,6 +343,8 @@ def results(
             method=method,
             plan=computed.plan,
             layers=question.layers,
+            partial=partial,
+            made=made_by(model),
         )
         for number, name in enumerate(question.metrics)
     }

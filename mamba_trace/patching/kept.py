@@ -54,6 +54,8 @@ class Kept:
         """
         if folder is None:
             return cls(None)
+        if not isinstance(folder, (str, os.PathLike)) or not os.fspath(folder):
+            raise FileError(f"keep={folder!r} names no folder: keep='cells', or None to keep cells in memory only")
         kept, path = cls(Path(folder)), Path(folder) / "question.json"
         metrics = {"source_metrics": both[:, SOURCE].tolist(), "prompt_metrics": both[:, PROMPT].tolist()}
         try:
@@ -77,7 +79,11 @@ class Kept:
     def fate(self) -> str:
         """What becomes of the cells after an interrupt."""
         if self.folder is None:
-            return "were done, and are lost; with keep=FOLDER the next call goes on from there"
+            return (
+                "were done: the exception's attribute partial (in a notebook sys.last_value.partial) is the grid of "
+                "them, nan in the rest; the same call with resume=that grid goes on from there. With keep=FOLDER they "
+                "are also kept on disk"
+            )
         return f"are kept in {self.folder}; the same call goes on from there"
 
     def has(self, job: Job) -> bool:
@@ -93,6 +99,14 @@ class Kept:
         if self.folder is not None:
             with replacing(self.folder / name_of(job)) as file:
                 save_file({"values": values.contiguous()}, file)
+
+    def take(self, values: Tensor, jobs: list[Job]) -> None:
+        """Keep what an interrupted grid has of these jobs: ``values`` [M,rows,L], nan where a cell is not done."""
+        for job in jobs:
+            cells = values[:, job.rows.start : job.rows.stop, job.positions.start : job.positions.stop]
+            if not self.has(job) and not bool(cells.isnan().any()):
+                self.add(job, cells.clone())
+                self.jobs.add(job)
 
     def fill(self, values: Tensor) -> None:
         """Put all cells into ``values`` [M,rows,L]."""

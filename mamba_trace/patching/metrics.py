@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from ..arguments.prompts import describe, single_token
@@ -145,7 +146,8 @@ def named_metrics(metric: Metric | Mapping[str, Metric] | None, caller: str) -> 
 def measured(metric: Metric, logits: Tensor) -> Tensor:
     """A metric's values for logits [B,V] or [B,m,V], in float32 or better: [B]. Raises `MetricError`."""
     values = metric(logits)
-    if not isinstance(values, Tensor) or values.shape != logits.shape[:1] or values.is_complex():
+    dense = isinstance(values, Tensor) and values.layout == torch.strided and values.is_meta == logits.is_meta
+    if not dense or values.shape != logits.shape[:1] or values.is_complex():
         axes = "[B,V]" if logits.dim() == 2 else "[B,m,V]"
         each = isinstance(values, Tensor) and logits.dim() == 3 and values.shape == logits.shape[:2]
         hint = ". To average over the m positions: lambda logits: metric(logits).mean(-1)" if each else ""

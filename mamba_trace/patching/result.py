@@ -42,6 +42,7 @@ class PatchGrid(Result):
         plan: how cells ran and why, in words: in batches from their own position on, or each in a forward of
             its own, as something that was done to the model may look at a whole run. Empty if not known.
         layers: the layer of each row, counted from 0; none for a site of the whole model.
+        partial: whether the grid was interrupted: `patch_grid` goes on from it with ``resume``.
     """
 
     values: Tensor
@@ -56,6 +57,7 @@ class PatchGrid(Result):
     method: str = "patching"
     plan: str = ""
     layers: list[int] = field(default_factory=list)
+    partial: bool = False
 
     def __post_init__(self) -> None:
         """Take the layers from the labels, where an older file does not have them."""
@@ -116,6 +118,8 @@ class PatchGrid(Result):
 
             assert grid.correlation(grid) == 1
         """
+        if not isinstance(other, PatchGrid):
+            raise MetricError(f"a grid is compared with another PatchGrid, not with a {type(other).__name__}")
         for name in ("site", "window", "layers"):
             ours, theirs = getattr(self, name), getattr(other, name)
             if ours != theirs:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable
 from contextlib import closing
@@ -13,8 +14,9 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ..errors import ArgumentError, MetricError
 from .changes import changes, uncut
-from .kept import FolderPath, Kept
+from .kept import SAME, FolderPath, Kept
 from .marks import mark_of_function, mark_of_weights, settings_of
 from .phases import InPhases
 from .plan import Job, Limits
@@ -49,8 +51,13 @@ def answers(
     keep: FolderPath,
     progress: bool,
     distribute: bool,
+    begun: Answers | None = None,
 ) -> Answers:
-    """Compute a grid, within ``limits``. The other arguments are as in `patch_grid`."""
+    """Compute a grid, within ``limits``; the cells that ``begun`` has are taken from there.
+
+    The other arguments are as in `patch_grid`. On Ctrl-C the exception has the cells that are done as `Answers`, in
+    an attribute ``partial``.
+    """
     model.dispatch()
     processes = Processes.here(model.device) if distribute else Processes()
     changed = changes(model)
@@ -69,10 +76,18 @@ def answers(
         whole = changed or uncut(question.layout, question.site)
         way = Whole(model, question, whole) if whole else InPhases(model, question, limits)
         both = question.measure(way.logits.clone())  # [M,2]
+        if bool(both.isnan().any()):
+            raise MetricError(
+                f"a metric of the unpatched runs is nan (source, prompt: "
+                f"{dict(zip(question.metrics, both.tolist(), strict=True))}), and nothing can be compared with it"
+            )
         kept = Kept.open(keep, asked, both)
         # A patch that changes nothing leaves the prompt's answer.
         values = both[:, PROMPT, None, None].repeat(1, len(question.windows), question.length)
         way.fill(values)
+        if begun is not None:
+            check_same_runs(begun, both)
+            kept.take(begun.values.to(values), way.jobs)
         kept.jobs |= set(processes.gather(list(kept.jobs)))
         missing = [job for job in way.jobs if not kept.has(job)]
         with closing(Bar(missing, way, question, processes, progress and bool(way.jobs))) as bar:
@@ -82,11 +97,32 @@ def answers(
                     bar.count(job.n_cells, way.work(job))
             except KeyboardInterrupt as interrupt:
                 interrupt.add_note(f"{bar.cells} of {bar.all_cells} cells {kept.fate}")
+                done = so_far(values, missing, kept)
+                interrupt.partial = Answers(done, both[:, SOURCE], both[:, PROMPT], str(way))  # type: ignore[attr-defined]
                 raise
             kept.cells = dict(processes.gather(list(kept.cells.items())))
             bar.count(0, 0)
         kept.fill(values)
     return Answers(values, both[:, SOURCE], both[:, PROMPT], str(way))
+
+
+def check_same_runs(begun: Answers, both: Tensor) -> None:
+    """Raises `ArgumentError` if the unpatched runs of an interrupted grid had other metrics than ``both`` [M,2]."""
+    before = torch.stack((begun.source, begun.prompt), dim=-1).to(both)
+    if not torch.allclose(before, both, rtol=SAME, atol=SAME):
+        raise ArgumentError(
+            f"resume= is a grid of another model or metric: its unpatched runs (source, prompt) measured "
+            f"{before.tolist()}, and those of this call {both.tolist()}"
+        )
+
+
+def so_far(values: Tensor, missing: list[Job], kept: Kept) -> Tensor:
+    """The cells of an interrupted grid: ``values`` [M,rows,L], with nan where one of the ``missing`` is not done."""
+    done = values.clone()
+    for job in missing:
+        done[:, job.rows.start : job.rows.stop, job.positions.start : job.positions.stop] = math.nan
+    kept.fill(done)
+    return done
 
 
 def on_server(model: MambaTrace, remote: bool | str, compute: Callable[..., Answers], *args: Any) -> Answers:

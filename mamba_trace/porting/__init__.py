@@ -37,6 +37,8 @@ def port_name(name: str) -> str:
     >>> port_name("blocks.{layer}.hook_h.{pos}")
     'model.layers[layer].ssm.h[pos].output'
     """
+    if not isinstance(name, str):
+        raise UnknownSiteError(f"port_name takes a hook name, 'blocks.3.hook_h.5', not {name!r}")
     try:
         script = Script(cst.parse_module(f"f{name!r}")) if "{" in name else None
     except cst.ParserSyntaxError:
@@ -65,6 +67,8 @@ def port_file(path: str | Path) -> PortReport:
         Path("script.py").write_text("logits, cache = model.run_with_cache(prompt)", encoding="utf-8")
         print(port_file("script.py"))
     """
+    if not isinstance(path, (str, Path)):
+        raise FileError(f"port_file takes the path of a script, not {path!r}; port_script takes its text")
     if str(path).endswith(".ipynb"):
         raise FileError(f"{path} is a notebook. Make a script of it: jupyter nbconvert --to script {path}")
     try:
@@ -92,6 +96,10 @@ def port_script(source: str, filename: str = "<script>") -> PortReport:
         model.layers[0].ssm.y.output = model.layers[0].ssm.y.output * 2
         out = model.lm_head.output.save()
     """
+    if not isinstance(source, str):
+        raise FileError(
+            f"port_script takes the text of a script, not a {type(source).__name__}; port_file takes its path"
+        )
     try:
         return _port(source, filename)
     except RecursionError as error:

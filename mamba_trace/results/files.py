@@ -37,7 +37,7 @@ def check_writable(path: str | Path, suffixes: tuple[str, ...] = SUFFIXES) -> Pa
             written, with the system's reason.
         MissingExtraError: if the library that writes this kind of file is not installed.
     """
-    path = Path(path)
+    path = path_of(path)
     if path.suffix not in suffixes:
         ending = path.suffix or "without a suffix"
         raise FileError(f"{path}: a result is saved as {', '.join(suffixes)}, not {ending}")
@@ -57,6 +57,13 @@ def check_writable(path: str | Path, suffixes: tuple[str, ...] = SUFFIXES) -> Pa
     if path.suffix == ".png":
         optional("matplotlib.figure", "a PNG")
     return path
+
+
+def path_of(path: str | Path) -> Path:
+    """``path`` as a `Path`. Raises `FileError` for anything else."""
+    if not isinstance(path, (str, os.PathLike)):
+        raise FileError(f"a file is named by a string or a Path, not by {path!r} (a {type(path).__name__})")
+    return Path(path)
 
 
 @contextlib.contextmanager

@@ -10,13 +10,13 @@ from __future__ import annotations
 import dataclasses
 import importlib
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from ..errors import FileError
 from .figure import plotly_figure
-from .files import check_writable, replacing
+from .files import check_writable, path_of, replacing
 from .heatmap import Heatmap
 from .notebook import in_text, mimebundle
 from .png import write_png
@@ -52,6 +52,8 @@ class Result(ABC):
     """
 
     _classes: ClassVar[dict[str, type[Result]]] = {}
+    #: By which versions of what and of which model it was made (`made.made_by`); empty where nobody has said.
+    made: dict[str, Any] = field(default_factory=dict, kw_only=True, repr=False)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Remember the class by its name, for `load`."""
@@ -145,7 +147,7 @@ class Result(ABC):
             grid.save("h.safetensors")
             grid = PatchGrid.load("h.safetensors")
         """
-        path = Path(path)
+        path = path_of(path)
         if path.suffix not in SUFFIXES:
             raise FileError(f"{path}: a result is loaded from {' or '.join(SUFFIXES)}; pictures hold no data")
         fields = read_data(path)

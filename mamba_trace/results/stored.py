@@ -61,7 +61,7 @@ def read_data(path: Path) -> dict[str, Any]:
             return {name: decoded(value, lambda key: file.get_tensor(key).clone()) for name, value in content.items()}
     except OSError as error:
         raise FileError(f"{path} cannot be read: {error.strerror or error}") from error
-    except (ValueError, LookupError, TypeError, AttributeError, SafetensorError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
         raise FileError(f"{path} is no result that Result.save wrote: {error}") from error
 
 

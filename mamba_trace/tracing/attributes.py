@@ -95,11 +95,34 @@ class Guarded(Envoy):
         """
         if not isinstance(path, str) or not path:
             raise UnknownSiteError(f"get takes a dotted path such as 'layers.3.ssm.h.5', not {path!r}")
-        return super().get(path)
+        try:
+            return super().get(path)
+        except UnknownSiteError:
+            raise
+        except AttributeError as error:
+            raise UnknownSiteError(
+                f"nothing is at {path!r}: get takes a dotted path such as 'layers.3.ssm.h.5'; for a hook name write "
+                f"model.hook({path!r})"
+            ) from error
 
 
-class NotAValue(Guarded):
-    """An envoy that users may take for its value: it refuses arithmetic, indexing and loops."""
+class NoNumber(Guarded):
+    """An envoy that users may take for its value: it refuses arithmetic, comparisons and PyTorch's functions."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Refuse a call of PyTorch with an envoy among its arguments, which PyTorch passes on to here."""
+        given: list[Any] = [*args, *(kwargs or {}).values()]
+        given += [item for several in given if isinstance(several, (list, tuple)) for item in several]
+        place = next((item._public_path for item in given if isinstance(item, NoNumber)), "an envoy")
+        raise not_a_value(place, f"give {getattr(func, '__name__', 'the function')}(...) {place}.output")
+
+    def __array__(self, *args: Any, **kwargs: Any) -> Any:
+        raise not_a_value(self._public_path, f"make an array of {self._public_path}.output")
+
+
+class NotAValue(NoNumber):
+    """An envoy that stands for nothing but its value: it refuses indexing and loops, too."""
 
     def __len__(self) -> int:
         raise not_a_value(self._public_path, f"ask for the length of {self._public_path}.output")
@@ -114,13 +137,15 @@ class NotAValue(Guarded):
         raise not_a_value(f"{self._public_path}[{key!r}]", f"assign to {self._public_path}.output[{key!r}]")
 
 
-def _refuse_arithmetic(self: NotAValue, *others: Any) -> Any:
+def _refuse_arithmetic(self: NoNumber, *others: Any) -> Any:
     raise not_a_value(self._public_path, f"compute with {self._public_path}.output")
 
 
-for _name in "add sub mul truediv matmul pow".split():
-    for _operator in (_name, f"i{_name}", f"r{_name}", "neg"):
-        setattr(NotAValue, f"__{_operator}__", _refuse_arithmetic)
+for _name in "add sub mul truediv floordiv mod matmul pow and or xor".split():
+    for _operator in (_name, f"i{_name}", f"r{_name}"):
+        setattr(NoNumber, f"__{_operator}__", _refuse_arithmetic)
+for _operator in "neg abs invert lt le gt ge float int index complex".split():
+    setattr(NoNumber, f"__{_operator}__", _refuse_arithmetic)
 
 
 def not_a_value(path: str, instead: str | None = None) -> SiteValueError:

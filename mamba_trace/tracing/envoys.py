@@ -18,7 +18,7 @@ from typing import Any
 from nnsight.intervention.envoy import Envoy
 from torch import nn
 
-from ..errors import PositionError, SiteValueError, UnknownSiteError
+from ..errors import LayerError, PositionError, SiteValueError, UnknownSiteError
 from ..names import NATIVE_MODULES, layer_index, parse, public_path
 from ..names.layouts import SAME_AS, absent, part_of
 from ..names.modules import BASES, OF_BASE, OF_LAYER, SCOPE_OF
@@ -27,6 +27,15 @@ from .attributes import Guarded, NotAValue, no_such_value, not_a_value
 from .fitting import skip
 from .located import FirstOfTuple, Located, Part
 from .worker import expect_position, length_of_call
+
+
+def absent_attribute(name: str) -> property:
+    """An attribute of every `Envoy` that some envoy lacks, as no module is called at its place."""
+
+    def refuse(self: Guarded, *values: Any) -> Any:
+        raise self._lacks(name)
+
+    return property(refuse, refuse)
 
 
 class SiteEnvoy(NotAValue, Located):
@@ -101,14 +110,6 @@ class StateEnvoy(SiteEnvoy):
         return super().__getattr__(name)
 
 
-def _absent(name: str) -> property:
-    # An attribute of every Envoy that h[p] lacks, as there is no module at a position.
-    def refuse(self: PositionEnvoy) -> Any:
-        raise self._lacks(name)
-
-    return property(refuse)
-
-
 class PositionEnvoy(NotAValue):
     """``h[p]``: the state carried after token p, [B,E,N] or in Mamba-2 [B,H,P,N].
 
@@ -117,7 +118,7 @@ class PositionEnvoy(NotAValue):
     """
 
     output = Located.output
-    source, trace, edit = _absent("source"), _absent("trace"), _absent("edit")
+    source, trace, edit = map(absent_attribute, ("source", "trace", "edit"))
 
     def __init__(self, state: StateEnvoy, position: int) -> None:
         # Not Envoy.__init__, which would install a controller and register this as the envoy of the module.
@@ -289,15 +290,43 @@ class SkipEnvoy(SiteEnvoy):
         skip(self.parent, replacement, "BLD")
 
 
+class SomeLayers(list[BlockEnvoy]):
+    """The blocks that a slice of the layers names: a list, which says what to do where it is taken for one block."""
+
+    def _lacks(self, name: str) -> Exception:
+        return UnknownSiteError(
+            f"layers[...:...] is a list of {len(self)} blocks, which has no {name!r}: write a loop over it, "
+            f"`for layer in model.layers[...:...]: layer.{name}`"
+        )
+
+    def __getattr__(self, name: str) -> Any:
+        raise self._lacks(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise self._lacks(name)
+
+
 class LayersEnvoy(Part):
     """The envoy of the list of blocks."""
 
+    output, input, inputs, skip, source = map(absent_attribute, ("output", "input", "inputs", "skip", "source"))
+
     def _lacks(self, name: str) -> Exception:
-        return UnknownSiteError(f"{self._public_path} has no {name!r}: it has the layers [0] to [{len(self) - 1}]")
+        hint = f"; name one, layers[0].{name}" if hasattr(BlockEnvoy, name) else ""
+        return UnknownSiteError(f"layers has no {name!r}: it has the layers [0] to [{len(self) - 1}]{hint}")
 
     def __getitem__(self, key: Any) -> Any:
         if isinstance(key, slice):
-            return super().__getitem__(key)
+            try:
+                ends = [
+                    None if end is None else operator.index(_no_bool(end)) for end in (key.start, key.stop, key.step)
+                ]
+                return SomeLayers(super().__getitem__(slice(*ends)))
+            except (TypeError, ValueError):  # no integer, or a step of 0
+                raise LayerError(
+                    f"layers[{key.start!r}:{key.stop!r}:{key.step!r}]: a slice of the layers 0 to {len(self) - 1} has "
+                    f"integers, and a step that is not 0: layers[2:5], layers[::2]"
+                ) from None
         index = layer_index(key, len(self), f"layers[{key!r}]", named_by="an integer, -1 for the last, or a slice")
         return super().__getitem__(index)
 

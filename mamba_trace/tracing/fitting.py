@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from nnsight.intervention.envoy import Envoy
 from torch import Tensor
 
@@ -25,6 +26,7 @@ def skip(envoy: Envoy, replacement: Any, axes: str = "", returned: int = 0) -> N
     path = public_path(envoy.path)
 
     def fitted(current: Tensor) -> Any:
+        check_dense(path, replacement)
         if isinstance(replacement, Tensor) and replacement.is_floating_point():
             same = replacement.shape == current.shape if axes else replacement.shape[:1] == current.shape[:1]
             if same:
@@ -59,6 +61,7 @@ def fit(path: str, axes: str, value: Any, current: Any) -> Tensor:
             f"{path} takes a tensor of shape {shape}, not a {type(value).__name__}. To fill it with a "
             f"number, write {path}.output[:] = ...; of an array or a list make a tensor, torch.as_tensor(...)"
         )
+    check_dense(path, value)
     if value.shape != current.shape:
         raise SiteValueError(
             f"{path} takes shape {shape}, not {tuple(value.shape)}. "
@@ -85,6 +88,7 @@ def fit_input(path: str, value: Any, current: Any) -> Any:
     """
     if not isinstance(current, Tensor):
         return value
+    check_dense(f"{path}.input", value)
     floating = current.is_floating_point()
     fits = isinstance(value, Tensor) and value.dim() == current.dim()
     if not fits or value.is_floating_point() != floating:
@@ -95,13 +99,28 @@ def fit_input(path: str, value: Any, current: Any) -> Any:
     return moved(f"the input of {path}", value, current)
 
 
+def check_dense(path: str, value: Any) -> None:
+    """Refuse a tensor whose numbers are not laid out one by one. Raises `SiteValueError`; ``path`` is its place."""
+    if not isinstance(value, Tensor) or (value.layout == torch.strided and not value.is_nested):
+        return
+    how = "nested" if value.is_nested else str(value.layout).removeprefix("torch.").removeprefix("_")
+    dense = "torch.nested.to_padded_tensor(...)" if value.is_nested else ".to_dense()"
+    raise SiteValueError(f"{path} takes a dense tensor, not one whose layout is {how}: use {dense}")
+
+
 def moved(path: str, value: Any, current: Any) -> Any:
     """An assigned value on the device of the value it replaces; anything that is not a tensor as it is.
+
+    A tensor of 8 bits, with which PyTorch does not compute, is given the dtype of the value it replaces.
 
     Raises:
         SiteValueError: for a tensor that holds no numbers; ``path`` is its place.
     """
-    if not (isinstance(value, Tensor) and isinstance(current, Tensor)) or value.device == current.device:
+    if not (isinstance(value, Tensor) and isinstance(current, Tensor)):
+        return value
+    if value.is_floating_point() and value.itemsize == 1:
+        value = value.to(current.dtype)
+    if value.device == current.device:
         return value
     if value.is_meta:
         raise SiteValueError(

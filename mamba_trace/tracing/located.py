@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..errors import SiteValueError
 from .apart import keep_apart
-from .attributes import Guarded, no_such_value
+from .attributes import Guarded, NoNumber, no_such_value
 from .fitting import fit, fit_input, skip
 from .one_run import only_run
 from .saving import assigned
@@ -67,7 +67,7 @@ class Part(Traced):
         return type(self).__module__.startswith(f"{__package__}.") or super()._meant(name)
 
 
-class Located(Part):
+class Located(NoNumber, Part):
     """An envoy that has a value: a block, a mixer, a site, and the modules inside a mixer."""
 
     #: The axis letters of the value, and of the input as well if it has the same shape; "" if not known.

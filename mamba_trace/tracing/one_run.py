@@ -32,10 +32,11 @@ from nnsight.intervention.interleaver import Interleaver, dangling_unwind
 from nnsight.intervention.tracer import InterleavingTracer
 from nnsight.tracing.tracer import WithBlockNotFoundError
 
-from ..errors import TraceError
+from ..errors import ArgumentError, TraceError
 from ..names import public_path
 from .frames import users_frame
-from .worker import SiteOrderError, within_skipped
+from .served import SERVED
+from .worker import LAST, SiteOrderError, within_skipped
 
 #: Seconds after which a thread that still waits for its turn says so.
 PATIENCE = 60.0
@@ -86,16 +87,27 @@ def only_run(envoy: Any, what: str) -> Iterator[None]:
     Raises:
         TraceError: if this thread is already inside a run of it, or if it would wait for ever.
     """
-    run = Run(envoy)
+    run, claimed = Run(envoy), False
     try:
         with _turn:
             _take_turn(run, what)
+        claimed = True
+        _stand_down(envoy.interleaver)
         yield
     finally:
         run.over = True
+        if claimed:
+            _stand_down(envoy.interleaver)
         with _turn:
             _runs.discard(run)
             _turn.notify_all()
+
+
+def _stand_down(interleaver: Any) -> None:
+    """End what a run has left behind: a refused prompt's batch, or more if Ctrl-C came in nnsight's bookkeeping."""
+    if interleaver.interleaving or interleaver.mediators or interleaver.batcher is not None:
+        interleaver.interleaving = False
+        interleaver.cancel()
 
 
 def _take_turn(run: Run, what: str) -> None:
@@ -160,8 +172,21 @@ def in_a_run(envoy: Any) -> bool:
         return any(run.thread is thread and run.excludes(envoy) for run in _runs)
 
 
+def check_model(model: Any, what: str) -> None:
+    """Raises `ArgumentError` if ``model`` is none of this package's; ``what`` is the name of the function it is for."""
+    if not hasattr(model, "_layout"):
+        raise ArgumentError(
+            f"{what} takes a MambaTrace as its model, not a {type(model).__name__}; a loaded module is wrapped by "
+            f"MambaTrace(module)"
+        )
+
+
 def refuse_inside_a_trace(envoy: Any, what: str) -> None:
-    """Raises `TraceError` inside a trace of ``envoy``: ``what``, a function's name, starts its own."""
+    """Raises `TraceError` inside a trace of ``envoy``: ``what``, a function's name, starts its own.
+
+    Raises `ArgumentError` if ``envoy`` is no model.
+    """
+    check_model(envoy, what)
     if in_a_run(envoy):
         raise TraceError(
             f"{what} is a trace of its own, and this model is in one: call it before or after it, or ask for "
@@ -241,6 +266,28 @@ class OneThreadInterleaver(Interleaver):
     def __enter__(self) -> Interleaver:
         self.skipped.clear()
         return super().__enter__()
+
+    def __exit__(self, kind: Any, error: Any, traceback: Any) -> bool:
+        """End the run as nnsight does, and let go of the frames of a stopped one.
+
+        Those that pass a stop on hold it in a variable, so that they and their tensors would wait for the collector.
+        """
+        stopped = super().__exit__(kind, error, traceback)
+        if stopped:
+            error.__traceback__ = None
+            error.__dict__.clear()
+        return stopped
+
+    def cancel(self) -> None:
+        """Drop the workers as nnsight does, and with them what they were served: an edit's mediator lives on."""
+        mediators = self.mediators
+        try:
+            super().cancel()
+        finally:
+            for mediator in mediators:
+                mediator.pending = None
+                for name in (SERVED, LAST, "flush"):
+                    mediator.__dict__.pop(name, None)
 
     def check_dangling_mediators(self) -> None:
         """End the blocks that still wait when the run is over, each with an error in words at its own line.

@@ -43,11 +43,8 @@ from torch.overrides import TorchFunctionMode
 
 from ..errors import SiteValueError
 from ..names import public_path
-from .served import SERVED, Served, end_borrowing, local, names_of, nnsight_mark, served_to
+from .served import GUARD, SERVED, Served, end_borrowing, local, names_of, nnsight_mark, served_to
 from .views import overlap, same_view, tensors_of
-
-#: The name under which a worker's mediator keeps its `Guard`.
-GUARD = "_mamba_trace_guard"
 
 #: Saved containers with at most this many entries are searched as a whole each time.
 SHORT = 64
@@ -136,7 +133,26 @@ def watch(mediator: Mediator, served: Served) -> None:
         for saved, tensor in itertools.product(theirs.saved if theirs else (), served.tensors):
             if overlap(saved, tensor):
                 served.protect(tensor)
+    reference = weakref.ref(mediator)
+
+    def flush() -> None:  # nnsight calls it before each request and at the end of the block, nowhere else
+        worker = reference()
+        assert worker is not None
+        move_on(worker)
+
+    mediator.__dict__["flush"] = flush
     guard_if_needed(mediator)
+
+
+def move_on(mediator: Mediator) -> None:
+    """What happens when a worker makes a request, or its block ends: the model may go on."""
+    guard, served = mediator.__dict__.get(GUARD), served_to(mediator)
+    if guard is not None and guard.busy:  # the guard's own requests leave it active
+        return
+    if served is not None:
+        served.check_forms()
+    end_guard(mediator)
+    type(mediator).flush(mediator)
 
 
 def guard_if_needed(mediator: Mediator) -> None:
@@ -150,22 +166,11 @@ def guard_if_needed(mediator: Mediator) -> None:
     guard.__enter__()
     local.guards.append(guard)
     mediator.__dict__[GUARD] = guard
-    reference = weakref.ref(mediator)
-
-    def flush() -> None:  # nnsight calls it before each request and at the end of the block, nowhere else
-        worker = reference()
-        assert worker is not None
-        if not guard.busy:  # the guard's own requests leave it active
-            end_guard(worker)
-            worker.flush()
-
-    mediator.__dict__["flush"] = flush
 
 
 def end_guard(mediator: Mediator) -> None:
     """Deactivate a worker's guard."""
     guard = mediator.__dict__.pop(GUARD, None)
-    mediator.__dict__.pop("flush", None)
     if guard is not None and guard in local.guards:
         _leave_guards(len(local.guards) - 1)
 

@@ -18,10 +18,12 @@ from torch import Tensor
 
 from ..errors import SiteValueError
 from ..names import public_path
-from .views import memory_of, same_memory, same_part, same_view, tensors_of
+from .views import form_of, memory_of, same_memory, same_part, same_view, tensors_of
 
 #: The name under which a worker's mediator keeps the `Served` of the worker's last read.
 SERVED = "_mamba_trace_served"
+#: The name under which it keeps the worker's guard (`saving.Guard`).
+GUARD = "_mamba_trace_guard"
 
 #: nnsight's own ``mark``; `saving` puts another function in its place.
 nnsight_mark = nnsight_tracer.mark
@@ -62,6 +64,8 @@ class Served:
         self.visit, self.value = visit, value
         self.rebuild, self.extract, self.record = rebuild, extract, record
         self.tensors = tensors_of(value)
+        #: The form of each of ``tensors``, on which the model counts when it goes on.
+        self.forms = [form_of(tensor) for tensor in self.tensors]
         #: The members of ``tensors`` that were saved.
         self.saved: list[Tensor] = []
         #: (tensor, the tensor that has taken its place), in the order in which that happened.
@@ -72,6 +76,23 @@ class Served:
         self.names: list[tuple[Tensor, str]] = []
         #: Whether the worker has since assigned another value to the place.
         self.assigned = False
+
+    def check_forms(self) -> None:
+        """Refuse an edit in place that has made another shape or dtype of what was read here.
+
+        Raises:
+            SiteValueError: with both shapes; the run has not gone on with it.
+        """
+        for tensor, (shape, dtype, _) in zip(self.tensors, self.forms, strict=True):
+            if form_of(tensor) != (shape, dtype, True):
+                place, _, key = self.visit[0].rpartition(".")
+                asked, before = f"{public_path(place)}.{key}", f"{tuple(shape)} of {dtype}"
+                now = f"{tuple(tensor.shape)} of {tensor.dtype}"
+                made = "lose its memory" if now == before else now
+                raise SiteValueError(
+                    f"{asked} was {before}, and an edit in place made it {made}. The model goes on with "
+                    f"this very tensor: edit its numbers alone, and reshape a copy, {asked}.clone()"
+                )
 
     def needs_guard(self) -> bool:
         """Whether a write to what was read here may have to be redirected."""

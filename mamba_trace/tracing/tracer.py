@@ -12,8 +12,10 @@ from nnsight.intervention.cache import CacheView
 from nnsight.intervention.envoy import Envoy
 from nnsight.intervention.interleaver import Mediator
 from nnsight.intervention.iterator import Iterations
+from nnsight.intervention.tracer import Invoker
+from torch.nn import ModuleList
 
-from ..errors import PositionError, SiteValueError, UnknownSiteError
+from ..errors import PositionError, SiteValueError, TraceError, UnknownSiteError
 from .edits import let_edits_go
 from .frames import UsersErrors
 from .one_run import OneRun
@@ -24,6 +26,26 @@ from .saving import GuardedTracer
 
 class PlaceTracer(UsersErrors, OneRun, GuardedTracer):
     """A tracer that has the model to itself, and whose errors end at the user's line."""
+
+    def invoke(self, *args: Any, **kwargs: Any) -> Invoker:
+        """Add a prompt to this trace, as nnsight's ``tracer.invoke``: ``with tracer.invoke(prompt):``.
+
+        Raises:
+            TraceError: if the trace is over, or has a prompt and runs already.
+        """
+        if self.envoy is None:
+            raise TraceError("tracer.invoke(...): this trace is over. Open another, `with model.trace() as tracer:`")
+        if self.batcher is None:
+            raise TraceError(
+                "tracer.invoke(...) needs a line of its own in the body: `with model.trace() as tracer:`, and "
+                "below it `with tracer.invoke(prompt):`"
+            )
+        if self.envoy.interleaver.interleaving:
+            raise TraceError(
+                "tracer.invoke(...): the model is already running. Give trace() no prompt, and one to each "
+                "`with tracer.invoke(prompt):`; invokes stand side by side, not one in the other"
+            )
+        return super().invoke(*args, **kwargs)
 
 
 class ScanTracer(PlaceTracer, ShapeTracer):
@@ -106,6 +128,13 @@ class SiteTracer(SmallResults, PlaceTracer):
 
     def _envoy_path(self, module: Any) -> Any:
         if isinstance(module, Envoy):
+            if module.interleaver is not self.envoy.interleaver:
+                raise UnknownSiteError(f"tracer.cache(modules=...): {module.path} is of another model than this trace")
+            if isinstance(module._module, ModuleList):
+                raise UnknownSiteError(
+                    "tracer.cache(modules=...): the list of layers has no value; name its members, "
+                    "modules=list(model.layers)"
+                )
             return module
         if isinstance(module, str) and module in {path for path, _ in self.envoy.named_modules()}:
             return module

@@ -8,6 +8,18 @@ import torch
 from nnsight.util import apply
 from torch import Tensor
 
+#: What a tensor is beside its numbers: its shape and dtype, and whether its storage still holds all of them.
+Form = tuple[torch.Size, torch.dtype, bool]
+
+
+def form_of(tensor: Tensor) -> Form:
+    """The form of a tensor, which editing its numbers in place does not change."""
+    if not has_memory(tensor):
+        return tensor.shape, tensor.dtype, True
+    with torch._C.DisableTorchFunction():  # a `Guard` would take this for an attempt to write to the memory
+        there = tensor.untyped_storage().nbytes()
+    return tensor.shape, tensor.dtype, bool(not tensor.numel() or (span(tensor)[1] + 1) * tensor.itemsize <= there)
+
 
 def tensors_of(value: Any) -> list[Tensor]:
     """The tensors in a value that nnsight serves: a tensor, or a container of tensors."""
