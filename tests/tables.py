@@ -59,8 +59,8 @@ LACKS = {
     "Granite 4": "SSM sites in its models that have no SSM",
     "Jamba": "",
     "Bamba": "",
-    "Zamba": "each cell of a grid is a whole forward",
-    "Zamba2": "each cell of a grid is a whole forward",
+    "Zamba": "cells of `embeddings` are whole forwards; no `start_at_layer`",
+    "Zamba2": "cells of `embeddings` are whole forwards; no `start_at_layer`",
 }
 PURE_TESTS = "`test_reference`, `test_huggingface`"
 TESTS = {

@@ -47,7 +47,7 @@ def test_a_folder_is_of_one_grid(tiny: MambaTrace, tiny_hf: ModuleFactory, tmp_p
             lambda: patch_grid(tiny, OURS, THEIRS, metric=metric, keep=tmp_path, progress=False),
             "its length is 13",
         ),
-        (lambda: grid_of(MambaTrace(tiny_hf(seed=1)), keep=tmp_path), "its weights is"),
+        (lambda: grid_of(MambaTrace(tiny_hf(seed=1)), keep=tmp_path), "of a model with other weights"),
         (lambda: grid_of(tiny, metric=logit(tiny, 2), keep=tmp_path), "its metrics is"),
     ):
         with pytest.raises(FileError, match="holds the cells of another grid") as caught:

@@ -24,6 +24,13 @@ from .question import PROMPT, SOURCE
 FolderPath = str | os.PathLike[str] | None
 #: How far the metrics of the same unpatched run may differ between two occasions, relative to the larger.
 SAME = 1e-3
+#: What differs where a folder keeps no more than a digest of it.
+DIGESTED = {
+    "prompts": "its prompts are others",
+    "weights": "it is of a model with other weights",
+    "metric_functions": "it was measured by another metric",
+    "settings": "its model has another configuration",
+}
 #: What older folders do not mention, and what that means.
 UNMENTIONED: dict[str, Any] = {"changes": [], "architecture": "Mamba-1"}
 
@@ -139,7 +146,5 @@ def check_same(folder: Path, kept: dict[str, Any], asked: dict[str, Any]) -> Non
         else:
             same = other == value
         if not same:
-            raise FileError(
-                f"{folder} holds the cells of another grid: its {name} is {other!r}, and this one's "
-                f"{value!r}. Name another folder, or delete it"
-            )
+            differs = DIGESTED.get(name) or f"its {name} is {other!r}, and this one's {value!r}"
+            raise FileError(f"{folder} holds the cells of another grid: {differs}. Name another folder, or delete it")
