@@ -813,7 +813,8 @@ def grid(model: MambaTrace, **changes: Any) -> Any:
 
 
 def of_grid(error: type[Exception], words: str, **changes: Any) -> Case:
-    return Case(f"a grid with {changes}", lambda m: grid(m, **changes), error, words)
+    given = {name: "a function" if callable(value) else value for name, value in changes.items()}
+    return Case(f"a grid with {given}: {words}", lambda m: grid(m, **changes), error, words)
 
 
 GRIDS = [

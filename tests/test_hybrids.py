@@ -133,6 +133,24 @@ def test_an_edit_of_the_state_is_carried_through_decoding(kind: str) -> None:
     near(torch.stack(logits, dim=1), expected[:, L - 1 :], rounding(kind))
 
 
+@pytest.mark.parametrize(
+    ("kind", "experts"),
+    [
+        *((kind, "eager") for kind in PLAIN),
+        *((kind, "grouped_mm") for kind in ("nemotron_h", "granitemoehybrid", "jamba")),
+    ],
+)
+def test_a_scan_has_every_shape(kind: str, experts: str) -> None:
+    """Also behind experts, to which a fake tensor has no numbers to go by."""
+    model, tokens = MambaTrace(make_hybrid(kind, experts_implementation=experts)), draw_tokens(2, seed=11)
+    paths = [site.path(layer) for site, layer in model._layout.walk()]
+    with model.scan(tokens):
+        shapes = {path: model.hook(path).output.shape for path in paths}.save()
+    with torch.no_grad(), model.trace(tokens):
+        values = {path: model.hook(path).output.shape for path in paths}.save()
+    assert shapes == values
+
+
 @every
 def test_a_layer_without_a_part_says_who_has_it(kind: str) -> None:
     model = made(kind).model

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from .offers import Offers
 
@@ -76,4 +77,11 @@ class HookableExperts(nn.Module):
 
     def routed(self, hidden_states: Tensor, weights: Tensor, numbers: Tensor) -> Tensor:
         """What the chosen experts return for each token, weighted and added [B,L,D]."""
-        return self.experts(hidden_states.flatten(0, 1), numbers, weights).view(hidden_states.shape)
+        return self.combined(hidden_states.flatten(0, 1), weights, numbers).view(hidden_states.shape)
+
+    def combined(self, tokens: Tensor, weights: Tensor, numbers: Tensor) -> Tensor:
+        """What the chosen experts make of each token, weighted and added [tokens,...], as wide as their input.
+
+        A fake tensor, of which a scan asks for no more than shapes, has no numbers by which to go to an expert.
+        """
+        return torch.empty_like(tokens) if isinstance(tokens, FakeTensor) else self.experts(tokens, numbers, weights)

@@ -80,7 +80,7 @@ class HookableNemotronHMoE(HookableExperts, NemotronHMoE):
     router_name = "gate"
 
     def routed(self, hidden_states: Tensor, weights: Tensor, numbers: Tensor) -> Tensor:
-        inner = self.experts(self.fc1_latent_proj(hidden_states.flatten(0, 1)), numbers, weights)
+        inner = self.combined(self.fc1_latent_proj(hidden_states.flatten(0, 1)), weights, numbers)
         return self.fc2_latent_proj(inner).view(hidden_states.shape) + self.shared_experts(hidden_states)
 
 
