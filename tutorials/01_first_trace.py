@@ -70,6 +70,7 @@ print("next token:", repr(model.to_string(logits[0, -1].argmax())))
 # To see something, we read one quantity in all layers: delta, the step size. Where delta is large in a channel, the
 # channel lets go of more of what it held and writes more of the token that is read. The mean over channels says at
 # which tokens a layer writes most.
+
 # %%
 from IPython.display import Image
 

@@ -140,8 +140,11 @@ block = model.blocks[1]
 for name in ("W_B", "W_C", "W_delta_1"):
     print(f"blocks[1].{name}: {list(getattr(block, name).shape)}")
 
-whole = model.layers[1].ssm.x_proj.weight  # Hugging Face's parameter: W_delta_1, W_B and W_C in one
-print("a view of x_proj's weight:", block.W_B.data_ptr() == whole[cfg.D_delta :].data_ptr())
+whole = model.layers[1].ssm.in_proj.weight  # Hugging Face's parameter: skip_proj and in_proj in one
+print(
+    "a view of the parameter:",
+    block.skip_proj.weight.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr(),
+)
 
 # %% [markdown]
 # ## Three edits that are easily confused

@@ -197,8 +197,9 @@ for p in (2, 4, 6, 8, 10, 12):
 
 # %%
 with model.trace(prompt):
-    A_bar = model.layers[LAYER].ssm.A_bar.output[0].save()  # [L,E,N]
-left = A_bar[5:].prod(dim=0).mean(dim=-1)  # [E]: what is left at the end of what token 4 wrote
+    A_bar = model.layers[LAYER].ssm.A_bar.output[0].save()  # [L,E,N], in Mamba-2 [L,H]
+left = A_bar[5:].prod(dim=0).reshape(A_bar.shape[1], -1).mean(dim=-1)  # what is left of token 4 at the end
+left = left.repeat_interleave(model.cfg.d_inner // len(left))  # [E]: the channels of a head have the head's
 rate = decay_rate(model, LAYER, prompt)  # [E]
 
 for name, channels in decay_groups(model, LAYER, prompt).items():
