@@ -99,7 +99,10 @@ class RunReport:
         return html_table(caption, ["layers", "what ran", "why no faster kernel"], rows)
 
     def _length(self) -> str:
-        return f"{self.layers[0].positions} positions" if self.layers else "nothing has run yet"
+        if not self.layers:
+            return "nothing has run yet"
+        positions = self.layers[0].positions
+        return "1 position" if positions == 1 else f"{positions} positions"
 
     def _alike(self) -> Iterator[tuple[str, list[LayerRun]]]:
         # Layers in a row that ran the same, with their numbers: "0-3".
