@@ -54,7 +54,8 @@ LACKS = {
     "Mamba-1": "",
     "Falcon-Mamba": "speed was not measured",
     "Mamba-2": "what transformers has no class for: attention layers, `D_has_hdim`, `norm_before_gate`",
-    "Nemotron-H": "cut before its first attention it generates with `use_cache=False` alone: transformers' cache counts no tokens then",
+    "Nemotron-H": "cut before its first attention it generates with `use_cache=False` alone: "
+    "transformers' cache counts no tokens then",
     "Falcon-H1": "",
     "Granite 4": "SSM sites in its models that have no SSM",
     "Jamba": "",

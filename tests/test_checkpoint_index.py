@@ -151,7 +151,7 @@ def test_the_index_of_a_hub_id_fetches_no_files_of_other_names(tiny_hf, tmp_path
 
     monkeypatch.setattr(checkpoint_files, "hf_hub_download", download)
     with pytest.raises(CheckpointError, match="which is not in the folder of the checkpoint"):
-        MambaTrace("someone/mamba", tokenizer=object(), dispatch=True)
+        MambaTrace("someone/mamba", tokenizer=MambaTrace.demo().tokenizer, dispatch=True)
     assert asked == ["config.json", "model.safetensors", "model.safetensors.index.json"]
 
 

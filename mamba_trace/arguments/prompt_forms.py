@@ -72,8 +72,10 @@ def check_prompt(size: int, inputs: tuple, kwargs: Mapping[str, Any]) -> None:
     if "inputs_embeds" in named:
         embeds = encoding["inputs_embeds"]
         fits = isinstance(embeds, Tensor) and embeds.is_floating_point() and embeds.dim() in (2, 3)
-        if not fits or embeds.shape[-1] != size or not embeds.numel():
+        if not fits or embeds.shape[-1] != size:
             raise PromptError(f"inputs_embeds= is a floating tensor [B,L,{size}], not {_described(embeds)}")
+        if not embeds.numel():
+            raise PromptError(f"inputs_embeds= has no tokens: its shape is {tuple(embeds.shape)}, for [B,L,{size}]")
         _check_numbers("inputs_embeds=", embeds)
 
 
