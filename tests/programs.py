@@ -162,10 +162,10 @@ def by_position(hooks: list[str]) -> list[str]:
     ]
 
 
-def plan_of(subject: Subject, random: Random, hooks: list[str] | None = None, batch: int | None = None) -> Plan:
+def plan_of(subject: Subject, random: Random, hooks: list[str] | None = None) -> Plan:
     """A plan on tokens of a random batch."""
     seed = random.randrange(10**6)
-    tokens = draw_tokens(batch or random.choice([1, 2, 3]), seed)
+    tokens = draw_tokens(random.choice([1, 2, 3]), seed)
     return Plan(subject, draw_steps(subject.hooks if hooks is None else hooks, random), tokens, seed)
 
 
@@ -297,18 +297,25 @@ def skipped(subject: Subject, random: Random) -> None:
     plan.check(logits)
 
 
-def at_positions(edits: list[dict[str, Edit]], spans: list[range]) -> EditValue:
-    """The edits of each call of a generation, made in one forward over all tokens: each at its call's positions."""
+def at_positions(edits: list[dict[str, Edit]], spans: list[range], seen: list[dict[str, Tensor]]) -> EditValue:
+    """The edits of each call of a generation, made in one forward over all tokens: each at its call's positions.
+
+    What each call finds at a value before its own edit is put into ``seen``.
+    """
 
     def edit(hook: str, value: Tensor) -> Tensor:
         stem, position = split_state(hook)
-        for own, span in zip(edits, spans, strict=True):
+        for own, span, found in zip(edits, spans, seen, strict=True):
             if position is not None:
-                here = state(stem, position - span.start) if position in span else None
-                value = own[here](value) if here in own else value
-            elif hook in own:
-                value = value.clone()
-                value[:, span.start : span.stop] = own[hook](value[:, span.start : span.stop])
+                if position in span:
+                    here = state(stem, position - span.start)
+                    found[here] = value
+                    value = own[here](value) if here in own else value
+            elif value.dim() > 1 and value.shape[1] >= span.stop:
+                found[hook] = value[:, span.start : span.stop]
+                if hook in own:
+                    value = value.clone()
+                    value[:, span.start : span.stop] = own[hook](value[:, span.start : span.stop])
         return value
 
     return edit
@@ -341,7 +348,13 @@ def generated(subject: Subject, random: Random) -> None:
             logits.append(subject.model.logits.output)
         sequence = tracer.result.save()
     spans = [range(L)] + [range(L + call, L + call + 1) for call in range(steps - 1)]
-    expected = subject.forward(sequence[:, :-1], at_positions(edits, spans))
+    seen: list[dict[str, Tensor]] = [{} for _ in plans]
+    expected = subject.forward(sequence[:, :-1], at_positions(edits, spans, seen))
+    for found, values in zip(saved, seen, strict=True):
+        for hook, value in found.items():
+            exact = values[hook]
+            same_positions = exact if split_state(hook)[1] is not None else exact[:, -value.shape[1] :]
+            subject.same(value, same_positions, hook)  # of its logits, generate asks the prefill for the last alone
     logits[0] = logits[0][:, -1:]  # generate asks the prefill for no more
     subject.same(torch.cat(list(logits), dim=1), expected[:, L - 1 :], "logits")
 
@@ -448,8 +461,8 @@ def grid(subject: Subject, random: Random) -> None:
     tokens = draw_tokens(1, seed)
     source = tokens.clone()
     source[0, random.randrange(L) :] = draw_tokens(1, seed + 1)[0, 0]
-    if torch.equal(source, tokens) or (site != "resid_pre" and site != "resid_post" and not subject.model.ssm_layers):
-        return
+    if torch.equal(source, tokens) or not (site.startswith("resid") or subject.model.ssm_layers):
+        return without_gradients(subject, random)
     found = patch_grid(
         subject.model,
         tokens,

@@ -203,7 +203,7 @@ def draw_config(architecture: str, random: Random) -> dict[str, Any]:
     kinds = [kind for kind in HYBRIDS if kind.partition(",")[0] == architecture] or [architecture]
     changes: dict[str, Any] = {"kind": random.choice(kinds)}
     for field, values in CHOICES[architecture].items():
-        if not architecture.startswith("mamba") and architecture != "falcon_mamba" and random.random() < 0.5:
+        if architecture not in TINY and random.random() < 0.5:
             continue  # as in the variant
         changes[field] = random.choice(values)
     if architecture == "mamba2":
