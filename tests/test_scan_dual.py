@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -238,6 +239,18 @@ def test_extreme_steps_give_numbers(kernels: str, step: float) -> None:
 
 
 # -- stretches -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("width", [16, 32, 75])
+def test_any_gate_is_that_of_pytorch_on_the_cpu(width: int) -> None:
+    given = {name: each.float() for name, each in arguments("gated_scan", (1, cpu.MANY + 3, 2, width, 1, 20)).items()}
+    given |= {name: given[name].abs() for name in ("x", "B", "C", "D", "h_start")}  # nothing cancels
+    extremes = [0.0, -0.0, 1e-30, 20.0, 87.0, -87.0, 88.7, -88.7, 1e4, -1e4, 1e30, -1e30, math.inf, -math.inf, math.nan]
+    given["skip"] = torch.tensor(extremes).repeat(given["skip"].numel() // 15 + 1)[: given["skip"].numel()]
+    given["skip"] = given["skip"].view_as(given["x"])
+    expected, _ = DUAL.gated_scan(**given, kernels="reference")
+    actual, _ = DUAL.gated_scan(**given, kernels="cpu")
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5, equal_nan=True)
 
 
 @pytest.mark.parametrize("cut", [0, 1, 16, 31, 33])

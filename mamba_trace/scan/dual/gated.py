@@ -20,7 +20,7 @@ from numba import njit
 from ..buffers import BlockLayout, Buffer
 from ..cpu.compiled import OPTIONS, arguments_of, kernel, next_piece, silu
 from .loops import INPUTS
-from .vectors import CHUNK, LANES, chunk_step, fetch, transpose
+from .vectors import CHUNK, LANES, chunk_step, fetch, gate_vector, transpose, write_vector
 
 WIDTH = 2 * LANES  # channels in a block
 AHEAD = 4 * CHUNK
@@ -54,8 +54,8 @@ def multiply(B, C, products, length, n_state):  # type: ignore[no-untyped-def]
 
 
 @njit(inline="always", **OPTIONS)
-def weigh(decay, products, weights, first, count):  # type: ignore[no-untyped-def]
-    """What the step takes for ``count`` positions of a chunk from ``first`` on [CHUNK,CHUNK + 2].
+def weigh(decay, products, weights, start, first, count):  # type: ignore[no-untyped-def]
+    """What the step takes for ``count`` positions from ``first`` on of the chunk at ``start`` [CHUNK,CHUNK + 2].
 
     A row t has decay(start, t), then decay(s, t) C_t B_s for each s, and last decay(t, end). Positions that are
     left out decay nothing.
@@ -69,7 +69,7 @@ def weigh(decay, products, weights, first, count):  # type: ignore[no-untyped-de
     for t in range(count):
         through = ONE
         for s in range(t, -1, -1):
-            weights[t, 1 + s] = through * products[first + t, first + s]
+            weights[t, 1 + s] = through * products[start + first + t, first + s]
             through *= decay[first + s]
 
 
@@ -125,21 +125,28 @@ def forward(data):  # type: ignore[no-untyped-def]
                     suits = suits and ZERO <= decay[t] <= ONE
                 count = there if suits else 1
                 for first in range(0, there, count):
-                    weigh(decay, products[start:], weights, first, count)
+                    if count == CHUNK:
+                        weigh(decay, products, weights, start, 0, CHUNK)
+                    else:
+                        weigh(decay, products, weights, start, first, count)
                     for t in range(CHUNK):
                         scale = p.scale[b, start + first + t, head] if t < count else ZERO
                         x = p.x[b, start + first + min(t, count - 1), head]
-                        for i in range(w):
+                        for i in range(0, c, LANES):
+                            write_vector(x, c0 + i, scale, u, t * WIDTH + i)
+                        for i in range(c, w):
                             u[t * WIDTH + i] = scale * x[c0 + i]
                     B, C = p.B[b, start + first, group_B], p.C[b, start + first, group_C]
                     if w > LANES:
-                        step_32(h, u, y[first * WIDTH :], weights, B, C, step_B, step_C, count - 1, p.n_state)
+                        step_32(h, u, y, weights, B, C, step_B, step_C, count - 1, p.n_state, first * WIDTH)
                     else:
-                        step_16(h, u, y[first * WIDTH :], weights, B, C, step_B, step_C, count - 1, p.n_state)
+                        step_16(h, u, y, weights, B, C, step_B, step_C, count - 1, p.n_state, first * WIDTH)
                 d = p.D[head]
                 for t in range(there):
                     x, skip, out = p.x[b, start + t, head], p.skip[b, start + t, head], p.y[b, start + t, head]
-                    for i in range(w):
+                    for i in range(0, c, LANES):
+                        gate_vector(y, t * WIDTH + i, x, skip, out, c0 + i, d)
+                    for i in range(c, w):
                         out[c0 + i] = (y[t * WIDTH + i] + d * x[c0 + i]) * silu(skip[c0 + i])
             for i in range(0, c, LANES):
                 for j in range(0, n, LANES):

@@ -19,6 +19,8 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from ..cpu.compiled import EXP2, LOG2E
+
 LANES = 16  # numbers in a vector
 CHUNK = 4  # positions in a `chunk_step`
 FAST = ("contract", "reassoc", "nsz")
@@ -64,6 +66,31 @@ class Vectors:
     def times(self, one: Any, other: Any) -> Any:
         """The product."""
         return self.builder.fmul(one, other, flags=FAST)
+
+    def same(self, number: float) -> Any:
+        """The constant vector of one number."""
+        return ir.Constant(self.type, [float(number)] * self.lanes)
+
+    def silu(self, v: Any) -> Any:
+        """v sigmoid(v), as `compiled.silu` has it, for whole vectors."""
+        e = self.exp2(self.times(v, self.same(-LOG2E)))
+        return self.builder.fdiv(v, self.added(e, self.same(1.0)), flags=FAST)
+
+    def exp2(self, v: Any) -> Any:
+        """2**v, as `compiled.exp2` has it, for whole vectors."""
+        b = self.builder
+        for within, bound in ((">", self.same(-127.0)), ("<", self.same(128.0))):
+            v = b.select(b.fcmp_ordered(within, v, bound), v, bound)
+        kind = ir.FunctionType(self.type, [self.type])
+        floor = cgutils.get_or_insert_function(b.module, kind, f"llvm.floor.v{self.lanes}f32")
+        whole = b.call(floor, [self.added(v, self.same(0.5))])
+        fraction, power = b.fsub(v, whole, flags=FAST), self.same(EXP2[-1])
+        for coefficient in reversed(EXP2[:-1]):
+            power = self.added(self.times(power, fraction), self.same(coefficient))
+        counts = ir.VectorType(SHORT, self.lanes)
+        exponent = b.add(b.fptosi(whole, counts), ir.Constant(counts, [127] * self.lanes))
+        scale = b.bitcast(b.shl(exponent, ir.Constant(counts, [23] * self.lanes)), self.type)
+        return self.times(power, scale)
 
 
 class Total:
@@ -164,16 +191,16 @@ def chunk_step(count: int) -> Callable[..., None]:
 
     It takes ``(h, u, y, weights, B, C)``, arrays of which h is changed and y is the result: h [N,2 * LANES], u and y
     [CHUNK,2 * LANES], weights [CHUNK,CHUNK + 2]; ``step_B`` and ``step_C``, how many numbers a position is from the
-    next in B and C; ``last``, the last position that these have; ``n_state``.
+    next in B and C; ``last``, the last position that these have; ``n_state``; ``first``, where the result begins in y.
     """
 
     @intrinsic
-    def step(typingctx, h, u, y, weights, B, C, step_B, step_C, last, n_state):  # type: ignore[no-untyped-def]
+    def step(typingctx, h, u, y, weights, B, C, step_B, step_C, last, n_state, first):  # type: ignore[no-untyped-def]
         kinds = (h, u, y, weights, B, C)
 
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             h, u, y, weights, B, C = _addresses(context, builder, kinds, args[:6])
-            step_B, step_C, last, n_state = args[6:]
+            step_B, step_C, last, n_state, first = args[6:]
             single, whole = Vectors(builder, 1), Vectors(builder)
             positions, every, width = range(CHUNK), range(count), 2 * LANES
 
@@ -209,12 +236,39 @@ def chunk_step(count: int) -> Callable[..., None]:
                     out = whole.times(weight(t, 0), builder.load(sums[t][v].place))
                     for s in range(t + 1):
                         out = whole.added(out, whole.times(weight(t, 1 + s), given[s][v]))
-                    whole.store(out, y, INDEX(t * width + v * LANES))
+                    whole.store(out, y, builder.add(first, INDEX(t * width + v * LANES)))
             return context.get_dummy_value()
 
-        return types.void(*kinds, *(types.int64,) * 4), codegen
+        return types.void(*kinds, *(types.int64,) * 5), codegen
 
     return step
+
+
+@intrinsic
+def write_vector(typingctx, x, at, scale, u, to):  # type: ignore[no-untyped-def]
+    """u = scale x for the channels of a vector: it begins at number ``at`` of x and at number ``to`` of u."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        (source, target), vectors = _addresses(context, builder, (x, u), (args[0], args[3])), Vectors(builder)
+        vectors.store(vectors.times(vectors.filled(args[2]), vectors.load(source, args[1])), target, args[4])
+        return context.get_dummy_value()
+
+    return types.void(x, types.int64, types.float32, u, types.int64), codegen
+
+
+@intrinsic
+def gate_vector(typingctx, y, to, x, skip, out, at, d):  # type: ignore[no-untyped-def]
+    """out = (y + d x) SiLU(skip) for the channels of a vector, which begins at ``to`` in y, at ``at`` in the others."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        kinds, vectors = (y, x, skip, out), Vectors(builder)
+        own, *others = _addresses(context, builder, kinds, (args[0], *args[2:5]))
+        x_c, skip_c = (vectors.load(each, args[5]) for each in others[:2])
+        whole = vectors.added(vectors.load(own, args[1]), vectors.times(vectors.filled(args[6]), x_c))
+        vectors.store(vectors.times(whole, vectors.silu(skip_c)), others[2], args[5])
+        return context.get_dummy_value()
+
+    return types.void(y, types.int64, x, skip, out, types.int64, types.float32), codegen
 
 
 def backward_step(channels: int) -> Callable[..., None]:
