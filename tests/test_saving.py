@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import io
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -567,3 +568,46 @@ def test_the_same_part_of_another_layout(order):
         assert torch.equal(found, part(new))
         assert found.untyped_storage().data_ptr() == new.untyped_storage().data_ptr()
     assert same_part(old[:1].expand(2, 4, 5), old, new) is None
+
+
+# -- a forgotten save ----------------------------------------------------------------------------------------
+
+
+def test_a_name_that_keeps_its_old_value_is_warned_of(tiny: MambaTrace, tokens: Tensor) -> None:
+    def forgotten(logits: Any) -> Any:
+        with tiny.trace(tokens):
+            tiny.layers[0].ssm.y.output[:] = 0
+            logits = tiny.lm_head.output
+        return logits
+
+    def forgotten_in_an_invoke(clean: Any, logits: Any) -> Any:
+        with tiny.trace() as tracer:
+            with tracer.invoke(tokens):
+                clean, logits = [tiny.lm_head.output], tiny.lm_head.output
+            with tracer.invoke(tokens):
+                tiny.lm_head.output.save()
+        return clean, logits
+
+    old = tiny._module(tokens).logits
+    with pytest.warns(UserWarning, match=r"'logits': assigned in this trace and not saved.*logits = \.\.\.\.save\(\)"):
+        found = forgotten(old)
+    assert found is old
+    with pytest.warns(UserWarning, match="'clean', 'logits': assigned"):
+        assert forgotten_in_an_invoke(old, old)[0] is old
+
+
+def test_nothing_is_warned_of_where_nothing_is_lost(tiny: MambaTrace, tokens: Tensor) -> None:
+    logits, number, total = tiny._module(tokens).logits, 3, torch.zeros(())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with tiny.trace(tokens):
+            fresh = tiny.lm_head.output
+            number = number + 1
+            total += fresh.sum().detach()
+            logits = fresh.save()
+        with tiny.session():
+            with tiny.trace(tokens):
+                logits = tiny.lm_head.output
+            with tiny.trace(tokens):
+                again = logits.sum().save()
+    assert total == again == logits.sum()

@@ -44,6 +44,7 @@ from torch.overrides import TorchFunctionMode
 from ..errors import SiteValueError
 from ..names import public_path
 from .served import GUARD, SERVED, Served, end_borrowing, local, names_of, nnsight_mark, served_to
+from .unsaved import watched
 from .views import overlap, same_view, tensors_of
 
 #: Saved containers with at most this many entries are searched as a whole each time.
@@ -196,7 +197,8 @@ class GuardedTracer(InterleavingTracer):
         """Run the block as nnsight does."""
         before = len(local.guards)
         try:
-            super().execute(code)
+            with watched():
+                super().execute(code)
         finally:
             _leave_guards(before)
             end_borrowing()
