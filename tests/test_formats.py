@@ -210,7 +210,7 @@ def test_config_round_trip_by_any_route_is_exact(config: Any, route: list[str], 
     assert plain(config) == before, "the argument was changed"
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(config=ORIGINALS_OF_MAMBA2 | HUGGINGFACES_OF_MAMBA2, again=st.booleans(), trained=st.booleans())
 def test_config_round_trip_of_mamba2_is_exact(config: Any, again: bool, trained: bool) -> None:
     start = detect_config_format(config)

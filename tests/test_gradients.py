@@ -8,7 +8,7 @@ to independent references.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -62,10 +62,18 @@ def edited(envoy: Any, how: str) -> Tensor:
     return value
 
 
+#: Where a score is taken for a difference, in steps.
+TICKS = (1, -1, 2, -2)
+
+
+def difference(scores: list[float], step: float = STEP) -> float:
+    """d score(t) / dt at 0, to fourth order, from the scores at TICKS."""
+    return (8 * (scores[0] - scores[1]) - (scores[2] - scores[3])) / (12 * step)
+
+
 def central_difference(score: Callable[[float], float], step: float = STEP) -> float:
     """d score(t) / dt at 0, to fourth order."""
-    near, far = score(step) - score(-step), score(2 * step) - score(-2 * step)
-    return (8 * near - far) / (12 * step)
+    return difference([score(tick * step) for tick in TICKS], step)
 
 
 def assert_close(actual: Tensor, expected: float, scale: float = 0.0) -> None:
@@ -74,18 +82,25 @@ def assert_close(actual: Tensor, expected: float, scale: float = 0.0) -> None:
     assert abs(float(actual) - expected) <= TOLERANCE * abs(expected) + rounding, (float(actual), expected)
 
 
-def along(model: MambaTrace, place: str, how: str, tokens: Tensor) -> Callable[[float], float]:
-    """The score when a trace edits a place as ``how`` says and moves it by t in the direction of seed 11."""
+def slope(model: MambaTrace, place: str, how: str, tokens: Tensor) -> float:
+    """How the score changes when a trace edits a place as ``how`` says and moves it in the direction of seed 11."""
 
-    def score(t: float) -> float:
-        with torch.no_grad(), model.trace(tokens):
+    def logits_at(ticks: Sequence[int]) -> Tensor:
+        """Of a batch with the prompts once for each tick."""
+        rows = tokens.repeat(len(ticks), 1)
+        with torch.no_grad(), model.trace(rows):
             envoy = model.hook(place)
             value = edited(envoy, how)
-            envoy.output = value + t * noise(value.shape, seed=11)
-            result = score_of(model.lm_head.output).save()
-        return float(result)
+            moves = torch.cat([STEP * tick * noise(value[: len(value) // len(ticks)].shape, seed=11) for tick in ticks])
+            envoy.output = value + moves
+            logits = model.lm_head.output.save()
+        return logits
 
-    return score
+    if place.endswith("_A"):  # which has no batch axis
+        parts = [logits_at([tick]) for tick in TICKS]
+    else:
+        parts = list(logits_at(TICKS).chunk(len(TICKS)))
+    return difference([float(score_of(part)) for part in parts])
 
 
 @pytest.mark.parametrize("how", EDITS)
@@ -99,7 +114,7 @@ def test_the_gradient_of_every_place(model: MambaTrace, place: str, how: str) ->
             gradient = value.grad.save()
         score = score.detach().save()
     assert gradient.abs().max() > 0
-    expected = central_difference(along(model, place, how, tokens))
+    expected = slope(model, place, how, tokens)
     assert abs(expected) > 1e-4
     assert_close((gradient * noise(gradient.shape, seed=11)).sum(), expected, abs(float(score)))
 
@@ -144,7 +159,7 @@ def test_gradients_in_batched_invokes(model: MambaTrace, place: str, how: str) -
                 gradient_two = two.grad.save()
     for tokens, gradient in ((first, gradient_one), (second, gradient_two)):
         assert gradient.shape[0] == tokens.shape[0]
-        expected = central_difference(along(model, place, how, tokens))
+        expected = slope(model, place, how, tokens)
         assert_close((gradient * noise(gradient.shape, seed=11)).sum(), expected, 100.0)
 
 
@@ -200,23 +215,27 @@ def test_gradients_of_parameters_under_an_edit(tiny_hf: ModuleFactory, places: l
 
     chosen = [name for name in parameters if "layers.2" not in name and name.endswith(tuple(PARAMETERS))]
     gradients = torch.autograd.grad(score_of(logits_of()), [parameters[name] for name in chosen])
-    for name, gradient in zip(chosen, gradients, strict=True):
-        expected = central_difference(moved(parameters[name], lambda: float(score_of(logits_of()))))
-        assert_close((gradient * noise(gradient.shape, seed=11)).sum(), expected, 100.0)
+    expected = central_difference(moved([parameters[name] for name in chosen], lambda: float(score_of(logits_of()))))
+    slopes = [(gradient * noise(gradient.shape, seed=11 + i)).sum() for i, gradient in enumerate(gradients)]
+    assert min(map(abs, slopes)) > 1e-4 * abs(expected), "the difference feels each of them"
+    assert_close(sum(slopes, torch.zeros(())), expected, 100.0)
 
 
 @torch.no_grad()
-def moved(parameter: nn.Parameter, score: Callable[[], float]) -> Callable[[float], float]:
-    """``score`` with a parameter moved by t in the direction of seed 11, and moved back afterwards."""
-    original, direction = parameter.clone(), noise(parameter.shape, seed=11)
+def moved(parameters: list[nn.Parameter], score: Callable[[], float]) -> Callable[[float], float]:
+    """``score`` with each parameter moved by t in a direction of its own, and moved back afterwards."""
+    originals = [parameter.clone() for parameter in parameters]
+    directions = [noise(parameter.shape, seed=11 + i) for i, parameter in enumerate(parameters)]
 
     @torch.no_grad()
     def at(t: float) -> float:
-        parameter.copy_(original + t * direction)
+        for parameter, original, direction in zip(parameters, originals, directions, strict=True):
+            parameter.copy_(original + t * direction)
         try:
             return score()
         finally:
-            parameter.copy_(original)
+            for parameter, original in zip(parameters, originals, strict=True):
+                parameter.copy_(original)
 
     return at
 
