@@ -225,6 +225,23 @@ def test_an_edited_matrix_costs_the_explicit_scan_of_its_layer(
     assert model.last_run[1].calls[-1].backend == runs
 
 
+def test_a_whole_mamba2_on_triton_is_the_reference(tiny_hf: ModuleFactory, tokens: Tensor) -> None:
+    found = {}
+    for kernels in ("reference", "triton"):
+        model = MambaTrace(tiny_hf(model_type="mamba2"), kernels=kernels)
+        with torch.no_grad(), model.trace(tokens[:1]):
+            model.layers[0].ssm.write.output[:, 2] *= 2
+            model.layers[1].ssm.h[3].output[:] *= 0.5
+            y = model.layers[2].ssm.y.output.save()
+            logits = model.lm_head.output.save()
+        found[kernels] = y, logits
+        used = {call.backend for run in model.last_run for call in run.calls if "conv" not in call.function}
+        assert used <= {kernels, "reference"}
+        assert kernels in used
+    for one, other in zip(*found.values(), strict=True):
+        agree(other, one)
+
+
 # -- decoding ---------------------------------------------------------------------------------------------
 
 
