@@ -18,8 +18,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "mamba2, two groups": {"model_type": "mamba2", "time_step_limit": (0.1, 0.3)},
 }
 DUAL = [kind for kind in KINDS if kind.startswith("mamba2")]
-#: The kinds on the backends, for the fixture `each_backend`: that of a GPU once for each family of scans. Triton's, which
-#: an interpreter runs here, is slow: it has each scan in the tests of scans, and whole models in test_dispatch.py.
+#: The kinds on the backends, for the fixture `each_backend`: that of a GPU once for each family of scans. Triton's is
+#: interpreted here, which is slow: the tests of scans run each scan on it, and test_dispatch.py whole models.
 BACKENDS = [(kind, backend) for kind in KINDS for backend in ("reference", "cpu")]
 BACKENDS += [(kind, "cuda") for kind in ("mamba", "mamba2, two groups")]
 
