@@ -96,7 +96,8 @@ def slope(model: MambaTrace, place: str, how: str, tokens: Tensor) -> float:
             logits = model.lm_head.output.save()
         return logits
 
-    together: list[Sequence[int]] = [[tick] for tick in TICKS] if place.endswith("_A") else [TICKS]  # A has no batch axis
+    # A has no batch axis.
+    together: list[Sequence[int]] = [[tick] for tick in TICKS] if place.endswith("_A") else [TICKS]
     parts = [part for ticks in together for part in logits_at(ticks).chunk(len(ticks))]
     return difference([float(score_of(part)) for part in parts])
 
