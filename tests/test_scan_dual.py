@@ -26,7 +26,9 @@ from mamba_trace.scan.record import Call, recording
 FUNCTIONS = ("selective_scan", "selective_states", "gated_scan", "explicit_scan", "explicit_states")
 KERNELS = ("reference", "cpu", "triton", "cuda")
 #: B, L, H, P, G, N: one of each, more heads than groups, blocks and vectors that are cut short, several chunks.
-SIZES = [(1, 1, 1, 1, 1, 1), (2, 7, 4, 3, 2, 5), (2, 9, 6, 17, 3, 16), (1, 70, 2, 9, 1, 33), (1, 5, 2, 75, 2, 20)]
+SIZES = [(1, 1, 1, 1, 1, 1), (2, 7, 4, 3, 2, 5), (1, 4, 6, 17, 3, 16), (1, 70, 2, 9, 1, 33), (1, 5, 2, 75, 2, 20)]
+#: For what does not depend on sizes: Triton's interpreter takes its time for each head and position.
+SMALL = (1, 4, 2, 3, 1, 5)
 FLOAT32, FLOAT64 = 2e-6, 1e-12  # of the largest value
 
 Arguments = dict[str, Tensor]
@@ -135,7 +137,7 @@ def test_the_definition_in_float64(function: str, sizes: tuple[int, ...]) -> Non
 @pytest.mark.parametrize("kernels", KERNELS)
 @pytest.mark.parametrize("function", ["explicit_scan", "explicit_states"])
 def test_each_channel_may_have_its_own_write(kernels: str, function: str) -> None:
-    given = rounded(arguments(function, by_channel=True))
+    given = rounded(arguments(function, SMALL, by_channel=True))
     check_values(function, given, kernels)
     expected = gradients(getattr(reference, function), rounded(given, torch.float64))
     for name, actual in gradients(on(kernels, function), given).items():
@@ -162,7 +164,7 @@ def test_no_positions_leave_the_state_alone(kernels: str, h_start: bool) -> None
 def test_without_h_start_the_state_begins_at_zero(kernels: str) -> None:
     for function in FUNCTIONS:
         for length in (1, 6):
-            given = rounded(arguments(function, (2, length, 4, 3, 2, 5)))
+            given = rounded(arguments(function, (1, length, 2, 3, 1, 5)))
             given["h_start"] = torch.zeros_like(given["h_start"])
             expected = getattr(DUAL, function)(**given, kernels=kernels)
             del given["h_start"]
@@ -287,7 +289,7 @@ def recurrences(given: Arguments, kernels: str) -> list[Recurrence]:
 
 @pytest.mark.parametrize("kernels", KERNELS)
 def test_stretches_join_to_the_whole(kernels: str) -> None:
-    given = rounded(arguments("selective_scan", (2, 11, 4, 3, 2, 5)))
+    given = rounded(arguments("selective_scan", (1, 11, 2, 3, 1, 5)))
     y, states = written_out(given)
     for one in recurrences(given, kernels):
         parts, h, start = [], given["h_start"], 0
@@ -352,7 +354,7 @@ def test_the_definition_has_the_gradients_of_finite_differences(function: str) -
 
 @pytest.mark.parametrize("kernels", KERNELS)
 def test_one_argument_alone_may_ask_for_its_gradient(kernels: str) -> None:
-    given = rounded(arguments("gated_scan"))
+    given = rounded(arguments("gated_scan", SMALL))
     expected = gradients(on(kernels, "gated_scan"), given)
     for wanted in given:
         leaves = {name: t.detach().requires_grad_(name == wanted) for name, t in given.items()}
@@ -384,7 +386,7 @@ def test_results_may_be_edited_in_place(kernels: str) -> None:
         for index in (0, 1):
             found = []
             for run, dtype in ((on(kernels, function), torch.float32), (getattr(reference, function), torch.float64)):
-                leaves = {name: t.to(dtype).requires_grad_() for name, t in arguments(function).items()}
+                leaves = {name: t.to(dtype).requires_grad_() for name, t in arguments(function, SMALL).items()}
                 result = run(**leaves)[index]
                 result[:, :1] *= 3
                 found.append(torch.autograd.grad(result.sum(), leaves["x"])[0])
