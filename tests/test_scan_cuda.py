@@ -512,11 +512,11 @@ def test_a_kernel_is_tried_before_it_is_used(kernels: StandIns, monkeypatch: pyt
         raise RuntimeError("CUDA error: no kernel image is available\nCompile with ...")
 
     def wrong(*inputs: Any, **options: Any) -> Any:
-        out, last_state = kernels.selective_scan_fn(*inputs)
+        out, last_state = kernels.selective_scan_fn(*inputs, **options)
         return 1.01 * out, last_state
 
     def nan(*inputs: Any, **options: Any) -> Any:
-        return torch.full_like(inputs[0], torch.nan)
+        return torch.full_like(options["x"], torch.nan)
 
     assert scan_failure.__wrapped__(cpu) is None
     assert conv_failure.__wrapped__(cpu) is None

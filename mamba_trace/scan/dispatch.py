@@ -24,7 +24,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from ..errors import BackendError
 from . import cpu, cuda, dual, outline, reference, triton
 from .recompute import transformed
-from .record import note
+from .record import note, pass_over
 from .reference import accumulation_dtype
 from .rows import by_rows
 
@@ -50,8 +50,11 @@ def check(kernels: str, family: str = "selective") -> str:
     """
     if kernels not in KERNELS:
         raise BackendError(f"no backend is called {kernels!r}; there are {', '.join(KERNELS)}")
-    if kernels != "auto" and (reason := FAMILIES[family][kernels].unavailable()) is not None:
-        raise BackendError(f"kernels={kernels!r} cannot run: {reason}")
+    if kernels == "auto":
+        return kernels
+    for reason in (FAMILIES[family][kernels].unavailable(), _conv_misfit(kernels)):
+        if reason is not None:
+            raise BackendError(f"kernels={kernels!r} cannot run: {reason}")
     return kernels
 
 
@@ -89,11 +92,19 @@ def choose(
     for name in (each for each in backends if each in SUITABLE.get(device.type, ())):
         reason = backends[name].unavailable(device, dtype, d_state)
         if reason is None:
+            pass_over(reasons)
             return name
         reasons.append(f"{name}: {reason}")
-    if reasons and dtype == torch.float32:
-        warn_of_fallback("; ".join(reasons))
+    if dtype == torch.float32:
+        pass_over(reasons)
+        if reasons:
+            warn_of_fallback("; ".join(reasons))
     return "reference"
+
+
+def _conv_misfit(name: str) -> str | None:
+    # Why the release that a backend's convolution would come from cannot be used.
+    return getattr(BACKENDS[name], "conv_misfit", lambda: None)()
 
 
 @dataclass(frozen=True)
@@ -215,6 +226,8 @@ def convolution(kernels: str, device: torch.device, dtype: torch.dtype, width: i
         backend = BACKENDS[name]
         if hasattr(backend, "conv_unavailable") and backend.conv_unavailable(device, dtype, width) is None:
             return backend
+        if kernels == "auto" and (reason := _conv_misfit(name)) is not None:
+            pass_over([f"{name}: {reason}"])
     return None
 
 
