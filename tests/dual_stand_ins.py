@@ -1,9 +1,10 @@
 """mamba-ssm's functions for Mamba-2 in plain PyTorch, to test what calls them without a GPU.
 
 They have the signatures of the real ones, refuse what the real ones refuse or would misread, and share their
-shortcomings: one A for all rows, no negative delta and no growth, no second derivative, a state that is written in place, strides that are read of
-what may be missing. What they ask for was read in the sources of mamba-ssm 2.3.2.post1 (``ops/triton/ssd_combined.py``
-and ``selective_state_update.py``). That the real kernels round the factors of products to TF32 is not imitated.
+shortcomings: one A for all rows, no negative delta and no growth, no second derivative, a state that is written in
+place, strides that are read of what may be missing. What they ask for was read in the sources of mamba-ssm 2.3.2.post1
+(``ops/triton/ssd_combined.py`` and ``selective_state_update.py``). That the real kernels round the factors of products
+to TF32 is not imitated.
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ PACKAGES = ("mamba_ssm", "causal_conv1d")
 COMPILED = ("selective_scan_cuda", "causal_conv1d_cuda")
 #: What pip asks for the name and the version of a source package. The packages' own answer, their setup.py, looks for a
 #: compiler; this one reads what the package says of itself.
-BUILD_BACKEND = '''
+BUILD_BACKEND = """
 import email, pathlib, shutil
 
 class Backend:
@@ -46,7 +46,7 @@ class Backend:
 
 __legacy__ = Backend()
 prepare_metadata_for_build_wheel = __legacy__.prepare_metadata_for_build_wheel
-'''
+"""
 
 
 def sources() -> Path:
@@ -66,7 +66,9 @@ def sources() -> Path:
             for archive in Path(place).glob("*.tar.gz"):
                 with tarfile.open(archive) as opened:
                     opened.extractall(place, filter="data")
-                (Path(place) / archive.name.removesuffix(".tar.gz")).rename(cache / archive.name.removesuffix(".tar.gz"))
+                (Path(place) / archive.name.removesuffix(".tar.gz")).rename(
+                    cache / archive.name.removesuffix(".tar.gz")
+                )
     return cache
 
 

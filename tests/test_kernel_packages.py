@@ -7,24 +7,20 @@ interpreter (`kernel_packages`). The tests skip where pip reaches no package ind
 from __future__ import annotations
 
 import functools
-import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import compiled_stand_ins
 import numpy
 import pytest
 import torch
-from conftest import ModuleFactory, agree, near
+from conftest import near
 from kernel_packages import RELEASES, imported, sources
 from test_scan_cuda import FUNCTIONS, NAMES, arguments, compare, compare_gradients, convolution, doubled, weights
-from test_scan_dual import gradients, rounded, written_out
 from test_scan_dual import arguments as dual_arguments
-from torch import Tensor
+from test_scan_dual import gradients, rounded, written_out
 
-from mamba_trace import MambaTrace
 from mamba_trace.scan import check, cuda, reference
 from mamba_trace.scan.cuda import installed
 from mamba_trace.scan.dual import cuda as dual_cuda
@@ -104,7 +100,9 @@ def test_the_convolution() -> None:
         for dtype, tolerance in dtypes:
             inputs, found = convolution(L, K, bias, before, dtype), []
             for scan, chosen in ((cuda, dtype), (reference, torch.float64)):
-                leaves = [None if tensor is None else tensor.to(chosen, copy=True).requires_grad_() for tensor in inputs]
+                leaves = [
+                    None if tensor is None else tensor.to(chosen, copy=True).requires_grad_() for tensor in inputs
+                ]
                 out = scan.causal_conv(*leaves, activate=silu)
                 wanted = [leaf for leaf in leaves if leaf is not None]
                 found.append((out, *torch.autograd.grad((out * weights(out)).sum(), wanted)))

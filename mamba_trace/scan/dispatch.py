@@ -38,12 +38,13 @@ KERNELS = ("auto", *BACKENDS)
 SUITABLE: dict[str, tuple[str, ...]] = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
 
 
-def check(kernels: str, family: str = "selective") -> str:
+def check(kernels: str, family: str | None = None) -> str:
     """Return ``kernels`` if it is ``"auto"`` or a backend that can run a family on this machine at all.
 
     Args:
         kernels: the choice of backend.
-        family: the family of scans, ``"selective"`` or ``"dual"``: their kernels may come in other packages.
+        family: the family of scans, ``"selective"`` or ``"dual"``, whose kernels come in parts of their own;
+            ``None`` if any family will do.
 
     Raises:
         BackendError: if there is no such backend, or if it cannot run, with the reason.
@@ -52,7 +53,9 @@ def check(kernels: str, family: str = "selective") -> str:
         raise BackendError(f"no backend is called {kernels!r}; there are {', '.join(KERNELS)}")
     if kernels == "auto":
         return kernels
-    for reason in (FAMILIES[family][kernels].unavailable(), _conv_misfit(kernels)):
+    families = FAMILIES if family is None else (family,)
+    reasons = [FAMILIES[each][kernels].unavailable() for each in families]
+    for reason in (None if None in reasons else reasons[0], _conv_misfit(kernels)):
         if reason is not None:
             raise BackendError(f"kernels={kernels!r} cannot run: {reason}")
     return kernels
