@@ -124,7 +124,9 @@ def imported(folder: Path, mamba: str, conv: str) -> Iterator[ModuleType]:
         patch.setitem(sys.modules, "causal_conv1d_cuda", compiled_stand_ins.causal_conv1d_cuda(conv))
         patch.setattr(installed, "DEVICE_TYPES", ("cpu",))
         patch.setattr(triton, "autotune", largest)
-        # mamba-ssm asks these of the GPU that its tensors are on.
+        # mamba-ssm asks these of the GPU that its tensors are on, and its generate measures itself there.
+        patch.setattr(torch.cuda, "Event", Event)
+        patch.setattr(torch.cuda, "synchronize", lambda: None)
         patch.setattr(torch.cuda, "device", lambda index: contextlib.nullcontext())
         patch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=1))
         try:
@@ -133,6 +135,13 @@ def imported(folder: Path, mamba: str, conv: str) -> Iterator[ModuleType]:
             yield mamba_ssm
         finally:
             forget()
+
+
+class Event:
+    """A moment, no time being kept."""
+
+    def __init__(self, enable_timing: bool = False) -> None:
+        self.record, self.elapsed_time = (lambda: None), (lambda other: 1.0)
 
 
 def blocks(config: Any) -> int:

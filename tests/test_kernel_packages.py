@@ -7,20 +7,26 @@ interpreter (`kernel_packages`). The tests skip where pip reaches no package ind
 from __future__ import annotations
 
 import functools
+import importlib
 import tomllib
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy
 import pytest
+import test_gpu
 import torch
-from conftest import near
+from conftest import agree, make_hf, near
 from kernel_packages import RELEASES, imported, sources
 from test_scan_cuda import FUNCTIONS, NAMES, arguments, compare, compare_gradients, convolution, doubled, weights
 from test_scan_dual import arguments as dual_arguments
 from test_scan_dual import gradients, rounded, written_out
+from torch import Tensor
 
+from mamba_trace import MambaTrace
 from mamba_trace.scan import check, cuda, reference
 from mamba_trace.scan.cuda import installed
 from mamba_trace.scan.dual import cuda as dual_cuda
@@ -130,11 +136,10 @@ def test_states_and_sequences_of_the_convolution() -> None:
         kernel(x.contiguous(), weight, bias, initial_states=first)
 
 
-@pytest.mark.usefixtures("packages")
-def test_the_gradients_of_mamba_2(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In two chunks, from a state to begin at, through both results."""
+def test_the_gradients_of_mamba_2(packages: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """From a state to begin at, through both results; in two chunks in the newest release."""
     monkeypatch.setattr(dual_cuda, "CHUNK", CHUNK)
-    exact = dual_arguments("selective_scan", SIZES)
+    exact = dual_arguments("selective_scan", SIZES if packages == RELEASES[0] else (1, 5, *SIZES[2:]))
     expected = gradients(dual_reference.selective_scan, exact)
     for name, grad in gradients(dual_cuda.selective_scan, rounded(exact)).items():
         near(grad, expected[name], 1e-5, name)
@@ -156,3 +161,88 @@ def test_the_values_of_mamba_2(monkeypatch: pytest.MonkeyPatch) -> None:
         out, h_last = getattr(dual_cuda, function)(*rounded(exact).values())
         near(out, y, 1e-5, f"the output of {function}")
         near(h_last, states[:, -1], 1e-5, "the last state")
+
+
+# -- what runs on a GPU in one command -------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_benchmark(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The GPU's benchmark, on the CPU and of models that Triton's interpreter can run."""
+    monkeypatch.syspath_prepend(Path(__file__).parent / "benchmarks")
+    forward, gpu = importlib.import_module("forward"), importlib.import_module("gpu")
+    monkeypatch.setattr(forward, "LAYER", 1)
+    small = {"DEVICE": torch.device("cpu"), "VOCABULARY": 48, "PROMPT": 6, "NEW_TOKENS": 3}
+    for name, value in small.items():
+        monkeypatch.setattr(gpu, name, value)
+    return gpu
+
+
+def checkpoint(other: Any, folder: Path, kernels: str) -> MambaTrace:
+    """The model of mamba-ssm as its own checkpoint, loaded here."""
+    other.save_pretrained(folder)
+    with warnings.catch_warnings(action="ignore"):  # it has no tokenizer
+        return MambaTrace(folder, kernels=kernels, dispatch=True)
+
+
+newest = pytest.mark.parametrize("packages", RELEASES[:1], indirect=True, ids=" and ".join)
+
+
+@newest
+@pytest.mark.usefixtures("packages")
+@torch.no_grad()
+def test_mamba_ssm_s_own_model_has_the_logits_of_ours(small_benchmark: ModuleType, tmp_path: Path) -> None:
+    tokens = small_benchmark.random_tokens(7)
+    for kernels, shape in (
+        ("cuda", {"num_hidden_layers": 2, "hidden_size": 16, "state_size": 16}),
+        ("reference", {"num_hidden_layers": 1, "hidden_size": 32, "state_size": 128, "num_heads": 1}),
+    ):
+        other = small_benchmark.theirs(shape, torch.float32)
+        assert other is not None
+        model = checkpoint(other, tmp_path / kernels, kernels)
+        agree(model._module(tokens).logits, other(tokens).logits)
+        assert {call.backend for run in model.last_run for call in run.calls} >= {kernels}
+        if "num_heads" not in shape:  # a prompt of Mamba-2 needs its heads in eights, which would take minutes here
+            expected = other.generate(tokens, max_length=10)
+            assert torch.equal(model._module.generate(tokens, max_new_tokens=3, do_sample=False), expected)
+
+
+@newest
+@pytest.mark.usefixtures("packages")
+def test_every_contender_of_the_benchmark_runs(small_benchmark: ModuleType) -> None:
+    """All but CUDA graphs, which stand-ins cannot capture; in the dtype of most runs."""
+    shape, dtype = {"num_hidden_layers": 2, "hidden_size": 16, "state_size": 16}, torch.bfloat16
+    model, other = small_benchmark.ours(shape, dtype, "cuda"), small_benchmark.theirs(shape, dtype)
+    runs = [small_benchmark.prefill(model, other, 7), small_benchmark.decode(model, other)]
+    runs.append(small_benchmark.heatmap(model, 3))
+    assert all("mamba_ssm" in some for some in runs[:2])
+    with torch.no_grad():
+        for name, run in {name: run for some in runs for name, run in some.items()}.items():
+            if name != "mamba_ssm, CUDA graph":
+                assert small_benchmark.synchronised(run)() == 1, name
+    assert {call.backend for layer in model.last_run for call in layer.calls} == {"cuda"}
+
+
+@newest
+@pytest.mark.usefixtures("packages")
+def test_the_gpu_tests_meet_no_wrong_argument(tokens: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests of test_gpu.py on the CPU, of sizes that are small enough for it."""
+    monkeypatch.setattr(test_gpu, "DEVICE", torch.device("cpu"))
+    monkeypatch.setattr(dual_cuda, "CHUNK", CHUNK)
+    small = {"num_hidden_layers": 1, "num_heads": 2, "head_dim": 12, "n_groups": 1}
+    monkeypatch.setattr(test_gpu, "make_hf", functools.partial(make_hf, **small))
+    for function in FUNCTIONS:
+        for L, N, dtype in ((1, 16, torch.float32), (63, 5, torch.bfloat16)):
+            test_gpu.compare(cuda, function, L, N, dtype, start=True)
+    for architecture, prompt in (("mamba", tokens), ("mamba2", tokens[:1, :5])):
+        test_gpu.test_a_trace_gives_the_numbers_of_the_reference(architecture, prompt, "cuda")
+        test_gpu.test_decoding_gives_the_tokens_and_states_of_the_reference(architecture, prompt, "cuda")
+
+
+def test_the_oldest_convolution_does_not_serve_mamba_ssm_s_own_model(
+    packages: tuple[str, str], small_benchmark: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It has no module of functions in C++, so that the benchmark has no rows of mamba_ssm's; it serves ours."""
+    found = small_benchmark.theirs({"num_hidden_layers": 1, "hidden_size": 16, "state_size": 16}, torch.float32)
+    left_out = "mamba_ssm's rows are left out: AssertionError: causal_conv1d_cuda is not available"
+    assert (found is None) == capsys.readouterr().out.startswith(left_out) == (packages == RELEASES[-1])
