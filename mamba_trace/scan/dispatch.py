@@ -91,7 +91,7 @@ def choose(
         if (reason := backends[kernels].unavailable(device, dtype, d_state)) is not None:
             raise BackendError(f"kernels={kernels!r} cannot run this scan: {reason}; use kernels='auto'")
         return kernels
-    reasons = []
+    reasons: list[str] = []
     for name in (each for each in backends if each in SUITABLE.get(device.type, ())):
         reason = backends[name].unavailable(device, dtype, d_state)
         if reason is None:
