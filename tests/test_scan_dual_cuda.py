@@ -108,6 +108,19 @@ def test_an_edit_of_delta_may_be_negative(kernels: DualStandIns) -> None:
     assert kernels.names() == ["scan"] * 2
 
 
+def test_a_model_is_checked_for_the_kernels_of_its_own_scan(
+    kernels: DualStandIns, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """With Mamba-2's kernels alone, a Mamba-1 is refused at once, whether it is a module or a checkpoint."""
+    monkeypatch.setattr(installed, "scan_kernel", lambda: "there is none")
+    assert MambaTrace(make_hf(model_type="mamba2"), kernels="cuda").kernels == "cuda"
+    make_hf().save_pretrained(tmp_path)
+    for source in (make_hf(), tmp_path):
+        with pytest.raises(BackendError, match="kernels='cuda' cannot run: there is none"):
+            MambaTrace(source, kernels="cuda")
+    assert not kernels.calls
+
+
 @pytest.fixture
 def packages(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     """A place for packages that are found first, nothing of them remembered before or after."""
