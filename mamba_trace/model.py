@@ -111,10 +111,11 @@ class MambaTrace(Places, HookedRuns, LensViews, Tokens, Loading, RootEnvoy):
         if isinstance(repo_id, Path):
             repo_id = str(repo_id)
         if isinstance(repo_id, nn.Module):
-            architecture_of(repo_id)
+            check(kernels, architecture_of(repo_id).family)
             inits = (vars(kind)["__init__"] for kind in type(self).__mro__ if "__init__" in vars(kind))
             check_module_arguments(kwargs, {name for init in inits for name in parameters_of(init)})
         super().__init__(repo_id, *args, ours=RENAME, **kwargs)
+        check(kernels, self.architecture.family)  # known only now where a checkpoint was named
 
     @property
     def kernels(self) -> str:

@@ -1,9 +1,10 @@
 """mamba-ssm's functions for Mamba-2 in plain PyTorch, to test what calls them without a GPU.
 
 They have the signatures of the real ones, refuse what the real ones refuse or would misread, and share their
-shortcomings: one A for all rows, no second derivative, a state that is written in place, strides that are read of
-what may be missing. What they ask for was read in the sources of mamba-ssm 2.3.2.post1 (``ops/triton/ssd_combined.py``
-and ``selective_state_update.py``). That the real kernels round the factors of products to TF32 is not imitated.
+shortcomings: one A for all rows, no negative delta and no growth, no second derivative, a state that is written in
+place, strides that are read of what may be missing. What they ask for was read in the sources of mamba-ssm 2.3.2.post1
+(``ops/triton/ssd_combined.py`` and ``selective_state_update.py``). That the real kernels round the factors of products
+to TF32 is not imitated.
 """
 
 from __future__ import annotations
@@ -47,6 +48,8 @@ class DualStandIns:
         assert not return_varlen_states
         assert dt_limit == (0.0, float("inf"))
         assert chunk_size & (chunk_size - 1) == 0
+        assert bool((dt >= 0).all()), "the real one takes less for 0"
+        assert bool((A <= 0).all()), "the real one lets no state grow"
         batch, length, heads, width = x.shape
         groups, d_state = B.shape[2:]
         assert length >= 1

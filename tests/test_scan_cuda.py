@@ -16,12 +16,13 @@ from typing import Any
 import cuda_stand_ins
 import pytest
 import torch
-from conftest import near
+from conftest import agree, make_hf, near
 from cuda_stand_ins import StandIns
 from torch import Tensor
 
+from mamba_trace import MambaTrace
 from mamba_trace.errors import BackendError
-from mamba_trace.scan import check, cuda, reference
+from mamba_trace.scan import check, cuda, dispatch, reference
 from mamba_trace.scan.cuda import conv_failure, installed, scan_failure
 
 TOLERANCE = 1e-5  # of a tensor's largest value
@@ -404,21 +405,31 @@ def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     for name in [name for name in sys.modules if name.partition(".")[0] in packages]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.syspath_prepend(tmp_path)
-    for cached in (installed.scan_kernel, installed.conv_kernel):
+    found = (installed.scan_kernel, installed.conv_kernel)  # a test may put others in their place
+    for cached in found:
         cached.cache_clear()
     yield tmp_path
     for name in [name for name in sys.modules if name.partition(".")[0] in packages]:
         del sys.modules[name]
-    for cached in (installed.scan_kernel, installed.conv_kernel):
+    for cached in found:
         cached.cache_clear()
 
 
-def write_mamba(place: Path, interface: str) -> None:
+def write_mamba(place: Path, interface: str, release: str | None = None) -> None:
     """A package mamba_ssm whose module of the scan is ``interface``."""
+    if release is not None:
+        write_release(place, "mamba_ssm", release)
     (place / "mamba_ssm" / "ops").mkdir(parents=True)
     for package in (place / "mamba_ssm", place / "mamba_ssm" / "ops"):
         (package / "__init__.py").write_text("")
     (place / "mamba_ssm" / "ops" / "selective_scan_interface.py").write_text(interface)
+
+
+def write_release(place: Path, name: str, release: str) -> None:
+    """What says which release of a package is installed."""
+    (place / f"{name}-{release}.dist-info").mkdir(parents=True)
+    about = f"Metadata-Version: 2.1\nName: {name.replace('_', '-')}\nVersion: {release}\n"
+    (place / f"{name}-{release}.dist-info" / "METADATA").write_text(about)
 
 
 @pytest.mark.usefixtures("fresh")
@@ -475,10 +486,89 @@ def test_a_convolution_that_does_not_import(fresh: Path, monkeypatch: pytest.Mon
 
 
 def test_what_is_installed_is_what_runs(fresh: Path) -> None:
-    write_mamba(fresh, "import torch\nselective_scan_cuda = 1\ndef selective_scan_fn(*inputs): return 'ran'")
+    names = ", ".join(installed.SELECTIVE_SCAN.parameters)
+    write_mamba(fresh, f"selective_scan_cuda = 1\ndef selective_scan_fn({names}, more=None): return 'ran'", "2.10rc1")
     kernel = installed.scan_kernel()
-    assert not isinstance(kernel, str)
-    assert kernel() == "ran"
+    assert not isinstance(kernel, str), kernel
+    assert kernel(*names.split(", ")) == "ran"
+
+
+# -- another release is installed ------------------------------------------------------------------------
+
+
+SIGNATURE = "u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False, return_last_state=False"
+CONV_SIGNATURE = "x, weight, bias=None, seq_idx=None, activation=None"
+#: A release, the parameters of its function, and what is said of it.
+MISFITS = [
+    ("2.2.6.post3", SIGNATURE, "mamba-ssm 2.2.6.post3 is too old, 2.3 is the first release to use: "),
+    ("1.9", SIGNATURE, "mamba-ssm 1.9 is too old, 2.3 is the first release to use: "),
+    (
+        "2.4",
+        f"{SIGNATURE}, *, head",
+        "mamba-ssm 2.4 has another selective_scan_fn .* argument: 'head'.*has been tested: ",
+    ),
+    ("3.0", SIGNATURE.replace("delta,", "dt,"), "mamba-ssm 3.0 has another selective_scan_fn .* 'd.*has been tested: "),
+]
+
+
+@pytest.mark.parametrize(("release", "parameters", "words"), MISFITS, ids=[misfit[0] for misfit in MISFITS])
+def test_a_release_that_does_not_fit_is_named(
+    fresh: Path, monkeypatch: pytest.MonkeyPatch, release: str, parameters: str, words: str
+) -> None:
+    """By kernels="cuda" before anything runs; kernels="auto" passes over it and its report says so."""
+    called = "def selective_scan_fn(" + parameters + "): raise AssertionError('it was called')"
+    write_mamba(fresh, f"selective_scan_cuda = 1\n{called}", release)
+    monkeypatch.setattr(installed, "DEVICE_TYPES", ("cpu",))
+    words += re.escape(f"{cuda.INSTALL_SCAN}=={installed.MAMBA.newest}")
+    with pytest.raises(BackendError, match=f"kernels='cuda' cannot run: {words}$"):
+        MambaTrace(make_hf(), kernels="cuda")
+    monkeypatch.setitem(dispatch.SUITABLE, "cpu", ("cuda", "triton"))
+    model = MambaTrace(make_hf())
+    with torch.no_grad(), model.trace([[1, 2, 3]]):
+        logits = model.lm_head.output.save()
+    for run in model.last_run:
+        assert [call.backend for call in run.calls] == ["PyTorch", "triton"]
+        assert len(run.reasons) == 1
+        assert re.fullmatch(f"cuda: {words}", run.reasons[0])
+    agree(logits, make_hf()(torch.tensor([[1, 2, 3]])).logits)
+    assert model.last_run[0].reasons[0] in str(model.last_run)
+
+
+@pytest.mark.parametrize(
+    ("release", "parameters", "words"),
+    [
+        pytest.param(
+            "1.4.0", CONV_SIGNATURE, "causal-conv1d 1.4.0 is too old, 1.5 is the first release to use: ", id="1.4"
+        ),
+        pytest.param(
+            "2.0",
+            "x, weight, bias=None",
+            "causal-conv1d 2.0 has another causal_conv1d_fn .*'activation'.*has been tested: ",
+            id="2.0",
+        ),
+    ],
+)
+def test_a_convolution_that_does_not_fit_is_named(
+    fresh: Path, monkeypatch: pytest.MonkeyPatch, release: str, parameters: str, words: str
+) -> None:
+    write_release(fresh, "causal_conv1d", release)
+    (fresh / "causal_conv1d").mkdir()
+    called = f"def causal_conv1d_fn({parameters}): raise AssertionError('it was called')"
+    (fresh / "causal_conv1d" / "__init__.py").write_text(called)
+    stand_ins = StandIns()
+    monkeypatch.setattr(installed, "DEVICE_TYPES", ("cpu",))
+    monkeypatch.setattr(installed, "scan_kernel", lambda: stand_ins.selective_scan_fn)
+    words += re.escape(f"{cuda.INSTALL_CONV}=={installed.CONV.newest}")
+    with pytest.raises(BackendError, match=f"kernels='cuda' cannot run: {words}$"):
+        check("cuda")
+    monkeypatch.setitem(dispatch.SUITABLE, "cpu", ("cuda", "triton"))
+    model = MambaTrace(make_hf())
+    with torch.no_grad(), model.trace([[1, 2, 3]]):
+        model.lm_head.output.save()
+    for run in model.last_run:
+        assert [call.backend for call in run.calls] == ["PyTorch", "cuda"]
+        assert len(run.reasons) == 1
+        assert re.fullmatch(f"cuda: {words}", run.reasons[0])
 
 
 @pytest.mark.usefixtures("kernels")
@@ -512,11 +602,11 @@ def test_a_kernel_is_tried_before_it_is_used(kernels: StandIns, monkeypatch: pyt
         raise RuntimeError("CUDA error: no kernel image is available\nCompile with ...")
 
     def wrong(*inputs: Any, **options: Any) -> Any:
-        out, last_state = kernels.selective_scan_fn(*inputs)
+        out, last_state = kernels.selective_scan_fn(*inputs, **options)
         return 1.01 * out, last_state
 
     def nan(*inputs: Any, **options: Any) -> Any:
-        return torch.full_like(inputs[0], torch.nan)
+        return torch.full_like(options["x"], torch.nan)
 
     assert scan_failure.__wrapped__(cpu) is None
     assert conv_failure.__wrapped__(cpu) is None

@@ -13,12 +13,14 @@ from typing import Any
 import dual_stand_ins
 import pytest
 import torch
+from conftest import agree, make_hf, near
 from dual_stand_ins import DualStandIns
-from test_scan_dual import arguments, rounded
+from test_scan_dual import arguments, gradients, rounded, written_out
 
+from mamba_trace import MambaTrace
 from mamba_trace.errors import BackendError
 from mamba_trace.scan.cuda import installed
-from mamba_trace.scan.dual import cuda
+from mamba_trace.scan.dual import cuda, reference
 
 CPU = torch.device("cpu")
 DUAL_FAILURE = cuda.dual_failure
@@ -76,6 +78,49 @@ def test_what_does_not_fit_is_refused(length: int) -> None:
                 cuda.gated_scan(*{**given, name: wrong}.values())
 
 
+@pytest.mark.parametrize("function", ["selective_scan", "gated_scan"])
+@pytest.mark.parametrize("edit", ["a negative delta", "a positive A", "nan"])
+def test_what_the_kernel_would_misread_runs_as_it_is_defined(kernels: DualStandIns, function: str, edit: str) -> None:
+    """It takes a negative delta for 0, lets no state grow, and a NaN of delta is lost in it."""
+    exact = arguments(function, (2, 5, 4, 3, 2, 5))
+    name, value = {"a negative delta": ("delta", -0.3), "a positive A": ("A", 0.2), "nan": ("delta", torch.nan)}[edit]
+    exact[name][..., 1] = value
+    y, states = written_out(exact)
+    out, h_last = getattr(cuda, function)(*rounded(exact).values())
+    torch.testing.assert_close(out.double(), y, rtol=1e-5, atol=1e-5, equal_nan=True)
+    torch.testing.assert_close(h_last.double(), states[:, -1], rtol=1e-5, atol=1e-5, equal_nan=True)
+    if edit != "nan":
+        grads = gradients(lambda **given: getattr(cuda, function)(*given.values()), rounded(exact))
+        expected = gradients(lambda **given: getattr(reference, function)(*given.values()), exact)
+        for each, grad in grads.items():
+            near(grad, expected[each], 1e-5, each)
+    assert not kernels.calls
+
+
+def test_an_edit_of_delta_may_be_negative(kernels: DualStandIns) -> None:
+    found = []
+    for chosen in ("cuda", "reference"):
+        model = MambaTrace(make_hf(model_type="mamba2"), kernels=chosen)
+        with torch.no_grad(), model.trace([[1, 2, 3, 4]]):
+            model.layers[1].ssm.delta.output[:, 1] *= -1
+            found.append(model.lm_head.output.save())
+    agree(*found)
+    assert kernels.names() == ["scan"] * 2
+
+
+def test_a_model_is_checked_for_the_kernels_of_its_own_scan(
+    kernels: DualStandIns, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """With Mamba-2's kernels alone, a Mamba-1 is refused at once, whether it is a module or a checkpoint."""
+    monkeypatch.setattr(installed, "scan_kernel", lambda: "there is none")
+    assert MambaTrace(make_hf(model_type="mamba2"), kernels="cuda").kernels == "cuda"
+    make_hf().save_pretrained(tmp_path)
+    for source in (make_hf(), tmp_path):
+        with pytest.raises(BackendError, match="kernels='cuda' cannot run: there is none"):
+            MambaTrace(source, kernels="cuda")
+    assert not kernels.calls
+
+
 @pytest.fixture
 def packages(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     """A place for packages that are found first, nothing of them remembered before or after."""
@@ -103,10 +148,11 @@ def test_what_is_installed_is_what_runs(packages: Path) -> None:
     folder.mkdir(parents=True)
     for package in (folder, folder.parent, folder.parent.parent):
         (package / "__init__.py").write_text("")
-    (folder / "ssd_combined.py").write_text("def mamba_chunk_scan_combined(): return 'ran'")
+    names = ", ".join(installed.CHUNK_SCAN.parameters)
+    (folder / "ssd_combined.py").write_text(f"def mamba_chunk_scan_combined({names}): return 'ran'")
     kernel = installed.chunk_scan_kernel()
     assert not isinstance(kernel, str)
-    assert kernel() == "ran"
+    assert kernel(*names.split(", ")) == "ran"
     missing = "mamba-ssm is installed without a working kernel (ModuleNotFoundError"
     assert str(cuda.unavailable(CPU)).startswith(missing)
 

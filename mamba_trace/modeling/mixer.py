@@ -52,7 +52,7 @@ def recorded(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
     @functools.wraps(forward)
     def wrapper(self: HookableMixer, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         self.last_run = self.report.begin(self.layer_idx, hidden_states.shape[1], Visit(self).trace)
-        with recording(self.last_run.calls):
+        with recording(self.last_run.calls, self.last_run.reasons):
             return forward(self, hidden_states, *args, **kwargs)
 
     return wrapper

@@ -33,7 +33,8 @@ class LayerRun:
     Attributes:
         layer, positions: its index, and the length L of the call.
         calls: every kernel call, in order; stretches of positions are separate calls.
-        reasons: one entry for each fused kernel that was given up, saying why.
+        reasons: one entry for each fused kernel that was given up and for each faster backend that was passed over,
+            saying why.
     """
 
     layer: int

@@ -24,7 +24,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from ..errors import BackendError
 from . import cpu, cuda, dual, outline, reference, triton
 from .recompute import transformed
-from .record import note
+from .record import note, pass_over
 from .reference import accumulation_dtype
 from .rows import by_rows
 
@@ -38,20 +38,26 @@ KERNELS = ("auto", *BACKENDS)
 SUITABLE: dict[str, tuple[str, ...]] = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
 
 
-def check(kernels: str, family: str = "selective") -> str:
+def check(kernels: str, family: str | None = None) -> str:
     """Return ``kernels`` if it is ``"auto"`` or a backend that can run a family on this machine at all.
 
     Args:
         kernels: the choice of backend.
-        family: the family of scans, ``"selective"`` or ``"dual"``: their kernels may come in other packages.
+        family: the family of scans, ``"selective"`` or ``"dual"``, whose kernels come in parts of their own;
+            ``None`` if any family will do.
 
     Raises:
         BackendError: if there is no such backend, or if it cannot run, with the reason.
     """
     if kernels not in KERNELS:
         raise BackendError(f"no backend is called {kernels!r}; there are {', '.join(KERNELS)}")
-    if kernels != "auto" and (reason := FAMILIES[family][kernels].unavailable()) is not None:
-        raise BackendError(f"kernels={kernels!r} cannot run: {reason}")
+    if kernels == "auto":
+        return kernels
+    families = FAMILIES if family is None else (family,)
+    reasons = [FAMILIES[each][kernels].unavailable() for each in families]
+    for reason in (None if None in reasons else reasons[0], _conv_misfit(kernels)):
+        if reason is not None:
+            raise BackendError(f"kernels={kernels!r} cannot run: {reason}")
     return kernels
 
 
@@ -85,15 +91,23 @@ def choose(
         if (reason := backends[kernels].unavailable(device, dtype, d_state)) is not None:
             raise BackendError(f"kernels={kernels!r} cannot run this scan: {reason}; use kernels='auto'")
         return kernels
-    reasons = []
+    reasons: list[str] = []
     for name in (each for each in backends if each in SUITABLE.get(device.type, ())):
         reason = backends[name].unavailable(device, dtype, d_state)
         if reason is None:
+            pass_over(reasons)
             return name
         reasons.append(f"{name}: {reason}")
-    if reasons and dtype == torch.float32:
-        warn_of_fallback("; ".join(reasons))
+    if dtype == torch.float32:
+        pass_over(reasons)
+        if reasons:
+            warn_of_fallback("; ".join(reasons))
     return "reference"
+
+
+def _conv_misfit(name: str) -> str | None:
+    # Why the release that a backend's convolution would come from cannot be used.
+    return getattr(BACKENDS[name], "conv_misfit", lambda: None)()
 
 
 @dataclass(frozen=True)
@@ -215,6 +229,8 @@ def convolution(kernels: str, device: torch.device, dtype: torch.dtype, width: i
         backend = BACKENDS[name]
         if hasattr(backend, "conv_unavailable") and backend.conv_unavailable(device, dtype, width) is None:
             return backend
+        if kernels == "auto" and (reason := _conv_misfit(name)) is not None:
+            pass_over([f"{name}: {reason}"])
     return None
 
 

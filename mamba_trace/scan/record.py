@@ -1,8 +1,8 @@
-"""Which kernels really ran: a note of every call, for those who record them."""
+"""Which kernels really ran, and which were passed over: a note of it, for those who record them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -23,13 +23,13 @@ class Call:
     positions: int
 
 
-_listening: ContextVar[list[Call] | None] = ContextVar("mamba_trace_calls", default=None)
+_listening: ContextVar[tuple[list[Call], list[str]] | None] = ContextVar("mamba_trace_calls", default=None)
 
 
 @contextmanager
-def recording(calls: list[Call]) -> Iterator[None]:
-    """Append a note to ``calls`` for every call made in the ``with`` block."""
-    token = _listening.set(calls)
+def recording(calls: list[Call], reasons: list[str] | None = None) -> Iterator[None]:
+    """Append a note to ``calls`` for every call made in the ``with`` block, to ``reasons`` why it was no faster one."""
+    token = _listening.set((calls, [] if reasons is None else reasons))
     try:
         yield
     finally:
@@ -38,6 +38,13 @@ def recording(calls: list[Call]) -> Iterator[None]:
 
 def note(function: str, backend: str, positions: int) -> None:
     """Note a call, if calls are being recorded."""
-    calls = _listening.get()
-    if calls is not None:
-        calls.append(Call(function, backend, positions))
+    listening = _listening.get()
+    if listening is not None:
+        listening[0].append(Call(function, backend, positions))
+
+
+def pass_over(reasons: Iterable[str]) -> None:
+    """Note why faster backends did not run, each reason once, if calls are being recorded."""
+    listening = _listening.get()
+    if listening is not None:
+        listening[1].extend(reason for reason in reasons if reason not in listening[1])

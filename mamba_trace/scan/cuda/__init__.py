@@ -79,6 +79,11 @@ def conv_unavailable(
     return None if device is None else conv_failure(device)
 
 
+def conv_misfit() -> str | None:
+    """Why the release of causal-conv1d that is installed cannot be used, and what to do about it."""
+    return kernel if isinstance(kernel := installed.conv_kernel(), installed.Misfit) else None
+
+
 @functools.cache
 def scan_failure(device: torch.device) -> str | None:
     """How the scan kernel fails on ``device``; ``None`` if it gets a small example right."""

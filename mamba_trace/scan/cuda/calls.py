@@ -102,7 +102,7 @@ def convolve(x_in: Tensor, weight: Tensor, bias: Tensor | None, before: Tensor |
     x, weight = _packed(x), weight.contiguous()
     sizes = dict(zip(("batch", "width", "length"), x.shape, strict=True))
     check({"x": x, "weight": weight, "bias": bias}, CONVOLVED, taps=weight.shape[1], **sizes)
-    out = kernel(x, weight, bias, activation="silu" if activate else None)
+    out = kernel(x=x, weight=weight, bias=bias, activation="silu" if activate else None)
     assert isinstance(out, Tensor)
     _pack_gradient(out)
     return out[..., virtual:].clone() if virtual else out
@@ -129,7 +129,7 @@ def _call(
     arrays = {"u": u, "delta": delta, "A": A, "B": B, "C": C, "D": D, "z": z}
     batch, width, length = u.shape
     check(arrays, scanned(u.dtype), batch=batch, width=width, length=length, n_state=d_state)
-    out, h_last = kernel(u, delta, A, B, C, D, z, None, softplus, True)
+    out, h_last = kernel(**arrays, delta_bias=None, delta_softplus=softplus, return_last_state=True)
     _pack_gradient(out)
     if attached:
         out, h_last = out[..., :-d_state], out[..., -d_state:]

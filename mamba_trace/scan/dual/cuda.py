@@ -2,8 +2,9 @@
 
 The kernel for whole prompts begins at a state and gives the gradients of all arguments and both results. What it
 lacks: it gives no state in between and takes no matrices (`scan.dispatch` has Triton run these), takes one A for
-all rows, and has no second derivative, which here is that of `reference`. It keeps the states between its chunks
-in the dtype of C, so everything is handed over in float32. Even so its matrix products round to TF32.
+all rows, and has no second derivative, which here is that of `reference`. It takes a negative delta for 0, and
+lets no state grow, so where an edit makes one do that, `reference` runs. It keeps the states between its chunks in
+the dtype of C, so everything is handed over in float32. Even so its matrix products round to TF32.
 
 A single position is one call of another kernel, which is exact, but writes into the state and has no gradient.
 """
@@ -86,6 +87,8 @@ def selective_scan(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, h_
         return by_rows(selective_scan, inputs, A)
     if x.shape[1] == 1:
         return reference.selective_scan(*inputs) if differentiated(*inputs) else _update(*inputs)
+    if not _decays(delta, A):
+        return reference.selective_scan(*inputs)
     y, h_last = apply(_scan, reference.selective_scan, *inputs)
     return y, h_last
 
@@ -102,9 +105,18 @@ def gated_scan(
         return by_rows(gated_scan, inputs, A)
     if differentiated(*inputs):
         return reference.gated_scan(*inputs, scan=selective_scan)
+    if x.shape[1] > 1 and not _decays(delta, A):
+        return reference.gated_scan(*inputs)
     run: Any = _update if x.shape[1] == 1 else _scan
     y, h_last = run(x, delta, A, B, C, *(h_start or (None,)), D, skip)
     return y.to(x.dtype), h_last
+
+
+@torch.no_grad()
+def _decays(delta: Tensor, A: Tensor) -> bool:
+    # Whether every A_bar = exp(delta A) is that of a delta that is not negative and an A that is not positive; not
+    # so where there is a NaN.
+    return bool(torch.maximum(A.amax(), -delta.amin()) <= 0)
 
 
 # -- calls of the kernels --------------------------------------------------------------------------------------
@@ -121,7 +133,7 @@ def _scan(
     arrays = {"x": x, "dt": delta, "A": A, "B": B, "C": C, "D": D, "z": z, "initial_states": h}
     check(arrays, SCANNED)
     kernel: Any = installed.chunk_scan_kernel()
-    y, h_last = kernel(x, delta, A, B, C, CHUNK, D=D, z=z, initial_states=h, return_final_states=True)
+    y, h_last = kernel(**arrays, chunk_size=CHUNK, return_final_states=True)
     return y, h_last.clone(memory_format=torch.contiguous_format)  # it is a view
 
 
