@@ -9,8 +9,11 @@ outermost, and taking accelerate's hooks off can take nnsight's controller off a
 from __future__ import annotations
 
 import functools
+import sys
+from collections.abc import Callable
 from typing import Any
 
+import torch
 from accelerate.hooks import AlignDevicesHook
 from nnsight.intervention.source import STATE as CONTROLLER_STATE
 from nnsight.intervention.source import Controller
@@ -27,6 +30,23 @@ def has_hooks_of_its_own(module: nn.Module) -> bool:
     """Whether PyTorch hooks are registered on this very module."""
     forward, backward = module._forward_hooks or module._forward_pre_hooks, module._backward_hooks
     return bool(forward or backward or module._backward_pre_hooks)
+
+
+def uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that ``torch.compile`` runs as it is, with all that it calls.
+
+    What a hookable module runs depends on who looks, which a compiled graph would not ask again; and a compiler that
+    follows the question takes minutes for it. This is ``torch.compiler.disable``, which loads the compiler, as soon as
+    somebody else has loaded it.
+    """
+    disabled = functools.cache(functools.partial(torch.compiler.disable, function))
+
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        return (disabled() if "torch._dynamo" in sys.modules else function)(*args, **kwargs)
+
+    vars(run).update(_torchdynamo_disable=True, _torchdynamo_disable_msg="sites are asked for in each call")
+    return run
 
 
 def is_itself(module: nn.Module, plain: type[nn.Module]) -> bool:
