@@ -8,6 +8,7 @@ outermost, and taking accelerate's hooks off can take nnsight's controller off a
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import sys
 from collections.abc import Callable
@@ -47,6 +48,12 @@ def uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
     vars(run).update(_torchdynamo_disable=True, _torchdynamo_disable_msg="sites are asked for in each call")
     return run
+
+
+def as_written() -> contextlib.AbstractContextManager[Any]:
+    """A block in which what was given to ``torch.compile`` runs as it was written: nnsight's code is not to be followed."""
+    compiler = "torch._dynamo" in sys.modules
+    return torch.compiler.set_stance("force_eager") if compiler else contextlib.nullcontext()
 
 
 def is_itself(module: nn.Module, plain: type[nn.Module]) -> bool:

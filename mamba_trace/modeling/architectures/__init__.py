@@ -188,7 +188,8 @@ def check_layers(model: nn.Module, architecture: Architecture) -> None:
         places = [(f"layers[{layer}]", block)]
         places += [(f"layers[{layer}].{part}", getattr(block, name, None)) for part, name in parts.items()]
         for path, module in places:
-            if not (module is None or type(module) in known or isinstance(module, WITH_SITES)):
+            hookable_already = type(module) in architecture.hookable.values()  # Nemotron-H's MLPs, too
+            if not (module is None or type(module) in known or hookable_already or isinstance(module, WITH_SITES)):
                 raise CheckpointError(
                     f"{path} is a {type(module).__name__}, which has none of the sites of a "
                     f"{' or '.join(cls.__name__ for cls in known[:2])}. Adapt or replace the modules inside "
