@@ -43,12 +43,14 @@ class Both:
         model: the tracing view of another with the same weights; `module` is what is under it.
         subject: the same with its float64 reference.
         tokens: [2,6].
+        values: the reference's on these tokens, by public path.
     """
 
     def __init__(self, architecture: str) -> None:
         self.architecture, self.plain = architecture, make(architecture)
         self.subject = Subject(copy.deepcopy(self.plain))
         self.model, self.module, self.tokens = self.subject.model, self.subject.module, draw_tokens(2, seed=7)
+        self.values = {self.subject.path(name): value for name, value in self.subject.values(self.tokens)}
 
 
 def fresh(architecture: str, dtype: torch.dtype = torch.float64) -> tuple[PreTrainedModel, MambaTrace]:
@@ -103,3 +105,27 @@ def changed(module: nn.Module, change: Callable[[Tensor], Tensor | None]) -> Ite
 def same(actual: Tensor, expected: Tensor, what: str = "the value") -> None:
     """As near as Hugging Face computes in a float64 model."""
     near(actual, expected, 1e-5, what)
+
+
+def mixer_of(block: nn.Module) -> nn.Module:
+    """The SSM of one of Hugging Face's blocks."""
+    names = {name: module for name, module in block.named_modules() if name.rpartition(".")[2] in ("mixer", "mamba")}
+    return next(module for module in names.values() if hasattr(module, "A_log"))
+
+
+def seen(plain: PreTrainedModel, tokens: Tensor, *modules: nn.Module, **asked: Any) -> list[Tensor]:
+    """The outputs of Hugging Face's modules in one run, and the logits last."""
+    found: list[Tensor] = []
+    with contextlib.ExitStack() as hooks, torch.no_grad():
+        for module in modules:
+            hooks.enter_context(changed(module, found.append))
+        logits = plain(tokens, **asked).logits
+    return [*found, logits]
+
+
+def run_with(plain: PreTrainedModel, tokens: Tensor, changes: dict[nn.Module, Callable[[Tensor], Tensor]]) -> Tensor:
+    """Hugging Face's logits where the outputs of modules are changed."""
+    with contextlib.ExitStack() as hooks, torch.no_grad():
+        for module, change in changes.items():
+            hooks.enter_context(changed(module, change))
+        return plain(tokens).logits

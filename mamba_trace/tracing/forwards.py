@@ -51,7 +51,7 @@ def uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def as_written() -> contextlib.AbstractContextManager[Any]:
-    """A block in which what was given to ``torch.compile`` runs as it was written: nnsight's code is not to be followed."""
+    """A block in which what ``torch.compile`` has compiled runs as it was written: it cannot follow a trace."""
     compiler = "torch._dynamo" in sys.modules
     return torch.compiler.set_stance("force_eager") if compiler else contextlib.nullcontext()
 
