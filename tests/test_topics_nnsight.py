@@ -132,6 +132,26 @@ def test_caching(architecture: str) -> None:
     both.subject.same(everything.model.layers[layer].ssm.conv.output, both.values[path], "conv")
 
 
+@each_architecture
+def test_a_cache_holds_what_outputs_are(architecture: str) -> None:
+    """Of blocks, attention and routers of several rows, whatever their modules return beside it."""
+    both, places = both_of(architecture), []
+    model, tokens = both.model, both.tokens
+    for layer, kind in zip(model.layers, model._layout.layers, strict=True):
+        places += [layer.attn] if "attn" in kind.parts else []
+        places += [layer.moe.router] if "moe" in kind.parts else []
+        places.append(layer)
+    with torch.no_grad(), model.trace() as tracer:
+        with tracer.invoke(tokens):
+            whole, chosen = tracer.cache(), tracer.cache(modules=places)
+        with tracer.invoke(tokens[:1]):
+            values = {place.path: place.output for place in places}.save()
+    for path, value in values.items():
+        assert value.dim() == 3
+        both.subject.same(whole[path].output[:1], value, path)
+        assert torch.equal(chosen[path].output, whole[path].output), path
+
+
 # -- Python in a body --------------------------------------------------------------------------------------
 
 
@@ -406,11 +426,8 @@ def test_remote_as_a_simulation(architecture: str) -> None:
     both = both_of(architecture)
     model, tokens = both.model, both.tokens
     with model.trace(tokens, remote="local"):
+        state = model.layers[0].ssm.h[-1].output.save()
         model.layers[0].output[:] *= 2
-        state = model.layers[model.ssm_layers[-1]].ssm.h[-1].output.save()
         logits = model.logits.output.save()
     same(logits, run_with(both.plain, tokens, {base_of(both.plain).layers[0]: double}))
-    with torch.no_grad(), model.trace(tokens):
-        model.layers[0].output[:] *= 2
-        again = model.layers[model.ssm_layers[-1]].ssm.h[-1].output.save()
-    assert torch.equal(state, again)
+    both.subject.same(state.detach(), both.values["layers[0].ssm.h[5]"], "h[5]")
