@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, StaticCache
 
 from mamba_trace import MambaTrace
+from mamba_trace.errors import UnknownSiteError
 
 GREEDY: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False}
 #: Whose `generate` of transformers takes embeddings.
@@ -108,6 +109,30 @@ def test_a_static_cache(architecture: str) -> None:
     assert isinstance(found.cache, StaticCache)
     assert torch.equal(found.sequences, expected.sequences)
     assert torch.equal(found.sequences, both.plain.generate(both.tokens, **GREEDY, use_cache=False))
+
+
+@each_architecture
+def test_attention_on_a_static_cache(architecture: str) -> None:
+    """The pattern is that on any cache, with nothing on the room for later tokens; without attention it says so."""
+    both, patterns = both_of(architecture), []
+    model, tokens = both.model, both.tokens
+    if not model.attention_layers:
+        with pytest.raises(UnknownSiteError, match="has no attention"):
+            model.hook("layers[0].attn.pattern")
+        return
+    attention = model.layers[model.attention_layers[-1]].attn
+    for asked in ({"cache_implementation": "static"}, {}):
+        with torch.no_grad(), model.generate(tokens, **GREEDY, **asked) as tracer:
+            found = [].save()
+            for _ in tracer.iter[:4]:
+                found.append(attention.pattern.output)
+            ids = tracer.result.save()
+        patterns.append(list(found))
+        assert torch.equal(ids, both.plain.generate(tokens, **GREEDY))
+    for step, (static, dynamic) in enumerate(zip(*patterns, strict=True)):
+        assert static.shape == (2, 4, 6 if step == 0 else 1, 9)
+        assert not static[..., 6 + step :].any()
+        both.subject.same(static[..., : 6 + step], dynamic, f"the pattern of step {step}")
 
 
 # -- padding -----------------------------------------------------------------------------------------------

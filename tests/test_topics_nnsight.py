@@ -376,6 +376,29 @@ def test_source(architecture: str) -> None:
     both.subject.same(state, both.values["layers[0].ssm.h[2]"], "h[2]")
 
 
+@each_architecture
+def test_source_of_an_mlp(architecture: str) -> None:
+    """Which is Hugging Face's own module; where there is none, the embedding is."""
+    both, calls = both_of(architecture), []
+    named = list(both.plain.named_modules())
+    path, whole = next(
+        (pair for pair in named if type(pair[1]).__name__.endswith("MLP")), ("", both.plain.get_input_embeddings())
+    )
+    name, inner = next(((n, m) for n, m in whole.named_children() if type(m) is nn.Linear), ("", whole))
+    source = both.model.get(path).source if path else both.model.embeddings.source
+    operation = getattr(source, f"self_{name}_0" if name else "F_embedding_0")
+    with torch.no_grad(), both.model.trace(both.tokens):
+        operation.output[:] *= 2
+        logits = both.model.logits.output.save()
+
+    def first_doubled(value: Tensor) -> Tensor:
+        calls.append(1)  # a block that layers share is called in each
+        return 2 * value if len(calls) == 1 else value
+
+    same(logits, run_with(both.plain, both.tokens, {inner: first_doubled}))
+    assert calls
+
+
 # -- envoys and modules of one's own -----------------------------------------------------------------------
 
 

@@ -28,6 +28,9 @@ class HookableBase(nn.Module):
     layers: Any
 
     @uncompiled
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return super().__call__(*args, **kwargs)
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         mask, cache = kwargs.get("attention_mask"), kwargs.get("cache")
         given = kwargs.get("input_ids") if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
