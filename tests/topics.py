@@ -102,6 +102,11 @@ def changed(module: nn.Module, change: Callable[[Tensor], Tensor | None]) -> Ite
         handle.remove()
 
 
+def double(value: Tensor) -> Tensor:
+    """The edit of most tests."""
+    return 2 * value
+
+
 def same(actual: Tensor, expected: Tensor, what: str = "the value") -> None:
     """As near as Hugging Face computes in a float64 model."""
     near(actual, expected, 1e-5, what)
