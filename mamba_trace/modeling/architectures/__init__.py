@@ -52,7 +52,7 @@ for _theirs, _hookable in (pair for each in ARCHITECTURES for pair in each.hooka
         _hookable.__name__ = _theirs.__name__
         for _name in ("is_custom_code", "_can_set_attn_implementation", "_can_set_experts_implementation"):
             setattr(_hookable, _name, getattr(_theirs, _name))
-        _CAN_RECORD_REGISTRY[object.__new__(_hookable)] = _theirs._can_record_outputs  # it goes by the class
+        _CAN_RECORD_REGISTRY[_hookable.__new__(_hookable)] = _theirs._can_record_outputs  # it goes by the class
 
 
 def architecture_of(model: nn.Module) -> Architecture:
@@ -188,8 +188,8 @@ def check_layers(model: nn.Module, architecture: Architecture) -> None:
         places = [(f"layers[{layer}]", block)]
         places += [(f"layers[{layer}].{part}", getattr(block, name, None)) for part, name in parts.items()]
         for path, module in places:
-            hookable_already = type(module) in architecture.hookable.values()  # Nemotron-H's MLPs, too
-            if not (module is None or type(module) in known or hookable_already or isinstance(module, WITH_SITES)):
+            already = type(module) in architecture.hookable.values()  # Nemotron-H's MLPs, too
+            if not (module is None or type(module) in known or already or isinstance(module, WITH_SITES)):
                 raise CheckpointError(
                     f"{path} is a {type(module).__name__}, which has none of the sites of a "
                     f"{' or '.join(cls.__name__ for cls in known[:2])}. Adapt or replace the modules inside "
