@@ -11,7 +11,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import sys
-from collections.abc import Callable
+import threading
+import weakref
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -50,10 +52,46 @@ def uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def as_written() -> contextlib.AbstractContextManager[Any]:
+class _Block:
+    """One block of `as_written`."""
+
+
+class _Compiler:
+    """What blocks of `as_written` share in all threads: PyTorch has one stance for the process.
+
+    Attributes:
+        blocks: those under way. The references are weak, so that one whose end was interrupted does not stay.
+        stance: what gives PyTorch its own stance back; ``None`` outside of all blocks.
+    """
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.blocks: weakref.WeakSet[_Block] = weakref.WeakSet()
+        self.stance: Any = None
+
+
+_compiler = _Compiler()
+
+
+@contextlib.contextmanager
+def as_written() -> Iterator[None]:
     """A block in which what ``torch.compile`` has compiled runs as it was written: it cannot follow a trace."""
-    compiler = "torch._dynamo" in sys.modules
-    return torch.compiler.set_stance("force_eager") if compiler else contextlib.nullcontext()
+    if "torch._dynamo" not in sys.modules:
+        yield
+        return
+    block = _Block()
+    try:
+        with _compiler.lock:
+            _compiler.blocks.add(block)
+            if _compiler.stance is None:
+                _compiler.stance = torch.compiler.set_stance("force_eager")
+        yield
+    finally:
+        with _compiler.lock:
+            _compiler.blocks.discard(block)
+            if not _compiler.blocks and _compiler.stance is not None:
+                _compiler.stance.__exit__(None, None, None)
+                _compiler.stance = None
 
 
 def is_itself(module: nn.Module, plain: type[nn.Module]) -> bool:
