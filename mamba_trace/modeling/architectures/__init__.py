@@ -8,7 +8,7 @@ parameters keep their names, and `from_pretrained`, `generate`, caches, quantise
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -52,7 +52,7 @@ for _theirs, _hookable in (pair for each in ARCHITECTURES for pair in each.hooka
         _hookable.__name__ = _theirs.__name__
         for _name in ("is_custom_code", "_can_set_attn_implementation", "_can_set_experts_implementation"):
             setattr(_hookable, _name, getattr(_theirs, _name))
-        _CAN_RECORD_REGISTRY[_hookable.__new__(_hookable)] = _theirs._can_record_outputs  # it goes by the class
+        _CAN_RECORD_REGISTRY[cast(PreTrainedModel, object.__new__(_hookable))] = _theirs._can_record_outputs
 
 
 def architecture_of(model: nn.Module) -> Architecture:
