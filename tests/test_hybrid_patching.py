@@ -400,3 +400,13 @@ def test_the_command_names_the_layers(tmp_path: Path, capsys: pytest.CaptureFixt
     assert sorted(path.name for path in tmp_path.iterdir()) == ["h", "mlp_out", "q"]
     with pytest.raises(UnknownSiteError, match="'resid_mid': no layer of this model"):
         PatchCommand("tiny", TEXT, OTHER_TEXT, ["h", "resid_mid"], False, None, options).grids(model, min)
+
+
+@pytest.mark.parametrize("kind", PLAIN_KINDS)
+def test_hidden_states_that_were_recorded_change_no_plan(kind: str) -> None:
+    """transformers leaves its hooks on the blocks, which only look."""
+    model, tokens = MambaTrace(make_hybrid(kind)), torch.tensor([[3, 5, 7, 9]])
+    with torch.no_grad():
+        assert model._module(tokens, output_hidden_states=True, output_attentions=True).hidden_states is not None
+    grid = patch_grid(model, tokens, tokens.flip(1), "resid_pre", lambda logits: logits[:, 3], progress=False)
+    assert str(grid.plan) == IN_BATCHES

@@ -18,6 +18,7 @@ from mamba_trace import MambaTrace
 from mamba_trace.errors import TraceError
 from mamba_trace.mamba_lens import HookedMamba
 from mamba_trace.tracing import one_run
+from mamba_trace.tracing.one_run import only_run
 
 
 def edited_logits(model: MambaTrace, tokens: Tensor, factor: float) -> Tensor:
@@ -164,6 +165,32 @@ def test_two_models_run_at_the_same_time(tiny, tiny_hf, tokens):
             meet.wait()
 
     assert in_threads(lambda: run(tiny), lambda: run(other)) == []
+
+
+def test_compilers_come_back_when_the_last_of_two_runs_ends(tiny, tiny_hf, tokens):
+    """Runs of two models that overlap, of which the first to begin is the first to end."""
+    import torch._dynamo
+
+    other, began, ended, seen = MambaTrace(tiny_hf()), threading.Event(), threading.Event(), []
+
+    def first() -> None:
+        with only_run(tiny, "a run"):
+            began.wait(60)
+        ended.set()
+
+    def second() -> None:
+        with only_run(other, "a run"):
+            began.set()
+            ended.wait(60)
+            seen.append(stance())
+
+    def stance() -> str:
+        return torch._dynamo.eval_frame._stance.stance
+
+    assert stance() == "default"
+    assert not in_threads(first, second)
+    assert seen == ["force_eager"]
+    assert stance() == "default"
 
 
 def test_what_would_wait_for_ever_is_refused(tiny, tiny_hf, tokens):

@@ -178,6 +178,7 @@ def check_arguments(model: ArgumentModel, inputs: tuple, kwargs: Mapping[str, An
     known = {"use_cache"} | {name for name in parameters if name not in ("self", "kwargs", "args")} | set(ROW_FIELDS)
     # The older name of cache=, which transformers still reads; it ignores the other's.
     known |= {"padding_side", "cache_position", "past_key_values" if architecture.hybrid else "cache_params"}
+    known |= {f"output_{values}" for values in architecture.recorded}
     known |= {name for name in CACHES if kwargs.get(name) is None}
     _refuse_unknown("an encoding", set(encoding) - known - OF_ENCODINGS, known, parameters)
     if inputs and not isinstance(inputs[0], Tensor):
@@ -215,7 +216,7 @@ def check_value(name: str, value: Any, size: int) -> None:
     takes = ""
     if value is None:
         return
-    if name in ("use_cache", "output_hidden_states", "return_dict"):
+    if name in ("use_cache", "return_dict") or name.startswith("output_"):
         takes = "" if isinstance(value, (bool, int)) and value in (0, 1) else "True or False"
     elif name in CACHES:
         takes = "" if hasattr(value, "layers") or isinstance(value, StartingStates) else "the cache of an earlier run"

@@ -75,11 +75,13 @@ class HookableAttention(nn.Module):
             k = k * self.key_multiplier
         if self.rotate is not None and position_embeddings is not None:
             q, k = self.rotate(q, k, *position_embeddings)
+        wanted = offer.wants("pattern")
+        before = int(cache.get_seq_length(layer)) if wanted and hasattr(cache, "get_seq_length") else 0
         if cache is not None:
             k, v = cache.update(k, v, layer, kwargs=kwargs)
         weights: Tensor | None
-        if offer.wants("pattern"):
-            z, weights = self.by_pattern(offer, q, k, v, attention_mask)
+        if wanted:
+            z, weights = self.by_pattern(offer, q, k, v, attention_mask, before)
         else:
             offer.pass_over("pattern")
             given = isinstance(cache, StartingStates)
@@ -102,14 +104,18 @@ class HookableAttention(nn.Module):
         z, weights = function(self, q, k, v, mask, dropout=dropout, scaling=self.scaling, **kwargs)
         return z, weights
 
-    def by_pattern(self, offer: Offers, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The same by way of the pattern [B,Q,L,S], which is offered."""
-        pattern = offer("pattern", pattern_of(q, k, mask, self.scaling, self.num_key_value_groups))
+    def by_pattern(
+        self, offer: Offers, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, before: int
+    ) -> tuple[Tensor, Tensor]:
+        """The same by way of the pattern [B,Q,L,S], which is offered. Of the keys, ``before`` are of earlier calls."""
+        pattern = offer("pattern", pattern_of(q, k, mask, self.scaling, self.num_key_value_groups, before))
         weights = nn.functional.dropout(pattern, self.attention_dropout, self.training)
         return (weights @ v.repeat_interleave(self.num_key_value_groups, dim=1)).transpose(1, 2), pattern
 
 
-def pattern_of(q: Tensor, k: Tensor, mask: Tensor | None, scaling: float, groups: int) -> Tensor:
+def pattern_of(
+    q: Tensor, k: Tensor, mask: Tensor | None, scaling: float, groups: int, before: int | None = None
+) -> Tensor:
     """The attention pattern [B,Q,L,S]: softmax of the scores, over the positions that the mask allows.
 
     Args:
@@ -119,11 +125,14 @@ def pattern_of(q: Tensor, k: Tensor, mask: Tensor | None, scaling: float, groups
             where a position may be read, or numbers to add to the scores [B,1,L,S]; or 1 on tokens [B,S].
         scaling: of the scores.
         groups: how many query heads share a key head.
+        before: how many keys come before those of the call; a static cache has room behind them. All others if
+            not given.
     """
     scores = (q @ k.repeat_interleave(groups, dim=1).transpose(2, 3)) * scaling
     length, past = scores.shape[-2:]
     if mask is None or mask.dim() == 2:
-        allowed = torch.ones(length, past, dtype=torch.bool, device=q.device).tril(past - length)
+        before = past - length if before is None else before
+        allowed = torch.ones(length, past, dtype=torch.bool, device=q.device).tril(before)
         if mask is not None:
             allowed = allowed & (mask[:, None, None, -past:] != 0)
     elif mask.dtype == torch.bool:

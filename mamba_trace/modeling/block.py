@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ..scan.norm import rms_norm
 from ..scan.reference import accumulation_dtype
 from ..sites import Kind
-from ..tracing import Visit, take_note_of_mask
+from ..tracing import Visit, take_note_of_mask, uncompiled
 from .offers import Offers, add_sites
 from .past import StartingStates
 
@@ -51,6 +51,7 @@ class Block(nn.Module):
     returned = 0
     gradient_checkpointing: bool
 
+    @uncompiled
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         checkpointing = self.gradient_checkpointing
         # It would run the block again in the backward pass, without the edits of the trace.

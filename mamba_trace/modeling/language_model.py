@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..tracing import Visit, take_note_of_mask
+from ..tracing import Visit, take_note_of_mask, uncompiled
 from .offers import Offers
 from .past import StartingStates
 
@@ -26,6 +26,10 @@ class HookableBase(nn.Module):
 
     scope: ClassVar[None] = None
     layers: Any
+
+    @uncompiled
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return super().__call__(*args, **kwargs)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         mask, cache = kwargs.get("attention_mask"), kwargs.get("cache")

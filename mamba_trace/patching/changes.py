@@ -7,8 +7,8 @@ user's own may mix them. None of this can be seen from outside, so wherever ther
 (see `whole`).
 
 Some modules are known to work position by position and do not count: this package's own, Hugging Face's, LoRA
-adapters of linear, convolution and embedding layers, 4-bit linear layers, and the hooks of accelerate that
-move weights and inputs.
+adapters of linear, convolution and embedding layers, 4-bit linear layers, the hooks of accelerate that
+move weights and inputs, and those of transformers that record hidden states.
 """
 
 from __future__ import annotations
@@ -20,12 +20,13 @@ from typing import TYPE_CHECKING, Any
 from accelerate.hooks import AlignDevicesHook, CpuOffload, SequentialHook
 from torch import nn
 from transformers.activations import ACT2FN
+from transformers.utils import output_capturing
 
 from ..modeling.architectures import architecture_of, axis_sizes
 from ..modeling.offers import SiteModule
 from ..sites import Layout, Site
 from ..tracing.forwards import runs_its_own_forward
-from ..tracing.visit import has_global_hooks, has_hooks_of_its_own
+from ..tracing.visit import has_global_hooks
 from .marks import mark_of_code, qualified
 
 if TYPE_CHECKING:
@@ -118,8 +119,8 @@ def plain_types(model: MambaTrace) -> Callable[[type], bool]:
 def changes_of(module: Any, name: str, plain: Callable[[type], bool], conv_kernel: int) -> Iterator[Change]:
     """The changes to one module of the model."""
     cls = type(module)
-    if has_hooks_of_its_own(module):
-        yield Change(f"a PyTorch hook on {name}", " ".join(map(qualified, hooks_on(module))))
+    if hooks := hooks_on(module):
+        yield Change(f"a PyTorch hook on {name}", " ".join(map(qualified, hooks)))
     known = (cls.__module__, cls.__qualname__) in KNOWN and not getattr(module, "lora_variant", None)
     alike = plain(cls) or known or treats_positions_alike(module, conv_kernel)
     if not alike:
@@ -151,6 +152,10 @@ def moves_alone(hook: Any) -> bool:
 
 
 def hooks_on(module: Any) -> list[Any]:
-    """The functions of the PyTorch hooks on a module."""
+    """The functions of the PyTorch hooks on a module, without transformers' own.
+
+    A model that was asked for its hidden states once keeps the hooks that record them; they look, and change nothing.
+    """
     kinds = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
-    return [hook for kind in kinds for hook in getattr(module, kind).values()]
+    hooks = (hook for kind in kinds for hook in getattr(module, kind).values())
+    return [hook for hook in hooks if getattr(hook, "__module__", "") != output_capturing.__name__]

@@ -47,6 +47,7 @@ accelerate in tests/test_devices.py, about copies in tests/test_copies.py and te
 from .forwards import is_itself as is_itself
 from .forwards import listened_to as listened_to
 from .forwards import rebind_forward as rebind_forward
+from .forwards import uncompiled as uncompiled
 from .visit import Visit as Visit
 from .visit import take_note_of_mask as take_note_of_mask
 from .worker import SiteOrderError as SiteOrderError

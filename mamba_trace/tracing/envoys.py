@@ -185,13 +185,13 @@ class PartEnvoy(Located):
 class AttentionEnvoy(PartEnvoy):
     """The envoy of attention. Its module returns its output and the pattern in a tuple, of which this is the first."""
 
-    output, skip = FirstOfTuple.output, FirstOfTuple.skip
+    output, skip, _first_of_tuple = FirstOfTuple.output, FirstOfTuple.skip, True
 
 
 class BlockEnvoy(PartEnvoy):
     """The envoy of a block, which has each part of its layer under the package's name of it."""
 
-    output, skip = FirstOfTuple.output, FirstOfTuple.skip
+    output, skip, _first_of_tuple = FirstOfTuple.output, FirstOfTuple.skip, True
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

@@ -8,9 +8,15 @@ outermost, and taking accelerate's hooks off can take nnsight's controller off a
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import sys
+import threading
+import weakref
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from accelerate.hooks import AlignDevicesHook
 from nnsight.intervention.source import STATE as CONTROLLER_STATE
 from nnsight.intervention.source import Controller
@@ -27,6 +33,65 @@ def has_hooks_of_its_own(module: nn.Module) -> bool:
     """Whether PyTorch hooks are registered on this very module."""
     forward, backward = module._forward_hooks or module._forward_pre_hooks, module._backward_hooks
     return bool(forward or backward or module._backward_pre_hooks)
+
+
+def uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that ``torch.compile`` runs as it is, with all that it calls.
+
+    What a hookable module runs depends on who looks, which a compiled graph would not ask again; and a compiler that
+    follows the question takes minutes for it. This is ``torch.compiler.disable``, which loads the compiler, as soon as
+    somebody else has loaded it.
+    """
+    disabled = functools.cache(functools.partial(torch.compiler.disable, function))
+
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        return (disabled() if "torch._dynamo" in sys.modules else function)(*args, **kwargs)
+
+    vars(run).update(_torchdynamo_disable=True, _torchdynamo_disable_msg="sites are asked for in each call")
+    return run
+
+
+class _Block:
+    """One block of `as_written`."""
+
+
+class _Compiler:
+    """What blocks of `as_written` share in all threads: PyTorch has one stance for the process.
+
+    Attributes:
+        blocks: those under way. The references are weak, so that one whose end was interrupted does not stay.
+        stance: what gives PyTorch its own stance back; ``None`` outside of all blocks.
+    """
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.blocks: weakref.WeakSet[_Block] = weakref.WeakSet()
+        self.stance: Any = None
+
+
+_compiler = _Compiler()
+
+
+@contextlib.contextmanager
+def as_written() -> Iterator[None]:
+    """A block in which what ``torch.compile`` has compiled runs as it was written: it cannot follow a trace."""
+    if "torch._dynamo" not in sys.modules:
+        yield
+        return
+    block = _Block()
+    try:
+        with _compiler.lock:
+            _compiler.blocks.add(block)
+            if _compiler.stance is None:
+                _compiler.stance = torch.compiler.set_stance("force_eager")
+        yield
+    finally:
+        with _compiler.lock:
+            _compiler.blocks.discard(block)
+            if not _compiler.blocks and _compiler.stance is not None:
+                _compiler.stance.__exit__(None, None, None)
+                _compiler.stance = None
 
 
 def is_itself(module: nn.Module, plain: type[nn.Module]) -> bool:

@@ -155,6 +155,8 @@ class Located(NoNumber, Part):
 class FirstOfTuple(Located):
     """A place whose module may return a tuple, of which the first is the value and the rest goes on as it is."""
 
+    _first_of_tuple = True
+
     @SiteValue
     def output(self, value: Any) -> Any:
         """The value here, as `Located.output`; of a tuple that the module returns it is the first."""

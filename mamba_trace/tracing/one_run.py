@@ -10,6 +10,7 @@ run claims its model (`only_run`) from there until it is over, however it ends.
   model that this thread is running, it is refused.
 * A run that is started inside another run of the same model, from its body or from a hook, is refused before
   it has touched anything, and the outer run continues.
+* What ``torch.compile`` has compiled runs as it was written.
 * Only a run's own thread sees it (`OneThreadInterleaver`). A module that another thread calls meanwhile, as
   in ``model._module(tokens)``, computes what it computes outside of traces.
 
@@ -34,6 +35,7 @@ from nnsight.tracing.tracer import WithBlockNotFoundError
 
 from ..errors import ArgumentError, TraceError
 from ..names import public_path
+from .forwards import as_written
 from .frames import users_frame
 from .served import SERVED
 from .worker import LAST, SiteOrderError, within_skipped
@@ -93,7 +95,8 @@ def only_run(envoy: Any, what: str) -> Iterator[None]:
             _take_turn(run, what)
         claimed = True
         _stand_down(envoy.interleaver)
-        yield
+        with as_written():
+            yield
     finally:
         run.over = True
         if claimed:

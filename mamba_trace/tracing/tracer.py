@@ -16,6 +16,7 @@ from nnsight.intervention.tracer import Invoker
 from torch.nn import ModuleList
 
 from ..errors import PositionError, SiteValueError, TraceError, UnknownSiteError
+from .caches import with_places
 from .edits import let_edits_go
 from .frames import UsersErrors
 from .one_run import OneRun
@@ -90,7 +91,9 @@ class SiteTracer(SmallResults, PlaceTracer):
             )
         if modules is not None:
             modules = [self._envoy_path(module) for module in modules]
-        return super().cache(modules, *args, **kwargs)
+        view = super().cache(modules, *args, **kwargs)
+        with_places(Mediator.current("tracer.cache()").caches[-1])
+        return view
 
     def stop(self) -> None:
         """End the run here, as nnsight's ``tracer.stop``; lasting edits of later places are let go.

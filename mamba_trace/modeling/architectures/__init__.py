@@ -8,10 +8,11 @@ parameters keep their names, and `from_pretrained`, `generate`, caches, quantise
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from ...errors import CheckpointError
 from ...sites import Layout, Site, in_scope
@@ -44,11 +45,14 @@ for _hookable in (cls for architecture in ARCHITECTURES for cls in architecture.
     if (_forward := _hookable.__dict__.get("forward")) is not None:
         _forward.__module__, _forward.__qualname__ = _hookable.__module__, f"{_hookable.__qualname__}.forward"
 # What transformers looks up or writes by the class of a model is for its own: `architectures` in a config.json, the
-# pipelines that take it, the names of weights in a checkpoint. Pickle goes by the qualified name.
+# pipelines that take it, the names of weights in a checkpoint, which outputs it can record (hidden states, attention,
+# routers), and, from the source of the class, what can be set later. Pickle goes by the qualified name.
 for _theirs, _hookable in (pair for each in ARCHITECTURES for pair in each.hookable.items()):
     if issubclass(_theirs, PreTrainedModel):
         _hookable.__name__ = _theirs.__name__
-        setattr(_hookable, "is_custom_code", _theirs.is_custom_code)  # noqa: B010
+        for _name in ("is_custom_code", "_can_set_attn_implementation", "_can_set_experts_implementation"):
+            setattr(_hookable, _name, getattr(_theirs, _name))
+        _CAN_RECORD_REGISTRY[cast(PreTrainedModel, object.__new__(_hookable))] = _theirs._can_record_outputs
 
 
 def architecture_of(model: nn.Module) -> Architecture:
@@ -184,7 +188,8 @@ def check_layers(model: nn.Module, architecture: Architecture) -> None:
         places = [(f"layers[{layer}]", block)]
         places += [(f"layers[{layer}].{part}", getattr(block, name, None)) for part, name in parts.items()]
         for path, module in places:
-            if not (module is None or type(module) in known or isinstance(module, WITH_SITES)):
+            already = type(module) in architecture.hookable.values()  # Nemotron-H's MLPs, too
+            if not (module is None or type(module) in known or already or isinstance(module, WITH_SITES)):
                 raise CheckpointError(
                     f"{path} is a {type(module).__name__}, which has none of the sites of a "
                     f"{' or '.join(cls.__name__ for cls in known[:2])}. Adapt or replace the modules inside "

@@ -106,6 +106,11 @@ class Architecture:
         return not self.parameters
 
     @property
+    def recorded(self) -> tuple[str, ...]:
+        """What transformers records in a run that asks for it, e.g. ``"attentions"`` for ``output_attentions=True``."""
+        return tuple(self.model_class._can_record_outputs or ())
+
+    @property
     def model_type(self) -> str:
         """What a config.json calls it, e.g. ``"mamba2"``."""
         return self.config_class.model_type

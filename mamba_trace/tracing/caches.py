@@ -1,0 +1,49 @@
+"""nnsight's ``tracer.cache``, whose values are what ``.output`` of each place is in a trace.
+
+nnsight records what a module returns. Some modules of Hugging Face's return more than the value of their place: a block
+or attention a tuple of which it is the first, and a router, whose value is the site of its logits, what it chose.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from nnsight.intervention.cache import Cache
+
+
+class SiteCache(Cache):
+    """nnsight's cache with the values of the places.
+
+    Attributes:
+        firsts: the paths of modules whose value is the first of the tuple that they return.
+        routers: the path of the site of the logits -> that of the router.
+    """
+
+    firsts: set[str]
+    routers: dict[str, str]
+
+    def subscriptions(self) -> dict[str, tuple[str, str]]:
+        found = super().subscriptions()
+        for site, router in self.routers.items():
+            if found.pop(f"{router}.output", None) is not None:
+                found[f"{site}.output"] = (site, "output")
+        return found
+
+    def _record(self, path: str, key: str, value: Any) -> None:
+        router = self.routers.get(path) if key == "output" else None
+        if key == "output" and path in self.firsts and isinstance(value, tuple):
+            value = value[0]
+        if router is None or self.targets is None or path in self.targets:
+            super()._record(path, key, value)
+        if router is not None:
+            super()._record(router, key, value)
+
+
+def with_places(cache: Cache) -> None:
+    """Make a new cache of nnsight's a `SiteCache`, which looks up what the places of its model are."""
+    envoys = {envoy.path: envoy for envoy in cache.model.modules()}
+    targets = [envoys[path] for path in (envoys if cache.targets is None else cache.targets) if path in envoys]
+    cache.__class__ = SiteCache
+    assert isinstance(cache, SiteCache)
+    cache.firsts = {envoy.path for envoy in targets if getattr(type(envoy), "_first_of_tuple", False)}
+    cache.routers = {envoy._logits.path: envoy.path for envoy in targets if hasattr(type(envoy), "_logits")}
