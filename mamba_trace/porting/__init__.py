@@ -18,6 +18,8 @@ from libcst.codemod.visitors import AddImportsVisitor
 
 from .. import names
 from ..errors import FileError, UnknownSiteError
+from .lacking import list_lacking
+from .nodes import remarks_of
 from .report import Finding, PortReport, Problem
 from .runs import Script
 from .script import Porter
@@ -114,13 +116,23 @@ def _port(source: str, filename: str) -> PortReport:
         line = getattr(error, "lineno", None)
         where = f"{filename}, line {line}" if line else filename
         raise FileError(f"{where} is no Python: {getattr(error, 'msg', None) or error}") from error
-    script, report = Script(module), PortReport(filename)
+    script = Script(module)
+    report = _rewritten(script, filename, {})
+    # What cannot be ported is known at the end alone, and the script gets a comment where it stands.
+    return _rewritten(script, filename, remarks_of(report.problems, script)) if report.problems else report
+
+
+def _rewritten(script: Script, filename: str, remarks: dict[Any, list[str]]) -> PortReport:
+    report = PortReport(filename)
     list_names(script, script.module, report)
-    porter = Porter(script, report)
+    porter = Porter(script, report, remarks)
     ported = script.module.visit(porter)
     report.script = AddImportsVisitor(porter.context).transform_module(ported).code
     for node, reason in script.refused:
         report.add(report.problems, Problem(script.start(node)[0], script.code(node), reason))
+    for node, reason in porter.axes.unseen(porter.helpers):
+        report.add(report.problems, Problem(script.start(node)[0], script.code(node), reason))
+    list_lacking(script, report)
     return report
 
 

@@ -26,6 +26,8 @@ from ..sites import STATE
 SLOT = 900_000_000
 _SLOT = re.compile(r"9000\d{5}(?!\d)")
 _LOOKS_LIKE_A_NAME = re.compile(r"(blocks\.|ln_final\.|embed\.hook_|unembed\.hook_)\S+|hook_\w+")
+#: The sites of which TransformerLens's Mamba-1 has the values with other axes: see `axes`.
+OTHER_AXES = ("write", "h_read")
 #: How a list that a variable holds is changed in place.
 CHANGES = r"\b{0}(\.(append|extend|insert|remove|pop|clear|sort|reverse)\(|\[[^\]]*\] *[-+*|]?=)"
 
@@ -147,10 +149,16 @@ class WrittenName(NamedTuple):
     @property
     def note(self) -> str:
         """What else to know where a name of TransformerLens 4's does not stand for the same tensor."""
-        site = getattr(self.place, "site", None)
-        if site is not None and not site.in_mamba_lens:
+        if self.turned:
             return "[B,E,L,N] in TransformerLens's Mamba-1 is [B,L,E,N] here; in Mamba-2 both have [B,L,H,P,N]"
+        if getattr(getattr(self.place, "site", None), "part", ""):
+            return "in hybrids"
         return "that of a Mamba-1; in a Mamba-2 it is ssm.inner_norm" if ".out_proj.hook_in" in self.source else ""
+
+    @property
+    def turned(self) -> bool:
+        """Whether TransformerLens's Mamba-1 has its value with other axes."""
+        return getattr(getattr(self.place, "site", None), "name", "") in OTHER_AXES
 
     @property
     def listed(self) -> bool:
