@@ -8,11 +8,8 @@ from typing import Any
 import libcst as cst
 import libcst.matchers as m
 
-from .report import Problem
+from .report import REMARK, Problem
 from .values import Values
-
-#: What a comment of the porter begins with, at each place that cannot be ported.
-REMARK = "# mamba-trace port:"
 
 
 def with_comments(old: Any, new: Any) -> Any:

@@ -25,6 +25,7 @@ FORWARD = ("input", "return_type", "loss_per_token", "prepend_bos", "padding_sid
 #: Methods and functions that return None: a lambda of one of them replaces nothing.
 RETURN_NONE = {"append", "extend", "update", "add", "print", "insert", "setdefault", "__setitem__"}
 SIDES = ("fwd_hooks", "bwd_hooks")
+ORDER = "its order is only known to the run"
 PICKED = """for site_name in {model}.hook_names({model}.embeddings.output.shape[1]):
     for wanted, function in {hooks}:
         if wanted(site_name) if callable(wanted) else wanted == site_name:
@@ -206,7 +207,7 @@ def trace_of(run: ModelRun, old: Any, new: Any, hooks: dict, script: Script) -> 
     places, body = hooks[SIDES[0]], [f"{name} = {run.model}.lm_head.output.save()" for name in targets]
     several = [one.name for one in places if one is not None and one.name is not None]
     if hooks[SIDES[1]] or (len(places) > 1 and not all(name.listed for name in several)):
-        return "its order is only known to the run"
+        return ORDER
     if len(places) == len(several) == 1:
         body = lines_of(places[0], f"{run.model}.{several[0].path}.output", script) + body
     elif places:

@@ -11,12 +11,12 @@ import libcst.matchers as m
 from libcst.codemod import CodemodContext
 from libcst.codemod.visitors import AddImportsVisitor
 
-from .axes import NAMES, Axes, definition
+from .axes import NAMES, Axes
 from .imports import imported, replacement, unused_names
 from .lacking import NOT_SET
 from .nodes import keyword_arg, placed, remarked, with_args, with_comments
 from .report import Finding, PortedBlock, PortReport, Problem
-from .runs import FORWARD, SAME, SIDES, HookedPlace, ModelRun, Script, lines_of, trace_of
+from .runs import FORWARD, ORDER, SAME, SIDES, HookedPlace, ModelRun, Script, lines_of, trace_of
 from .values import arguments, called
 
 FOLDING = "weights are kept as they were trained; nothing is folded into them"
@@ -47,7 +47,9 @@ class Porter(cst.CSTTransformer):
         super().__init__()
         self.script, self.report, self.remarks, self.context = script, report, remarks, CodemodContext()
         self.axes = Axes(script)
-        self.helpers: dict[str, str] = {}  # the functions of `axes` that the ported script needs, by kind
+        # The functions of `axes` that the ported script needs, by what they are for, and the runs of one of them.
+        self.helpers: dict[str, str] = {}
+        self.cached: set[Any] = set()
         # The variables that hold the hooks of add_hook, by model and direction, and where they are made.
         self.kept: dict[tuple[str, str], str] = {}
         self.starts: dict[Any, list[str]] = {}
@@ -172,12 +174,16 @@ class Porter(cst.CSTTransformer):
         call = with_args(updated, args)
         if run.kind != "run_with_cache" or not self.axes.in_cache(run):
             return call
-        call = cst.Call(cst.Name(self.helper("cache")), [cst.Arg(call)])
+        given = [cst.Arg(cst.parse_expression(run.model)), *call.args]
+        call = with_args(call.with_changes(func=cst.Name(self.helper("cache"))), given)
+        self.cached.add(run.node)
         self.known(run.node, self.script.code(call), TURNED_NOTE)
         return call
 
     def helper(self, kind: str) -> str:
         """The name of a function of `axes`, which the ported script gets."""
+        if kind == "hooks":
+            self.helper("hook")
         return self.helpers.setdefault(kind, self.fresh(NAMES[kind]))
 
     def turned(self, run: ModelRun, side: str, args: list[cst.Arg]) -> list[cst.Arg]:
@@ -193,14 +199,18 @@ class Porter(cst.CSTTransformer):
             one._replace(source=f"{helper}({one.source})", turned=True) if one and self.axes.among([one.name]) else one
             for one in places
         ]
-        pairs = cst.parse_expression(f"[(name, {helper}(function)) for name, function in _]")
-        hooks = pairs.with_deep_changes(pairs.for_in, iter=own.value)  # type: ignore[attr-defined]
+        stop = [
+            arg.with_changes(comma=cst.MaybeSentinel.DEFAULT)
+            for name, _, arg in self.needed(run.node, run.node, *FORWARD)
+            if name == "stop_at_layer"
+        ]
+        whole = cst.Arg(cst.parse_expression(run.model)), cst.Arg(own.value)
+        hooks = cst.Call(cst.Name(self.helper("hooks")), [*whole, *stop])
         self.known(run.node, f"{side}={self.script.code(hooks)}", TURNED_NOTE)
         return [arg.with_changes(value=hooks) if arg is own else arg for arg in args]
 
     def leave_Module(self, original_node: cst.Module, updated_node: cst.Module) -> cst.Module:
-        made = [definition(kind, name) for kind, name in self.helpers.items()]
-        return placed(updated_node, made) if made else updated_node
+        return placed(updated_node, self.axes.definitions(self.helpers)) if self.helpers else updated_node
 
     def with_hooks(self, run: ModelRun, side: str, args: list[cst.Arg]) -> list[cst.Arg]:
         """The arguments of a run with the hooks that are set around it, of one direction."""
@@ -320,12 +330,14 @@ class Porter(cst.CSTTransformer):
                     given = f"{run.model}, {source}, {self.source_of(run, place)}, site={site.name!r}"
                     call = f"patch_grid({given}, metric=...)"
                     self.problem(run.node, f"these loops are one call: {call}, of mamba_trace.patching", True)
+            unseen = any(one is None or one.name is None for some in hooks.values() for one in some)
             trace = trace_of(run, old, new, hooks, self.script)
+            trace = ORDER if unseen and "hooks" in self.helpers and self.axes.possible else trace
             if not isinstance(trace, str):
                 self.known(run.node, f"with {run.model}.trace({source}): ...")
                 block = PortedBlock(self.script.start(old)[0], self.script.code(new), "\n".join(trace))
                 self.report.add(self.report.blocks, block)
-            elif run.kind == "run_with_cache" and "cache" in self.helpers and self.axes.in_cache(run):
+            elif run.node in self.cached:
                 continue  # which is listed as what it is now
             elif any(hooks.values()):
                 self.problem(run.node, f"this call runs as it is; no trace is shown for it, as {trace}", True)

@@ -161,10 +161,19 @@ class WrittenName(NamedTuple):
         return getattr(getattr(self.place, "site", None), "name", "") in OTHER_AXES
 
     @property
+    def unlisted(self) -> bool:
+        """Whether a cache keeps its value only where a names_filter has its name, and TransformerLens's always."""
+        site = getattr(self.place, "site", None)
+        native = getattr(self.place, "native", None) is not None
+        return native or (site is not None and not site.in_mamba_lens and not site.part)
+
+    @property
     def listed(self) -> bool:
         """Whether `model.hook_names` has it, under this name, as far as is known."""
         if self.place is None or self.place.site is None:
             return self.place is None
+        if self.unlisted:
+            return False
         one_state = (self.place.position is not None) == (self.place.site.name == STATE)
         return one_state and (self.place.position or 0) >= 0 and self.place.site.hook in self.source
 
