@@ -184,7 +184,9 @@ class Porter(cst.CSTTransformer):
         """The name of a function of `axes`, which the ported script gets."""
         if kind == "hooks":
             self.helper("hook")
-        return self.helpers.setdefault(kind, self.fresh(NAMES[kind]))
+        if kind not in self.helpers:
+            self.helpers[kind] = self.fresh(NAMES[kind])
+        return self.helpers[kind]
 
     def turned(self, run: ModelRun, side: str, args: list[cst.Arg]) -> list[cst.Arg]:
         """The arguments of a run, of which the hooks see each value with the axes that it has in the script."""
