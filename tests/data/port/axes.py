@@ -81,4 +81,4 @@ stopped, early = model.run_with_cache(tokens, stop_at_layer=2)
 early_state = early[STATE][:, :, 4]
 projected = early["blocks.1.mixer.in_proj.hook_out"]
 y = model.run_with_cache(tokens, names_filter="blocks.2.hook_y")[1]["blocks.2.hook_y"]
-del early, cache
+del early, cache, one
