@@ -550,6 +550,7 @@ def test_what_cannot_be_ported_is_named_with_its_line(code: str, line: int, reas
         ("model.blocks[0].attn.W_Q", "model.blocks[0].attn", "a Mamba has no attention"),
         ("for i, b in enumerate(model.blocks):\n    print(b.mlp.W_in, b.W_B)", "b.mlp", "no MLP"),
         ("for b in model.blocks[1:]:\n    b.ln1.w", "b.ln1", "one norm in each block"),
+        ("[b.attn for b in model.blocks]", "b.attn", "a Mamba has no attention"),
         ("b = model.blocks[2]\nb.mixer.A_log", "b.mixer", "has no 'mixer'"),
         ("if model.cfg.n_layers > model.cfg.n_heads:\n    pass", "model.cfg.n_heads", "no attention heads"),
         ("model.W_Q[0]", "model.W_Q", "model has no 'W_Q'"),
@@ -573,6 +574,8 @@ def test_a_part_of_a_model_that_is_here_is_none() -> None:
     script += "for b in model.blocks:\n    b.W_B.weight, b.A_log, b.norm\n_, c = model.run_with_cache(ids)\nc.items()\n"
     assert not port_script(script).problems
     model, cache = lacking.tiny()["model"], lacking.tiny()["cache"]
+    own = [name for name in vars(mamba_lens.HookedMamba) if not name.startswith("_")]
+    assert not [name for name in own if not hasattr(model, name) and name not in lacking.SURE]
     for name in lacking.SURE - {"run_with_cache", *runs.LOADERS}:
         first, _, rest = name.partition(".")
         owner = model.cfg if rest else model if hasattr(model, first) else cache
@@ -580,17 +583,21 @@ def test_a_part_of_a_model_that_is_here_is_none() -> None:
 
 
 def test_the_prompt_that_a_patch_grid_takes_is_one_of_the_script() -> None:
-    loops = (
-        "for l in r:\n    for p in s:\n        model.run_with_hooks(tokens, fwd_hooks=[(f'blocks.{l}.hook_conv', f)])\n"
-    )
-    assert "patch_grid(model, tokens, source=..., site='conv', metric=...)" in port_script(loops).notes[0].reason
-    caches = "tokens, corrupt, third = (torch.tensor(x) for x in xs)\n_, a = model.run_with_cache(corrupt[:1])\n"
-    one = port_script(caches + loops).notes[0].reason
-    assert "patch_grid(model, tokens" in one
-    assert "corrupt[:1]" in one
-    caches += "_, b = model.run_with_cache(third)\ndef f(v, hook):\n    return b[hook.name]\n"
-    assert "third" in port_script(caches + loops).notes[0].reason
-    assert "corrupt" not in port_script(caches + loops).notes[0].reason
+    names = "".join(f"{name} = torch.tensor({name}_ids)\n" for name in ("tokens", "corrupt", "third"))
+    run = "model.run_with_hooks(tokens, fwd_hooks=[(f'blocks.{l}.hook_conv', f)])"
+    loops = f"for l in r:\n    for p in s:\n        {run}\n"
+
+    def source(caches: str) -> str:
+        reason = port_script(names + caches + loops).notes[0].reason
+        (found,) = re.findall(r"patch_grid\(model, tokens, (.*), site='conv', metric=\.\.\.\)", reason)
+        return found
+
+    assert source("") == "source=..."
+    one = "_, a = model.run_with_cache(corrupt[:1])\n"
+    assert source(one) == "corrupt[:1]"
+    two = f"{one}b = model.run_with_cache(third)[1]\n"
+    assert source(two) == "source=...", "either may be meant"
+    assert source(f"{two}def f(v, hook):\n    return b[hook.name]\n") == "third"
 
 
 @pytest.mark.parametrize(

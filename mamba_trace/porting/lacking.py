@@ -1,7 +1,8 @@
 """The parts of a model, its configuration and its caches that a script uses and that are not here.
 
-A tiny `HookedMamba` is asked, so that no list of what there is has to be kept, and it says itself why it has no
-part of a name. Making one takes torch, which a script that uses only `SURE` does not wait for.
+A tiny `MambaTrace`, which has what `HookedMamba` has, is asked, so that no list of what there is has to be kept,
+and it says itself why it has no part of a name. Making one takes torch, which a script that uses only `SURE` does
+not wait for.
 """
 
 from __future__ import annotations
@@ -39,10 +40,9 @@ INSTEAD = {
 def tiny() -> dict[str, Any]:
     """A model and a cache, which are asked whether they have a part of a name."""
     from ..hooked.cache import ActivationCache
-    from ..mamba_lens import HookedMamba
+    from ..model import MambaTrace
 
-    cfg = {"d_model": 2, "n_layers": 1, "vocab_size": 2}
-    model: Any = HookedMamba(cfg=cfg, device="cpu")
+    model: Any = MambaTrace.from_config({"d_model": 2, "n_layers": 1, "vocab_size": 2})
     return {"model": model, "cache": ActivationCache({}, model), "blocks": type(model.blocks)}
 
 
@@ -80,8 +80,11 @@ class Uses:
 
     def _of_variable(self, node: Any) -> Any:
         """The block that a loop over blocks, or an assignment, puts into a variable."""
-        loop = self.script.binding(node.value, node)
-        if isinstance(loop, cst.For):
+        bound: Any = self.script.binding(node.value, node)
+        above = list(self.script.around(bound)) if isinstance(bound, cst.CSTNode) else []
+        loops = (one for one in above if isinstance(one, cst.For | cst.CompFor))
+        loop = next((one for one in loops if one is bound or one.target in above), None)
+        if loop is not None:
             counted = called(loop.iter) == "enumerate"
             target = loop.target.elements[-1].value if isinstance(loop.target, cst.Tuple) else loop.target
             whole = loop.iter.args[0].value if counted else loop.iter  # type: ignore[attr-defined]

@@ -114,7 +114,7 @@ class Script(Values):
             picked = isinstance(above, cst.Subscript)  # run_with_cache(...)[1]
             assign = self.parents[above] if picked else above
             for target in getattr(assign, "targets", ()) if run.kind == "run_with_cache" else ():
-                pair = getattr(target.target, "elements", ())
+                pair: Any = getattr(target.target, "elements", ())
                 name = target.target if picked else pair[1].value if len(pair) == 2 else None
                 held |= {} if name is None else {self.code(name): run}
         return held
