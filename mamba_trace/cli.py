@@ -218,21 +218,28 @@ def port(
     out: Annotated[Path | None, typer.Option(help="Write the ported script to this file.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Say what a hook name, or a script of MambaLens or TransformerLens, is here. Never runs the script."""
-    from .porting import is_file, port_file, port_name
+    """Say what a hook name, or a script of MambaLens or TransformerLens, is here. Never runs the script.
+
+    Exits with 1 where a script cannot be ported as a whole: what is left to do has a comment in what --out writes.
+    """
+    from .porting import encoded, is_file, name_note, port_file, port_name
 
     if is_file(what):
         report = port_file(what)
         if out is not None:
             from .results.files import check_writable  # which needs torch
 
-            check_writable(out, (".py",)).write_text(report.script, encoding="utf-8", newline="")
+            check_writable(out, (".py",)).write_bytes(encoded(report.script))
         typer.echo(json.dumps(report.as_dict(), indent=1) if as_json else str(report))
+        if report.problems:
+            typer.echo(f"mamba-trace port: {report.incomplete}", err=True)
+            raise typer.Exit(1)
         return
     if out is not None:
         raise FileError(f"--out writes a script, and {what} is a hook name")
-    path = port_name(what)
-    typer.echo(json.dumps({"found": what, "becomes": path}) if as_json else path)
+    path, note = port_name(what), name_note(what)
+    answer = {"found": what, "becomes": path} | ({"note": note} if note else {})
+    typer.echo(json.dumps(answer) if as_json else f"{path} ({note})" if note else path)
 
 
 # -- what the commands need --------------------------------------------------------------------------------

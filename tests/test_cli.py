@@ -356,6 +356,20 @@ def test_port_says_one_name() -> None:
         "found": "hook_embed",
         "becomes": "model.embeddings.output",
     }
+    assert run("port", "blocks.3.attn.hook_z").stdout == "model.layers[3].attn.z.output (in hybrids)\n"
+    assert json.loads(run("port", "blocks.3.attn.hook_z", "--json").stdout)["note"] == "in hybrids"
+
+
+def test_port_writes_a_script_that_is_not_complete_and_says_so(tmp_path: Path) -> None:
+    script, ported = tmp_path / "script.py", tmp_path / "ported.py"
+    script.write_bytes(b"# coding: latin-1\nids = model.to_tokens('\xe9')\nmodel.blocks[0].attn.W_Q\n")
+    result = run("port", str(script), "--out", str(ported))
+    assert result.exit_code == 1
+    assert "the ported script is not complete: 1 line of" in result.stderr
+    first, second, comment, last = ported.read_bytes().splitlines()
+    assert (first, second) == (b"# coding: latin-1", b"ids = model.to_tokens('\xe9')")
+    assert comment.startswith(b"# mamba-trace port: model.blocks[0].attn: ")
+    assert last == b"model.blocks[0].attn.W_Q"
 
 
 def test_port_prints_the_traces_of_a_script(tmp_path: Path) -> None:
@@ -366,7 +380,8 @@ def test_port_prints_the_traces_of_a_script(tmp_path: Path) -> None:
         'c["blocks.0.hook_h.3"]\nc["blocks.0.hook_q"]\nmodel.to_tokens(x)\n'
     )
     result = run("port", str(script))
-    assert result.exit_code == 0, result.stderr
+    assert result.exit_code == 1, result.stderr
+    assert "is not complete: 1 line of" in result.stderr
     trace = (
         '# line 2\nwith model.trace(model.to_tokens(["Hi"], prepend_bos=True)):\n'
         "    model.layers[0].ssm.y.output = model.layers[0].ssm.y.output * 2\n"

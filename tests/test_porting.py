@@ -32,6 +32,9 @@ from mamba_trace.porting import PortReport, port_file, port_script
 SCRIPTS = Path(__file__).parent / "data" / "port"
 
 
+IN_OTHER_AXES = "in_place returned short mixed by_two by_test inside added"
+
+
 class Cache(dict):
     """MambaLens's ActivationCache: keys are hook names, or (short name, layer)."""
 
@@ -45,6 +48,11 @@ def act_name(name: str, layer: int | None = None) -> str:
     return f"hook_{name}" if layer is None else f"blocks.{layer % 3}.hook_{name}"
 
 
+def turned(name: str, value: Tensor) -> Tensor:
+    """A value with the axes of TransformerLens's Mamba-1 for those of this package, and the other way round."""
+    return value.transpose(1, 2).contiguous() if "hook_ssm_s" in name or "hook_ssm_w" in name else value
+
+
 class Lens:
     """A HookedMamba."""
 
@@ -53,6 +61,7 @@ class Lens:
     def __init__(self) -> None:
         self.weights = {n: w.detach().double() for n, w in self.model._module.state_dict().items()}
         self.cfg = SimpleNamespace(n_layers=len(self.model.layers))
+        self.blocks = [SimpleNamespace(mixer=SimpleNamespace(eager_scan=False)) for _ in self.model.layers]
         self.added: list[tuple[Any, Callable, str]] = []
         self.to_single_token = self.model.to_single_token
         self.to_tokens = functools.partial(self.model.to_tokens, prepend_bos=True)
@@ -60,6 +69,8 @@ class Lens:
     @classmethod
     def from_pretrained(cls, name: str, **options: Any) -> Lens:
         return cls()
+
+    boot_transformers = from_pretrained
 
     def __call__(self, tokens: Tensor, return_type: str | None = "logits", stop_at_layer: int | None = None) -> Any:
         seen: dict[str, Tensor] = {}
@@ -69,7 +80,7 @@ class Lens:
                 return value
             layer = int(name.split(".")[1]) if name.startswith("blocks.") else None
             hook = SimpleNamespace(name=name, layer=lambda: layer)
-            value = value.clone()
+            value = turned(name, value.clone())
             for wanted, function, direction in self.added:
                 if (wanted(name) if callable(wanted) else wanted == name) and direction == "fwd":
                     new = function(value, hook=hook)
@@ -79,7 +90,7 @@ class Lens:
                     value.requires_grad_() if value.is_leaf else None
                     value.register_hook(functools.partial(function, hook=hook))
             seen[name] = value
-            return value
+            return turned(name, value)
 
         logits = forward(self.weights, self.model.config, tokens, edit)
         self.seen = seen
@@ -149,6 +160,7 @@ def libraries(model: MambaTrace, monkeypatch: pytest.MonkeyPatch) -> None:
     lens, transformers, points = (ModuleType(name) for name in ("a", "b", "c"))
     lens.HookedMamba = type("HookedMamba", (Lens,), {"model": model})  # type: ignore[attr-defined]
     transformers.utils = SimpleNamespace(get_act_name=act_name)  # type: ignore[attr-defined]
+    transformers.TransformerBridge = type("TransformerBridge", (Lens,), {"model": model})  # type: ignore[attr-defined]
     points.HookPoint = object  # type: ignore[attr-defined]
     typing = ModuleType("d")
     typing.Float = {(torch.Tensor, shape): Any for shape in ("B L V", "B E N")}  # type: ignore[attr-defined]
@@ -239,7 +251,7 @@ def test_the_seed_experiments(script: str, traced: bool, monkeypatch: pytest.Mon
     assert ours["grid"].max() > 0.5, "some cell carries the answer"
     site = "'h'" if script == "patch_state.py" else "'resid_pre'"
     (note,) = port_file(SCRIPTS / script).notes
-    assert f"patch_grid(model, clean_tokens, source, site={site}, metric=...)" in note.reason
+    assert f"patch_grid(model, clean_tokens, dirty_tokens, site={site}, metric=...)" in note.reason
 
 
 @pytest.mark.parametrize(
@@ -254,6 +266,8 @@ def test_the_seed_experiments(script: str, traced: bool, monkeypatch: pytest.Mon
         ),
         ("caches.py", "edited_streams edited_states edited_ends edited_norm"),
         ("gradients.py", "gradients logits score loss"),
+        ("axes.py", f"{IN_OTHER_AXES} plain read edited_state edited_y gradients logits state write per_layer shapes"),
+        ("axes.py", "norms one_state written both_norms stopped early_state projected y"),
     ],
 )
 def test_a_ported_script_computes_the_same(
@@ -279,15 +293,16 @@ def test_generate_stays_as_it_is(traced: bool, monkeypatch: pytest.MonkeyPatch, 
     assert 0 < eos[0] < ours["further"].shape[1] - 2, "it went on after the end of the text"
 
 
-@pytest.mark.parametrize("script", ["hooks.py", "caches.py"])
+@pytest.mark.parametrize("script", ["hooks.py", "caches.py", "axes.py"])
 def test_the_fixture_hooks_change_something(
     script: str, tiny: MambaTrace, traced: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """So that a port that drops a hook cannot pass."""
     ours, _ = compared(script, tiny, traced, monkeypatch, tmp_path)
     hooked = "out_of_order every_state some_layers mixed branched run_time inside added faded"
-    plain = ours["plain"] if script == "hooks.py" else ours["logits"]
-    for name in hooked.split() if script == "hooks.py" else ["edited_logits"]:
+    hooked = {"hooks.py": hooked, "caches.py": "edited_logits", "axes.py": IN_OTHER_AXES}[script]
+    plain = ours["logits" if script == "caches.py" else "plain"]
+    for name in hooked.split():
         assert not torch.allclose(ours[name], plain, atol=1e-3), name
 
 

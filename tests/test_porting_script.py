@@ -20,9 +20,12 @@ from mamba_trace import MambaTrace, mamba_lens, names
 from mamba_trace.errors import FileError, UnknownSiteError
 from mamba_trace.hooked.cache import ActivationCache
 from mamba_trace.hooked.hooks import Hook
-from mamba_trace.porting import imports, port_file, port_name, port_script, runs
+from mamba_trace.porting import encoded, imports, lacking, name_note, port_file, port_name, port_script, runs
+from mamba_trace.porting.report import REMARK
+from mamba_trace.sites import SITES, STATE
 
 LOAD = "HookedTransformer.from_pretrained('state-spaces/mamba-130m')"
+AXES = "[B,E,L,N] in TransformerLens's Mamba-1 is [B,L,E,N] here; in Mamba-2 both have [B,L,H,P,N]"
 HALVE = "fwd_hooks=[('blocks.0.hook_y', lambda y, hook: y / 2)]"
 
 
@@ -57,11 +60,20 @@ def test_names_of_transformer_lens_that_stand_for_another_tensor_say_so() -> Non
         "model.layers[2].ssm.after_skip.output",
         "model.layers[2].ssm.inner_norm.output",
     ]
-    assert [one.note for one in found[:2]] == [
-        "[B,E,L,N] in TransformerLens's Mamba-1 is [B,L,E,N] here; in Mamba-2 both have [B,L,H,P,N]"
-    ] * 2
+    assert [one.note for one in found[:2]] == [AXES] * 2
     assert "in a Mamba-2 it is ssm.inner_norm" in found[2].note
     assert not found[3].note
+
+
+def test_a_note_is_given_for_the_names_that_it_concerns() -> None:
+    """That of other axes for two sites alone, and that only hybrids have it for what only they have."""
+    for site in SITES:
+        name = site.hook_name(3) + ".5" * (site.name == STATE)
+        expected = AXES if site.name in ("write", "h_read") else "in hybrids" if site.part else ""
+        if site.name != "logits":  # whose hook name is that of lm_head
+            assert name_note(name) == expected, name
+            (found,) = port_script(f'cache["{name}"]').findings
+            assert found.note == expected
 
 
 @pytest.mark.parametrize("name", ["state-spaces/mamba2-130m", "AntonV/mamba-2-1.3b", "mistralai/Mamba-Codestral-7B"])
@@ -76,8 +88,11 @@ def test_a_mamba_2_is_no_hooked_mamba(name: str) -> None:
     ("name", "said"),
     [
         ("blocks.3.hook_deltaa", "did you mean blocks.3.hook_delta or"),
-        ("blocks.3.attn.hook_result", "a Mamba has no attention"),
-        ("blocks.3.hook_pos_embed", "a Mamba has no attention, no MLP and one norm"),
+        ("blocks.3.attn.hook_result", "no architecture has this site; layers[3].attn.z is nearest, in hybrids"),
+        ("blocks.{l}.attn.hook_rot_k", "no architecture has this site; layers[{l}].attn.k is nearest, in hybrids"),
+        ("blocks.3.mlp.hook_pre", "no architecture has this site; layers[3].mlp_out is nearest, in hybrids"),
+        ("blocks.3.hook_q_input", "no architecture has this site; layers[3].layer_input is nearest"),
+        ("hook_pos_embed", "no architecture has this site"),
         ("blocks.{layer}.hook_deltaa", "no site is called 'blocks.{layer}.hook_deltaa'"),
         ("ln_final.hook_in", "use its blocks.l.hook_resid_post"),
     ],
@@ -143,7 +158,7 @@ def test_keys_of_a_cache_are_names_too() -> None:
     assert found["c['resid_pre', l]"] == "model.layers[l].resid_pre.output"
     assert found["'blocks.1.hook_h.2'"] == "model.layers[1].ssm.h[2].output"
     assert found["model.run_with_cache(x)"] == "model.run_with_cache(x)"
-    assert "no attention" in report.problems[0].reason
+    assert "no architecture has this site; layers[0].attn.q is nearest" in report.problems[0].reason
 
 
 # -- prompts -----------------------------------------------------------------------------------------------
@@ -385,24 +400,52 @@ def test_a_port_is_python_with_every_comment(script: str) -> None:
 )
 def test_imports_are_renamed(line: str, becomes: str) -> None:
     report = port_script(f"{line}\n")
-    assert report.script.strip() == becomes
+    assert re.sub(rf"(?m)^{REMARK}.*\n", "", report.script).strip() == becomes
     assert bool(report.problems) == ("test_prompt" in line)
 
 
-def test_a_name_that_mamba_lens_has_and_this_package_has_not_is_a_problem() -> None:
-    report = port_script("from mamba_lens import HookedMamba, InputDependentHookPoint as I")
-    assert [(one.found, one.reason) for one in report.problems] == [
-        ("InputDependentHookPoint", "mamba_trace.mamba_lens has no such name")
-    ]
-    shared = ", ".join(mamba_lens.__all__)
-    assert not port_script(f"from mamba_lens import {shared}").problems
+POINT = "from mamba_lens.input_dependent_hooks import InputDependentHookPoint"
 
 
-def test_what_is_imported_is_there() -> None:
+@pytest.mark.parametrize("line", [POINT, f"{POINT} as P", POINT.replace(".input_dependent_hooks", "")])
+def test_a_name_that_is_not_here_is_left_out_where_nothing_uses_it(line: str) -> None:
+    report = port_script(f"{line}\nx = 1\n")
+    assert report.script == "x = 1\n"
+    assert not report.problems
+    (found,) = report.findings
+    assert found.note == "nothing uses InputDependentHookPoint, which has no counterpart and needs none"
+    both = port_script("from mamba_lens import (HookedMamba,  # it\n    InputDependentHookPoint as I)\nHookedMamba\n")
+    assert both.script == "# it\nfrom mamba_trace.mamba_lens import HookedMamba\nHookedMamba\n"
+
+
+@pytest.mark.parametrize(
+    ("script", "found"),
+    [
+        (f"{POINT}\nInputDependentHookPoint(f)", "InputDependentHookPoint"),
+        ("import mamba_lens as ml\nml.InputDependentHookPoint(f)", "ml.InputDependentHookPoint"),
+        ("from mamba_lens import HookedMamba, convert_hooked_weights as c\nc(1)", "c"),
+    ],
+)
+def test_a_name_that_is_not_here_is_a_problem_where_it_is_used(script: str, found: str) -> None:
+    report = port_script(script)
+    assert [(one.line, one.found) for one in report.problems] == [(2, found)]
+    assert imports.ABSENT in report.problems[0].reason
+    assert f"{REMARK} {found}: " in report.script.splitlines()[-2]
+
+
+def test_every_import_that_a_port_writes_is_there() -> None:
+    assert set(imports.SHARED) == set(mamba_lens.__all__)
     for line in imports.MOVED.values():
         space: dict[str, Any] = {}
         exec(line, space)
         assert {Hook, ActivationCache, mamba_lens.HookedMamba} & {one for one in space.values() if callable(one)}
+    names_of_theirs = [*mamba_lens.__all__, "InputDependentHookPoint", "InputDependentHookedRootModule", "utils"]
+    lines = [f"from mamba_lens.anything import {name} as n{i}\nn{i}" for i, name in enumerate(names_of_theirs)]
+    lines += [f"from transformer_lens import {name}\n{name}" for name in [*imports.MOVED, "utils"]]
+    ported = port_script("\n".join(["import mamba_lens", *lines])).script.splitlines()
+    ours = [line for line in ported if re.match(r"(from|import) mamba_trace", line)]
+    assert len(ours) > len(mamba_lens.__all__)
+    exec("\n".join(ours), {})
 
 
 def test_a_call_that_loads_is_renamed_and_what_folds_is_left_out() -> None:
@@ -419,7 +462,7 @@ accuracy = utils.lm_accuracy(model(x), x)
 """
     report = port_script(source)
     assert (
-        report.script
+        re.sub(rf"(?m)^{REMARK}.*\n", "", report.script)
         == """
 from mamba_trace.mamba_lens import HookedMamba
 from transformer_lens import utils
@@ -473,7 +516,7 @@ model.load_state_dict(hooked)
 @pytest.mark.parametrize(
     ("code", "line", "reason"),
     [
-        ('model.run_with_hooks(x, fwd_hooks=[("blocks.0.attn.hook_result", f)])', 1, "no attention"),
+        ('model.run_with_hooks(x, fwd_hooks=[("blocks.0.attn.hook_result", f)])', 1, "attn.z is nearest"),
         ('model.run_with_hooks(x, fwd_hooks=[("blocks.0.hook_hh.2", f)])', 1, "did you mean"),
         ("model.add_perma_hook('blocks.0.hook_y', f)", 1, "model.edit(inplace=True)"),
         ("model.add_hook('blocks.0.hook_y', f, level=1)", 1, "model.edit(inplace=True)"),
@@ -491,7 +534,98 @@ model.load_state_dict(hooked)
 def test_what_cannot_be_ported_is_named_with_its_line(code: str, line: int, reason: str) -> None:
     report = port_script(code)
     assert [one for one in said(report) if one[0] == line and reason in one[1]], report.problems
-    assert report.script == code or "add_hook(" in code, "it fails where it stands"
+    lines = report.script.splitlines()
+    comments = [number for number, text in enumerate(lines) if text.strip().startswith(REMARK)]
+    assert [
+        one for one in comments if reason in lines[one] and code.splitlines()[line - 1].strip()[:5] in lines[one + 1]
+    ]
+    left = "\n".join(text for number, text in enumerate(lines) if number not in comments)
+    assert left == code or "add_hook(" in code, "it fails where it stands"
+    assert str(report).endswith(f"Each place has a comment, {REMARK} ...")
+
+
+@pytest.mark.parametrize(
+    ("code", "found", "reason"),
+    [
+        ("model.blocks[0].attn.W_Q", "model.blocks[0].attn", "a Mamba has no attention"),
+        ("for i, b in enumerate(model.blocks):\n    print(b.mlp.W_in, b.W_B)", "b.mlp", "no MLP"),
+        ("for b in model.blocks[1:]:\n    b.ln1.w", "b.ln1", "one norm in each block"),
+        ("[b.attn for b in model.blocks]", "b.attn", "a Mamba has no attention"),
+        ("b = model.blocks[2]\nb.mixer.A_log", "b.mixer", "has no 'mixer'"),
+        ("if model.cfg.n_layers > model.cfg.n_heads:\n    pass", "model.cfg.n_heads", "no attention heads"),
+        ("model.W_Q[0]", "model.W_Q", "model has no 'W_Q'"),
+        ("model.unembed.W_U", "model.unembed", "model.W_U is the matrix"),
+        ("model.set_use_attn_result(True)", "model.set_use_attn_result", "model has no"),
+        ("model.hook_dict['hook_embed']", "model.hook_dict", "hooks are not kept"),
+        ("_, c = model.run_with_cache(x)\nc.compute_head_results()", "c.compute_head_results", "a cache has no"),
+    ],
+)
+def test_a_part_of_a_model_that_is_not_here_is_a_problem(code: str, found: str, reason: str) -> None:
+    report = port_script(f"ids = model.to_tokens('Hi')\n{code}\n")
+    assert [one.found for one in report.problems] == [found]
+    assert reason in report.problems[0].reason
+    assert f"{REMARK} {found}: " in report.script
+    compile(report.script, "s", "exec")
+
+
+def test_a_part_of_a_model_that_is_here_is_none() -> None:
+    used = "cfg.d_inner W_U loss_fn norm.weight tokenizer.eos_token_id get_token_position parameters() made".split()
+    script = "ids = model.to_tokens('Hi')\nmodel.made = 1\n" + "".join(f"model.{one}\n" for one in used)
+    script += "for b in model.blocks:\n    b.W_B.weight, b.A_log, b.norm\n_, c = model.run_with_cache(ids)\nc.items()\n"
+    assert not port_script(script).problems
+    model, cache = lacking.tiny()["model"], lacking.tiny()["cache"]
+    own = [name for name in vars(mamba_lens.HookedMamba) if not name.startswith("_")]
+    assert not [name for name in own if not hasattr(model, name) and name not in lacking.SURE]
+    for name in lacking.SURE - {"run_with_cache", *runs.LOADERS}:
+        first, _, rest = name.partition(".")
+        owner = model.cfg if rest else model if hasattr(model, first) else cache
+        assert hasattr(owner, rest or first), name
+
+
+def test_the_prompt_that_a_patch_grid_takes_is_one_of_the_script() -> None:
+    names = "".join(f"{name} = torch.tensor({name}_ids)\n" for name in ("tokens", "corrupt", "third"))
+    run = "model.run_with_hooks(tokens, fwd_hooks=[(f'blocks.{l}.hook_conv', f)])"
+    loops = f"for l in r:\n    for p in s:\n        {run}\n"
+
+    def source(caches: str) -> str:
+        reason = port_script(names + caches + loops).notes[0].reason
+        (found,) = re.findall(r"patch_grid\(model, tokens, (.*), site='conv', metric=\.\.\.\)", reason)
+        return found
+
+    assert source("") == "source=..."
+    one = "_, a = model.run_with_cache(corrupt[:1])\n"
+    assert source(one) == "corrupt[:1]"
+    two = f"{one}b = model.run_with_cache(third)[1]\n"
+    assert source(two) == "source=...", "either may be meant"
+    assert source(f"{two}def f(v, hook):\n    return b[hook.name]\n") == "third"
+
+
+@pytest.mark.parametrize(
+    ("script", "reason"),
+    [
+        ("run = model.run_with_hooks\nrun(x, fwd_hooks=[('blocks.1.mixer.hook_ssm_state', f)])", "is not seen"),
+        ("def f(cache):\n    return cache['blocks.1.mixer.hook_ssm_write'][:, :, 3]", "no run of a model is seen"),
+        ("h = ['blocks.1.mixer.hook_ssm_state', f]\nmodel.run_with_hooks(x, **{'fwd_hooks': [h]})", "hooks in **"),
+    ],
+)
+def test_a_value_with_other_axes_that_no_run_turns_is_a_problem(script: str, reason: str) -> None:
+    report = port_script(script)
+    assert [one for one in report.problems if reason in one.reason]
+    assert REMARK in report.script
+
+
+def test_runs_without_such_values_are_left_alone() -> None:
+    script = (
+        "a = model.run_with_hooks(x, fwd_hooks=[('blocks.0.hook_y', f)])\n"
+        "_, b = model.run_with_cache(x, names_filter=['hook_embed'])\n"
+    )
+    state = "model.run_with_hooks(x, fwd_hooks=[('blocks.1.mixer.hook_ssm_state', f)])\n"
+    assert port_script(script + state).script.endswith(
+        script + state.replace("[(", "hooks_with_their_axes(model, [(").replace("])\n", "]))\n")
+    )
+    assert port_script(f"model = {LOAD}\n{script}_, c = model.run_with_cache(x)\nc['resid_pre', 0]").script.endswith(
+        f"\n{script}_, c = model.run_with_cache(x)\nc['resid_pre', 0]"
+    )
 
 
 @pytest.mark.parametrize(
@@ -588,6 +722,8 @@ def test_a_script_is_read_in_the_encoding_that_it_names(tmp_path: Path) -> None:
     (tmp_path / "latin.py").write_bytes(b'# coding: latin-1\nimport mamba_lens\ns = "\xe9"\n')
     expected = '# coding: latin-1\nfrom mamba_trace import mamba_lens\ns = "é"\n'
     assert port_file(tmp_path / "latin.py").script == expected
+    assert encoded(expected) == expected.encode("latin-1")
+    assert encoded("s = 'é'\n") == "s = 'é'\n".encode()
 
 
 @pytest.mark.parametrize("around", ["", "def work():\n    "])

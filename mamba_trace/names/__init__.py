@@ -37,7 +37,7 @@ from ..sites import (
     Layout,
 )
 from .bridge import BRIDGE_BLOCK, BRIDGE_MODEL, families_of_name, name_of, paths_in_block
-from .hints import families_of, lacked, models_of, nearest, of_another_family
+from .hints import families_of, lacked, models_of, nearest, nowhere, of_another_family
 from .layouts import absent, check_meaning, site_in, spans
 from .modules import OF_LAYER, SCOPE_OF, below_the_layer, below_the_model
 from .place import Place, hook_names, hook_places
@@ -322,4 +322,6 @@ def _suggest(name: str, family: Family | None, hybrid: bool | None) -> str:
         places = (Place(site, layer, position if site.name == STATE else None) for site in there)
         known = [place.hook_name for place in places]
     close = nearest(name, known)
+    if hybrid is None and (why := nowhere(name)):
+        return why
     return ("" if hybrid else lacked(name)) or (f"{close}?" if close else "; `mamba-trace sites` lists them all")

@@ -15,6 +15,18 @@ OF_A_TRANSFORMER = re.compile(
 #: Why a Mamba lacks them.
 OF_A_MAMBA = ": a Mamba has no attention, no MLP and one norm in each block"
 
+#: The site nearest to such a place, by how its name in a block begins or ends; only hybrids have the first ones.
+NEAREST_PLACE = {
+    "attn.pattern": r"hook_(pattern|attn_scores)$",
+    r"attn.\1": r"hook_(?:rot_)?([qkv])$",
+    "attn.z": r"hook_(z|result)$",
+    "layer_input": r"hook_(attn_in|[qkv]_input)$",
+    "attn_out": r"attn\.|hook_attn",
+    "mlp_out": r"mlp\.|hook_mlp",
+    "norm_2": r"ln2\.",
+    "norm": r"ln1\.",
+}
+
 
 def nearest(name: str, known: list[str]) -> str:
     """``"; did you mean a or b"`` for the known names closest to ``name``, or nothing.
@@ -34,6 +46,23 @@ def lacked(name: str) -> str:
     if OF_A_TRANSFORMER.search(name) is None:
         return ""
     return OF_A_MAMBA
+
+
+def nowhere(name: str) -> str:
+    """``": ..."``, that no model has a place whose name only a transformer has, and which site is nearest; or nothing.
+
+    >>> nowhere("blocks.3.attn.hook_result")
+    ': no architecture has this site; layers[3].attn.z is nearest, in hybrids'
+    """
+    if OF_A_TRANSFORMER.search(name) is None:
+        return ""
+    layer = re.match(r"blocks\.(\d+)\.", name)
+    found = [(site, re.search(pattern, name)) for site, pattern in NEAREST_PLACE.items()]
+    site = next((match.expand(site) for site, match in found if match), "")
+    if not site or layer is None:
+        return ": no architecture has this site"
+    of_all = site in BY_NAME and not BY_NAME[site].part
+    return f": no architecture has this site; layers[{layer[1]}].{site} is nearest{'' if of_all else ', in hybrids'}"
 
 
 def families_of(name: str) -> tuple[Family, ...]:

@@ -18,10 +18,12 @@ from libcst.codemod.visitors import AddImportsVisitor
 
 from .. import names
 from ..errors import FileError, UnknownSiteError
+from .lacking import list_lacking
+from .nodes import remarks_of
 from .report import Finding, PortReport, Problem
 from .runs import Script
 from .script import Porter
-from .values import is_hook_name, read_name
+from .values import WrittenName, is_hook_name, read_name
 
 __all__ = ["PortReport", "port_file", "port_name", "port_script"]
 
@@ -37,6 +39,19 @@ def port_name(name: str) -> str:
     >>> port_name("blocks.{layer}.hook_h.{pos}")
     'model.layers[layer].ssm.h[pos].output'
     """
+    return f"model.{_written_name(name).path}.output"
+
+
+def name_note(name: str) -> str:
+    """What else to know of a name that `port_name` takes; empty if there is nothing. Raises as it does.
+
+    >>> name_note("blocks.3.attn.hook_z")
+    'in hybrids'
+    """
+    return _written_name(name).note
+
+
+def _written_name(name: str) -> WrittenName:
     if not isinstance(name, str):
         raise UnknownSiteError(f"port_name takes a hook name, 'blocks.3.hook_h.5', not {name!r}")
     try:
@@ -44,11 +59,11 @@ def port_name(name: str) -> str:
     except cst.ParserSyntaxError:
         script = None
     if script is None:
-        return f"model.{names.to_path(name)}.output"
+        return WrittenName(name, names.parse(name))
     written = read_name(script.module.body[0].body[0].value, script)  # type: ignore[union-attr, index]
     if written is None:
         raise UnknownSiteError(f"{name!r} is no hook name: what varies must be a layer or a position")
-    return f"model.{written.path}.output"
+    return written
 
 
 def is_file(what: str) -> bool:
@@ -84,6 +99,13 @@ def port_file(path: str | Path) -> PortReport:
     return port_script(text, str(path))
 
 
+def encoded(script: str) -> bytes:
+    """A ported script as a file, in the encoding that it names: UTF-8 where it names none."""
+    content = script.encode()
+    encoding, _ = tokenize.detect_encoding(io.BytesIO(content).readline)
+    return script.encode(encoding, errors="backslashreplace")
+
+
 def port_script(source: str, filename: str = "<script>") -> PortReport:
     """A script, which is parsed and never run, as it is here, and the traces that do what its hooks do.
 
@@ -114,13 +136,23 @@ def _port(source: str, filename: str) -> PortReport:
         line = getattr(error, "lineno", None)
         where = f"{filename}, line {line}" if line else filename
         raise FileError(f"{where} is no Python: {getattr(error, 'msg', None) or error}") from error
-    script, report = Script(module), PortReport(filename)
+    script = Script(module)
+    report = _rewritten(script, filename, {})
+    # What cannot be ported is known at the end alone, and the script gets a comment where it stands.
+    return _rewritten(script, filename, remarks_of(report.problems, script)) if report.problems else report
+
+
+def _rewritten(script: Script, filename: str, remarks: dict[Any, list[str]]) -> PortReport:
+    report = PortReport(filename)
     list_names(script, script.module, report)
-    porter = Porter(script, report)
+    porter = Porter(script, report, remarks)
     ported = script.module.visit(porter)
     report.script = AddImportsVisitor(porter.context).transform_module(ported).code
     for node, reason in script.refused:
         report.add(report.problems, Problem(script.start(node)[0], script.code(node), reason))
+    for node, reason in porter.axes.unseen(porter.helpers):
+        report.add(report.problems, Problem(script.start(node)[0], script.code(node), reason))
+    list_lacking(script, report)
     return report
 
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+#: What a comment of the porter begins with, before each statement that cannot be ported.
+REMARK = "# mamba-trace port:"
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -49,6 +52,17 @@ class PortReport:
     notes: list[Problem] = field(default_factory=list)
     script: str = ""
 
+    @property
+    def incomplete(self) -> str:
+        """That the ported script does not do all that the script did; empty if it does."""
+        if not self.problems:
+            return ""
+        lines = len({one.line for one in self.problems})
+        return (
+            f"the ported script is not complete: {lines} line{'s' * (lines > 1)} of {self.filename} cannot be ported. "
+            f"Each place has a comment, {REMARK} ..."
+        )
+
     def as_dict(self) -> dict[str, Any]:
         """The report as plain lists and dicts, for JSON."""
         return asdict(self)
@@ -72,4 +86,5 @@ class PortReport:
         for title, entries in (("Also:", self.notes), ("Cannot be ported:", self.problems)):
             lines += ["", title] if entries else []
             lines += [f"{one.line:>5}  {' '.join(one.found.split())}\n       {one.reason}" for one in entries]
+        lines += ["", self.incomplete[:1].upper() + self.incomplete[1:]] if self.problems else []
         return "\n".join(lines)

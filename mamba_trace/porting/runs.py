@@ -12,6 +12,7 @@ import libcst as cst
 import libcst.matchers as m
 
 from ..errors import UnknownSiteError
+from ..names import Place
 from .values import Values, WrittenName, arguments, called, read_name
 
 CLASSES = ("HookedMamba", "HookedTransformer", "TransformerBridge")
@@ -24,6 +25,7 @@ FORWARD = ("input", "return_type", "loss_per_token", "prepend_bos", "padding_sid
 #: Methods and functions that return None: a lambda of one of them replaces nothing.
 RETURN_NONE = {"append", "extend", "update", "add", "print", "insert", "setdefault", "__setitem__"}
 SIDES = ("fwd_hooks", "bwd_hooks")
+ORDER = "its order is only known to the run"
 PICKED = """for site_name in {model}.hook_names({model}.embeddings.output.shape[1]):
     for wanted, function in {hooks}:
         if wanted(site_name) if callable(wanted) else wanted == site_name:
@@ -31,6 +33,8 @@ PICKED = """for site_name in {model}.hook_names({model}.embeddings.output.shape[
             edited = function({model}.hook(site_name).output, hook=hook)
             if edited is not None:
                 {model}.hook(site_name).output = edited"""
+#: A name of which it is known that nothing is at its place.
+NOWHERE = WrittenName("", Place(None))
 _TEXT = re.compile(r"[\s\[({]*[rfu]{0,2}[\"']")
 _TOKENS = re.compile(r"(\w+\.)*(to_tokens|tensor|LongTensor|arange|randint)\(")
 
@@ -42,10 +46,13 @@ class HookedPlace(NamedTuple):
     name: WrittenName | None  # ``None`` where a test chooses the places
     source: str  # how the function is called
     function: Any  # its definition, where that is in the script
+    turned: bool = False  # whether ``source`` gives the function other axes, and so returns a tensor: see `axes`
 
     @property
     def returns(self) -> str:
         """Whether the function returns a value: ``"always"``, ``"never"`` or ``"maybe"``."""
+        if self.turned:
+            return "always"
         if not isinstance(self.function, cst.FunctionDef):
             return "never" if called(getattr(self.function, "body", None)) in RETURN_NONE else "maybe"
         every: list[Any] = m.findall(self.function, m.Return())  # type: ignore[assignment]
@@ -97,6 +104,27 @@ class Script(Values):
         kind = called(node) if called(node) in RUNS else "forward"
         model = self.receiver(node) if called(node) in RUNS else self.code(node.func)
         return ModelRun(node, kind, model, arguments(node, *FORWARD)) if model in self.models else None
+
+    @property
+    def caches(self) -> dict[str, ModelRun]:
+        """The variables that hold caches, and the run that each holds the values of."""
+        held: dict[str, ModelRun] = {}
+        for run in filter(None, map(self.run, self.calls)):
+            above = self.parents[run.node]
+            picked = isinstance(above, cst.Subscript)  # run_with_cache(...)[1]
+            assign = self.parents[above] if picked else above
+            for target in getattr(assign, "targets", ()) if run.kind == "run_with_cache" else ():
+                pair: Any = getattr(target.target, "elements", ())
+                name = target.target if picked else pair[1].value if len(pair) == 2 else None
+                held |= {} if name is None else {self.code(name): run}
+        return held
+
+    def name_of(self, node: Any, layer: Any = None) -> WrittenName | None:
+        """`read_name`, with a name of no place where it raises: that is an error of its own."""
+        try:
+            return read_name(node, self, layer)
+        except UnknownSiteError:
+            return NOWHERE
 
     def hooked(self, node: Any) -> list[HookedPlace | None]:
         """The entries of a list of hooks; with ``None`` for what only the run knows of it."""
@@ -179,7 +207,7 @@ def trace_of(run: ModelRun, old: Any, new: Any, hooks: dict, script: Script) -> 
     places, body = hooks[SIDES[0]], [f"{name} = {run.model}.lm_head.output.save()" for name in targets]
     several = [one.name for one in places if one is not None and one.name is not None]
     if hooks[SIDES[1]] or (len(places) > 1 and not all(name.listed for name in several)):
-        return "its order is only known to the run"
+        return ORDER
     if len(places) == len(several) == 1:
         body = lines_of(places[0], f"{run.model}.{several[0].path}.output", script) + body
     elif places:

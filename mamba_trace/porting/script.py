@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import libcst as cst
@@ -10,9 +11,12 @@ import libcst.matchers as m
 from libcst.codemod import CodemodContext
 from libcst.codemod.visitors import AddImportsVisitor
 
-from .imports import imported, replacement
+from .axes import NAMES, Axes
+from .imports import imported, replacement, unused_names
+from .lacking import NOT_SET
+from .nodes import keyword_arg, placed, remarked, with_args, with_comments
 from .report import Finding, PortedBlock, PortReport, Problem
-from .runs import FORWARD, SAME, SIDES, HookedPlace, ModelRun, Script, lines_of, trace_of
+from .runs import FORWARD, ORDER, SAME, SIDES, HookedPlace, ModelRun, Script, lines_of, trace_of
 from .values import arguments, called
 
 FOLDING = "weights are kept as they were trained; nothing is folded into them"
@@ -27,16 +31,25 @@ NOT_NEEDED = {
     "default_padding_side": "padding never changes a result",
     "default_prepend_bos": "it is set after loading, model.default_prepend_bos = False, where it is not True",
 }
+TURNED_NOTE = "states and writes as TransformerLens's Mamba-1 has them, [B,E,L,N]"
 #: What the names of Mamba-2's checkpoints have in them.
 MAMBA_2 = re.compile(r"mamba[-_]?2(?![.\d])|codestral", re.IGNORECASE)
+
+
+#: What those of hybrids have.
+HYBRID = re.compile(r"[jbz]amba|granite-4|falcon-h1|nemotron-?h", re.IGNORECASE)
 
 
 class Porter(cst.CSTTransformer):
     """Rewrites one script, and reports what it does."""
 
-    def __init__(self, script: Script, report: PortReport) -> None:
+    def __init__(self, script: Script, report: PortReport, remarks: Mapping[Any, list[str]]) -> None:
         super().__init__()
-        self.script, self.report, self.context = script, report, CodemodContext()
+        self.script, self.report, self.remarks, self.context = script, report, remarks, CodemodContext()
+        self.axes = Axes(script)
+        # The functions of `axes` that the ported script needs, by what they are for, and the runs of one of them.
+        self.helpers: dict[str, str] = {}
+        self.cached: set[Any] = set()
         # The variables that hold the hooks of add_hook, by model and direction, and where they are made.
         self.kept: dict[tuple[str, str], str] = {}
         self.starts: dict[Any, list[str]] = {}
@@ -138,7 +151,8 @@ class Porter(cst.CSTTransformer):
         new = with_args(updated.with_deep_changes(updated.func, attr=cst.Name("from_pretrained")), args)
         which = getattr(node.args[0].value, "evaluated_value", None) if node.args else None
         if isinstance(which, str) and "mamba" not in which.lower():
-            self.problem(node, f"{which} is no Mamba by its name, and HookedMamba loads nothing else")
+            hybrid = f": MambaTrace({which!r}) loads a hybrid" if HYBRID.search(which) else ""
+            self.problem(node, f"{which} is no Mamba by its name, and HookedMamba loads nothing else{hybrid}")
         elif isinstance(which, str) and MAMBA_2.search(which):
             self.problem(node, f"{which} is a Mamba-2 by its name, and HookedMamba loads none: MambaTrace({which!r})")
         self.known(node, self.script.code(new))
@@ -153,11 +167,52 @@ class Porter(cst.CSTTransformer):
             args.append(keyword_arg(name, new.value).with_changes(comma=new.comma) if by_name else new)
         self.hooks[run.node] = {}
         for side in SIDES:
-            args = self.with_hooks(run, side, args)
+            args = self.turned(run, side, self.with_hooks(run, side, args))
         if run.kind == "forward" and any(self.hooks[run.node].values()):
             model = updated.func.value if called(run.node) == "forward" else updated.func
             updated = updated.with_changes(func=cst.Attribute(model, cst.Name("run_with_hooks")))
-        return with_args(updated, args)
+        call = with_args(updated, args)
+        if run.kind != "run_with_cache" or not self.axes.in_cache(run):
+            return call
+        given = [cst.Arg(cst.parse_expression(run.model)), *call.args]
+        call = with_args(call.with_changes(func=cst.Name(self.helper("cache"))), given)
+        self.cached.add(run.node)
+        self.known(run.node, self.script.code(call), TURNED_NOTE)
+        return call
+
+    def helper(self, kind: str) -> str:
+        """The name of a function of `axes`, which the ported script gets."""
+        if kind == "hooks":
+            self.helper("hook")
+        if kind not in self.helpers:
+            self.helpers[kind] = self.fresh(NAMES[kind])
+        return self.helpers[kind]
+
+    def turned(self, run: ModelRun, side: str, args: list[cst.Arg]) -> list[cst.Arg]:
+        """The arguments of a run, of which the hooks see each value with the axes that it has in the script."""
+        if any(one.star == "**" for one in run.node.args) and self.axes.written:
+            self.problem(run.node, "hooks in ** may be of values that have other axes here: give them by name")
+        places = self.hooks[run.node][side]
+        own = next((arg for arg in args if arg.keyword is not None and arg.keyword.value == side), None)
+        if own is None or not self.axes.among([one and one.name for one in places]):
+            return args
+        helper = self.helper("hook")
+        self.hooks[run.node][side] = [
+            one._replace(source=f"{helper}({one.source})", turned=True) if one and self.axes.among([one.name]) else one
+            for one in places
+        ]
+        stop = [
+            arg.with_changes(comma=cst.MaybeSentinel.DEFAULT)
+            for name, _, arg in self.needed(run.node, run.node, *FORWARD)
+            if name == "stop_at_layer"
+        ]
+        whole = cst.Arg(cst.parse_expression(run.model)), cst.Arg(own.value)
+        hooks = cst.Call(cst.Name(self.helper("hooks")), [*whole, *stop])
+        self.known(run.node, f"{side}={self.script.code(hooks)}", TURNED_NOTE)
+        return [arg.with_changes(value=hooks) if arg is own else arg for arg in args]
+
+    def leave_Module(self, original_node: cst.Module, updated_node: cst.Module) -> cst.Module:
+        return placed(updated_node, self.axes.definitions(self.helpers)) if self.helpers else updated_node
 
     def with_hooks(self, run: ModelRun, side: str, args: list[cst.Arg]) -> list[cst.Arg]:
         """The arguments of a run with the hooks that are set around it, of one direction."""
@@ -222,6 +277,8 @@ class Porter(cst.CSTTransformer):
     def on_leave(self, original_node: Any, updated_node: Any) -> Any:
         """Make the lists of hooks before their first use."""
         new: Any = super().on_leave(original_node, updated_node)
+        if original_node in self.remarks:
+            new = remarked(new, self.remarks[original_node])
         made: list[Any] = [cst.parse_statement(f"{name} = []") for name in self.starts.get(original_node, ())]
         if not made:
             return new
@@ -233,16 +290,29 @@ class Porter(cst.CSTTransformer):
         small: list[Any] = []
         for old, new in zip(original_node.body, updated_node.body, strict=True):
             imports = imported(old, self.script, self.report)
+            if m.matches(old, m.Assign([m.AssignTarget(m.Attribute(attr=m.Name(NOT_SET)))])):
+                self.known(old, "", "the states have their places in every run")
+                continue
             if imports is None:
                 self.traced(old, new)
             else:
-                self.known(old, "; ".join(map(self.script.code, imports)))
+                unused = unused_names(old, self.script)
+                note = f"nothing uses {', '.join(unused)}, which has no counterpart and needs none" if unused else ""
+                self.known(old, "; ".join(map(self.script.code, imports)), note)
             small += [new] if imports is None else imports
         if not small and not m.findall(original_node, m.Comment()):
             return cst.RemoveFromParent()
         count = len(original_node.body)
         line = with_comments(original_node, updated_node.with_changes(body=small[:count] or [cst.Pass()]))
         return cst.FlattenSentinel([line, *(cst.SimpleStatementLine([one]) for one in small[count:])])
+
+    def source_of(self, run: ModelRun, place: HookedPlace) -> str:
+        """The prompt of the cache that a hook of a run takes its values from, if that is seen."""
+        script, caches = self.script, self.script.caches
+        used = {one.value for one in m.findall(place.function or place.node, m.Name())} & set(caches)  # type: ignore
+        prompts = {script.input(caches[name]) for name in used or caches}
+        others = prompts - {script.input(run)}
+        return others.pop() if len(others) == 1 else "source=..."
 
     def traced(self, old: Any, new: Any) -> None:
         """Show the trace of a statement that runs a model, and that of each hook."""
@@ -259,36 +329,19 @@ class Porter(cst.CSTTransformer):
                 loops = [one for one in self.script.around(run.node) if isinstance(one, cst.For)]
                 site: Any = getattr(place.name.place, "site", None)
                 if len(loops) > 1 and "L" in getattr(site, "axes", ""):
-                    call = f"patch_grid({run.model}, {source}, source, site={site.name!r}, metric=...)"
+                    given = f"{run.model}, {source}, {self.source_of(run, place)}, site={site.name!r}"
+                    call = f"patch_grid({given}, metric=...)"
                     self.problem(run.node, f"these loops are one call: {call}, of mamba_trace.patching", True)
+            unseen = any(one is None or one.name is None for some in hooks.values() for one in some)
             trace = trace_of(run, old, new, hooks, self.script)
+            trace = ORDER if unseen and "hooks" in self.helpers and self.axes.possible else trace
             if not isinstance(trace, str):
                 self.known(run.node, f"with {run.model}.trace({source}): ...")
                 block = PortedBlock(self.script.start(old)[0], self.script.code(new), "\n".join(trace))
                 self.report.add(self.report.blocks, block)
+            elif run.node in self.cached:
+                continue  # which is listed as what it is now
             elif any(hooks.values()):
                 self.problem(run.node, f"this call runs as it is; no trace is shown for it, as {trace}", True)
             else:
                 self.known(run.node, self.script.code(run.node), "the same here")
-
-
-def with_comments(old: Any, new: Any) -> Any:
-    """A statement, and before it the comments that it lost in its change."""
-    kept = [one.value for one in m.findall(new, m.Comment())]  # type: ignore[attr-defined]
-    lost: list[Any] = [one for one in m.findall(old, m.Comment()) if one.value not in kept]  # type: ignore
-    return new.with_changes(leading_lines=[*new.leading_lines, *(cst.EmptyLine(comment=one) for one in lost)])
-
-
-def keyword_arg(name: str, value: Any) -> cst.Arg:
-    """``name=value``."""
-    call: Any = cst.parse_expression(f"f({name}=_)")
-    return call.args[0].with_changes(value=value)
-
-
-def with_args(call: cst.Call, args: list[cst.Arg]) -> cst.Call:
-    """A call with other arguments, the last of which is followed by what followed the last before."""
-    last: Any = call.args[-1] if call.args else cst.Arg(cst.Name("_"))
-    plain = {"comma": cst.MaybeSentinel.DEFAULT, "whitespace_after_arg": cst.SimpleWhitespace("")}
-    end = {"comma": last.comma, "whitespace_after_arg": last.whitespace_after_arg}
-    inner = [arg.with_changes(**plain) if arg.comma is last.comma else arg for arg in args[:-1]]
-    return call.with_changes(args=[*inner, *(arg.with_changes(**end) for arg in args[-1:])])

@@ -26,6 +26,8 @@ from ..sites import STATE
 SLOT = 900_000_000
 _SLOT = re.compile(r"9000\d{5}(?!\d)")
 _LOOKS_LIKE_A_NAME = re.compile(r"(blocks\.|ln_final\.|embed\.hook_|unembed\.hook_)\S+|hook_\w+")
+#: The sites of which TransformerLens's Mamba-1 has the values with other axes: see `axes`.
+OTHER_AXES = ("write", "h_read")
 #: How a list that a variable holds is changed in place.
 CHANGES = r"\b{0}(\.(append|extend|insert|remove|pop|clear|sort|reverse)\(|\[[^\]]*\] *[-+*|]?=)"
 
@@ -147,16 +149,31 @@ class WrittenName(NamedTuple):
     @property
     def note(self) -> str:
         """What else to know where a name of TransformerLens 4's does not stand for the same tensor."""
-        site = getattr(self.place, "site", None)
-        if site is not None and not site.in_mamba_lens:
+        if self.turned:
             return "[B,E,L,N] in TransformerLens's Mamba-1 is [B,L,E,N] here; in Mamba-2 both have [B,L,H,P,N]"
+        if getattr(getattr(self.place, "site", None), "part", ""):
+            return "in hybrids"
         return "that of a Mamba-1; in a Mamba-2 it is ssm.inner_norm" if ".out_proj.hook_in" in self.source else ""
+
+    @property
+    def turned(self) -> bool:
+        """Whether TransformerLens's Mamba-1 has its value with other axes."""
+        return getattr(getattr(self.place, "site", None), "name", "") in OTHER_AXES
+
+    @property
+    def unlisted(self) -> bool:
+        """Whether a cache keeps its value only where a names_filter has its name, and TransformerLens's always."""
+        site = getattr(self.place, "site", None)
+        native = getattr(self.place, "native", None) is not None
+        return native or (site is not None and not site.in_mamba_lens and not site.part)
 
     @property
     def listed(self) -> bool:
         """Whether `model.hook_names` has it, under this name, as far as is known."""
         if self.place is None or self.place.site is None:
             return self.place is None
+        if self.unlisted:
+            return False
         one_state = (self.place.position is not None) == (self.place.site.name == STATE)
         return one_state and (self.place.position or 0) >= 0 and self.place.site.hook in self.source
 
