@@ -43,7 +43,7 @@ from .modeling.run_report import RunReport
 from .names import spans
 from .names.modules import BASES, OF_BASE
 from .scan import check
-from .sites import BY_NAME, rows
+from .sites import rows, site_of
 from .tables import html_table
 from .tracing import placement
 from .tracing.forwards import reinstate_controllers
@@ -267,7 +267,7 @@ class MambaTrace(Places, HookedRuns, LensViews, Tokens, Loading, RootEnvoy):
         family, sizes = self.architecture.family, axis_sizes(self._module)
         found = []
         for row in rows(family, self._layout):
-            site = BY_NAME[row.path.removesuffix("[p]").rpartition(".")[2]]
+            site = site_of(row)
             shape = f"[{', '.join(str(sizes.get(axis, axis)) for axis in row.axes[family])}]"
             layers = "" if site.scope == "model" else spans(self._layout.with_site(site))
             found.append((row.path, shape, layers, row.hook or "", row.meaning))
