@@ -172,7 +172,7 @@ texts = [f"{a} met {b} at the park, so {b} gave {a}" for a in names for b in nam
 texts += [f"Lately, {a} and {b} had fun at school. {a} gave a book to" for a in names for b in names if a != b]
 LAYER, BATCH = 1, 16
 folder = Path("activations")
-folder.mkdir()
+folder.mkdir(exist_ok=True)
 
 
 def write_batch(number, batch):
