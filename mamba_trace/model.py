@@ -63,9 +63,10 @@ class MambaTrace(Places, HookedRuns, LensViews, Tokens, Loading, RootEnvoy):
     """A Mamba whose every intermediate value can be read and edited inside a trace.
 
     Args:
-        repo_id: a hub id or a local folder, in Hugging Face's or the original state-spaces format; or a
-            loaded ``MambaForCausalLM``, ``FalconMambaForCausalLM`` or ``Mamba2ForCausalLM``, which is made
-            hookable in place.
+        repo_id: a hub id or a local folder, in Hugging Face's or the original state-spaces format; or a loaded
+            model of transformers, which is made hookable in place: a Mamba (``MambaForCausalLM``,
+            ``FalconMambaForCausalLM``, ``Mamba2ForCausalLM``) or a hybrid (Nemotron-H, Falcon-H1, Granite 4,
+            Jamba, Bamba, Zamba, Zamba2).
         tokenizer: the tokenizer; if not given, the checkpoint's. The model uses a copy, in which a missing
             padding token becomes the end-of-sequence token.
         kernels: which scan runs: ``"auto"``, the fastest for each call, or one of ``"reference"``, ``"cpu"``,

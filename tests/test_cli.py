@@ -47,8 +47,9 @@ def test_patch_without_options_is_the_seed_experiment(tmp_path: Path) -> None:
     assert f"prompt       {PROMPT}" in result.stdout
     assert f"source       {SOURCE}" in result.stdout
     assert "model        demo" in result.stdout
-    assert f"uncorrupted  {grid.prompt_metric:+.4f}" in result.stdout
-    assert f"corrupted    {grid.source_metric:+.4f}" in result.stdout
+    assert f"of prompt    {grid.prompt_metric:+.4f}" in result.stdout
+    assert f"of source    {grid.source_metric:+.4f}" in result.stdout
+    assert "corrupted" not in result.stdout
     assert f"wrote {out}" in result.stdout
     rows = re.findall(r"^layer (\d) +(.*)$", result.stdout, flags=re.MULTILINE)
     assert [int(layer) for layer, _ in rows] == list(range(len(grid.values)))

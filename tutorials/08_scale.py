@@ -140,7 +140,7 @@ except MambaTraceError as error:
 # prompt       Lately, Emma and Shelby had fun at school. Shelby gave an apple to
 # source       Lately, Emma and Shelby had fun at school. Emma gave an apple to
 # metric       logit of ' Emma' minus logit of ' Shelby'
-# uncorrupted  +10.8482 (prompt)
+# of prompt    +10.8482
 # ...
 # layer 1 +1.00 +1.01 +1.00
 # ...
