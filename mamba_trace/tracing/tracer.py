@@ -83,6 +83,8 @@ class SiteTracer(SmallResults, PlaceTracer):
     def iter(self) -> Iterations:
         """The steps of a generation, as nnsight's ``tracer.iter``: ``for step in tracer.iter[:3]:``.
 
+        A loop over an open range, ``tracer.iter[:]``, ends with the run: nothing of the body that stands after it runs.
+
         Example::
 
             with model.generate(prompt, max_new_tokens=3) as tracer:
