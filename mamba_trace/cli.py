@@ -25,14 +25,18 @@ from ._version import __version__
 from .errors import FileError, MambaTraceError, PromptError
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
     from .model import MambaTrace
-    from .sites import Layout, Row
+    from .sites import Family, Layout, Row
 
 PROMPT = "Lately, Emma and Shelby had fun at school. Shelby gave an apple to"
 SOURCE = "Lately, Emma and Shelby had fun at school. Emma gave an apple to"
 DEMO = "demo"
 #: The models that ship: the argument of `MambaTrace.demo` for each name.
 DEMOS = {DEMO: "mamba", "demo-mamba2": "mamba2", "demo-hybrid": "hybrid"}
+#: The column of the table of sites for all hybrids together.
+HYBRIDS = "hybrids"
 #: What ``patch`` can measure, and the dtypes that it can load a model in.
 MetricName = Literal["logit-diff", "logit", "log-prob", "prob"]
 Dtype = Literal["float32", "float64", "float16", "bfloat16"]
@@ -150,20 +154,24 @@ def sites(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """List every place that can be read or edited, in execution order, and its shape in each architecture."""
+    """List every place that can be read or edited, in execution order, and its shape in each architecture.
+
+    Without --model these are the places of all models. The order of a hybrid that has attention before its SSM differs:
+    --model prints the order of one model.
+    """
     from .names.layouts import spans
     from .sites import AXES, FAMILY_MODELS, rows
 
-    models, family, layout = FAMILY_MODELS, None, None
+    models, family, layout = dict(FAMILY_MODELS), None, None
     if model is not None:
         loaded = load_model(model, "auto", quiet=True)
         architecture, layout = loaded.architecture, loaded._layout
         family = architecture.family
         models = {family: (architecture.name,)}
-    table = list(rows(family, layout))
+    table = list(rows(family, layout, hybrid=None))
     layers = {row.path: layers_with(row, layout) for row in table} if layout is not None and layout.hybrid else {}
     if as_json:
-        shapes = [{name: row.shape(each) for each, names in models.items() for name in names} for row in table]
+        shapes = [shapes_of(row, models, layout is None) for row in table]
         content = [
             {"path": row.path, "shape": shape, "hook": row.hook, "meaning": row.meaning}
             | ({"layers": layers[row.path]} if layers.get(row.path) is not None else {})
@@ -171,10 +179,12 @@ def sites(
         ]
         typer.echo(json.dumps(content, indent=1))
         return
-    lines = [["path", *map(", ".join, models.values()), *(["layers"] if layers else []), "hook name", "meaning"]]
+    columns = [*map(", ".join, models.values()), *([HYBRIDS] if layout is None else [])]
+    lines = [["path", *columns, *(["layers"] if layers else []), "hook name", "meaning"]]
     for row in table:
         where = [spans(layers[row.path] or ())] if layers else []
-        in_each = [row.shape(each) or "(none)" for each in models]
+        shape = shapes_of(row, models, layout is None)
+        in_each = [shape[column.split(", ")[0]] or "(none)" for column in columns]
         lines.append([row.path, *in_each, *where, row.hook or "(none)", row.meaning])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     for line in lines:
@@ -245,11 +255,26 @@ def port(
 # -- what the commands need --------------------------------------------------------------------------------
 
 
+def shapes_of(row: Row, models: Mapping[Family, Sequence[str]], hybrids: bool) -> dict[str, str | None]:
+    """The shape of a row in each model, and in all hybrids together; ``None`` where a model lacks the site.
+
+    A layer of a hybrid that has an SSM has the shapes of the Mamba that the SSM is one of.
+    """
+    from .sites import site_of
+
+    shapes = {name: row.shape(family) for family, names in models.items() for name in names}
+    if not hybrids:
+        return shapes
+    if site_of(row).part:
+        return dict.fromkeys(shapes) | {HYBRIDS: row.shape("dual")}
+    return shapes | {HYBRIDS: shapes["Mamba-1"] if len({*shapes.values()}) == 1 else "as its SSM"}
+
+
 def layers_with(row: Row, layout: Layout) -> list[int] | None:
     """The layers of a hybrid that have the site of a row; ``None`` for a site of the whole model."""
-    from .sites import BY_NAME
+    from .sites import site_of
 
-    site = BY_NAME[row.path.rpartition(".")[2].removesuffix("[p]")]
+    site = site_of(row)
     return None if site.scope == "model" else layout.with_site(site)
 
 

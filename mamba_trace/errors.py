@@ -23,6 +23,14 @@ class PositionError(MambaTraceError, IndexError):
     """A position outside the forward call it was asked of."""
 
 
+class SiteOrderError(MambaTraceError):
+    """A site was asked for after the run had gone past it; an `OutOfOrderError` of nnsight's too.
+
+    nnsight takes seconds to import, and a command line that prints its help needs none of it. So `tracing`, which
+    raises this error, adds nnsight's class to its bases.
+    """
+
+
 class SiteValueError(MambaTraceError, ValueError):
     """A value that cannot stand at a site: wrong type, shape or dtype."""
 
@@ -57,6 +65,10 @@ class MissingExtraError(MambaTraceError, ImportError):
 
 class ProcessesError(MambaTraceError, RuntimeError):
     """Several processes that should compute one thing together, and do not."""
+
+
+class VersionError(MambaTraceError, RuntimeError):
+    """A request was written for another release of this package than the server has."""
 
 
 class TraceError(MambaTraceError, RuntimeError):

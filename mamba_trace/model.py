@@ -43,7 +43,7 @@ from .modeling.run_report import RunReport
 from .names import spans
 from .names.modules import BASES, OF_BASE
 from .scan import check
-from .sites import BY_NAME, rows
+from .sites import rows, site_of
 from .tables import html_table
 from .tracing import placement
 from .tracing.forwards import reinstate_controllers
@@ -63,9 +63,10 @@ class MambaTrace(Places, HookedRuns, LensViews, Tokens, Loading, RootEnvoy):
     """A Mamba whose every intermediate value can be read and edited inside a trace.
 
     Args:
-        repo_id: a hub id or a local folder, in Hugging Face's or the original state-spaces format; or a
-            loaded ``MambaForCausalLM``, ``FalconMambaForCausalLM`` or ``Mamba2ForCausalLM``, which is made
-            hookable in place.
+        repo_id: a hub id or a local folder, in Hugging Face's or the original state-spaces format; or a loaded
+            model of transformers, which is made hookable in place: a Mamba (``MambaForCausalLM``,
+            ``FalconMambaForCausalLM``, ``Mamba2ForCausalLM``) or a hybrid (Nemotron-H, Falcon-H1, Granite 4,
+            Jamba, Bamba, Zamba, Zamba2).
         tokenizer: the tokenizer; if not given, the checkpoint's. The model uses a copy, in which a missing
             padding token becomes the end-of-sequence token.
         kernels: which scan runs: ``"auto"``, the fastest for each call, or one of ``"reference"``, ``"cpu"``,
@@ -268,7 +269,7 @@ class MambaTrace(Places, HookedRuns, LensViews, Tokens, Loading, RootEnvoy):
         family, sizes = self.architecture.family, axis_sizes(self._module)
         found = []
         for row in rows(family, self._layout):
-            site = BY_NAME[row.path.removesuffix("[p]").rpartition(".")[2]]
+            site = site_of(row)
             shape = f"[{', '.join(str(sizes.get(axis, axis)) for axis in row.axes[family])}]"
             layers = "" if site.scope == "model" else spans(self._layout.with_site(site))
             found.append((row.path, shape, layers, row.hook or "", row.meaning))

@@ -39,12 +39,12 @@ from mamba_trace.errors import (
     MetricError,
     PositionError,
     PromptError,
+    SiteOrderError,
     SiteValueError,
     TraceError,
     UnknownSiteError,
 )
 from mamba_trace.patching import PatchGrid, attribution_grid, logit_diff, patch_grid
-from mamba_trace.tracing import SiteOrderError
 
 IDS = torch.tensor([[1, 2, 3, 4, 5, 6]])
 ONES = torch.ones_like(IDS)
@@ -726,6 +726,18 @@ def no_prompt(model: MambaTrace) -> None:
             _ = model.lm_head.output.save()
 
 
+def without_a_prompt(ask: Callable[[Any, Any], Any]) -> Callable[[Any], None]:
+    """What a body asks for, in a trace that has invokes alone."""
+
+    def call(model: MambaTrace) -> None:
+        with model.trace() as tracer:
+            with tracer.invoke(IDS):
+                _ = model.lm_head.output.save()
+            ask(model, tracer)
+
+    return call
+
+
 def below_a_skipped_block(model: MambaTrace) -> None:
     with model.trace(IDS):
         model.layers[0].skip(model.embeddings.output)
@@ -772,6 +784,7 @@ def backward_that_raises(model: MambaTrace) -> None:
 
 
 OTHER = MambaTrace(make_hf())
+NO_PROMPT = "this trace has no prompt.*Give it one, .*or ask in the body of an invoke"
 TRACES = [
     Case("a trace in a trace", nested, TraceError, "one trace at a time"),
     Case("run_with_cache in a trace", inside(lambda m: m.run_with_cache(IDS)), TraceError, "a trace of its own"),
@@ -781,6 +794,19 @@ TRACES = [
     Case("an invoke on the line of its trace", invoke_on_the_same_line, TraceError, "a line of its own"),
     Case("an invoke after the end", invoke_after_the_end, TraceError, "this trace is over. Open another"),
     Case("no invoke has a prompt", no_prompt, PromptError, "no invoke of this trace has a prompt"),
+    *(
+        Case(f"{what} in a trace without a prompt", without_a_prompt(ask), SiteValueError, f"^{what}: {NO_PROMPT}")
+        for what, ask in {
+            r"layers\[0\].ssm.y": lambda m, tracer: m.layers[0].ssm.y.output,
+            r"layers\[0\].ssm.h\[2\]": lambda m, tracer: m.layers[0].ssm.h[2].output,
+            r"layers\[0\]": lambda m, tracer: m.layers[0].skip(torch.zeros(1)),
+            "lm_head": lambda m, tracer: setattr(m.lm_head, "output", torch.zeros(1)),
+            "lm_head.input": lambda m, tracer: m.lm_head.input,
+            "zero_delta": lambda m, tracer: flow.zero_delta(m, [1]),
+            "tracer.iter": lambda m, tracer: list(tracer.iter[:2]),
+            "tracer.result": lambda m, tracer: tracer.result,
+        }.items()
+    ),
     Case(
         "below a skipped block",
         below_a_skipped_block,

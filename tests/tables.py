@@ -30,7 +30,7 @@ from readme_table import (
 )
 
 from mamba_trace import MambaTrace
-from mamba_trace.sites import FAMILIES, rows
+from mamba_trace.sites import FAMILIES, rows, site_of
 
 ROOT = Path(__file__).parent.parent
 PAGES = (ROOT / "README.md", *sorted((ROOT / "tutorials" / "docs").glob("*.md")))
@@ -63,20 +63,13 @@ LACKS = {
     "Zamba": "cells of `embeddings` are whole forwards; no `start_at_layer`",
     "Zamba2": "cells of `embeddings` are whole forwards; no `start_at_layer`",
 }
-PURE_TESTS = "`test_reference`, `test_huggingface`"
-TESTS = {
-    "Mamba-1": f"{PURE_TESTS}, `test_mamba_lens`",
-    "Falcon-Mamba": PURE_TESTS,
-    "Mamba-2": PURE_TESTS,
-}
-HYBRID_TESTS = "`test_hybrids`, `test_hybrid_patching`, `test_hybrid_analyses`, `test_hybrid_loading`"
 
 
 def site_table() -> str:
     """The sites of the three that have nothing but SSMs, in execution order."""
     lines = ["| path under `model` | shape | in Mamba-2 | MambaLens name | meaning |", "|---|---|---|---|---|"]
     for row in rows():
-        hook = f"`{row.hook}`" if row.hook else "(none)"
+        hook = f"`{row.hook}`" if row.hook else f"(`{site_of(row).hook_name('l')}`)"
         shapes = [row.shape(family) or "(none)" for family in FAMILIES]
         dual = "" if shapes[0] == shapes[1] else shapes[1]
         lines.append(f"| `{row.path}` | {shapes[0]} | {dual} | {hook} | {row.meaning} |")
@@ -102,35 +95,43 @@ def shapes() -> dict[str, dict[str, str]]:
 
 
 def sites_by_architecture() -> str:
-    """Which architecture has which site: a row for each site that one of them lacks or has in another shape."""
+    """Which architecture has which site and in which shape, in three parts.
+
+    The first names the sites that all have in one shape. The second is a table of the other sites of a Mamba, with one
+    column for all architectures that agree in them. The third says which hybrids have the sites beside the SSM, whose
+    shapes are the same in all.
+    """
     sites = shapes()
-    everywhere = [
-        path for path, shape in sites["Mamba-1"].items() if all(own.get(path) == shape for own in sites.values())
-    ]
-    order = [row.path for row in (*rows(), *rows(hybrid=True))]
+    everywhere, differing = [], []
+    for row in rows():
+        found = {own.get(row.path) for own in sites.values()}
+        (everywhere if len(found) == 1 else differing).append(row.path)
     shared = ", ".join(f"`{path}` {sites['Mamba-1'][path]}" for path in everywhere)
+    columns: dict[tuple[str, ...], list[str]] = {}
+    for name, own in sites.items():
+        columns.setdefault(tuple(own.get(path, "") for path in differing), []).append(name)
     lines = [f"All ten have, in these shapes: {shared}.", ""]
-    lines += ["| site | " + " | ".join(sites) + " |", "|---" * (len(sites) + 1) + "|"]
-    for path in order:
-        if path not in everywhere:
-            lines.append(f"| `{path}` | " + " | ".join(own.get(path, "") for own in sites.values()) + " |")
+    lines += ["| site | " + " | ".join(map(", ".join, columns.values())) + " |", "|---" * (len(columns) + 1) + "|"]
+    for path, *cells in zip(differing, *columns, strict=True):
+        lines.append(f"| `{path}` | " + " | ".join(cells) + " |")
+    lines += ["", "| site | shape | hybrids that have it |", "|---|---|---|"]
+    hybrids = [name for name in sites if name not in PURE]
+    for row in rows(hybrid=True):
+        there = [name for name in hybrids if row.path in sites[name]]
+        (shape,) = {sites[name][row.path] for name in there}
+        lines.append(f"| `{row.path}` | {shape} | {'all' if there == hybrids else ', '.join(there)} |")
     return "\n".join(lines)
 
 
 def architecture_table() -> str:
-    """What is served, tested and measured, a row for each architecture."""
-    speeds = architecture_speed(recorded)
-    head = ("architecture", "a layer is", "sites", "not served", "held by", "forward / Hugging Face's")
-    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-    for name, layer in LAYERS.items():
-        speed = f"{speeds[name][0]:.2f}" if name in speeds else ""
-        tests = TESTS.get(name, HYBRID_TESTS)
-        lines.append(f"| {name} | {layer} | {len(shapes()[name])} | {LACKS[name]} | {tests} | {speed} |")
+    """What is served, a row for each architecture."""
+    lines = ["| architecture | a layer is | sites | not served |", "|---|---|---|---|"]
+    lines += [f"| {name} | {layer} | {len(shapes()[name])} | {LACKS[name]} |" for name, layer in LAYERS.items()]
     return "\n".join(lines)
 
 
 def short_architecture_table() -> str:
-    """The same in the README: two columns."""
+    """The architectures in the README, with their speed."""
     speeds = architecture_speed(recorded)
     lines = ["| architecture | a layer is | forward / Hugging Face's |", "|---|---|---|"]
     for name, layer in LAYERS.items():

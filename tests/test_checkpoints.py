@@ -201,7 +201,9 @@ def test_what_is_no_name_is_refused_without_asking_the_hub(monkeypatch: pytest.M
 def test_models_that_cannot_be_written(tmp_path: Path) -> None:
     with torch.device("meta"):
         model = MambaForCausalLM(convert_config(ORIGINAL, "huggingface"))
-    assert "parameters are on the meta device" in fails(lambda: save_original(model, tmp_path / "a"))
+    said = fails(lambda: save_original(model, tmp_path / "a"))
+    assert "parameters are on the meta device" in said
+    assert "model.dispatch() or MambaTrace(..., dispatch=True)" in said
     model = tiny_model()
     model.config.hidden_act = "gelu"
     assert "has only silu" in fails(lambda: save_original(model, tmp_path / "a"))

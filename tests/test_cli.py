@@ -47,8 +47,9 @@ def test_patch_without_options_is_the_seed_experiment(tmp_path: Path) -> None:
     assert f"prompt       {PROMPT}" in result.stdout
     assert f"source       {SOURCE}" in result.stdout
     assert "model        demo" in result.stdout
-    assert f"uncorrupted  {grid.prompt_metric:+.4f}" in result.stdout
-    assert f"corrupted    {grid.source_metric:+.4f}" in result.stdout
+    assert f"of prompt    {grid.prompt_metric:+.4f}" in result.stdout
+    assert f"of source    {grid.source_metric:+.4f}" in result.stdout
+    assert "corrupted" not in result.stdout
     assert f"wrote {out}" in result.stdout
     rows = re.findall(r"^layer (\d) +(.*)$", result.stdout, flags=re.MULTILINE)
     assert [int(layer) for layer, _ in rows] == list(range(len(grid.values)))
@@ -261,17 +262,20 @@ def test_info_as_json() -> None:
 
 def test_sites_lists_the_table() -> None:
     lines = run("sites").stdout.splitlines()
-    assert re.fullmatch(r"path +Mamba-1, Falcon-Mamba +Mamba-2 +hook name +meaning", lines[0])
+    assert re.fullmatch(r"path +Mamba-1, Falcon-Mamba +Mamba-2 +hybrids +hook name +meaning", lines[0])
     table = [re.split(r" {2,}", line) for line in lines[1:-2]]
-    assert ["layers[l].ssm.conv", "B L E", "B L E", "blocks.l.hook_conv"] in [row[:4] for row in table]
-    assert ["layers[l].ssm.h[p]", "B E N", "B H P N", "blocks.l.hook_h.p"] in [row[:4] for row in table]
-    assert ["layers[l].ssm.h", "B L E N", "B L H P N", "(none)"] in [row[:4] for row in table]
-    assert ["layers[l].ssm.B_in", "(none)", "B L G N", "blocks.l.hook_B_in"] in [row[:4] for row in table]
+    begin = [row[:5] for row in table]
+    assert ["layers[l].ssm.conv", "B L E", "B L E", "B L E", "blocks.l.hook_conv"] in begin
+    assert ["layers[l].ssm.h[p]", "B E N", "B H P N", "as its SSM", "blocks.l.hook_h.p"] in begin
+    assert ["layers[l].ssm.h", "B L E N", "B L H P N", "as its SSM", "(none)"] in begin
+    assert ["layers[l].ssm.B_in", "(none)", "B L G N", "as its SSM", "blocks.l.hook_B_in"] in begin
+    assert ["layers[l].attn.q", "(none)", "(none)", "B L Q W", "blocks.l.attn.hook_q"] in begin
     shown = [
         [row.path, *(row.shape(family) or "(none)" for family in FAMILIES), row.hook or "(none)", row.meaning]
         for row in rows()
     ]
-    assert table == shown
+    assert [row[:3] + row[4:] for row in table if row[1:3] != ["(none)", "(none)"]] == shown
+    assert [row[0] for row in table] == [row.path for row in rows(hybrid=None)]
     assert "B batch, L positions, D d_model" in lines[-1]
 
 
@@ -299,11 +303,16 @@ def test_sites_of_one_model_are_those_that_it_has(tmp_path: Path) -> None:
 def test_sites_as_json_is_in_execution_order() -> None:
     rows = json.loads(run("sites", "--json").stdout)
     names = [row["path"].rpartition(".")[2] for row in rows]
-    of_a_mamba = [site.name for site in SITES if site.scope == "mixer" or not site.part]  # not what only hybrids have
-    assert [name for name in names if name != "h[p]"] == of_a_mamba
+    assert [name for name in names if name != "h[p]"] == [site.name for site in SITES]
+    assert {row["path"]: row["shape"] for row in rows}["layers[l].attn.z"] == {
+        "Mamba-1": None,
+        "Falcon-Mamba": None,
+        "Mamba-2": None,
+        "hybrids": "B L Q W",
+    }
     assert rows[1] == {
         "path": "layers[l].resid_pre",
-        "shape": {"Mamba-1": "B L D", "Falcon-Mamba": "B L D", "Mamba-2": "B L D"},
+        "shape": {"Mamba-1": "B L D", "Falcon-Mamba": "B L D", "Mamba-2": "B L D", "hybrids": "B L D"},
         "hook": "blocks.l.hook_resid_pre",
         "meaning": "residual stream into the block",
     }

@@ -7,6 +7,8 @@ import inspect
 import json
 import re
 import runpy
+import sys
+import tomllib
 import warnings
 from pathlib import Path
 
@@ -49,6 +51,8 @@ def test_every_block_runs_in_order(
     for block in blocks(TEXTS[name]):
         said = re.findall(r"^# (.*)$", block, re.MULTILINE) if "print(model.last_run)" in block else []
         assert not said or printed[-len(said) :] == said
+        for words in re.findall(r"^print\(repr\(.*  # ('[^']*')", block, re.MULTILINE):
+            assert words in printed
     if correlation := re.search(r"print\(estimate\.correlation\(grid\)\)  # (\d\.\d+)", TEXTS[name]):
         assert any(re.fullmatch(rf"{re.escape(correlation[1])}\d*", line) for line in printed)
         assert (tmp_path / "heatmap.html").stat().st_size > 1000
@@ -95,8 +99,25 @@ def test_links_lead_to_files_of_the_repository(name: str) -> None:
     """mkdocs sees to those of the documentation; these are relative to the page where they stand."""
     folder = (ROOT / name).parent
     for link in re.findall(r"\]\(([^)#\s]+)[^)]*\)", TEXTS[name]):
-        if not link.startswith(("https:", "notebooks/")):
+        if not link.startswith("https:"):
             assert (folder / link).exists(), link
+
+
+def test_the_extra_for_the_tutorials_has_what_they_import() -> None:
+    """Beside what every installation has; IPython comes with ipykernel."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    required = [*project["dependencies"], *project["optional-dependencies"]["tutorials"]]
+    there = {re.match(r"[\w-]+", one)[0].replace("-", "_") for one in required} | {"mamba_trace"}
+    there |= {"IPython"} if "ipykernel" in there else set()
+    imported = set()
+    for script in (ROOT / "tutorials").glob("[0-9]*.py"):
+        for node in ast.walk(ast.parse(script.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
+            imported |= {name.partition(".")[0] for name in names}
+    assert imported - sys.stdlib_module_names <= there
+    assert "'.[tutorials]'" in page("tutorials")
+    assert "'.[tutorials]'" in TEXTS["README.md"]
 
 
 def test_every_cell_of_the_comparison_has_evidence() -> None:

@@ -19,9 +19,8 @@ from nnsight.intervention.eproperty import eproperty
 from transformers.models.mamba.modeling_mamba import MambaMixer
 
 from mamba_trace import MambaTrace
-from mamba_trace.errors import SiteValueError, UnknownSiteError
+from mamba_trace.errors import SiteOrderError, SiteValueError, UnknownSiteError
 from mamba_trace.sites import describe_axes, walk
-from mamba_trace.tracing import SiteOrderError
 from mamba_trace.tracing.envoys import (
     BY_SCOPE,
     BlockEnvoy,

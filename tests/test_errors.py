@@ -7,6 +7,7 @@ goes on as if nothing had happened."""
 from __future__ import annotations
 
 import re
+import sys
 import traceback
 from typing import Any
 
@@ -26,10 +27,10 @@ from mamba_trace.errors import (
     MambaTraceError,
     PositionError,
     PromptError,
+    SiteOrderError,
     SiteValueError,
     UnknownSiteError,
 )
-from mamba_trace.tracing import SiteOrderError
 
 PATHS = [site.path(1) for site in MAMBA_SITES] + ["layers[1].ssm.h[3]", "layers[1].ssm.h[-2]"]
 
@@ -88,6 +89,29 @@ def test_an_unknown_site_lists_what_there_is(tiny):
         if site.scope == "mixer":
             assert site.name in str(error.value)
     assert "layers[0].ssm" in str(error.value)
+
+
+def test_what_there_is_are_the_sites_of_this_place(tiny):
+    with pytest.raises(UnknownSiteError, match=r"It has: resid_pre, layer_input, norm, resid_post, ssm$"):
+        _ = tiny.layers[1].inner_norm
+    hybrid = MambaTrace.demo("hybrid")
+    layer = hybrid.attention_layers[0]
+    with pytest.raises(UnknownSiteError, match=rf"^layers\[{layer}\].attn has no 'yy'.*It has: q, k, v, pattern, z$"):
+        _ = hybrid.layers[layer].attn.yy
+
+
+def test_every_error_stands_in_one_module():
+    classes = {cls for module in modules_of("mamba_trace") for cls in vars(module).values() if is_error(cls)}
+    assert {cls.__module__ for cls in classes} == {"mamba_trace.errors"}
+    assert issubclass(SiteOrderError, OutOfOrderError)
+
+
+def modules_of(package):
+    return [module for name, module in sys.modules.items() if name.split(".")[0] == package]
+
+
+def is_error(value):
+    return isinstance(value, type) and issubclass(value, MambaTraceError)
 
 
 def test_an_unknown_site_inside_a_trace(tiny, tokens):

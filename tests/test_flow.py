@@ -16,7 +16,7 @@ from kinds import BACKENDS, DUAL, KINDS, made, make
 from torch import Tensor, nn
 
 from mamba_trace import MambaTrace
-from mamba_trace.errors import ArgumentError, LayerError, PositionError, PromptError, SiteValueError
+from mamba_trace.errors import ArgumentError, LayerError, PositionError, PromptError, SiteOrderError, SiteValueError
 from mamba_trace.flow import (
     Cut,
     ZeroDelta,
@@ -27,7 +27,6 @@ from mamba_trace.flow import (
     knockout_conv,
     zero_delta,
 )
-from mamba_trace.tracing import SiteOrderError
 
 E = SIZES["expand"] * SIZES["hidden_size"]
 SOME = [0, 3, 4, 11, 23]

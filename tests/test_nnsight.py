@@ -22,7 +22,7 @@ from nnsight.intervention.interleaver import Event, Interleaver, Mediator, OutOf
 from nnsight.intervention.source import STATE, Controller
 from torch import nn
 
-from mamba_trace.tracing import SiteOrderError
+from mamba_trace.errors import SiteOrderError
 
 
 class Probe(nn.Module):

@@ -17,8 +17,7 @@ from reference import Edit, editing, forward
 from torch import Tensor
 
 from mamba_trace import MambaTrace
-from mamba_trace.errors import CheckpointError
-from mamba_trace.tracing.remote import VersionError
+from mamba_trace.errors import CheckpointError, VersionError
 
 
 @pytest.fixture(scope="module")

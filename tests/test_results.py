@@ -317,6 +317,7 @@ def test_the_caption_is_what_the_picture_does_not_show() -> None:
 
 def test_normalized_is_0_as_prompt_and_1_as_source() -> None:
     assert patch_grid().normalized().tolist() == [[0.0, 0.5, 1.0, -0.25]]
+    assert not patch_grid().normalized()[0, 0].signbit(), "a cell without an effect is printed as 0.0000, not -0.0000"
     double = patch_grid(torch.tensor([[6.0, 2.0]], dtype=torch.float64)).normalized()
     assert (double.dtype, double.tolist()) == (torch.float64, [[0.0, 0.5]])
 

@@ -19,6 +19,7 @@ import pytest
 import torch
 from by_hand import Edit, by_hand, change, same
 from conftest import MODEL_TYPES, agree, has, make_hf
+from hybrid_models import PLAIN, make_hybrid
 from torch import Tensor
 
 import mamba_trace
@@ -753,6 +754,20 @@ def test_gradients_of_what_transformerlens_has(tiny, tokens, place):
         for p in range(tokens.shape[1] - 2, -1, -1):
             carried[:, p] += A_bar[:, p + 1].detach() * carried[:, p + 1]
     agree(gradient, carried)
+
+
+@pytest.mark.parametrize("kind", PLAIN)
+def test_printing_a_hybrid_shows_its_sites_in_an_order_to_ask_for_them(kind: str) -> None:
+    """Attention of Zamba comes before the SSM, whose input it adds to."""
+    model = MambaTrace(make_hybrid(kind))
+    shown = [
+        line.split()[0] for line in repr(model).partition("Sites, in the order to ask for them:")[2].splitlines()[1:]
+    ]
+    shown = [path.rpartition(".")[2] for path in shown if not path.endswith("[p]")]
+    assert sorted(shown) == sorted(site.name for site in SITES if model._layout.has(site))
+    for layer in {None, *range(len(model.layers))}:
+        own = [site.name for site, number in model._layout.walk() if number == layer]
+        assert [name for name in shown if name in own] == own
 
 
 def test_a_site_has_its_name_and_its_hooks() -> None:

@@ -282,7 +282,7 @@ model.last_run
 # ## All places
 #
 # The model itself, at the end of a cell, lists every place that can be read and edited, in the order in which a trace
-# asks for them. `mamba-trace sites` prints the same table on the command line.
+# asks for them. `mamba-trace sites --model demo` prints the same table on the command line.
 
 # %%
 model

@@ -70,7 +70,7 @@ for name, (value, axes) in (shapes | {"y": (y, "B L E")}).items():
     print(f"{name:6} {axes:8} {list(value.shape)}")
 
 # %% [markdown]
-# (One `with` block asks for sites in the order in which the model computes them; `mamba-trace sites` prints it.)
+# (One `with` block asks for sites in the order in which the model computes them; `print(model)` shows it.)
 #
 # `A_bar` is what each head keeps of its state when a token comes: 1 is everything, 0 nothing. Here it is for every
 # head and token of layer 0.

@@ -140,7 +140,7 @@ except MambaTraceError as error:
 # prompt       Lately, Emma and Shelby had fun at school. Shelby gave an apple to
 # source       Lately, Emma and Shelby had fun at school. Emma gave an apple to
 # metric       logit of ' Emma' minus logit of ' Shelby'
-# uncorrupted  +10.8482 (prompt)
+# of prompt    +10.8482
 # ...
 # layer 1 +1.00 +1.01 +1.00
 # ...
@@ -172,7 +172,7 @@ texts = [f"{a} met {b} at the park, so {b} gave {a}" for a in names for b in nam
 texts += [f"Lately, {a} and {b} had fun at school. {a} gave a book to" for a in names for b in names if a != b]
 LAYER, BATCH = 1, 16
 folder = Path("activations")
-folder.mkdir()
+folder.mkdir(exist_ok=True)
 
 
 def write_batch(number, batch):

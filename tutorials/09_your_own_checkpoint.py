@@ -65,7 +65,7 @@ import transformers
 transformers.logging.set_verbosity_error()  # it would say below that its own kernels are slow
 
 folder = Path("original")
-folder.mkdir()
+folder.mkdir(exist_ok=True)
 (folder / "config.json").write_text(json.dumps({"d_model": 64, "n_layer": 8, "vocab_size": 344, "rms_norm": True}))
 torch.save(formats["original"], folder / "pytorch_model.bin")
 
@@ -210,7 +210,7 @@ def without(key):
     return {name: value for name, value in formats["original"].items() if name != key}
 
 
-(Path("pickled")).mkdir()
+Path("pickled").mkdir(exist_ok=True)
 (Path("pickled") / "config.json").write_text((folder / "config.json").read_text())
 torch.save({"backbone.embedding.weight": Code()}, "pickled/pytorch_model.bin")
 config = transformers.GPT2Config(n_layer=1, n_head=1, n_embd=8, vocab_size=9, bos_token_id=0, eos_token_id=0)

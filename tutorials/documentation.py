@@ -26,8 +26,8 @@ log = logging.getLogger("mkdocs.hooks.documentation")
 RENDERED = re.compile(r"^::: (\S+)$", re.MULTILINE)
 #: A page that loads one of these is no page for a machine without a network.
 FETCHED = re.compile(r"""<(?:script|img|iframe|link rel="stylesheet")[^>]*(?:src|href)="(https?:)?//[^"]+""")
-#: A link to the page of a notebook.
-NOTEBOOK = re.compile(r"\[([^\]]*)\]\(notebooks/(\w+)\.md\)")
+#: A link of a page to a notebook, which in the documentation has a page of its own.
+NOTEBOOK = re.compile(r"\[([^\]]*)\]\(\.\./(\w+)\.ipynb\)")
 #: A link of a notebook to a file of the repository.
 LINK = re.compile(r"(?<!!)\[([^\]]*)\]\((?!https?:|#)([^)#\s]+)(#[^)]*)?\)")
 #: The longest text of one output of a cell, in characters: a whole plotly belongs to the notebook alone.
@@ -109,14 +109,14 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Notebooks that this copy of the repository lacks are named without a link."""
+    """A link to a notebook leads to its page; without a link if this copy of the repository lacks the notebook."""
     del config
-    if page.file.src_uri != "tutorials.md":
+    if "/" in page.file.src_uri:  # links of notebooks are made by `followed`, and a reference has none
         return markdown
 
     def link(match: re.Match[str]) -> str:
-        there = files.get_file_from_path(f"notebooks/{match[2]}.md")
-        return match[0] if there else match[1]
+        there = f"notebooks/{match[2]}.md"
+        return f"[{match[1]}]({there})" if files.get_file_from_path(there) else match[1]
 
     return NOTEBOOK.sub(link, markdown)
 

@@ -14,12 +14,12 @@ from typing import Any
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from ..errors import LayerError, MambaTraceError, PositionError, UnknownSiteError
+from ..errors import LayerError, MambaTraceError, PositionError, SiteOrderError, UnknownSiteError
 from ..modeling.past import ends
 from ..names import layer_index
 from ..names.layouts import absent, part_of, site_in
 from ..sites import BY_NAME, STATE, Layout, Site
-from ..tracing import SiteOrderError, expect
+from ..tracing import expect
 from ..tracing.frames import warn_user
 from .model import ArgumentModel
 

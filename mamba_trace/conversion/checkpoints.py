@@ -189,7 +189,11 @@ def save_original(
     check_state_dict(state_dict, model.config)
     absent = [name for name, tensor in state_dict.items() if tensor.is_meta]
     if absent:
-        raise CheckpointError(f"{len(absent)} parameters are on the meta device, {absent[0]} first: load them first")
+        raise CheckpointError(
+            f"{len(absent)} parameters are on the meta device, {absent[0]} first, which holds no numbers. A MambaTrace "
+            f"loads its weights at the first run: load them before, with model.dispatch() or MambaTrace(..., "
+            f"dispatch=True), and give model._module then"
+        )
     if model.config.tie_word_embeddings and not lm_head:
         del state_dict["lm_head.weight"]
     weights = convert_state_dict(state_dict, "original", source="huggingface")

@@ -244,7 +244,10 @@ def check_values(state_dict: Mapping[str, Tensor]) -> None:
         if not value.is_floating_point():
             raise CheckpointError(f"{name!r} is of {value.dtype}; the parameters of a model are floating: use .float()")
         if value.is_meta:
-            raise CheckpointError(f"{name!r} is on the meta device, which holds no numbers: load the weights first")
+            raise CheckpointError(
+                f"{name!r} is on the meta device, which holds no numbers: load the weights first, those of a "
+                f"MambaTrace with model.dispatch()"
+            )
 
 
 def _check(shapes: Shapes, expected: Shapes, optional: set[str]) -> None:

@@ -35,11 +35,11 @@ from ..arguments.channels import (
     mixer_sizes,
 )
 from ..arguments.selection import SSM, Layers, Positions, all_with, call_inputs, layer_numbers
-from ..errors import ArgumentError
+from ..errors import ArgumentError, SiteOrderError
 from ..names import spans
 from ..names.layouts import absent
 from ..sites import BY_NAME
-from ..tracing import SiteOrderError, need_a_trace
+from ..tracing import need_a_trace
 from ..tracing.frames import warn_user
 from ..tracing.one_run import check_model
 from .cuts import Cut, ZeroDelta, check_positions

@@ -108,8 +108,8 @@ class PatchCommand:
             ("prompt", self.prompt),
             ("source", self.source),
             ("metric", first.metric),
-            ("uncorrupted", f"{first.prompt_metric:+.4f} (prompt)"),
-            ("corrupted", f"{first.source_metric:+.4f} (source)"),
+            ("of prompt", f"{first.prompt_metric:+.4f}"),
+            ("of source", f"{first.source_metric:+.4f}"),
         ):
             screen.print(f"{name:<12} {value}", markup=False, highlight=False, soft_wrap=True)
         screen.print("\nnormalised metric after patching: 0 as prompt, 1 as source", highlight=False)

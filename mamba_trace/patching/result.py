@@ -99,7 +99,8 @@ class PatchGrid(Result):
                 f"there is no scale between them. Use prompts that the model answers differently, or look at "
                 f".values"
             )
-        return (self.values - self.prompt_metric) / (self.source_metric - self.prompt_metric)
+        # 0.0 is added because a negative zero would be printed as -0.0000.
+        return (self.values - self.prompt_metric) / (self.source_metric - self.prompt_metric) + 0.0
 
     def correlation(self, other: PatchGrid) -> float:
         """Pearson's correlation of two grids over the cells that are finite in both.

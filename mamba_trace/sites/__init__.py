@@ -1,6 +1,6 @@
 """The sites: every place of a model where a value can be read or replaced, and which of them a model has."""
 
-from .layout import PURE, Kind, Layout, Row, rows, walk
+from .layout import PURE, Kind, Layout, Row, rows, site_of, walk
 from .table import (
     ATTENTION_TERM,
     AXES,
@@ -54,5 +54,6 @@ __all__ = [
     "prefix_of",
     "rows",
     "site_named",
+    "site_of",
     "walk",
 ]

@@ -125,6 +125,15 @@ class Layout:
         """Where a site comes in its layer, or in the model, as a number to sort by."""
         return site.index if layer is None else self.layers[layer].order(site)
 
+    def merged(self) -> list[Site]:
+        """The sites of all layers and of the model, in an order in which each layer has its own."""
+
+        def place(site: Site) -> float:
+            kinds = [] if site.scope == "model" else [kind for kind in self.layers if kind.has(site)]
+            return kinds[0].order(site) if kinds else site.index
+
+        return sorted((self.own(site) for site in SITES if self.has(site)), key=place)
+
     def with_site(self, site: Site) -> list[int]:
         """The numbers of the layers that have a site."""
         return [number for number, kind in enumerate(self.layers) if kind.has(site)]
@@ -148,7 +157,7 @@ def walk(n_layers: int, family: Family = "selective") -> Iterator[tuple[Site, in
     return Layout((PURE[family],) * n_layers).walk()
 
 
-def rows(family: Family | None = None, layout: Layout | None = None, *, hybrid: bool = False) -> Iterator[Row]:
+def rows(family: Family | None = None, layout: Layout | None = None, *, hybrid: bool | None = False) -> Iterator[Row]:
     """The table as people are shown it, in execution order: the command line and the documentation print these.
 
     The state has two rows, as ``h[p]`` and the whole ``h`` are two things: an edit of the first is carried on
@@ -156,15 +165,15 @@ def rows(family: Family | None = None, layout: Layout | None = None, *, hybrid: 
 
     Args:
         family: leave out the rows that this family lacks.
-        layout: of a model: leave out what none of its layers has.
-        hybrid: without a ``layout``, the rows that only hybrids have, in place of all others.
+        layout: of a model: leave out what none of its layers has, and keep to the order of its layers.
+        hybrid: without a ``layout``, the rows that only hybrids have, in place of all others; ``None`` for both.
 
     >>> states = [row for row in rows() if row.path.endswith((".h", ".h[p]"))]
     >>> [(row.path, row.shape("selective"), row.hook) for row in states]
     [('layers[l].ssm.h[p]', 'B E N', 'blocks.l.hook_h.p'), ('layers[l].ssm.h', 'B L E N', None)]
     """
-    for site in SITES if layout is None else map(layout.own, SITES):
-        there = bool(site.part) == hybrid if layout is None else layout.has(site)
+    for site in SITES if layout is None else layout.merged():
+        there = layout is not None or hybrid is None or bool(site.part) == hybrid
         if not there or (family is not None and family not in site.families):
             continue
         path = prefix_of(site.scope, "l") + site.name
@@ -175,3 +184,12 @@ def rows(family: Family | None = None, layout: Layout | None = None, *, hybrid: 
             yield Row(f"{path}[p]", at_one, f"{hook}.p", STATE_MEANING)
         nameless = site.name == STATE or not (site.in_mamba_lens or site.part)
         yield Row(path, axes, None if nameless else hook, site.meaning)
+
+
+def site_of(row: Row) -> Site:
+    """The site that a row of the table shows; ``h[p]`` and ``h`` are one site.
+
+    >>> site_of(next(rows())).name
+    'embeddings'
+    """
+    return BY_NAME[row.path.rpartition(".")[2].removesuffix("[p]")]

@@ -195,7 +195,7 @@ SITES: tuple[Site, ...] = (
     ),
     Site(
         "h", "mixer", "BLEN", "hook_h",
-        "the whole trajectory, edits of h[p] included; writing it means writing every h[p], so an edit of "
+        "the whole trajectory, edits of h[p] included: a record of all states after the scan has made them; an edit of "
         "h[:, p] changes y at p alone and is not carried on", stage="states", dual="BLHPN",
     ),
     Site(

@@ -50,7 +50,6 @@ from .forwards import rebind_forward as rebind_forward
 from .forwards import uncompiled as uncompiled
 from .visit import Visit as Visit
 from .visit import take_note_of_mask as take_note_of_mask
-from .worker import SiteOrderError as SiteOrderError
 from .worker import ask_every_position as ask_every_position
 from .worker import expect as expect
 from .worker import mask_of_call as mask_of_call

@@ -33,7 +33,10 @@ class Guarded(Envoy):
 
     @property
     def _public_path(self) -> str:
-        return public_path(self.path)
+        path, scope = public_path(self.path), getattr(self._module, "scope", None)
+        if scope in ("attn", "moe", "mlp") and path.endswith(".ssm"):  # Nemotron-H has one name for all of them
+            return path.removesuffix("ssm") + scope
+        return path
 
     def _resolve_envoy_class(self, module: nn.Module, path: str) -> type[Envoy]:
         envoys: Any = self._envoys
@@ -59,8 +62,10 @@ class Guarded(Envoy):
         return UnknownSiteError(f"{self._public_path} has no {name!r}{hint} It has: {', '.join(here)}")
 
     def _has(self, name: str) -> bool:
-        # Whether this envoy has a site or an inner module of this name.
-        module = BY_NAME[name].module if name in BY_NAME and BY_NAME[name].module in BY_MODULE else name
+        # Whether this envoy has a site or an inner module of this name. A mixer's own modules have other names.
+        site = BY_NAME.get(name)
+        of_mixer = getattr(self._module, "scope", None) == "mixer"
+        module = site.module if of_mixer and site is not None and site.module in BY_MODULE else name
         return module in self.__dict__ or module in self._child_map
 
     def __setattr__(self, name: str, value: Any) -> None:

@@ -16,7 +16,7 @@ from .fitting import fit, fit_input, skip
 from .one_run import only_run
 from .saving import assigned
 from .tracer import PlaceTracer
-from .worker import expect
+from .worker import expect, worker_at
 
 
 class Value(eproperty):
@@ -25,6 +25,15 @@ class Value(eproperty):
     def __set__(self, obj: Any, value: Any) -> None:
         super().__set__(obj, value)
         assigned(self._location(obj))
+
+
+class InputValue(Value):
+    """The ``input`` of a place, or its ``inputs``."""
+
+    def __get__(self, obj: Any, owner: Any = None) -> Any:
+        if obj is not None:
+            worker_at(f"{obj._public_path}.{self.name}")
+        return super().__get__(obj, owner)
 
 
 class SiteValue(Value):
@@ -116,7 +125,7 @@ class Located(NoNumber, Part):
             raise SiteValueError(f"{path}.output takes a {type(current).__name__}, not a {type(value).__name__}")
         return value
 
-    @Value
+    @InputValue
     def input(self, value: Any) -> Any:
         """The first input of the module: read it, assign to it, or edit it in place, inside a trace."""
         args, kwargs = value
@@ -127,7 +136,7 @@ class Located(NoNumber, Part):
             lambda inputs: first_input(*inputs),
         )
 
-    @Value(key="input")
+    @InputValue(key="input")
     def inputs(self, value: Any) -> Any:
         """All the inputs of the module, as ``(args, kwargs)``; the first of them is `input`."""
         return replace_first_input(*value, Located.input._preprocess(self, value))

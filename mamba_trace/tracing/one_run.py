@@ -33,12 +33,12 @@ from nnsight.intervention.interleaver import Interleaver, dangling_unwind
 from nnsight.intervention.tracer import InterleavingTracer
 from nnsight.tracing.tracer import WithBlockNotFoundError
 
-from ..errors import ArgumentError, TraceError
+from ..errors import ArgumentError, SiteOrderError, TraceError
 from ..names import public_path
 from .forwards import as_written
 from .frames import users_frame
 from .served import SERVED
-from .worker import LAST, SiteOrderError, within_skipped
+from .worker import LAST, TRACE, within_skipped
 
 #: Seconds after which a thread that still waits for its turn says so.
 PATIENCE = 60.0
@@ -244,7 +244,11 @@ class OneRun(InterleavingTracer):
     def execute(self, code: Any) -> None:
         """Run the block as nnsight does, when it is its turn."""
         with only_run(self.envoy, "a trace was opened"):
-            super().execute(code)
+            token = TRACE.set(self.envoy.interleaver)
+            try:
+                super().execute(code)
+            finally:
+                TRACE.reset(token)
 
 
 class OneThreadInterleaver(Interleaver):
@@ -331,6 +335,6 @@ def never_reached(location: str, skipped: Iterable[str]) -> SiteOrderError:
         return SiteOrderError(within_skipped(asked, inside))
     return SiteOrderError(
         f"{asked} was asked for when the run had gone past it, or is not part of this run. Places are "
-        f"served in execution order (`mamba-trace sites` prints it): ask for it earlier, or in an invoke "
+        f"served in execution order (`print(model)` shows it): ask for it earlier, or in an invoke "
         f"of its own"
     )

@@ -30,7 +30,7 @@ from nnsight.tracing.tracer import Tracer
 from torch import Tensor
 
 from .._version import __version__
-from ..errors import CheckpointError, MambaTraceError
+from ..errors import CheckpointError, VersionError
 from .frames import UsersErrors
 from .saving import is_saved
 from .served import nnsight_mark
@@ -39,10 +39,6 @@ PACKAGE = __name__.split(".")[0]
 TASK = "text-generation"
 #: Names in the environment of a request.
 VERSION, KERNELS = PACKAGE, f"{PACKAGE}.kernels"
-
-
-class VersionError(MambaTraceError, RuntimeError):
-    """A request was written for another release of this package than the server has."""
 
 
 class Remote:

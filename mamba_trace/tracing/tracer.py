@@ -10,7 +10,7 @@ from typing import Any
 from nnsight.intervention.barrier import Barrier
 from nnsight.intervention.cache import CacheView
 from nnsight.intervention.envoy import Envoy
-from nnsight.intervention.interleaver import Mediator
+from nnsight.intervention.eproperty import eproperty
 from nnsight.intervention.iterator import Iterations
 from nnsight.intervention.tracer import Invoker
 from torch.nn import ModuleList
@@ -23,6 +23,7 @@ from .one_run import OneRun
 from .placement import ShapeTracer
 from .remote import SmallResults
 from .saving import GuardedTracer
+from .worker import worker_for
 
 
 class PlaceTracer(UsersErrors, OneRun, GuardedTracer):
@@ -53,12 +54,37 @@ class ScanTracer(PlaceTracer, ShapeTracer):
     """What ``with model.scan(...)`` binds."""
 
 
+class RunResult(eproperty):
+    """``tracer.result``, which only the body of a trace can ask for."""
+
+    def __get__(self, obj: Any, owner: Any = None) -> Any:
+        if obj is not None:
+            worker_for("tracer.result", "tracer.result is what a run returns: save it inside its `with`")
+        return super().__get__(obj, owner)
+
+
 class SiteTracer(SmallResults, PlaceTracer):
     """What ``with model.trace(...) as tracer`` binds."""
+
+    @RunResult
+    def result(self, value: Any) -> Any:
+        """What the traced call returned, as nnsight's ``tracer.result``: of ``generate`` the token ids [B,L].
+
+        Raises:
+            SiteValueError: outside of a body that runs with the model.
+
+        Example::
+
+            with model.generate(prompt, max_new_tokens=3) as tracer:
+                ids = tracer.result.save()
+        """
+        return value
 
     @property
     def iter(self) -> Iterations:
         """The steps of a generation, as nnsight's ``tracer.iter``: ``for step in tracer.iter[:3]:``.
+
+        A loop over an open range, ``tracer.iter[:]``, ends with the run: nothing of the body that stands after it runs.
 
         Example::
 
@@ -156,7 +182,7 @@ class Steps(Iterations):
         Raises:
             PositionError: for a loop without an end whose body no longer asks the run for anything.
         """
-        mediator, idle = Mediator.current("tracer.iter"), 0
+        mediator, idle = worker_for("tracer.iter", "tracer.iter counts the steps of a run: loop inside its `with`"), 0
         for step in super().__iter__():
             last = mediator.pending  # what the block was served last
             yield step

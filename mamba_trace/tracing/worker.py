@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from typing import Any
 
 from nnsight.intervention.interleaver import Mediator, OutOfOrderError
@@ -11,7 +12,7 @@ from nnsight.intervention.util import first_input
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from ..errors import MambaTraceError, SiteValueError
+from ..errors import MambaTraceError, SiteOrderError, SiteValueError
 from ..names import public_path
 from .positions import CURSOR, EVERY_POSITION, rows_of
 from .visit import CALL_MASK, FIRST_LENGTH, LOCATIONS, READING
@@ -20,27 +21,46 @@ from .visit import CALL_MASK, FIRST_LENGTH, LOCATIONS, READING
 LAST = "_mamba_trace_last"
 
 
-class SiteOrderError(MambaTraceError, OutOfOrderError):
-    """A site was asked for after the run had gone past it."""
+#: The interleaver of the trace that is read or run here; a worker has a context of its own.
+TRACE: ContextVar[Any] = ContextVar("TRACE", default=None)
+
+# `errors` says why it cannot name this base itself.
+SiteOrderError.__bases__ = (MambaTraceError, OutOfOrderError)
 
 
 def worker_at(location: str) -> Mediator:
     """The worker that asks for a location. Raises `SiteValueError` if no worker is running."""
     path = public_path(location)
-    try:
-        return Mediator.current(path)
-    except ValueError as error:
-        raise SiteValueError(
-            f"{error}: it has a value only while the model runs, in the body of `with model.trace(...)`"
-        ) from None
+    why = f"Cannot access `{path}` outside of interleaving: it has a value only while the model runs, in the body of"
+    return worker_for(path, f"{why} `with model.trace(...)`")
 
 
 def need_a_trace(what: str) -> None:
     """Raises `SiteValueError` outside of a trace: ``what``, a function's name, edits the running trace."""
+    worker_for(what, f"{what} edits a run: call it inside `with model.trace(...)`")
+
+
+def worker_for(what: str, why: str) -> Mediator:
+    """The worker that is running.
+
+    Args:
+        what: the user asks for or calls.
+        why: the message where no trace is under way at all.
+
+    Raises:
+        SiteValueError: if no worker is running. In a trace without a prompt the body runs before the model does, to
+            collect the invokes, so that only their bodies are workers.
+    """
     try:
-        Mediator.current(what)
+        return Mediator.current(what)
     except ValueError:
-        raise SiteValueError(f"{what} edits a run: call it inside `with model.trace(...)`") from None
+        trace = TRACE.get()
+        if trace is not None and not trace.interleaving:
+            raise SiteValueError(
+                f"{what}: this trace has no prompt, so nothing runs here that could have a value. Give it one, "
+                f"`with model.trace(prompt):`, or ask in the body of an invoke, `with tracer.invoke(prompt):`"
+            ) from None
+        raise SiteValueError(why) from None
 
 
 # -- the order of requests -----------------------------------------------------------------------------------
@@ -60,7 +80,7 @@ def expect(location: str) -> None:
         after = f" before {last}, which this block has already asked for" if last else ""
         raise SiteOrderError(
             f"{path} was already computed in this run. Sites are served in execution order: ask for "
-            f"{path}{after} (`mamba-trace sites` prints the order), or in an invoke of its own"
+            f"{path}{after} (`print(model)` shows the order), or in an invoke of its own"
         )
     mediator.__dict__[LAST] = path
 
