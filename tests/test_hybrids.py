@@ -20,6 +20,7 @@ from mamba_trace import MambaTrace
 from mamba_trace.errors import PromptError, SiteValueError, UnknownSiteError
 from mamba_trace.modeling import attention
 from mamba_trace.names.layouts import SAME_AS
+from mamba_trace.patching.changes import changes
 
 #: The kinds whose logits Hugging Face computes rightly; it holds Nemotron-H's delta within limits of its own.
 RIGHT = [kind for kind in HYBRIDS if kind != "nemotron_h, limits"]
@@ -266,6 +267,35 @@ def test_a_loss_is_that_of_the_logits_as_they_were_edited(kind: str) -> None:
         logits, output = model.logits.output.save(), model.output.save()
     expected = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten())
     near(output.loss.double(), expected.double(), 1e-6)
+
+
+@plain
+def test_what_transformers_collects_is_collected(kind: str) -> None:
+    """Hidden states, attentions, router logits and the loss that these make; a grid stays fast behind them."""
+    theirs = make_hybrid(kind, attn_implementation="eager")
+    model = MambaTrace(make_hybrid(kind, attn_implementation="eager"))
+    tokens, names = draw_tokens(2, seed=14), sorted(theirs._can_record_outputs)
+    asked = {f"output_{name}": True for name in names} | {"labels": tokens}
+    with torch.no_grad(), model.trace(tokens, **asked) as tracer:
+        embeddings, last = model.layers[0].resid_pre.output.save(), model.norm_f.output.save()
+        ours = tracer.result.save()
+    with torch.no_grad():
+        expected = theirs(tokens, **asked)
+    for name in (*names, "loss"):
+        actual, exact = getattr(ours, name), getattr(expected, name)
+        for one, other in zip(actual, exact, strict=True) if isinstance(exact, tuple) else [(actual, exact)]:
+            near(one, other, 1e-5)
+    assert torch.equal(ours.hidden_states[0], embeddings)
+    assert torch.equal(ours.hidden_states[-1], last)
+    assert changes(model) == []
+    refused = pytest.raises(PromptError, match="output_attentions= takes True or False, not 'all'")
+    with refused, model.trace(tokens, output_attentions="all"):
+        pass
+    layer = model.attention_layers[0]
+    with torch.no_grad(), model.trace(tokens, output_attentions=True) as tracer:
+        model.layers[layer].attn.pattern.output[:, 1] = 0.25
+        edited = tracer.result.save()
+    assert (edited.attentions[0][:, 1] == 0.25).all()
 
 
 @every

@@ -32,6 +32,8 @@ PROMPT = "the prompt"
 COUNTS = ("max_new_tokens", "min_new_tokens", "max_length", "min_length", "num_beams", "num_return_sequences")
 #: The names under which a forward takes the cache of an earlier run.
 CACHES = ("cache", "past_key_values", "cache_params")
+#: The arguments of a forward that are true or false.
+FLAGS = ("use_cache", "return_dict", "output_hidden_states", "output_attentions", "output_router_logits")
 #: The label of a position that does not count in a loss.
 IGNORED = -100
 
@@ -179,6 +181,8 @@ def check_arguments(model: ArgumentModel, inputs: tuple, kwargs: Mapping[str, An
     # The older name of cache=, which transformers still reads; it ignores the other's.
     known |= {"padding_side", "cache_position", "past_key_values" if architecture.hybrid else "cache_params"}
     known |= {name for name in CACHES if kwargs.get(name) is None}
+    # What transformers collects for a forward that does not name it.
+    known |= {f"output_{name}" for name in getattr(architecture.model_class, "_can_record_outputs", None) or ()}
     _refuse_unknown("an encoding", set(encoding) - known - OF_ENCODINGS, known, parameters)
     if inputs and not isinstance(inputs[0], Tensor):
         known |= set(inspect.signature(model.pipeline.preprocess).parameters) - {"generate_kwargs"}
@@ -215,7 +219,7 @@ def check_value(name: str, value: Any, size: int) -> None:
     takes = ""
     if value is None:
         return
-    if name in ("use_cache", "output_hidden_states", "return_dict"):
+    if name in FLAGS:
         takes = "" if isinstance(value, (bool, int)) and value in (0, 1) else "True or False"
     elif name in CACHES:
         takes = "" if hasattr(value, "layers") or isinstance(value, StartingStates) else "the cache of an earlier run"

@@ -25,7 +25,7 @@ from ..modeling.architectures import architecture_of, axis_sizes
 from ..modeling.offers import SiteModule
 from ..sites import Layout, Site
 from ..tracing.forwards import runs_its_own_forward
-from ..tracing.visit import has_global_hooks, has_hooks_of_its_own
+from ..tracing.visit import has_global_hooks
 from .marks import mark_of_code, qualified
 
 if TYPE_CHECKING:
@@ -118,8 +118,8 @@ def plain_types(model: MambaTrace) -> Callable[[type], bool]:
 def changes_of(module: Any, name: str, plain: Callable[[type], bool], conv_kernel: int) -> Iterator[Change]:
     """The changes to one module of the model."""
     cls = type(module)
-    if has_hooks_of_its_own(module):
-        yield Change(f"a PyTorch hook on {name}", " ".join(map(qualified, hooks_on(module))))
+    if hooks := [hook for hook in hooks_on(module) if not only_keeps(hook)]:
+        yield Change(f"a PyTorch hook on {name}", " ".join(map(qualified, hooks)))
     known = (cls.__module__, cls.__qualname__) in KNOWN and not getattr(module, "lora_variant", None)
     alike = plain(cls) or known or treats_positions_alike(module, conv_kernel)
     if not alike:
@@ -154,3 +154,8 @@ def hooks_on(module: Any) -> list[Any]:
     """The functions of the PyTorch hooks on a module."""
     kinds = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
     return [hook for kind in kinds for hook in getattr(module, kind).values()]
+
+
+def only_keeps(hook: Any) -> bool:
+    """Whether a hook is one of those with which transformers collects hidden states and the like, and leaves behind."""
+    return getattr(hook, "__module__", None) == "transformers.utils.output_capturing"

@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, modeling_utils
 
 from ...errors import CheckpointError
 from ...sites import Layout, Site, in_scope
@@ -44,11 +44,14 @@ for _hookable in (cls for architecture in ARCHITECTURES for cls in architecture.
     if (_forward := _hookable.__dict__.get("forward")) is not None:
         _forward.__module__, _forward.__qualname__ = _hookable.__module__, f"{_hookable.__qualname__}.forward"
 # What transformers looks up or writes by the class of a model is for its own: `architectures` in a config.json, the
-# pipelines that take it, the names of weights in a checkpoint. Pickle goes by the qualified name.
+# pipelines that take it, the names of weights in a checkpoint. Pickle goes by the qualified name. So
+# does what ``output_hidden_states=True`` and the like collect, which is nothing for a class that is not registered.
+_RECORDED: dict[str, Any] = getattr(modeling_utils, "_CAN_RECORD_REGISTRY", {})
 for _theirs, _hookable in (pair for each in ARCHITECTURES for pair in each.hookable.items()):
     if issubclass(_theirs, PreTrainedModel):
         _hookable.__name__ = _theirs.__name__
         setattr(_hookable, "is_custom_code", _theirs.is_custom_code)  # noqa: B010
+        dict.__setitem__(_RECORDED, str(_hookable), _theirs._can_record_outputs)
 
 
 def architecture_of(model: nn.Module) -> Architecture:
