@@ -16,7 +16,6 @@ from transformers import PreTrainedModel, modeling_utils
 from ...errors import CheckpointError
 from ...sites import Layout, Site, in_scope
 from ...tracing import rebind_forward
-from ..attention import HookableAttention
 from ..block import Block
 from ..language_model import HookableCausalLM
 from ..mixer import HookableMixer
@@ -180,14 +179,14 @@ def check_layers(model: nn.Module, architecture: Architecture) -> None:
     Raises:
         CheckpointError: naming the first such place, and what is there.
     """
-    known = tuple(architecture.hookable)
+    known, ours = tuple(architecture.hookable), tuple(architecture.hookable.values())
     for layer, block in enumerate(layers_of(model)):
         hookable: Any = architecture.hookable.get(type(block), type(block))
         parts = {part: name for part, name in getattr(hookable, "parts_named", {}).items() if part in FIXED}
         places = [(f"layers[{layer}]", block)]
         places += [(f"layers[{layer}].{part}", getattr(block, name, None)) for part, name in parts.items()]
         for path, module in places:
-            if not (module is None or type(module) in known or isinstance(module, WITH_SITES)):
+            if not (module is None or type(module) in known or isinstance(module, ours)):
                 raise CheckpointError(
                     f"{path} is a {type(module).__name__}, which has none of the sites of a "
                     f"{' or '.join(cls.__name__ for cls in known[:2])}. Adapt or replace the modules inside "
@@ -197,8 +196,6 @@ def check_layers(model: nn.Module, architecture: Architecture) -> None:
 
 #: The parts of a block that must have their sites.
 FIXED = ("ssm", "attn")
-#: What such a part is once it has them. A wrapper that adapts one passes its attributes on, and is none of these.
-WITH_SITES = (Block, HookableMixer, HookableAttention)
 
 
 def kernels_of(model: nn.Module) -> str | None:
