@@ -917,3 +917,19 @@ def test_a_trace_of_an_adapted_hybrid_is_that_of_the_merged_one(kind: str) -> No
     attributed = cache.logit_attrs(cache.decompose_resid(), TOKENS).sum(0)
     near(attributed, logits.gather(-1, TOKENS[..., None])[..., 0], 1e-10)
     assert state_lens(model, PROMPT).row_labels == [str(number) for number in merged.ssm_layers]
+
+
+@pytest.mark.parametrize("kind", [kind for kind in PLAIN if kind in SERVED])
+def test_a_hybrid_that_was_traced_is_adapted_and_resized(kind: str) -> None:
+    """Its parts have their sites already, those of layers without an SSM too."""
+    traced, model = (MambaTrace(make_hybrid(kind, dtype=torch.float64)) for _ in range(2))
+    before = traced.run_with_hooks(TOKENS)
+    traced._module.resize_token_embeddings(40, mean_resizing=False)
+    near(traced.run_with_hooks(TOKENS)[..., :31], before, 1e-12)
+    settings = LoraConfig(r=2, target_modules=["q_proj", "in_proj"], init_lora_weights=False)
+    for module in (traced._module, model._module):
+        torch.manual_seed(0)
+        get_peft_model(module, settings)
+    expected = MambaTrace(model._module).run_with_hooks(TOKENS)
+    near(traced.run_with_hooks(TOKENS)[..., :31], expected, 1e-12)
+    assert not torch.allclose(expected, before, atol=1e-2)

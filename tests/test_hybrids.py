@@ -17,9 +17,10 @@ from reference_hybrid_mixers import rotary
 from subjects import L, Subject, distance, draw_tokens
 
 from mamba_trace import MambaTrace
-from mamba_trace.errors import SiteValueError, UnknownSiteError
+from mamba_trace.errors import PromptError, SiteValueError, UnknownSiteError
 from mamba_trace.modeling import attention
 from mamba_trace.names.layouts import SAME_AS
+from mamba_trace.patching.changes import changes
 
 #: The kinds whose logits Hugging Face computes rightly; it holds Nemotron-H's delta within limits of its own.
 RIGHT = [kind for kind in HYBRIDS if kind != "nemotron_h, limits"]
@@ -96,6 +97,36 @@ def test_decoding_and_padding_change_nothing(kind: str) -> None:
         more = module(tokens[:, :1], cache=padded.cache, attention_mask=torch.cat((mask, mask[:, -1:] | 1), 1)).logits
         near(more[0], module(torch.cat((tokens[0, 4:], tokens[0, :1]))[None]).logits[0, -1:], rounding(kind))
         near(more[1], module(torch.cat((tokens[1, :6], tokens[1, :1]))[None]).logits[0, -1:], rounding(kind))
+
+
+@pytest.mark.filterwarnings("ignore:.past_key_values. is deprecated")
+@pytest.mark.parametrize("kind", [*PLAIN, "granitemoehybrid, no SSM"])
+def test_padding_in_a_cache_stays_padding(kind: str) -> None:
+    """Whatever the mask of a later call says of the cache's columns, and whatever the cache is called."""
+    setup, tokens, more = made(kind), draw_tokens(2, seed=12, length=7), draw_tokens(2, seed=13, length=3)
+    rows = [torch.cat((tokens[0], more[0])), torch.cat((tokens[1, 3:], more[1]))]
+    expected = torch.stack([setup.forward(row[None])[0, -3:].detach() for row in rows])
+    own = torch.ones_like(more)
+    for side in (-1, 1):
+        mask = torch.ones_like(tokens)
+        mask[1, :3] = 0
+        padded = tokens.clone()
+        if side > 0:
+            mask[1], padded[1] = mask[1].flip(0), tokens[1].roll(-3)
+        whole = torch.cat((mask, own), dim=1)
+        for name, given in (("cache", None), ("cache", own), ("cache", whole), ("past_key_values", whole)):
+            with torch.no_grad(), setup.model.trace(padded, attention_mask=mask, use_cache=True) as tracer:
+                first = tracer.result.save()
+            cache = copy.deepcopy(first.cache)
+            with torch.no_grad(), setup.model.trace(more, attention_mask=given, **{name: first.cache}):
+                logits = setup.model.logits.output.save()
+            near(logits, expected, rounding(kind))
+        with pytest.raises(PromptError, match=r"on a cache of 7 tokens takes .* attention_mask= of all, \[2, 10"):
+            setup.model.generate(more, cache=cache, max_new_tokens=1)
+        ids = setup.model.generate(more, attention_mask=whole, cache=cache, max_new_tokens=1, do_sample=False)
+        assert torch.equal(ids[:, -1], expected[:, -1].argmax(-1))
+        with pytest.raises(PromptError, match=r"of the shape \[2, 1\].* or, with the 10 in the cache, \[2, 11\], not"):
+            setup.module(more[:, :1], attention_mask=whole[:, :4], cache=cache)
 
 
 @every
@@ -236,6 +267,36 @@ def test_a_loss_is_that_of_the_logits_as_they_were_edited(kind: str) -> None:
         logits, output = model.logits.output.save(), model.output.save()
     expected = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten())
     near(output.loss.double(), expected.double(), 1e-6)
+
+
+@plain
+def test_what_transformers_collects_is_collected(kind: str) -> None:
+    """Hidden states, attentions, router logits and the loss that these make; a grid stays fast behind them."""
+    theirs = make_hybrid(kind, attn_implementation="eager")
+    model = MambaTrace(make_hybrid(kind, attn_implementation="eager"))
+    tokens, names = draw_tokens(2, seed=14), sorted(theirs._can_record_outputs)
+    asked = {f"output_{name}": True for name in names} | {"labels": tokens}
+    with torch.no_grad(), model.trace(tokens, **asked) as tracer:
+        embeddings, last = model.layers[0].resid_pre.output.save(), model.norm_f.output.save()
+        ours = tracer.result.save()
+    with torch.no_grad():
+        expected = theirs(tokens, **asked)
+    for name in (*names, "loss"):
+        actual, exact = getattr(ours, name), getattr(expected, name)
+        for one, other in zip(actual, exact, strict=True) if isinstance(exact, tuple) else [(actual, exact)]:
+            near(one, other, 1e-5)
+    assert torch.equal(ours.hidden_states[0], embeddings)
+    assert torch.equal(ours.hidden_states[-1], last)
+    assert changes(model) == []
+    refused = pytest.raises(PromptError, match="output_attentions= takes True or False, not 'all'")
+    with refused, model.trace(tokens, output_attentions="all"):
+        pass
+    layer = model.attention_layers[0]
+    with torch.no_grad(), model.trace(tokens, output_attentions=True, return_dict=False) as tracer:
+        model.layers[layer].attn.pattern.output[:, 1] = 0.25
+        edited = tracer.result.save()
+    assert isinstance(edited, tuple)
+    assert (edited[-1][0][:, 1] == 0.25).all()
 
 
 @every

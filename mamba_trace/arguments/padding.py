@@ -30,6 +30,7 @@ from ..errors import PromptError
 from ..modeling.past import StartingStates, check_gaps, check_values, ends
 from ..tracing.frames import warn_user
 from ..tracing.prompts import as_encoding, input_key, split
+from .prompt_forms import CACHES
 
 #: Attribute of a tensor of tokens: (mask [B,L], the ids that padding had when it was made).
 REMEMBERED = "_mamba_trace_mask"
@@ -147,7 +148,7 @@ def _warn(what: str) -> None:
 
 
 def checked_mask(mask: Any, shape: tuple[int, ...], cached: bool = False) -> Tensor:
-    """An attention mask of tokens of ``shape`` [B,L] or [L], as integers of that shape.
+    """An attention mask of tokens of ``shape`` [B,L] or [L], as integers of that shape, or as wide as it was given.
 
     Args:
         mask: booleans or numbers 0 and 1, in a tensor, an array or lists.
@@ -176,13 +177,12 @@ def checked_mask(mask: Any, shape: tuple[int, ...], cached: bool = False) -> Ten
         hint = ". Columns for tokens before these need the cache that has them" if long else before
         raise PromptError(f"attention_mask is {wanted}, not {list(mask.shape)}{hint}")
     if isinstance(mask, FakeTensor) or mask.is_meta or mask.device.type != "cpu":
-        return mask[..., mask.shape[-1] - shape[-1] :]
+        return mask
     with unset_fake_temporarily():
         if not bool((mask == 1).all()):
             check_values(mask)
             check_gaps((mask if mask.dim() == 2 else mask[None])[:, mask.shape[-1] - shape[-1] :])
-        mask = mask[..., mask.shape[-1] - shape[-1] :].long()
-    return mask
+        return mask.long()
 
 
 def checked_side(side: Any) -> str:
@@ -218,7 +218,9 @@ class Batch:
         invokes = [(inputs, dict(kwargs)) for inputs, kwargs in invokes]
         arguments = [*(kwargs for _, kwargs in invokes), extra]
         self.side = side_asked_for(arguments)
-        self.cached = any(is_cached(kwargs.get("cache")) for kwargs in arguments)
+        caches = [kwargs[name] for kwargs in arguments for name in CACHES if kwargs.get(name) is not None]
+        self.cached = any(map(is_cached, caches))
+        self.past = max(map(columns_of, caches), default=0)
         self.invokes = [_with_mask(tokenizer, *invoke, self.cached, len(invokes)) for invoke in invokes]
 
     @contextlib.contextmanager
@@ -241,6 +243,7 @@ class Batch:
             return inputs
         shape = (tokens.shape[0], tokens.shape[1])
         holder = self.extra if self.extra.get("attention_mask") is not None else inputs
+        self._check_continued(shape, holder.get("attention_mask"))
         if holder.get("attention_mask") is None:
             return inputs
         mask = checked_mask(holder["attention_mask"], shape, self.cached)
@@ -252,12 +255,28 @@ class Batch:
         no_padding = self.cached and known and bool(mask.all())
         return {**inputs, "attention_mask": None if no_padding else mask}
 
+    def _check_continued(self, shape: tuple[int, int], mask: Any) -> None:
+        """Refuse new tokens alone in generation on a cache, which takes them for all tokens and drops as many."""
+        rows, length = shape
+        if self.generates and length <= self.past and (mask is None or len(mask[0]) == length):
+            raise PromptError(
+                f"generate on a cache of {self.past} tokens takes these {self.past} and the new ones, and was given "
+                f"{length}. Give all of them, or the new ones with the attention_mask= of all, "
+                f"[{rows}, {self.past + length}]"
+            )
+
 
 def is_cached(cache: Any) -> bool:
     """Whether a cache has tokens in it."""
     if cache is None or isinstance(cache, StartingStates):
         return cache is not None
-    return any(getattr(layer, "has_previous_state", {0: False}).get(0) for layer in cache.layers)
+    return columns_of(cache) > 0 or any(getattr(layer, "has_previous_state", {}).get(0) for layer in cache.layers)
+
+
+def columns_of(cache: Any) -> int:
+    """How many columns attention has in a cache; 0 in that of a model without attention, which counts none."""
+    layers = getattr(cache, "layers", ())
+    return max((int(layer.get_seq_length()) for layer in layers if hasattr(layer, "get_seq_length")), default=0)
 
 
 def _with_mask(tokenizer: Any, inputs: Any, kwargs: Any, cached: bool, n_invokes: int) -> tuple[Any, Any]:
@@ -306,6 +325,10 @@ def aligned_right(inputs: dict[str, Any]) -> dict[str, Any]:
     mask = inputs.get("attention_mask")
     if not isinstance(mask, Tensor) or isinstance(mask, FakeTensor) or mask.dim() != 2 or not mask.shape[1]:
         return inputs
+    tokens = inputs.get("input_ids", inputs.get("inputs_embeds"))
+    if isinstance(tokens, Tensor) and tokens.shape[:2] != mask.shape:  # it covers the tokens in a cache, too
+        own = aligned_right({**inputs, "attention_mask": mask[:, -tokens.shape[1] :]})
+        return {**own, "attention_mask": torch.cat((mask[:, : -tokens.shape[1]], own["attention_mask"]), dim=1)}
     _, after = ends(mask == 0)
     after = after.masked_fill(after == mask.shape[1], 0)
     if not bool(after.any()):

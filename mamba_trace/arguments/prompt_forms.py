@@ -175,7 +175,11 @@ def check_arguments(model: ArgumentModel, inputs: tuple, kwargs: Mapping[str, An
     # The architecture's forward, since an adapter around the model passes its arguments on to that.
     architecture = architecture_of(model._module)
     parameters = inspect.signature(architecture.model_class.forward).parameters
-    known = {"use_cache"} | {name for name in parameters if name not in ("self", "kwargs", "args")} | set(ROW_FIELDS)
+    known = (
+        {"use_cache", "return_dict"}
+        | {name for name in parameters if name not in ("self", "kwargs", "args")}
+        | set(ROW_FIELDS)
+    )
     # The older name of cache=, which transformers still reads; it ignores the other's.
     known |= {"padding_side", "cache_position", "past_key_values" if architecture.hybrid else "cache_params"}
     known |= {f"output_{values}" for values in architecture.recorded}

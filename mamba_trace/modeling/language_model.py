@@ -9,9 +9,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..errors import PromptError
 from ..tracing import Visit, take_note_of_mask, uncompiled
 from .offers import Offers
 from .past import StartingStates
+
+#: Attribute of a cache: the attention mask of the columns in it [B,S].
+REMEMBERED = "_mamba_trace_mask"
 
 
 class HookableBase(nn.Module):
@@ -19,9 +23,10 @@ class HookableBase(nn.Module):
 
     It gives each row the positions of its own tokens, however the row is padded and whatever a cache holds. Hugging
     Face counts the columns, from 0 again on a Bamba's cache. Where rows start in the middle of a prompt, positions are
-    those of the whole prompt, of which attention takes each row's. A model whose layers have no attention at all,
-    such as the first layers of a Nemotron-H, needs neither positions nor attention's masks, and transformers' cache
-    cannot count its tokens.
+    those of the whole prompt, of which attention takes each row's. Padding stays padding on a cache: the mask of a
+    later call may cover that call alone, and what it leaves out of earlier ones the cache remembers. A model whose
+    layers have no attention at all, such as the first layers of a Nemotron-H, needs neither positions nor attention's
+    masks, and transformers' cache cannot count its tokens.
     """
 
     scope: ClassVar[None] = None
@@ -45,11 +50,53 @@ class HookableBase(nn.Module):
                     kwargs["attention_mask"] = {"full_attention": None, "linear_attention": mask}
                 elif mask is None:
                     kwargs["attention_mask"] = {"full_attention": None, "linear_attention": None}
+            else:
+                kwargs["attention_mask"] = mask = whole_mask(given, mask, cache)
             if kwargs.get("position_ids") is None:
                 kwargs["position_ids"] = positions(length, mask, cache, given.device)
             if isinstance(mask, Tensor) and mask.dim() == 2:
                 take_note_of_mask(Visit(self).interleaver, mask[:, -length:])
-        return super().forward(*args, **kwargs)
+        output = super().forward(*args, **kwargs)
+        remember_mask(getattr(output, "cache", None), kwargs.get("attention_mask"))
+        return output
+
+
+def remember_mask(cache: Any, mask: Any) -> None:
+    """Let a cache know which of the columns in it are padding."""
+    if cache is not None and not isinstance(cache, StartingStates):
+        setattr(cache, REMEMBERED, mask if isinstance(mask, Tensor) and mask.dim() == 2 else None)
+
+
+def whole_mask(given: Tensor, mask: Any, cache: Any) -> Any:
+    """The attention mask of a call's columns and of those before them, [B,past+L]; ``None`` if all are tokens.
+
+    Args:
+        given: the tokens of the call [B,L,...].
+        mask: of the call [B,L], or of all columns; attention's own [B,1,L,S] is left as it is.
+        cache: the model's, or ``None``. What ``mask`` leaves out is what it remembers, or tokens.
+
+    Raises:
+        PromptError: if the mask has as many columns as neither the call nor the call with its past.
+    """
+    past = int(cache.get_seq_length()) if cache is not None else 0
+    if not past or (mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2)):
+        return mask
+    rows, length = given.shape[:2]
+    if mask is not None and mask.shape[1] == past + length:
+        return mask
+    before = getattr(cache, REMEMBERED, None)
+    if before is not None and (before.shape[0] != rows or before.shape[1] < past):
+        before = None  # somebody has changed the cache's rows
+    if mask is None and before is None:
+        return None
+    now = torch.ones(rows, length, dtype=torch.long, device=given.device) if mask is None else mask.to(given.device)
+    if now.shape[1] != length:
+        raise PromptError(
+            f"attention_mask is 1 on each token and 0 on padding, of the shape {[rows, length]} of the tokens or, with "
+            f"the {past} in the cache, {[rows, past + length]}, not {list(now.shape)}"
+        )
+    before = now.new_ones(rows, past) if before is None else before[:, :past].to(now)
+    return torch.cat((before, now), dim=1)
 
 
 def positions(length: int, mask: Any, cache: Any, device: torch.device) -> Tensor | None:

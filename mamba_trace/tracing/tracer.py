@@ -11,6 +11,7 @@ from nnsight.intervention.barrier import Barrier
 from nnsight.intervention.cache import CacheView
 from nnsight.intervention.envoy import Envoy
 from nnsight.intervention.eproperty import eproperty
+from nnsight.intervention.interleaver import Mediator
 from nnsight.intervention.iterator import Iterations
 from nnsight.intervention.tracer import Invoker
 from torch.nn import ModuleList
