@@ -12,7 +12,7 @@ they are dense, and a row of a state is N numbers. A processor whose vectors are
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, SupportsFloat
 
 from llvmlite import ir
 from numba import types
@@ -67,7 +67,7 @@ class Vectors:
         """The product."""
         return self.builder.fmul(one, other, flags=FAST)
 
-    def same(self, number: float) -> Any:
+    def same(self, number: SupportsFloat) -> Any:
         """The constant vector of one number."""
         return ir.Constant(self.type, [float(number)] * self.lanes)
 
