@@ -258,7 +258,7 @@ class Batch:
     def _check_continued(self, shape: tuple[int, int], mask: Any) -> None:
         """Refuse new tokens alone in generation on a cache, which takes them for all tokens and drops as many."""
         rows, length = shape
-        if self.generates and length <= self.past and (mask is None or len(mask[0]) == length):
+        if self.generates and 0 < length <= self.past and (mask is None or len(mask[0]) == length):
             raise PromptError(
                 f"generate on a cache of {self.past} tokens takes these {self.past} and the new ones, and was given "
                 f"{length}. Give all of them, or the new ones with the attention_mask= of all, "
