@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from transformers.masking_utils import create_causal_mask
 
 from ..errors import PromptError
 from ..tracing import Visit, take_note_of_mask, uncompiled
@@ -31,6 +32,8 @@ class HookableBase(nn.Module):
 
     scope: ClassVar[None] = None
     layers: Any
+    config: Any
+    dtype: torch.dtype
 
     @uncompiled
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -54,11 +57,24 @@ class HookableBase(nn.Module):
                 kwargs["attention_mask"] = mask = whole_mask(given, mask, cache)
             if kwargs.get("position_ids") is None:
                 kwargs["position_ids"] = positions(length, mask, cache, given.device)
+            if length == 1 and isinstance(mask, Tensor) and mask.dim() == 2 and bool((mask[:, -1] == 0).any()):
+                kwargs["attention_mask"] = self._masks_of_one_column(given, mask, cache, kwargs["position_ids"])
             if isinstance(mask, Tensor) and mask.dim() == 2:
                 take_note_of_mask(Visit(self).interleaver, mask[:, -length:])
         output = super().forward(*args, **kwargs)
-        remember_mask(getattr(output, "cache", None), kwargs.get("attention_mask"))
+        remember_mask(getattr(output, "cache", None), mask)
         return output
+
+    def _masks_of_one_column(self, given: Tensor, mask: Tensor, cache: Any, position_ids: Any) -> dict[str, Any]:
+        """The masks of attention and of SSMs for a call of one column, some of which is padding.
+
+        transformers takes a single column for a token, and would let padding move the state.
+        """
+        embeds = torch.empty(*given.shape[:2], 1, dtype=self.dtype, device=given.device)  # for shape, dtype and device
+        causal = create_causal_mask(
+            config=self.config, inputs_embeds=embeds, attention_mask=mask, cache=cache, position_ids=position_ids
+        )
+        return {"full_attention": causal, "linear_attention": mask[:, -1:]}
 
 
 def remember_mask(cache: Any, mask: Any) -> None:

@@ -47,9 +47,9 @@ def users_frame(parked: FrameType) -> FrameType:
     return next((frame for frame in callers if not is_internal(frame)), block)
 
 
-def warn_user(message: str, category: type[Warning] = UserWarning) -> None:
-    """Warn at the user's line."""
-    frame = users_frame(sys._getframe())
+def warn_user(message: str, category: type[Warning] = UserWarning, frame: FrameType | None = None) -> None:
+    """Warn at the user's line: that of ``frame``, or of the nearest frame that is the user's."""
+    frame = frame or users_frame(sys._getframe())
     # Python's own filters for deprecations go by the module, of which the body of a trace knows no name.
     module = frame.f_globals.get("__name__") or frame.f_code.co_filename
     warnings.warn_explicit(message, category, frame.f_code.co_filename, frame.f_lineno, module)

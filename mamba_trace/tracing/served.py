@@ -37,6 +37,8 @@ class _Local(threading.local):
         self.containers: list[tuple[Any, int]] = []
         #: Copies that use ``register_hook`` of what they were copied from, as long as the trace runs.
         self.borrowers: list[weakref.ref[Tensor]] = []
+        #: Whether a trace of this package hands over what its blocks have bound (`unsaved`).
+        self.watched = False
 
 
 #: What the traces that are running in this thread have saved.

@@ -15,8 +15,6 @@ changes nothing for models other than this package's.
 
 from __future__ import annotations
 
-import threading
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from types import FrameType
@@ -25,32 +23,26 @@ from typing import Any
 from nnsight.intervention import tracer as nnsight_intervention
 from nnsight.tracing import tracer as nnsight_tracer
 
+from .frames import warn_user
+from .served import local
 from .views import tensors_of
 
 _nnsight_push_result = nnsight_tracer.push_result
 
 
-class _Watching(threading.local):
-    #: Whether a trace of this package hands over what its blocks have bound.
-    watched = False
-
-
-_local = _Watching()
-
-
 @contextmanager
 def watched() -> Iterator[None]:
     """Warn of what the blocks of a trace that runs here leave behind."""
-    before, _local.watched = _local.watched, True
+    before, local.watched = local.watched, True
     try:
         yield
     finally:
-        _local.watched = before
+        local.watched = before
 
 
 def push_result(frame: FrameType, variables: Mapping[str, Any]) -> None:
     """nnsight's ``push_result``, which hands over the values that a block has bound, with the warning."""
-    if _local.watched and getattr(nnsight_tracer._local, "depth", 0) == 1:
+    if local.watched and getattr(nnsight_tracer._local, "depth", 0) == 1:
         outside, saved = frame.f_locals, nnsight_tracer._saves()
         lost = (name for name, value in variables.items() if id(value) not in saved)
         if names := sorted(name for name in lost if replaced(outside.get(name), variables[name])):
@@ -70,7 +62,7 @@ def warn(frame: FrameType, names: list[str]) -> None:
         f"{what}: assigned in this trace and not saved, so after the trace {whose} old value is still there. To take "
         f"the new one out, write {names[0]} = ....save(); for a value that only the trace needs, use a name of its own"
     )
-    warnings.warn_explicit(message, UserWarning, frame.f_code.co_filename, frame.f_lineno)
+    warn_user(message, frame=frame)
 
 
 nnsight_intervention.push_result = push_result

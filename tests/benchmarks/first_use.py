@@ -1,4 +1,4 @@
-"""What the first use of the compiled scan costs: where it has to be compiled, and where it was before.
+"""What the first use of the compiled scan costs: where it has to be compiled, and where it was before; and the import.
 
 python tests/benchmarks/first_use.py
 """
@@ -11,8 +11,11 @@ import sys
 import tempfile
 
 CODE = """
-import time, torch
+import time
+start = time.perf_counter()
+import torch
 from mamba_trace import MambaTrace
+print(f"  import: {time.perf_counter() - start:.1f} s")
 model = MambaTrace.from_config({"d_model": 64, "n_layer": 2, "vocab_size": 100})
 tokens = torch.ones(1, 20, dtype=torch.long)
 def seconds(run):

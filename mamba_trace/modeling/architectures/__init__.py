@@ -181,15 +181,14 @@ def check_layers(model: nn.Module, architecture: Architecture) -> None:
     Raises:
         CheckpointError: naming the first such place, and what is there.
     """
-    known = tuple(architecture.hookable)
+    known = (*architecture.hookable, *architecture.hookable.values())
     for layer, block in enumerate(layers_of(model)):
         hookable: Any = architecture.hookable.get(type(block), type(block))
         parts = {part: name for part, name in getattr(hookable, "parts_named", {}).items() if part in FIXED}
         places = [(f"layers[{layer}]", block)]
         places += [(f"layers[{layer}].{part}", getattr(block, name, None)) for part, name in parts.items()]
         for path, module in places:
-            already = type(module) in architecture.hookable.values()  # Nemotron-H's MLPs, too
-            if not (module is None or type(module) in known or already or isinstance(module, WITH_SITES)):
+            if not (module is None or type(module) in known or isinstance(module, WITH_SITES)):
                 raise CheckpointError(
                     f"{path} is a {type(module).__name__}, which has none of the sites of a "
                     f"{' or '.join(cls.__name__ for cls in known[:2])}. Adapt or replace the modules inside "
