@@ -274,7 +274,7 @@ def test_an_interrupt_while_waiting(tiny, tokens):
     holder = threading.Thread(target=hold)
     holder.start()
     entered.wait(60)
-    # A signal, as of Ctrl-C, ends the wait at once. `_thread.interrupt_main` would wait until it ends, and raise anywhere.
+    # A signal, as of Ctrl-C, ends the wait at once. `_thread.interrupt_main` would let it go on, and raise anywhere.
     threading.Timer(0.5, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT)).start()
     with pytest.raises(KeyboardInterrupt):
         edited_logits(tiny, tokens, 0.5)
