@@ -7,6 +7,7 @@ A `Subject` knows the reference's values by name and in execution order, and the
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from random import Random
 from typing import Any
 
@@ -72,6 +73,20 @@ class Subject:
         """The reference's logits [B,L,V]."""
         evaluate = reference_hybrid.forward if self.hybrid else reference.forward
         return evaluate(self.weights, self.config, tokens, edit)
+
+    @contextlib.contextmanager
+    def rounded(self, seed: int) -> Iterator[None]:
+        """The reference's weights moved by about a rounding of float32, each by its own."""
+        weights, generator = self.weights, torch.Generator().manual_seed(seed)
+        step = torch.finfo(torch.float32).eps
+        self.weights = {
+            name: value.double() * (1 + step * torch.randn(value.shape, generator=generator, dtype=torch.float64))
+            for name, value in weights.items()
+        }
+        try:
+            yield
+        finally:
+            self.weights = weights
 
     def values(self, tokens: Tensor) -> list[tuple[str, Tensor]]:
         """(name, value) of the reference in execution order."""

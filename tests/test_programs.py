@@ -48,6 +48,29 @@ def test_a_program_notices_an_edit_that_is_not_made() -> None:
         plan.check(logits)
 
 
+def test_a_gradient_where_it_jumps() -> None:
+    """A delta in float32 may fall on the other side of its limit, and passes a derivative on or does not."""
+    subject = next(
+        subject
+        for subject in (draw_subject("mamba2", seed) for seed in range(100))
+        if subject.module.dtype == torch.float32 and len(subject.model.layers) == 1
+    )
+    tokens, seen = draw_tokens(1, 0), {}
+
+    def exact(limit: float) -> list[torch.Tensor]:
+        subject.config.time_step_limit = (limit, float("inf"))
+        logits = subject.forward(tokens, lambda hook, value: seen.setdefault(hook, value) if limit < 0 else value)
+        return programs.gradients(logits, subject.parameters, torch.ones_like(logits))
+
+    exact(-1.0)
+    delta = seen["blocks.0.hook_delta"].detach().flatten().sort().values.tolist()
+    here, rounded, other = (lambda limit=limit: exact(limit) for limit in (delta[9] - 1e-10, delta[9] + 1e-10, 1.0))
+    assert not torch.allclose(here()[0], rounded()[0], rtol=1e-2)
+    programs.same_gradients(subject, rounded(), here, "a parameter")
+    with pytest.raises(AssertionError, match=r"gradient of a parameter: .* apart"):
+        programs.same_gradients(subject, other(), here, "a parameter")
+
+
 def test_the_recorded_runs_had_no_failure() -> None:
     record = json.loads(RECORDED.read_text(encoding="utf-8"))
     assert set(record) == set(ARCHITECTURES)
