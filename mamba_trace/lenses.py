@@ -37,6 +37,7 @@ from .modeling.effective import FrozenNorm, input_dtype, logits_factor, normed_i
 from .results.heatmap import Heatmap
 from .results.made import made_by
 from .results.result import Result
+from .tracing.frames import users_errors
 from .tracing.one_run import refuse_inside_a_trace
 
 if TYPE_CHECKING:
@@ -131,6 +132,7 @@ class StateLens(Lens):
         return [self._drawn(self.logits, self.top_logits, title=title, value_title="logit")]
 
 
+@users_errors
 def logit_lens(model: MambaTrace, prompt: str | Tensor, *, token: str | int | None = None, top: int = 1) -> LogitLens:
     """What the model would predict at each position if it ended after the embedding, or after each layer.
 
@@ -174,6 +176,7 @@ def logit_lens(model: MambaTrace, prompt: str | Tensor, *, token: str | int | No
     )
 
 
+@users_errors
 def state_lens(
     model: MambaTrace,
     prompt: str | Tensor,

@@ -22,6 +22,7 @@ from .errors import ArgumentError, LayerError, PromptError, SiteValueError, Unkn
 from .names import check_family, nearest, parse
 from .names.layouts import absent, site_in
 from .sites import BY_HOOK, BY_NAME, Site, describe_axes, site_named
+from .tracing.frames import users_errors
 from .tracing.one_run import refuse_inside_a_trace
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 __all__ = ["mean_activation"]
 
 
+@users_errors
 def mean_activation(
     model: MambaTrace,
     prompts: str | Sequence[str] | Tensor,

@@ -20,6 +20,9 @@ from torch import Tensor
 import mamba_trace
 from mamba_trace import MambaTrace
 from mamba_trace.errors import MambaTraceError, PromptError, SiteValueError, UnknownSiteError
+from mamba_trace.hidden_attention import attention_maps, contributions, hidden_attention
+from mamba_trace.lenses import logit_lens, state_lens
+from mamba_trace.means import mean_activation
 from mamba_trace.modeling.stretches import Stretches
 from mamba_trace.patching import patch_grid
 
@@ -117,10 +120,34 @@ def what_a_metric_returns(model: MambaTrace, tokens: Tensor) -> None:
     patch_grid(model, tokens[:1], tokens[1:2], site="h", metric=lambda logits: logits, progress=False)  # here
 
 
+def in_a_lens(model: MambaTrace, tokens: Tensor) -> None:
+    logit_lens(model, tokens[:1], token=10**6)  # here
+
+
+def in_a_lens_of_states(model: MambaTrace, tokens: Tensor) -> None:
+    state_lens(model, tokens[:1], layer=99)  # here
+
+
+def in_a_map(model: MambaTrace, tokens: Tensor) -> None:
+    hidden_attention(model, tokens[:1], layer=99)  # here
+
+
+def in_maps(model: MambaTrace, tokens: Tensor) -> None:
+    attention_maps(model, tokens[:1], layers=[99])  # here
+
+
+def in_contributions(model: MambaTrace, tokens: Tensor) -> None:
+    contributions(model, tokens[:1], layer=99)  # here
+
+
+def in_a_mean(model: MambaTrace, tokens: Tensor) -> None:
+    mean_activation(model, tokens, "detla")  # here
+
+
 MISTAKES: list[Callable[[MambaTrace, Tensor], None]] = [
     *(wrong_shape, misspelt, out_of_range, no_prompt, own_key_error, in_an_invoke, in_a_step, in_a_backward),
     *(in_a_session, in_a_scan, in_an_edit, in_a_hook, what_a_hook_returns, in_a_filter, in_a_metric),
-    what_a_metric_returns,
+    *(what_a_metric_returns, in_a_lens, in_a_lens_of_states, in_a_map, in_maps, in_contributions, in_a_mean),
 ]
 
 

@@ -34,6 +34,7 @@ from ..modeling.block import times
 from ..modeling.effective import ssm_factor
 from ..results.made import made_by
 from ..sites import BY_NAME
+from ..tracing.frames import users_errors
 from ..tracing.one_run import refuse_inside_a_trace
 from .maps import MEASURES, NORM, PATTERN, AttentionMaps, Contributions, HiddenAttention, TokenPairs
 from .scanned import Scanned, check_direction, read_scan, through_out_proj, tokens_asked, what_is_asked
@@ -52,6 +53,7 @@ __all__ = [
 ]
 
 
+@users_errors
 def hidden_attention(
     model: MambaTrace,
     prompt: str | Tensor,
@@ -117,6 +119,7 @@ def hidden_attention(
     return HiddenAttention(values=values.cpu(), measure=MEASURES[reduce], made=made_by(model), **asked)
 
 
+@users_errors
 def contributions(
     model: MambaTrace,
     prompt: str | Tensor,
@@ -184,6 +187,7 @@ def contributions(
     return Contributions(values=values.cpu(), measure=measure, made=made_by(model), **asked)
 
 
+@users_errors
 def attention_maps(
     model: MambaTrace,
     prompt: str | Tensor,
