@@ -39,6 +39,8 @@ METADATA = {
 }
 #: Colours and other commands to a terminal.
 TERMINAL = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
+#: What bitsandbytes, where it is installed, says on processors with bfloat16 instructions.
+PROCESSOR = re.compile(r"Failed to load CPU gemm_4bit_forward .*\n")
 
 
 def scripts() -> list[Path]:
@@ -77,7 +79,8 @@ def executed(script: Path) -> NotebookNode:
     for number, cell in enumerate((cell for cell in notebook.cells if cell.cell_type == "code"), start=1):
         cell.metadata.clear()  # when and how long it ran
         cell.execution_count = number
-        cell.outputs = joined([plain(output, number) for output in cell.outputs])
+        outputs = [plain(output, number) for output in cell.outputs]
+        cell.outputs = joined([output for output in outputs if output.get("text") != ""])
     notebook.metadata = nbformat.from_dict(METADATA)
     nbformat.validate(notebook)
     return notebook
@@ -90,7 +93,7 @@ def plain(output: NotebookNode, number: int) -> NotebookNode:
     from one processor to the next.
     """
     if output.output_type == "stream":
-        output.text = TERMINAL.sub("", output.text)
+        output.text = PROCESSOR.sub("", TERMINAL.sub("", output.text))
     if output.output_type in ("display_data", "execute_result"):
         output.metadata.clear()
         if "image/png" in output.data:
