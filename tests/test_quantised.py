@@ -55,7 +55,7 @@ def test_a_model_in_four_bits_is_that_of_the_rounded_weights(kind: str, tmp_path
     model = MambaTrace(tmp_path, quantization_config=config, dispatch=True)
     for part in model._module.modules():
         if isinstance(part, bnb.nn.Linear4bit):
-            # Where a processor has bfloat16 instructions, its format is another, of multiples of 32 and in half precision.
+            # On processors with bfloat16 instructions its format is another, in half precision, of multiples of 32.
             part.support_avx512bf16_for_cpu = False
     for one, other in zip(traced(model), traced(MambaTrace(rounded(plain, model._module))), strict=True):
         agree(one.float(), other, 2e-5)
