@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from ..model import MambaTrace
 
 #: Bytes for the activations of a forward; `patch_grid` says what else may take as many.
-MEMORY = 2**29
+MEMORY = 2**30
 
 
 class PatchOptions(TypedDict, total=False):

@@ -214,11 +214,12 @@ class Budgets:
     def positions_of_a_span(self) -> int:
         """Positions whose starting states are held at once, for all layers.
 
-        Their run computes the states of both prompts, and keeps copies of one prompt's states and of the
-        source's values, which may be as large as states. A layer without an SSM keeps the values alone.
+        Their run keeps copies of one prompt's states and of the source's values, which may be as large as states. In
+        one layer after the other it makes those of both prompts, and what they are computed from.
         """
-        kept = sum(4 * layer.state or layer.value for layer in self.layers)
-        return self.limits.memory // kept if kept else self.question.length
+        kept = [layer.state + layer.value for layer in self.layers]
+        bytes_of_a_position = sum(kept) + 4 * max(kept)
+        return self.limits.memory // bytes_of_a_position if any(kept) else self.question.length
 
 
 @dataclass(frozen=True)
