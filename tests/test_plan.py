@@ -50,11 +50,12 @@ def test_sizes_are_those_of_the_mixer(tiny_hf: ModuleFactory, tokens: Tensor) ->
     for model_type, state in (("mamba", 24 * 5), ("falcon_mamba", 24 * 5), ("mamba2", 6 * 4 * 5)):
         model = MambaTrace(tiny_hf(model_type=model_type))
         question = asked("patch_grid", model, tokens[:1], tokens[1:2], "h", logit(model, 3), -1, 1)
-        # Memory for the states of four positions and not of nine, in all three layers.
-        plan = Plan.of(model, question, Limits(None, 4 * 4 * state * 4 * 3))
+        # State and value are kept in all three layers, and made in one after the other.
+        position = (3 + 4) * 2 * state * 4
+        plan = Plan.of(model, question, Limits(None, 4 * position))
         assert not plan.short
         assert max(len(span.positions) for span in plan.spans) <= 4
-        assert Plan.of(model, question, Limits(None, 4 * 9 * state * 4 * 3)).short
+        assert Plan.of(model, question, Limits(None, 9 * position)).short
 
 
 def test_jobs_have_cells() -> None:
