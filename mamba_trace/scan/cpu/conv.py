@@ -29,7 +29,7 @@ def forward(data):  # type: ignore[no-untyped-def]
     ``taps``: K; ``past``: K - 1, the number of columns ``before`` x_in; ``activate``: whether to apply SiLU.
     """
     p = forward_arguments(data)
-    row = np.zeros(p.width, np.float32)
+    row = np.empty(p.width, np.float32)
     while True:
         piece = next_piece(data)
         if piece >= p.pieces:
