@@ -297,7 +297,7 @@ class HookableMixer(nn.Module):
 
     def initial_state(self, offer: Offers, x: Tensor, past: PastStates) -> Tensor | SharedStates | None:
         """The state before the first position [B,...,N], or ``None`` for zeros that nobody wants."""
-        h = self.from_cache(past.state())
+        h = self.from_cache(past.state(lent=not offer.open and not torch.is_grad_enabled()))
         if not offer.wants("h_start"):
             offer.pass_over("h_start")
             return h

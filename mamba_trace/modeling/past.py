@@ -224,14 +224,17 @@ class PastStates:
     def _update(self, columns: Tensor) -> None:
         self.cache.update_conv_state(columns, self.layer, conv_kernel_size=self.kernel)
 
-    def state(self) -> Tensor | None:
-        """The cached state to start from [B,...,N], or ``None`` for zeros."""
+    def state(self, lent: bool = False) -> Tensor | None:
+        """The cached state to start from [B,...,N], or ``None`` for zeros.
+
+        If it is ``lent`` it may be the cache's own, which `keep` overwrites: for a caller who only reads it before.
+        """
         if self.fixed is not None:
             return self.fixed.state(self.layer)
         if self.cache is not None:
             layer = self.cache.layers[self.layer]
             if layer.is_recurrent_states_initialized[0]:
-                return layer.recurrent_states[0].clone()
+                return layer.recurrent_states[0] if lent else layer.recurrent_states[0].clone()
         return None
 
     def shared(self) -> SharedStates | None:
