@@ -15,7 +15,7 @@ from conftest import agree
 from torch import Tensor
 
 from mamba_trace import MambaTrace
-from mamba_trace.tracing import Visit, listened_to
+from mamba_trace.tracing import Visit, hooks_of, listened_to
 
 STEPS = 4
 OPTIONS: dict[str, Any] = {"max_new_tokens": STEPS, "do_sample": False}
@@ -201,14 +201,15 @@ def visit_of(model: Any, layer: int, tell: Any) -> list[Any]:
 )
 def test_a_mixer_is_opened_by_what_is_inside_it_alone(tiny, tokens, wanted, inside):
     place = tiny.hook(wanted)
-    seen = visit_of(tiny, 1, lambda visit: visit.inside(("y", "h")))
+    seen = visit_of(tiny, 1, lambda visit: visit.inside(()))
     with tiny.trace(tokens):
         _ = place.output.save()
     assert seen == [inside]
 
 
 def test_outside_a_trace_nothing_is_wanted(tiny, tokens):
-    seen = visit_of(tiny, 1, lambda visit: (visit.tracing, visit.inside(("y",)), visit.wants("y")))
+    hooks = hooks_of(tiny.layers[1].ssm.y._module)
+    seen = visit_of(tiny, 1, lambda visit: (visit.tracing, visit.inside(hooks), visit.wants("y")))
     tiny._module(tokens)
     assert seen == [(False, False, False)]
 
@@ -218,7 +219,7 @@ def test_pytorch_hooks_open_a_mixer_outside_a_trace(tiny, tokens):
     assert not listened_to(module)
     handle = module.register_forward_hook(lambda *args: None)
     assert listened_to(module)
-    seen = visit_of(tiny, 1, lambda visit: (visit.inside(("y",)), visit.wants("y"), visit.wants("h")))
+    seen = visit_of(tiny, 1, lambda visit: (visit.inside(hooks_of(module)), visit.wants("y"), visit.wants("h")))
     tiny._module(tokens)
     handle.remove()
     assert not listened_to(module)

@@ -53,13 +53,14 @@ class Block(nn.Module):
 
     @uncompiled
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        checkpointing = self.gradient_checkpointing
+        if not (self.gradient_checkpointing and Visit(self).tracing):
+            return super().__call__(*args, **kwargs)
         # It would run the block again in the backward pass, without the edits of the trace.
-        self.gradient_checkpointing = checkpointing and not Visit(self).tracing
+        self.gradient_checkpointing = False
         try:
             return super().__call__(*args, **kwargs)
         finally:
-            self.gradient_checkpointing = checkpointing
+            self.gradient_checkpointing = True
 
     def part(self, name: str) -> Any:
         """A part of the block by the package's name of it, or ``None``."""

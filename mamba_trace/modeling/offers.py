@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable
+from itertools import chain
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from ..sites import BY_NAME, SITES, Family, Site, Stage
-from ..tracing import Visit, is_itself
+from ..tracing import Visit, hooks_of, is_itself
 from .past import masked
 
 
@@ -54,6 +55,8 @@ def names_inside(family: Family, *stages: Stage) -> tuple[str, ...]:
 
 #: Under this name a hookable module keeps the names of the modules that offer its sites, in execution order.
 SITE_NAMES = "_mamba_trace_sites"
+#: And under this one where PyTorch keeps the hooks on them.
+SITE_HOOKS = "_mamba_trace_hooks"
 
 
 def add_sites(module: nn.Module, sites: Iterable[Site], sizes: dict[str, int]) -> None:
@@ -70,7 +73,8 @@ def add_sites(module: nn.Module, sites: Iterable[Site], sizes: dict[str, int]) -
     for site in own:
         axes = own_axes.get(site.name) or site.axes_in(family)
         module.add_module(site.module_name, SiteModule(site, axes, sizes))
-    module.__dict__[SITE_NAMES] = tuple(site.module_name for site in own)
+    module.__dict__[SITE_NAMES] = names = tuple(site.module_name for site in own)
+    module.__dict__[SITE_HOOKS] = tuple(chain.from_iterable(hooks_of(module.get_submodule(name)) for name in names))
 
 
 class Offers:
@@ -86,7 +90,7 @@ class Offers:
         self.names: tuple[str, ...] = module.__dict__[SITE_NAMES]
         self.visit = Visit(module)
         #: Whether anything inside is wanted. If not, sites are only counted, when the call is over.
-        self.open = self.visit.inside(self.names)
+        self.open = self.visit.inside(module.__dict__[SITE_HOOKS])
         #: The sites that were offered or passed over in this call.
         self.done: set[str] = set()
         #: Of each stage, the first site that was offered in this call because it was wanted.

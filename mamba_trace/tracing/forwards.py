@@ -13,7 +13,7 @@ import functools
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -31,8 +31,12 @@ def listened_to(module: nn.Module | None) -> bool:
 
 def has_hooks_of_its_own(module: nn.Module) -> bool:
     """Whether PyTorch hooks are registered on this very module."""
-    forward, backward = module._forward_hooks or module._forward_pre_hooks, module._backward_hooks
-    return bool(forward or backward or module._backward_pre_hooks)
+    return any(hooks_of(module))
+
+
+def hooks_of(module: nn.Module) -> tuple[Mapping[int, Any], ...]:
+    """Where PyTorch keeps the hooks of a module: dictionaries that are the same as long as it lives."""
+    return module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
 
 
 def uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:

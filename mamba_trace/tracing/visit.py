@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..errors import SiteValueError
 from ..names import public_path
-from .forwards import has_global_hooks, has_hooks_of_its_own, listened_to
+from .forwards import has_global_hooks, listened_to
 from .invokes import PerInvoke
 from .positions import CURSOR, position_error, position_of, site_of_position, warn_if_padded
 
@@ -80,12 +80,11 @@ class Visit:
 
     # -- what is wanted ------------------------------------------------------------------------------------
 
-    def inside(self, names: Iterable[str]) -> bool:
-        """Whether anything inside this module is wanted: a site of ``names``, or any other location."""
-        modules: dict[str, Any] = self.module._modules
-        if has_global_hooks() or any(has_hooks_of_its_own(modules[name]) for name in names):
+    def inside(self, hooks: Iterable[Mapping[int, Any]]) -> bool:
+        """Whether anything inside this module is wanted: by one of the ``hooks`` on its sites, or at any location."""
+        if has_global_hooks() or any(hooks):
             return True
-        return self._wants_below("", besides={f"{self.path}.{key}" for key in LOCATIONS})
+        return self.interleaver is not None and self._wants_below("", {f"{self.path}.{key}" for key in LOCATIONS})
 
     def wants(self, name: str) -> bool:
         """Whether site ``name`` is wanted now: by a worker that waits for it, a cache or a PyTorch hook."""
