@@ -1,8 +1,8 @@
 """What gradients and caches cost: beside Hugging Face, and beside what no implementation can do without.
 
-*Gradients*: of one logit, to the parameters, the residual stream into every layer, every delta and, one by one, every
-state h[p] of every layer. Beside it stands a forward and twice its matmuls. Hugging Face's own backward pass reaches the
-parameters and the residual streams alone.
+*Gradients*: of one logit, to the parameters, the residual stream into every layer, every delta and, one by one,
+every state h[p] of every layer. Beside it stands a forward and twice its matmuls. Hugging Face's own backward pass
+reaches the parameters and the residual streams alone.
 
 *Caches*: `run_with_cache` of every value there is. Beside it stand a forward and a copy of as many bytes.
 
