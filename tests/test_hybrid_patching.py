@@ -230,11 +230,13 @@ def test_layers_without_an_ssm_keep_no_states() -> None:
         question = asked("patch_grid", model, OURS, THEIRS, site, logit_diff(model, PLUS, MINUS), -1, 1)
         return Plan.of(model, question, Limits(None, memory)).short
 
-    of_two = 6 * 2 * 4 * n_states
+    of_states = 6 * n_states  # of one layer, at every position
+    of_two = (2 * 2 + 4 * 2) * of_states  # two layers keep states and values, and one makes them
     assert short("h", of_two)
     assert not short("h", of_two - 1)
-    assert not short("mlp_out", of_two)  # two more layers keep values
-    assert short("mlp_out", of_two + 6 * 2 * 24 * 8)
+    two_states, values = (2 + 4) * of_states, 2 * 6 * 24 * 8  # two more layers keep values
+    assert not short("mlp_out", two_states + values - 1)
+    assert short("mlp_out", two_states + values)
 
 
 # -- to first order ----------------------------------------------------------------------------------------

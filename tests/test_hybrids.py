@@ -128,6 +128,24 @@ def test_padding_in_a_cache_stays_padding(kind: str) -> None:
             setup.module(more[:, :1], attention_mask=whole[:, :4], cache=cache)
 
 
+@pytest.mark.parametrize("kind", [*PLAIN, "granitemoehybrid, no SSM"])
+def test_a_cache_whose_rows_were_reordered_says_that_it_lost_its_padding(kind: str) -> None:
+    module, tokens, more = made(kind).module, draw_tokens(2, seed=12, length=7), draw_tokens(2, seed=13, length=2)
+    mask, own, swap = torch.ones(2, 9, dtype=torch.long), torch.ones(2, 2, dtype=torch.long), torch.tensor([1, 0])
+    mask[0, :3] = 0
+    with torch.no_grad():
+        first, second = module(torch.cat((tokens, more), 1)).logits[:, -2:]
+        short = module(torch.cat((tokens[:1, 3:], more[:1]), 1)).logits[0, -2:]
+        padded, full = (module(tokens, attention_mask=m, use_cache=True).cache for m in (mask[:, :7], None))
+        for cache in (padded, full):
+            cache.reorder_cache(swap)
+        near(module(more[swap], cache=full).logits, torch.stack((second, first)), 1e-11)
+        for given in (None, own):
+            with pytest.raises(PromptError, match=r"rows were reordered.*: give the attention_mask of all columns"):
+                module(more[swap], attention_mask=given, cache=copy.deepcopy(padded))
+        near(module(more[swap], attention_mask=mask[swap], cache=padded).logits, torch.stack((second, short)), rounding(kind))
+
+
 @plain
 def test_a_single_column_of_padding_moves_nothing(kind: str) -> None:
     """transformers takes it for a token, as it has no padding in its own decoding."""

@@ -15,7 +15,7 @@ from ..tracing import Visit, take_note_of_mask, uncompiled
 from .offers import Offers
 from .past import StartingStates
 
-#: Attribute of a cache: the attention mask of the columns in it [B,S].
+#: Attribute of a cache: the attention mask of the columns in it [B,S], and its first keys when that was known.
 REMEMBERED = "_mamba_trace_mask"
 
 
@@ -78,9 +78,36 @@ class HookableBase(nn.Module):
 
 
 def remember_mask(cache: Any, mask: Any) -> None:
-    """Let a cache know which of the columns in it are padding."""
+    """Let a cache know which of the columns in it are padding, and which keys it had when that was known."""
     if cache is not None and not isinstance(cache, StartingStates):
-        setattr(cache, REMEMBERED, mask if isinstance(mask, Tensor) and mask.dim() == 2 else None)
+        known = isinstance(mask, Tensor) and mask.dim() == 2
+        setattr(cache, REMEMBERED, (mask, first_keys(cache)) if known else None)
+
+
+def first_keys(cache: Any) -> Tensor | None:
+    """The keys of the first layer that has any."""
+    return next((keys for layer in cache.layers if (keys := getattr(layer, "keys", None)) is not None), None)
+
+
+def remembered_mask(cache: Any, rows: int, past: int) -> Tensor | None:
+    """The mask [B,past] of what a cache holds; ``None`` if all are tokens.
+
+    Raises:
+        PromptError: if somebody has reordered or replaced what the cache holds since its padding was known.
+    """
+    mask, keys = getattr(cache, REMEMBERED, None) or (None, None)
+    if mask is None:
+        return None
+    now = first_keys(cache)
+    same = now is not None and keys is not None and now.data_ptr() == keys.data_ptr()
+    if not same or mask.shape[0] != rows or mask.shape[1] < past:
+        if bool(mask.all()):
+            return None
+        raise PromptError(
+            f"this cache had padding in it, and its rows were reordered or replaced since: give the attention_mask of "
+            f"all columns, the {past} in the cache included"
+        )
+    return mask[:, :past]
 
 
 def whole_mask(given: Tensor, mask: Any, cache: Any) -> Any:
@@ -92,7 +119,8 @@ def whole_mask(given: Tensor, mask: Any, cache: Any) -> Any:
         cache: the model's, or ``None``. What ``mask`` leaves out is what it remembers, or tokens.
 
     Raises:
-        PromptError: if the mask has as many columns as neither the call nor the call with its past.
+        PromptError: if the mask has as many columns as neither the call nor the call with its past, or see
+            `remembered_mask`.
     """
     past = int(cache.get_seq_length()) if cache is not None else 0
     if not past or (mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2)):
@@ -100,9 +128,7 @@ def whole_mask(given: Tensor, mask: Any, cache: Any) -> Any:
     rows, length = given.shape[:2]
     if mask is not None and mask.shape[1] == past + length:
         return mask
-    before = getattr(cache, REMEMBERED, None)
-    if before is not None and (before.shape[0] != rows or before.shape[1] < past):
-        before = None  # somebody has changed the cache's rows
+    before = remembered_mask(cache, rows, past)
     if mask is None and before is None:
         return None
     now = torch.ones(rows, length, dtype=torch.long, device=given.device) if mask is None else mask.to(given.device)
@@ -111,7 +137,7 @@ def whole_mask(given: Tensor, mask: Any, cache: Any) -> Any:
             f"attention_mask is 1 on each token and 0 on padding, of the shape {[rows, length]} of the tokens or, with "
             f"the {past} in the cache, {[rows, past + length]}, not {list(now.shape)}"
         )
-    before = now.new_ones(rows, past) if before is None else before[:, :past].to(now)
+    before = now.new_ones(rows, past) if before is None else before.to(now)
     return torch.cat((before, now), dim=1)
 
 
