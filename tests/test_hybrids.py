@@ -143,7 +143,8 @@ def test_a_cache_whose_rows_were_reordered_says_that_it_lost_its_padding(kind: s
         for given in (None, own):
             with pytest.raises(PromptError, match=r"rows were reordered.*: give the attention_mask of all columns"):
                 module(more[swap], attention_mask=given, cache=copy.deepcopy(padded))
-        near(module(more[swap], attention_mask=mask[swap], cache=padded).logits, torch.stack((second, short)), rounding(kind))
+        logits = module(more[swap], attention_mask=mask[swap], cache=padded).logits
+        near(logits, torch.stack((second, short)), rounding(kind))
 
 
 @plain
