@@ -395,3 +395,33 @@ def test_a_model_without_attention_decodes(kind: str) -> None:
     # transformers' generate counts the tokens of a cache in which any layer, an MLP too, is no linear attention.
     cached = {"use_cache": kind != "nemotron_h"}
     assert model.generate(tokens, max_new_tokens=2, do_sample=False, **cached).shape == (2, 11)
+
+
+@pytest.mark.parametrize("before", [False, True], ids=["wrapped first", "recorded before"])
+@pytest.mark.parametrize("kind", [*PLAIN, "zamba, no conv bias"])
+def test_hidden_states_have_the_edits_of_the_layers(kind: str, before: bool) -> None:
+    """However a layer's output is edited, and where transformers records a block inside of it."""
+    module, tokens = make_hybrid(kind, dtype=torch.float64), draw_tokens(2, seed=1)
+    if before:
+        module(tokens, output_hidden_states=True)
+    model = MambaTrace(module)
+    with torch.no_grad():
+        plain = module(tokens, output_hidden_states=True).hidden_states
+    assert len(plain) == len(model.layers) + 1
+    for number, layer in enumerate(model.layers[:-1]):
+        new = plain[number + 1] * 1.5
+        for way in ("resid_post", "output", "skip", "in place"):
+            with torch.no_grad(), model.trace(tokens, output_hidden_states=True) as tracer:
+                if way == "resid_post":
+                    layer.resid_post.output = new
+                elif way == "output":
+                    layer.output = new
+                elif way == "skip":
+                    layer.skip(new)
+                else:
+                    layer.resid_post.output[:] = new
+                result = tracer.result.save()
+            states = result.hidden_states
+            assert len(states) == len(plain)
+            assert all(torch.equal(one, other) for one, other in zip(states[: number + 1], plain, strict=False))
+            assert torch.equal(states[number + 1], new), way

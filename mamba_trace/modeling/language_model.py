@@ -77,6 +77,35 @@ class HookableBase(nn.Module):
         return {"full_attention": causal, "linear_attention": mask[:, -1:]}
 
 
+class SharedBase(HookableBase):
+    """`HookableBase` of a model with blocks inside of blocks, such as Zamba.
+
+    transformers records the hidden states that the inner ones return; these are those of the layers, edits included.
+    """
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("output_hidden_states", self.config.output_hidden_states) is not True:
+            return super().forward(*args, **kwargs)
+        states: list[Tensor] = []
+
+        def record(layer: nn.Module, given: tuple[Any, ...], returned: Any) -> None:
+            states.append(returned[0] if isinstance(returned, tuple) else returned)
+
+        def record_first(layer: nn.Module, given: tuple[Any, ...]) -> None:
+            states.append(given[0])
+
+        handles = [self.layers[0].register_forward_pre_hook(record_first)]
+        handles += [layer.register_forward_hook(record) for layer in self.layers]
+        try:
+            output = super().forward(*args, **kwargs)
+        finally:
+            for handle in handles:
+                handle.remove()
+        if getattr(output, "hidden_states", None) is not None:
+            output["hidden_states"] = (*states[:-1], output.hidden_states[-1])  # the last is behind the final norm
+        return output
+
+
 def remember_mask(cache: Any, mask: Any) -> None:
     """Let a cache know which of the columns in it are padding, and which keys it had when that was known."""
     if cache is not None and not isinstance(cache, StartingStates):

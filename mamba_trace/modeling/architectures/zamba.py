@@ -27,7 +27,7 @@ from ...scan import HEADED
 from ..attention import HookableAttention
 from ..block import HookableRMSNorm, SharedBlock, ZambaBlock
 from ..discretisation import Discretisation, HeadedDiscretisation
-from ..language_model import HookableBase
+from ..language_model import SharedBase
 from ..mlp import HookableMLP
 from ..offers import Offers
 from ..selective import SelectiveMixer
@@ -101,7 +101,7 @@ class HookableZambaRMSNorm(HookableRMSNorm, ZambaRMSNorm):
     """A `ZambaRMSNorm` that keeps float64."""
 
 
-class HookableZambaModel(HookableBase, ZambaModel):
+class HookableZambaModel(SharedBase, ZambaModel):
     """A `ZambaModel`."""
 
 

@@ -26,7 +26,7 @@ from transformers.models.zamba2.modeling_zamba2 import (
 from ..attention import HookableAttention
 from ..block import HookableRMSNorm, SharedBlock, ZambaBlock
 from ..dual import DualMixer, HookableGatedRMSNorm
-from ..language_model import HookableBase
+from ..language_model import SharedBase
 from ..mlp import HookableMLP
 from ..offers import Offers
 from .architecture import Architecture
@@ -80,7 +80,7 @@ class HookableZamba2RMSNormGated(HookableGatedRMSNorm, Zamba2RMSNormGated):
     """The `Zamba2RMSNormGated` of a mixer, which keeps float64."""
 
 
-class HookableZamba2Model(HookableBase, Zamba2Model):
+class HookableZamba2Model(SharedBase, Zamba2Model):
     """A `Zamba2Model`."""
 
 
