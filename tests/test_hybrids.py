@@ -129,6 +129,36 @@ def test_padding_in_a_cache_stays_padding(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", [*PLAIN, "granitemoehybrid, no SSM"])
+def test_generation_goes_on_from_padding_in_a_cache(kind: str) -> None:
+    """With all ids, as transformers takes them, or the new ones; with the mask of all, or none but the cache's own."""
+    setup, tokens, more = made(kind), draw_tokens(2, seed=12, length=7), draw_tokens(2, seed=13, length=3)
+    settings = {"max_new_tokens": 3, "do_sample": False}
+    rows = [torch.cat((tokens[0], more[0])), torch.cat((tokens[1, 3:], more[1, :2]))]
+    expected = torch.stack([setup.model.generate(row[None], **settings)[0, -3:] for row in rows])
+    for side in ("left", "right"):
+        mask, last = torch.ones(2, 10, dtype=torch.long), more.clone()
+        mask[1, :3], mask[1, -1] = 0, 0  # the second row has three tokens less before, and one less now
+        padded = tokens.clone()
+        if side == "right":
+            mask[1, :7], padded[1] = mask[1, :7].flip(0), tokens[1].roll(-3)
+        with torch.no_grad():
+            cache = setup.module(padded, attention_mask=mask[:, :7], use_cache=True).cache
+        ids = torch.cat((padded, last), dim=1)
+        for given in (ids, last):
+            found = setup.model.generate(given, attention_mask=mask, cache=copy.deepcopy(cache), **settings)
+            assert torch.equal(found[:, -3:], expected), side
+        full = torch.stack([setup.model.generate(row[None], **settings)[0, -3:] for row in (ids[0], rows[1])])
+        ids[1, 7:] = torch.cat((more[1, :2], more[1, :1]))
+        row = torch.cat((tokens[1, 3:], ids[1, 7:]))
+        full[1] = setup.model.generate(row[None], **settings)[0, -3:]
+        found = setup.model.generate(ids, cache=copy.deepcopy(cache), **settings)
+        assert torch.equal(found[:, -3:], full), "the cache knows its padding"
+        mask[0, 8] = 0
+        with pytest.raises(PromptError, match="between"):
+            setup.model.generate(ids, attention_mask=mask, cache=copy.deepcopy(cache), **settings)
+
+
+@pytest.mark.parametrize("kind", [*PLAIN, "granitemoehybrid, no SSM"])
 def test_a_cache_whose_rows_were_reordered_says_that_it_lost_its_padding(kind: str) -> None:
     module, tokens, more = made(kind).module, draw_tokens(2, seed=12, length=7), draw_tokens(2, seed=13, length=2)
     mask, own, swap = torch.ones(2, 9, dtype=torch.long), torch.ones(2, 2, dtype=torch.long), torch.tensor([1, 0])

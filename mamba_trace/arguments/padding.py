@@ -27,6 +27,7 @@ from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 
 from ..errors import PromptError
+from ..modeling.language_model import remembered_mask
 from ..modeling.past import StartingStates, check_gaps, check_values, ends
 from ..tracing.frames import warn_user
 from ..tracing.prompts import as_encoding, input_key, split
@@ -147,13 +148,14 @@ def _warn(what: str) -> None:
 # -- checking ----------------------------------------------------------------------------------------------
 
 
-def checked_mask(mask: Any, shape: tuple[int, ...], cached: bool = False) -> Tensor:
+def checked_mask(mask: Any, shape: tuple[int, ...], cached: bool = False, repeated: int = 0) -> Tensor:
     """An attention mask of tokens of ``shape`` [B,L] or [L], as integers of that shape, or as wide as it was given.
 
     Args:
         mask: booleans or numbers 0 and 1, in a tensor, an array or lists.
         shape: the shape of the tokens.
         cached: whether a cache holds tokens before these, which the mask may cover too.
+        repeated: how many of the tokens, the first ones, are in the cache already; padding may stand behind them.
 
     Raises:
         PromptError: for a mask of another shape or with other values, or padding between tokens.
@@ -181,7 +183,8 @@ def checked_mask(mask: Any, shape: tuple[int, ...], cached: bool = False) -> Ten
     with unset_fake_temporarily():
         if not bool((mask == 1).all()):
             check_values(mask)
-            check_gaps((mask if mask.dim() == 2 else mask[None])[:, mask.shape[-1] - shape[-1] :])
+            new = shape[-1] - (repeated if repeated < shape[-1] else 0)
+            check_gaps((mask if mask.dim() == 2 else mask[None])[:, mask.shape[-1] - new :])
         return mask.long()
 
 
@@ -220,8 +223,12 @@ class Batch:
         self.side = side_asked_for(arguments)
         caches = [kwargs[name] for kwargs in arguments for name in CACHES if kwargs.get(name) is not None]
         self.cached = any(map(is_cached, caches))
-        self.past = max(map(columns_of, caches), default=0)
-        self.invokes = [_with_mask(tokenizer, *invoke, self.cached, len(invokes)) for invoke in invokes]
+        self.cache = max(caches, key=columns_of, default=None)
+        self.past = columns_of(self.cache)
+        self.repeated = self.past if self.generates else 0  # generation takes all tokens
+        encodings = [as_encoding(inputs[0] if inputs else None, kwargs) or kwargs for inputs, kwargs in invokes]
+        self.given = any(given.get("attention_mask") is not None for given in (*encodings, extra))
+        self.invokes = [_with_mask(tokenizer, *invoke, self.cached, len(invokes), self.repeated) for invoke in invokes]
 
     @contextlib.contextmanager
     def padded(self) -> Iterator[None]:
@@ -243,17 +250,27 @@ class Batch:
             return inputs
         shape = (tokens.shape[0], tokens.shape[1])
         holder = self.extra if self.extra.get("attention_mask") is not None else inputs
-        self._check_continued(shape, holder.get("attention_mask"))
-        if holder.get("attention_mask") is None:
+        mask = holder.get("attention_mask")
+        self._check_continued(shape, mask)
+        if not self.given:
+            mask = self._remembered(shape, mask)
+        if mask is None:
             return inputs
-        mask = checked_mask(holder["attention_mask"], shape, self.cached)
+        mask = checked_mask(mask, shape, self.cached, self.repeated)
         self.extra.pop("attention_mask", None)
         if self.generates:
-            return aligned_right({**inputs, "attention_mask": mask})
+            return aligned_right({**inputs, "attention_mask": mask}, self.repeated)
         known = not isinstance(mask, FakeTensor) and mask.device.type == "cpu"
         # A layer on a GPU could not look at the mask, and would have to assume that there is padding.
         no_padding = self.cached and known and bool(mask.all())
         return {**inputs, "attention_mask": None if no_padding else mask}
+
+    def _remembered(self, shape: tuple[int, int], mask: Any) -> Any:
+        """The ``mask`` of all tokens that nobody gave, with the padding that generation's cache knows of."""
+        if not 0 < self.repeated < shape[1] or (before := remembered_mask(self.cache, shape[0], self.past)) is None:
+            return mask
+        new = before.new_ones(shape[0], shape[1] - self.past) if mask is None else mask[:, self.past :].to(before)
+        return torch.cat((before, new), dim=1)
 
     def _check_continued(self, shape: tuple[int, int], mask: Any) -> None:
         """Refuse new tokens alone in generation on a cache, which takes them for all tokens and drops as many."""
@@ -279,7 +296,9 @@ def columns_of(cache: Any) -> int:
     return max((int(layer.get_seq_length()) for layer in layers if hasattr(layer, "get_seq_length")), default=0)
 
 
-def _with_mask(tokenizer: Any, inputs: Any, kwargs: Any, cached: bool, n_invokes: int) -> tuple[Any, Any]:
+def _with_mask(
+    tokenizer: Any, inputs: Any, kwargs: Any, cached: bool, n_invokes: int, repeated: int
+) -> tuple[Any, Any]:
     encoding = as_encoding(inputs[0] if inputs else None, kwargs)
     key = None if encoding is None else input_key(encoding)
     if encoding is None or key is None:
@@ -303,11 +322,11 @@ def _with_mask(tokenizer: Any, inputs: Any, kwargs: Any, cached: bool, n_invokes
         shape = (len(rows), rows[0].shape[1])
         if isinstance(given, Tensor) and given.dim() == 1 and not batched:
             given = given[None]
-        return inputs, {**kwargs, "attention_mask": checked_mask(given, shape, cached)}
+        return inputs, {**kwargs, "attention_mask": checked_mask(given, shape, cached, repeated)}
     pairs = zip(masks, rows, strict=True)
     return inputs, {
         **kwargs,
-        "attention_mask": [checked_mask(m, tuple(r.shape[:2]), cached)[0] for m, r in pairs],
+        "attention_mask": [checked_mask(m, tuple(r.shape[:2]), cached, repeated)[0] for m, r in pairs],
     }
 
 
@@ -320,8 +339,13 @@ def side_asked_for(arguments: Sequence[dict[str, Any]]) -> str | None:
     return next(iter(sides), None)
 
 
-def aligned_right(inputs: dict[str, Any]) -> dict[str, Any]:
-    """The model's inputs with all padding moved to the left: generation continues the last token."""
+def aligned_right(inputs: dict[str, Any], repeated: int = 0) -> dict[str, Any]:
+    """The model's inputs with all padding moved to the left: generation continues the last token.
+
+    Args:
+        inputs: of the call.
+        repeated: how many of the tokens, the first ones, are in a cache already and stay where they are.
+    """
     mask = inputs.get("attention_mask")
     if not isinstance(mask, Tensor) or isinstance(mask, FakeTensor) or mask.dim() != 2 or not mask.shape[1]:
         return inputs
@@ -329,6 +353,10 @@ def aligned_right(inputs: dict[str, Any]) -> dict[str, Any]:
     if isinstance(tokens, Tensor) and tokens.shape[:2] != mask.shape:  # it covers the tokens in a cache, too
         own = aligned_right({**inputs, "attention_mask": mask[:, -tokens.shape[1] :]})
         return {**own, "attention_mask": torch.cat((mask[:, : -tokens.shape[1]], own["attention_mask"]), dim=1)}
+    if 0 < repeated < mask.shape[1]:
+        names = [name for name in ("attention_mask", "input_ids", "inputs_embeds") if inputs.get(name) is not None]
+        new = aligned_right({**inputs, **{name: inputs[name][:, repeated:] for name in names}})
+        return {**new, **{name: torch.cat((inputs[name][:, :repeated], new[name]), dim=1) for name in names}}
     _, after = ends(mask == 0)
     after = after.masked_fill(after == mask.shape[1], 0)
     if not bool(after.any()):
