@@ -37,6 +37,13 @@ def test_the_scale_is_never_finer_than_the_resolution() -> None:
     assert picture([[0.5]], resolution=0.005).scale == 0.5
 
 
+def test_colours_saturate_no_sooner_than_the_saturation() -> None:
+    assert picture([[0.5, -0.2]]).limit == 0.5
+    assert picture([[0.5, -0.2]], saturation=1.0).limit == 1.0
+    assert picture([[3.0, -INF]], saturation=1.0).shades.tolist() == [[3.0, -3.0]]
+    assert picture([[0.5, -INF]], saturation=1.0).shades.tolist() == [[0.5, -1.0]]
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [

@@ -19,7 +19,7 @@ from mamba_trace.errors import ArgumentError, MetricError, PositionError, Prompt
 from mamba_trace.model import DEMO
 from mamba_trace.patching import Metric, PatchGrid, attribution_grid, logit, logit_diff, patch_grid
 from mamba_trace.patching.question import positional
-from mamba_trace.sites import PURE, SITES, Layout
+from mamba_trace.sites import PURE, SITES, Layout, site_named
 
 NAME = 10  # where the seed's prompts differ: the name of who gives
 
@@ -90,7 +90,33 @@ def test_the_sites_of_a_grid_are_those_with_positions() -> None:
 def test_sites_of_hybrids_are_refused_or_meant_by_another_name(tiny: MambaTrace, make: Callable[..., Any]) -> None:
     for site in ("attn.q", "resid_mid", "router"):
         said = refusal(UnknownSiteError, lambda site=site: make(tiny, OURS, THEIRS, site, logit(tiny, 3)))
-        assert said == f"{site!r}: a Mamba has no attention, no MLP and one norm in each block"
+        why = "a Mamba has no attention, no MLP and one norm in each block; MambaTrace.demo('hybrid') has"
+        assert said == f"{site!r}: {why}"
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        ("h", "h"),
+        ("hook_h", "h"),
+        ("ssm.h", "h"),
+        ("layers[l].ssm.h", "h"),
+        ("layers.l.ssm.h", "h"),
+        ("blocks.l.hook_h", "h"),
+        ("layers[l].resid_post", "resid_post"),
+        ("hook_z", "z"),
+        ("attn.hook_z", "z"),
+        ("blocks.l.attn.hook_z", "z"),
+        ("layers[l].attn.z", "z"),
+        ("attn.y", None),
+        ("layers[1].ssm.h", None),
+        ("nothing", None),
+        (3, None),
+    ],
+)
+def test_a_site_is_named_as_in_the_tables_of_sites(written: Any, meant: str | None) -> None:
+    site = site_named(written)
+    assert (None if site is None else site.name) == meant
 
 
 def test_what_the_mixer_adds_is_its_output(tiny: MambaTrace) -> None:
@@ -232,7 +258,7 @@ def test_progress_goes_to_stderr_and_can_be_silenced(tiny: MambaTrace, capsys: p
 
 def test_labels_show_tokens_and_where_they_differ(grid: PatchGrid, tiny: MambaTrace) -> None:
     assert grid.labels[:3] == ["Lately_0", ",_1", " Emma_2"]
-    assert grid.labels[NAME] == " Shelby-> Emma_10"
+    assert grid.labels[NAME] == " Shelby -> Emma_10"
     assert grid.row_labels == [str(layer) for layer in range(len(grid.values))]
     without_tokenizer = patch_grid(tiny, OURS, THEIRS, metric=logit_diff(tiny, PLUS, MINUS), progress=False)
     assert without_tokenizer.labels == ["3_0", "0_1", "7->8_2", "9_3", "4->1_4", "2_5"]

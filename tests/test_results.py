@@ -366,7 +366,7 @@ def test_rows_are_layers_or_one_site() -> None:
     assert patch_grid().heatmap().row_title == "layer"
     assert patch_grid(site="embeddings").heatmap().row_title == "site"
     tokens = patch_grid(prompt_tokens=["a"] * 4, source_tokens=["a", "b", "a", "a"])
-    assert tokens.labels == ["a_0", "a->b_1", "a_2", "a_3"]
+    assert tokens.labels == ["a_0", "a ->b_1", "a_2", "a_3"]
     assert tokens.figure().data[0].text[0][1].startswith("layer 0<br>position 1: prompt 'a', source 'b'<br>")
 
 

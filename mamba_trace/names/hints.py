@@ -13,7 +13,7 @@ OF_A_TRANSFORMER = re.compile(
     r"(^|\.)(attn|mlp|ln1|ln2)\.|hook_(attn|mlp|pattern|result|resid_mid|rot_|[qkvz](_|$))|hook_pos_embed"
 )
 #: Why a Mamba lacks them.
-OF_A_MAMBA = ": a Mamba has no attention, no MLP and one norm in each block"
+OF_A_MAMBA = ": a Mamba has no attention, no MLP and one norm in each block; MambaTrace.demo('hybrid') has"
 
 #: The site nearest to such a place, by how its name in a block begins or ends; only hybrids have the first ones.
 NEAREST_PLACE = {
@@ -41,7 +41,7 @@ def lacked(name: str) -> str:
     """``": ..."``, why a Mamba lacks a place whose name only a transformer has, or nothing.
 
     >>> lacked("blocks.0.attn.hook_pattern")
-    ': a Mamba has no attention, no MLP and one norm in each block'
+    ": a Mamba has no attention, no MLP and one norm in each block; MambaTrace.demo('hybrid') has"
     """
     if OF_A_TRANSFORMER.search(name) is None:
         return ""

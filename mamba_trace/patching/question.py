@@ -15,7 +15,7 @@ from torch import Tensor
 from .. import names
 from ..errors import LayerError, PositionError, UnknownSiteError
 from ..names.layouts import SAME_AS, absent, site_in
-from ..sites import BY_NAME, PUBLIC_PART, SITES, Layout, Site, describe_axes, site_named
+from ..sites import BY_NAME, SITES, Layout, Site, describe_axes, site_named
 from .metrics import Metric, measured
 
 #: Rows of `Question.tokens`, and so of every batch that runs both prompts.
@@ -209,7 +209,7 @@ def find_site(name: str, layout: Layout | None = None) -> Site:
         )
     there = positional(layout)
     possible = f"A grid patches one of {', '.join(there)}"
-    site = site_called(name)
+    site = site_named(name)
     if site is None:
         meant = site_of_place(name, layout)
         if meant is not None and meant.name in there:
@@ -227,13 +227,6 @@ def find_site(name: str, layout: Layout | None = None) -> Site:
             why = "belongs to two positions at once, the one that reads and the one that is read; patch q, k, v or z"
         raise PositionError(f"{site.name} {axes} {why}. {possible}")
     return site
-
-
-def site_called(name: str) -> Site | None:
-    """The site of ``"q"``, ``"attn.q"`` or ``"attn.hook_q"``; else ``None``."""
-    part, _, last = name.rpartition(".")
-    site = BY_NAME.get(last)
-    return site if part and site is not None and PUBLIC_PART.get(site.scope) == part else site_named(name)
 
 
 def in_model(layout: Layout, site: Site, name: str) -> Site:

@@ -66,9 +66,9 @@ class PatchGrid(Result):
 
     @property
     def labels(self) -> list[str]:
-        """A label for each position: ``" school_8"``, or ``" Shelby-> Emma_10"`` where the prompts differ."""
+        """A label for each position: ``" school_8"``, or ``" Shelby -> Emma_10"`` where the prompts differ."""
         pairs = zip(self.prompt_tokens, self.source_tokens, strict=True)
-        return [f"{p if p == s else f'{p}->{s}'}_{position}" for position, (p, s) in enumerate(pairs)]
+        return [f"{p if p == s else f'{p} ->{s}'}_{position}" for position, (p, s) in enumerate(pairs)]
 
     @property
     def complete(self) -> bool:
@@ -196,4 +196,5 @@ class PatchGrid(Result):
             source_tokens=self.source_tokens,
             value_title="normalised metric",
             resolution=RESOLUTION,
+            saturation=1.0,
         )

@@ -86,7 +86,7 @@ def add_title(figure: Figure, drawn: Any, lines: list[str], alone: bool) -> None
 
 def cells(go: Any, heatmap: Heatmap, size: Size, across: Share, down: Share) -> Any:
     """The cells, and their colour bar to the right of the shares of the figure that they take up."""
-    (rows, columns), scale = heatmap.values.shape, heatmap.scale
+    (rows, columns), scale = heatmap.values.shape, heatmap.limit
     hover = [["<br>".join(map(literal, text.split("\n"))) for text in row] for row in heatmap.hover_texts()]
     words: dict[str, Any] = {"text": hover}
     if heatmap.texts is not None:

@@ -64,6 +64,8 @@ class Heatmap:
         value_title: what the numbers are.
         resolution: values this close to 0 are printed as nothing, and the colour scale never gets finer. For
             numbers of a known size, where anything smaller is rounding.
+        saturation: the colours saturate here, or at the largest value if that is larger: for numbers that have a scale
+            of their own, so that two pictures of them can be compared.
         signed: whether values may be negative. Colours then diverge from white at 0 to red and blue; for
             norms and probabilities they run from white at 0 to blue.
 
@@ -88,6 +90,7 @@ class Heatmap:
     source_tokens: list[str] | None = None
     value_title: str = "value"
     resolution: float = 0.0
+    saturation: float = 0.0
     signed: bool = True
 
     def __post_init__(self) -> None:
@@ -112,13 +115,18 @@ class Heatmap:
     @property
     def shades(self) -> Tensor:
         """The values as they are coloured: an infinite value has the colour at the end of the scale."""
-        return self.numbers.nan_to_num(nan=math.nan, posinf=self.scale, neginf=-self.scale)
+        return self.numbers.nan_to_num(nan=math.nan, posinf=self.limit, neginf=-self.limit)
 
     @property
     def scale(self) -> float:
-        """The absolute value at which colours saturate."""
+        """The largest absolute value, of which words and numbers give so many digits."""
         finite = self.numbers[self.numbers.isfinite()].abs()
         return max(finite.max().item() if finite.numel() else 0.0, self.resolution) or 1.0
+
+    @property
+    def limit(self) -> float:
+        """The absolute value at which colours saturate."""
+        return max(self.scale, self.saturation)
 
     @property
     def sign(self) -> str:

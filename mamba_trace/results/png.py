@@ -84,7 +84,7 @@ def static_figure(heatmaps: Heatmap | Sequence[Heatmap]) -> Figure:
 
 def draw(cells: Any, heatmap: Heatmap, size: Size, known: Container[int]) -> None:
     """Draw one heatmap and its colour bar."""
-    scale, plain = heatmap.scale, partial(literal, known=known)
+    scale, plain = heatmap.limit, partial(literal, known=known)
     name, least = ("RdBu", -scale) if heatmap.signed else ("Blues", 0)
     colours = optional("matplotlib", "a PNG").colormaps[name].with_extremes(bad=BLANK)
     aspect = "equal" if heatmap.square else "auto"

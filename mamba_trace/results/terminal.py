@@ -80,7 +80,7 @@ def headings(heatmap: Heatmap) -> list[tuple[str, list[Text]]]:
 
 def table_cells(heatmap: Heatmap, unit: float) -> list[list[Text]]:
     """The content of each cell of each row, in its colour."""
-    scale, resolution = heatmap.scale, heatmap.resolution
+    scale, resolution = heatmap.limit, heatmap.resolution
     numbers = heatmap.numbers.tolist()
     if heatmap.texts is None:
         texts = [[number_text(one / unit, resolution / unit, heatmap.sign) for one in row] for row in numbers]

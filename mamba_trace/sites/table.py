@@ -16,6 +16,7 @@ Which of the sites a layer has depends on what stands in it: see `layout`.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -269,14 +270,29 @@ BY_NAME: dict[str, Site] = {site.name: site for site in SITES}
 ATTENTION_TERM = "hook_attn_term"
 #: MambaLens's name of the logits is that of `lm_head`; where `logits` are a site of their own see `layout`.
 BY_HOOK: dict[str, Site] = {site.hook: site for site in reversed(SITES)} | {ATTENTION_TERM: BY_NAME["attn_out"]}
+#: What stands for any layer in the tables of sites.
+ANY_LAYER = re.compile(r"^(layers\[l\]|layers\.l|blocks\.l)\.")
 #: The sites of a mixer that its own modules produce under another name.
 BY_MODULE = {s.module: s for s in SITES if s.scope == "mixer" and s.module and s.module != s.name}
 _INDEX = {site.name: index for index, site in enumerate(SITES)}
 
 
 def site_named(name: Any) -> Site | None:
-    """The site of a name or a hook name without its layer, ``"conv"`` or ``"hook_conv"``, if there is one."""
-    return (BY_NAME.get(name) or BY_HOOK.get(name)) if isinstance(name, str) else None
+    """The site of a name without its layer, if there is one.
+
+    It may be written as ``"conv"`` or ``"hook_conv"``, with its part, ``"attn.z"`` or ``"attn.hook_z"``, and as in the
+    tables of sites, ``"layers[l].ssm.conv"`` or ``"blocks.l.hook_conv"``.
+    """
+    if not isinstance(name, str):
+        return None
+    name = ANY_LAYER.sub("", name)
+    if (site := BY_NAME.get(name) or BY_HOOK.get(name)) is not None:
+        return site
+    part, _, last = name.rpartition(".")
+    if part and last in BY_NAME and PUBLIC_PART.get(BY_NAME[last].scope) == part:
+        return BY_NAME[last]
+    in_parts = [site for site in SITES if site.hook.endswith(f".{name}")]
+    return in_parts[0] if len(in_parts) == 1 else None
 
 
 def in_scope(scope: Scope, family: Family | None = None) -> tuple[Site, ...]:
