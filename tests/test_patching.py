@@ -261,7 +261,7 @@ def test_labels_show_tokens_and_where_they_differ(grid: PatchGrid, tiny: MambaTr
     assert grid.labels[NAME] == " Shelby -> Emma_10"
     assert grid.row_labels == [str(layer) for layer in range(len(grid.values))]
     without_tokenizer = patch_grid(tiny, OURS, THEIRS, metric=logit_diff(tiny, PLUS, MINUS), progress=False)
-    assert without_tokenizer.labels == ["3_0", "0_1", "7->8_2", "9_3", "4->1_4", "2_5"]
+    assert without_tokenizer.labels == ["3_0", "0_1", "7 ->8_2", "9_3", "4 ->1_4", "2_5"]
 
 
 def test_prompts_answered_alike_have_no_scale(demo: MambaTrace, metric: Metric) -> None:

@@ -212,7 +212,6 @@ def test_memory_is_bounded(model_type: str, site: str, length: int) -> None:
     def sweep() -> PatchGrid:
         return patch_grid(model, tokens[:1], tokens[1:], site, logit(model, 3), memory=memory, progress=False)
 
-    sweep()
     streams = 4 * length * 64 * 4
     both = 2 * length * (5 * 64 + 8 * 128) * 4  # what the unpatched runs of both prompts take
     peak = PeakMemory.of(sweep).peak
