@@ -148,7 +148,7 @@ class Tokens:
         if len(ids) != 1:
             raise PromptError(f"{text!r} is {len(ids)} tokens, {pieces}, not one{hint}")
         if ids[0] == tokenizer.unk_token_id and text != tokenizer.unk_token:
-            raise PromptError(f"{text!r} is not in the vocabulary of this tokenizer{hint}")
+            raise PromptError(f"{text!r} is not among the {len(tokenizer)} tokens of model.tokenizer.get_vocab(){hint}")
         return ids[0]
 
     def to_single_str_token(self, token: Any) -> str:
