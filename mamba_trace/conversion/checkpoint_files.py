@@ -113,7 +113,9 @@ class Location:
             at = f" at revision {revision!r}" if revision else ""
             why = "local_files_only or HF_HUB_OFFLINE is set" if offline(self.hub) else "no connection"
             said = {"name": self.name, "file": file, "revision": revision, "at": at}
-            raise CheckpointError(words.format(**said, why=why, error=error)) from error
+            message = words.format(**said, why=why, error=error)
+            error.__cause__ = error.__context__ = None  # pages of frames that say no more than the message
+            raise CheckpointError(message) from error.with_traceback(None)
 
 
 def weight_names(kwargs: Mapping[str, Any], named: str | None = None) -> list[str]:
