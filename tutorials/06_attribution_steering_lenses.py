@@ -232,7 +232,7 @@ of_states[0]
 # Of the logit of " Emma" nearly all comes from one state, that of layer 1. It adds to " Shelby", too, but no more than
 # to " Tom", who is not in the prompt; Mary and Alice, who are absent as well, lose. So 4.7 does not show that Shelby
 # is left in this state: a lens value means something only beside a baseline. (How the giver is taken away, is the
-# subject of tutorial 10.) The same state raises " Emma" at the full stop (_9), too, before the giver, who may be either.
+# subject of tutorial 10.) The same state raises " Emma" at the full stop (_9), before the giver, who may be either.
 #
 # **What to take along.** Attribution and patching agree here on *where*, and both lenses agree on *when*: layer 1, at
 # the last token. That is no proof. The logit lens reads early what the later layers were meant to read, and the state
