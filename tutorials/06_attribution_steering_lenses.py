@@ -5,7 +5,7 @@
 # less, or ask something else. At the end you will be able to
 #
 # - estimate a whole patching grid from one backward pass, and say where to trust the estimate,
-# - steer what a model generates, through the residual stream and through the state,
+# - steer what a model says, through the residual stream and through the state,
 # - read out what the model would say after each layer, and what each state adds to the answer.
 #
 # To use a large model instead, change the cell below: `model = MambaTrace("state-spaces/mamba-370m")` or
@@ -63,9 +63,7 @@ for name, found in (("patched", grid), ("estimated", estimate)):
 # gradients). That takes n forwards and backwards, which is still independent of the number of cells.
 
 # %%
-print(
-    f"{'site':10} largest patched cell   estimate there with steps = 1     2     4     correlation   1       2       4"
-)
+print("site       largest patched cell   estimate there with steps = 1     2     4     correlation   1       2       4")
 for site in ("h", "resid_pre", "conv", "delta"):
     patched = grid if site == "h" else patch_grid(model, prompt, source, site, metric, progress=False)
     cells = patched.normalized()
@@ -77,18 +75,18 @@ for site in ("h", "resid_pre", "conv", "delta"):
     print(f"{site:10} {largest:40} {there:22} {correlations:>35}")
 
 # %% [markdown]
-# - `resid_pre` at token 10, where the prompts differ, is the largest error: 0.15 in place of 1.00. The whole network
-#   lies between this cell and the metric. Two steps repair most of it, four nearly all.
+# - `resid_pre` at token 10, where the prompts differ, is the largest error: 0.15 in place of 1.00. Layers 1 to 7
+#   lie between this cell and the metric. Two steps repair most of it, four nearly all.
 # - `h` and `conv` have the right cells from the start. With four steps their scale is right to about a tenth as well.
-# - `delta` has nothing to find: its largest cell moves the metric by 0.02. Here steps make the estimate *worse*; they
+# - `delta` has nothing to find: its largest cell is 0.02 of the way. Here steps make the estimate *worse*; they
 #   average gradients on a way on which everything changes, and patching changes delta alone. Look at the size of a
 #   grid before you believe its correlation.
 #
 # In short: take attribution to *find* where to look, `steps=` to sharpen it, and `patch_grid` for the numbers that
 # you report.
 #
-# How much work does it save? For this tiny model, none worth the name. For 24 layers of mamba-130m's width and 17
-# positions, `tests/benchmarks/patching.json` records 0.78 s for `attribution_grid` and 3.66 s for `patch_grid`.
+# How much work does it save? For 24 layers of mamba-130m's width and 17 positions, `tests/benchmarks/patching.json`
+# records 0.78 s for `attribution_grid` and 3.66 s for `patch_grid`.
 #
 # ## Steering: add a direction while the model generates
 #
@@ -117,16 +115,14 @@ with model.trace(prompt):
     stream = model.layers[7].resid_post.output[0, -1].save()
 print(f"norm of the stream after the last layer: {stream.norm():.1f}")
 for scale in (0.0, 5.0, 10.0, 20.0, 40.0):
-    print(
-        f"scale {scale:4}: the first step {steered(prompt, 7, scale)!r:10} both steps: {steered(prompt, 7, scale, 2)!r}"
-    )
+    both = steered(prompt, 7, scale, steps=2)
+    print(f"scale {scale:4}: the first step {steered(prompt, 7, scale)!r:10} both steps: {both!r}")
 
 # %% [markdown]
 # At 10, about the norm of the stream itself, the model says " Mary", and goes on with a full stop as it should. At
-# 40, with the direction added in both steps, it says the name twice: a direction that is strong enough decides every
-# word.
+# 40, with the direction added in both steps, it says the name twice: strong enough, it decides every word.
 #
-# The sweep in full, at three layers: the probabilities of the two names after the prompt.
+# The sweep in full, at three layers: the norm of the stream, and the probabilities of the two names after the prompt.
 
 # %%
 scales = torch.arange(0, 21, 1.0)
@@ -135,56 +131,56 @@ for panel, layer in zip(panels, (0, 3, 7), strict=True):
     rows = []
     for scale in scales.tolist():
         with torch.no_grad(), model.trace(prompt):
+            norm = model.layers[layer].resid_post.output[0, -1].norm().save()
             steer(model.layers[layer].resid_post, direction, scale=scale, positions=-1)
-            rows.append(model.lm_head.output[0, -1].softmax(-1)[[emma, mary]].save())
-    curves = torch.stack(rows)  # [scales,2]
-    panel.plot(scales, curves[:, 0], label="' Emma'")
-    panel.plot(scales, curves[:, 1], label="' Mary'")
+            rows.append(model.lm_head.output[0, -1].softmax(-1).save())
+    curves = torch.stack(rows)  # [scales,V]
+    panel.plot(scales, curves[:, emma], label="' Emma'")
+    panel.plot(scales, curves[:, mary], label="' Mary'")
     panel.set(title=f"after layer {layer}", xlabel="scale")
-    crossing = scales[(curves[:, 1] > curves[:, 0]).nonzero()[0, 0]].item()
-    print(
-        f"layer {layer}: ' Mary' overtakes ' Emma' at scale {crossing:.0f}; its probability at 20 is {curves[-1, 1]:.2f}"
-    )
+    at = (curves[:, mary] > curves[:, emma]).nonzero()[0, 0].item()
+    first = model.to_string(curves[at].argmax()[None])
+    print(f"layer {layer}, norm {norm:.1f}: ' Mary' overtakes ' Emma' at scale {scales[at]:.0f}, where", end=" ")
+    print(f"{first!r} comes first with {curves[at].max():.2f}; ' Mary' at 20: {curves[-1, mary]:.2f}")
 panels[0].set_ylabel("probability")
 panels[0].legend()
 figure.tight_layout()
 
 # %% [markdown]
-# After layers 3 and 7 the curves cross at about the same scale: the layers between them do little at this position.
-# After layer 0 a smaller push is enough to move the model away from " Emma". But between the two names there is a gap
-# where neither is probable, so a third token is, and the probability of " Mary" grows slowly. There the direction
-# still passes through layer 1, which finds the answer and was not made for such input. Steer late if you want a word,
-# early if you want to see what the model makes of it.
+# After layers 3 and 7 the curves cross at the same scale, a little below the norm of the stream. After layer 0 the push
+# that overtakes is smaller in absolute terms, but twice the stream. There, and after layer 3, a third name comes first
+# where the curves cross. After layer 0 " Mary" grows slowly from there: the direction still passes through layer 1,
+# which finds the answer. Steer late if you want a word, early if you want to see what the model makes of it.
 #
 # ## Steering the state
 #
 # The state can be steered as well. There a direction is what two runs differ in: the state of layer 1 at the end, for
-# a prompt with Mary in place of Emma, minus that of our prompt, [E,N]. What is added to `h[-1]` is carried on. Does
-# it also work in *another* sentence, about other people?
+# a prompt with another name in place of Emma, minus that of our prompt, [E,N]. What is added to `h[-1]` is carried on.
+# Does it also work in *another* sentence, about other people? Row 0 of the batch below is our prompt, from Emma to
+# Mary. The others are 20 differences between five names, each in five other sentences. (`steer` adds one direction to
+# all rows, so here we add by hand.)
 
 # %%
-with_mary = prompt.replace("Emma", "Mary")
-with torch.no_grad(), model.trace(with_mary):
-    h_mary = model.layers[1].ssm.h[-1].output[0].save()
-with torch.no_grad(), model.trace(prompt):
-    h_emma = model.layers[1].ssm.h[-1].output[0].save()
-difference = h_mary - h_emma  # [E,N]
-elsewhere = "When Paul and John had lunch at work, John handed a letter to"
-for scale in (0.0, 0.25, 0.5, 0.75, 1.0, 2.0):
-    said = []
-    for text in (prompt, elsewhere):
-        with torch.no_grad(), model.generate(text, max_new_tokens=2, min_new_tokens=2, do_sample=False) as tracer:
-            for _ in tracer.iter[:1]:
-                steer(model.layers[1].ssm.h[-1], difference, scale=scale)
-            ids = tracer.result.save()
-        said.append(model.to_string(ids[0, -2:]))
-    print(f"scale {scale:4}: Emma and Shelby -> {said[0]!r:12} Paul and John -> {said[1]!r}")
+people = ("Mary", "Emma", "Sean", "Jenny", "Maria")
+pairs = [("Amy", "Wendy"), ("Paul", "George"), ("Steven", "Pam"), ("Kevin", "Dennis"), ("Cindy", "Keith")]
+with torch.no_grad(), model.trace([prompt.replace("Emma", name) for name in people]):
+    states = model.layers[1].ssm.h[-1].output.save()  # [5,E,N]
+moves = [(1, 0)] + [(old, new) for old in range(5) for new in range(5) if old != new for _ in pairs]
+texts = [prompt] + 20 * [f"When {one} and {two} had lunch at work, {two} handed a letter to" for one, two in pairs]
+old, new = torch.tensor(moves).T
+wanted = torch.tensor([model.to_single_token(f" {name}") for name in people])[new]
+for scale in (0.0, 0.5, 1.0, 2.0):
+    with torch.no_grad(), model.trace(texts):
+        model.layers[1].ssm.h[-1].output[:] += scale * (states[new] - states[old])  # [101,E,N]
+        said = model.lm_head.output[:, -1].argmax(-1).save()
+    print(f"scale {scale}: our prompt {model.to_string(said[:1])!r}, elsewhere the new name in", end=" ")
+    print(f"{(said == wanted)[1:].sum()} of {len(texts) - 1}")
 
 # %% [markdown]
-# At scale 1 the first line only says that the difference was taken rightly: it turns one state into the other. The
-# second is a finding: the same difference, made from one pair of prompts, puts " Mary" into a sentence about Paul and
-# John. So the state of layer 1 holds names in a form that does not depend on who else is there. Half-way, at 0.5, the
-# model says a third name in the first sentence: states in between are not meaningful just because their ends are.
+# At scale 1 our prompt only says that the difference was taken rightly: it turns one state into the other. Half-way
+# the model says a third name: states in between are not meaningful just because their ends are. Elsewhere the new
+# name comes out in little more than a third of the rows, and with twice the difference in 60 of 100. So the state of
+# layer 1 holds names in a form that sentences share in part. A single other sentence would not have told.
 #
 # ## Logit lens: what would the model say after each layer?
 #
@@ -220,19 +216,23 @@ for row, label in enumerate(top.row_labels):
 # the values add up.
 
 # %%
-of_states = [state_lens(model, prompt, token=name) for name in (" Emma", " Shelby")]
+names = (" Emma", " Shelby", " Tom", " Mary", " Alice")
+of_states = [state_lens(model, prompt, token=name) for name in names]
+print("added to the logit of ", *(f"{name!r:>9}" for name in names))
 for row, label in enumerate(of_states[0].row_labels):
-    emma_gets, shelby_gets = (round(lens.logits[row, END].item(), 1) + 0.0 for lens in of_states)
-    print(f"state of layer {label}: adds {emma_gets:5.1f} to ' Emma', {shelby_gets:5.1f} to ' Shelby'")
+    print(
+        f"by the state of layer {label}",
+        *(f"{round(lens.logits[row, END].item(), 1) + 0.0:8.1f}" for lens in of_states),
+    )
 together = of_states[0].logits[:, END].sum().item()
 print(f"all states together: {together:.1f} of the logit {lenses[0].logits[-1, END]:.1f} of ' Emma'")
 of_states[0]
 
 # %% [markdown]
-# Of the logit of " Emma" nearly all comes from one state, that of layer 1. It adds to " Shelby" too, but a third as
-# much: both names are in this state, one of them weakened. (How, is the subject of tutorial 10.) In the picture the
-# same state raises " Emma" at the full stop (_9), too. There the next word is the giver, who may be either of the
-# two.
+# Of the logit of " Emma" nearly all comes from one state, that of layer 1. It adds to " Shelby", too, but no more than
+# to " Tom", who is not in the prompt; Mary and Alice, who are absent as well, lose. So 4.7 does not show that Shelby
+# is left in this state: a lens value means something only beside a baseline. (How the giver is taken away, is the
+# subject of tutorial 10.) The same state raises " Emma" at the full stop (_9), before the giver, who may be either.
 #
 # **What to take along.** Attribution and patching agree here on *where*, and both lenses agree on *when*: layer 1, at
 # the last token. That is no proof. The logit lens reads early what the later layers were meant to read, and the state
