@@ -20,7 +20,9 @@ sys.path.append(str(Path(__file__).parent / "benchmarks"))
 from comparison import comparison_table, evidence_list
 from hybrid_models import PLAIN, make_hybrid
 from readme_table import (
+    analyses_table,
     architecture_speed,
+    decode_table,
     forward_table,
     hugging_face_ratios,
     patching_table,
@@ -163,6 +165,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "architecture speed": lambda: hugging_face_ratios(architecture_speed(recorded)),
     "forward": lambda: forward_table(recorded("forward")),
     "scaling": lambda: scaling_table(recorded("scaling")),
+    "decode": lambda: decode_table(recorded("decode")),
+    "analyses": lambda: analyses_table(recorded("analyses")),
     "patching": lambda: patching_table(recorded("patching")),
     "speed in short": lambda: speed_in_short(recorded),
     "comparison": comparison_table,

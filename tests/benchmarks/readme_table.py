@@ -59,6 +59,33 @@ def patching_table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+#: What the pages call the architectures of `decode.json` and `analyses.json`.
+PURE_NAMES = {"mamba": "Mamba-1", "mamba2": "Mamba-2"}
+
+
+def decode_table(results: dict[str, Any]) -> str:
+    """A row for each architecture and number of threads of ``decode.json``: the contenders beside the matmuls."""
+    first = next(iter(results["architectures"]["mamba"].values()))
+    columns = [name for name in first if name != "floor"]
+    lines = ["| | threads | " + " | ".join(columns) + " |", "|---" * (len(columns) + 2) + "|"]
+    for model_type, found in results["architectures"].items():
+        for threads, rows in found.items():
+            cells = [f"{rows[name]['ratio']:.2f}" for name in columns]
+            lines.append(f"| {PURE_NAMES[model_type]} | {threads} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def analyses_table(results: dict[str, Any]) -> str:
+    """A row for each contender of ``analyses.json`` that is put beside another, a column for each architecture."""
+    found = {PURE_NAMES[name]: lengths["20"] for name, lengths in results["architectures"].items()}
+    lines = ["| L = 20 | beside | " + " | ".join(found) + " |", "|---" * (len(found) + 2) + "|"]
+    for name, row in next(iter(found.values())).items():
+        if name != row["beside"]:
+            cells = [f"{rows[name]['ratio']:.2f}" for rows in found.values()]
+            lines.append(f"| {name} | {row['beside']} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 #: The names of model types of `hybrids.json`.
 HYBRID_NAMES = {
     "nemotron_h": "Nemotron-H",
