@@ -182,7 +182,7 @@ KERNELS = {
         (conv, "forward"),
     )
 }
-AXES = {"batch": 2, "length": 3, "width": 4, "n_state": 2, "taps": 3, "past": 2, "pieces": 1}
+AXES = {"batch": 2, "length": 3, "width": 4, "n_state": 2, "taps": 3, "past": 2, "pieces": 1, "runs": 2}
 
 
 def fitting(layout: BlockLayout) -> dict[str, Any]:
@@ -222,8 +222,8 @@ def test_a_kernel_of_the_cpu_refuses_what_does_not_fit(name: str) -> None:
 
 def test_an_array_that_a_kernel_does_not_look_at_may_be_missing() -> None:
     good = fitting(selective.FORWARD)
-    missing = dict.fromkeys(("skip", "D", "states"))
-    team.run(selective.forward, 1, **{**good, **missing, "gated": 0, "keep": 0})
+    missing = dict.fromkeys(("skip", "D", "states", "starts", "begins"))
+    team.run(selective.forward, 1, **{**good, **missing, "gated": 0, "keep": 0, "runs": 0})
 
 
 def test_the_places_of_a_layout_do_not_overlap() -> None:

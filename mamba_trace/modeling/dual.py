@@ -9,13 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..scan import DUAL
-from ..scan.dual import short
 from ..scan.norm import rms_norm
 from ..scan.reference import accumulation_dtype
 from .discretisation import Discretisation, DualDiscretisation
 from .mixer import HookableMixer
 from .offers import Offers
-from .past import PastStates
 
 
 class DualMixer(HookableMixer):
@@ -63,13 +61,6 @@ class DualMixer(HookableMixer):
         delta_2 = offer("delta_2", offer("delta_1", delta_1) + self.dt_bias)  # [B,L,H]
         (B, C), (low, high) = others, self.time_step_limit
         return DualDiscretisation(self.by_head(x), delta_2, offer.mask, self.A_log, B, C, limit=(low, high))
-
-    def gated_run(self, past: PastStates, *inputs: Any) -> Tensor:
-        state, (x, steps, A, B, C, D, skip) = past.shared_state(), inputs
-        free = self.kernels in ("auto", "cpu") and A.dim() == 1
-        if state is None or not (free and short.takes(x, steps, A, B, C, D, skip, state)):
-            return super().gated_run(past, *inputs)
-        return short.gated_scan(x, steps, A, B, C, D, skip, state)
 
     def by_head(self, value: Tensor) -> Tensor:
         return value.unflatten(-1, (self.num_heads, self.head_dim))

@@ -40,7 +40,7 @@ from .discretisation import Discretisation
 from .offers import Offers
 from .past import PastStates, masked, seen_by
 from .run_report import LayerRun, RunReport
-from .stretches import Stretches
+from .stretches import Starts, Stretches
 
 #: The modules that stand for SiLU, which the kernels of the convolution apply.
 SILU = (nn.SiLU, SiLUActivation)
@@ -211,12 +211,8 @@ class HookableMixer(nn.Module):
             silu = type(self.act) in SILU and offer.inside("conv") is None
             whole = silu and offer.bypass("act", type(self.act)) is not None
             weight, bias = conv1d.weight[:, 0], conv1d.bias  # [channels,K], [channels] or None
-
-            def run(past: PastStates, x_in: Tensor) -> Tensor:
-                x_in, before = past.convolution(x_in)  # [B,L,channels], [B,channels,K] or None
-                return causal_conv(x_in, weight, bias, before, activate=whole, backend=backend)
-
-            conv = past.in_runs(run, x_in)
+            x_in, before = past.convolution(x_in)  # [B,L,channels], [B,channels,K] or None
+            conv = causal_conv(x_in, weight, bias, before, activate=whole, backend=backend, runs=past.runs)
             reason = "" if whole else "conv or its SiLU is wanted or hooked"
         self.last_run.reasons += [reason] if reason else []
         if whole:
@@ -263,12 +259,11 @@ class HookableMixer(nn.Module):
     # -- the scan --------------------------------------------------------------------------------------
 
     def scan(
-        self, offer: Offers, x: Tensor, skip: Tensor, h: Tensor | PastStates | None, parameters: Discretisation
+        self, offer: Offers, x: Tensor, skip: Tensor, h: Tensor | Starts | None, parameters: Discretisation
     ) -> tuple[Tensor, Tensor | None]:
         """The output of the SSM [B,L,E], gated if no norm comes before the gate, and its last state [B,...,N].
 
-        It takes as few kernels as will do. Where the rows are several runs, each of which starts from a state of its
-        own, ``h`` is what came before them, and no state is returned.
+        It takes as few kernels as will do. Where the rows are several runs, no state is returned.
         """
         parameters.offer(offer)
         wanted = offer.inside("scan", "states")
@@ -279,9 +274,8 @@ class HookableMixer(nn.Module):
         reason = f"{wanted} is wanted{edited}" if wanted else "a norm comes before the gate"
         self.last_run.reasons.append(reason)
         recurrence = parameters.recurrence(self.kernels)
-        if isinstance(h, PastStates):
-            starts = [(span, self.from_cache(run.state())) for span, run in h.runs]
-            pieces, h = [recurrence.run(span.start, span.stop, start)[0] for span, start in starts], None
+        if isinstance(h, Starts):
+            pieces, h = h.run(recurrence), None
         else:
             pieces, h = Stretches(offer, recurrence, h).run()
         del parameters, recurrence  # and with them delta, which makes room for what follows
@@ -290,41 +284,30 @@ class HookableMixer(nn.Module):
         return ssm_output if self.norm_first else F.silu(skip.to(ssm_output.dtype)).mul_(ssm_output), h
 
     def fused(
-        self, x: Tensor, skip: Tensor, h: Tensor | PastStates | None, parameters: Discretisation
+        self, x: Tensor, skip: Tensor, h: Tensor | Starts | None, parameters: Discretisation
     ) -> tuple[Tensor, Tensor | None]:
-        """`scan` in one kernel, or in one for each run."""
+        """`scan` in one kernel."""
         steps, A, B, C, D = parameters.steps(), parameters.A, parameters.B, parameters.C, self.D_of_scans()
         x, skip = self.by_head(x), self.by_head(skip)
-        if not isinstance(h, PastStates):
-            gated, h = self.scans.gated_scan(x, steps, A, B, C, D, skip, h, kernels=self.kernels)
-            return self.by_channel(gated), h
-
-        def run(past: PastStates, *values: Tensor) -> Tensor:
-            x, steps, B, C, skip = values
-            return self.gated_run(past, x, steps, A, B, C, D, skip)
-
-        return self.by_channel(h.in_runs(run, x, steps, B, C, skip)), None
-
-    def gated_run(self, past: PastStates, *inputs: Any) -> Tensor:
-        """`ScanFamily.gated_scan` of ``inputs`` in one run, where all rows start from one state."""
-        gated, _ = self.scans.gated_scan(*inputs, self.from_cache(past.state()), kernels=self.kernels)
-        return gated
+        if isinstance(h, Starts):
+            gated = self.scans.gated_runs(x, steps, A, B, C, D, skip, h.states, h.runs, kernels=self.kernels)
+            return self.by_channel(gated), None
+        gated, h = self.scans.gated_scan(x, steps, A, B, C, D, skip, h, kernels=self.kernels)
+        return self.by_channel(gated), h
 
     def with_D(self, y: Tensor, x: Tensor) -> Tensor:
         """y + D x [B,L,E]."""
         return torch.addcmul(y, x.to(y.dtype), self.D_of_channels().to(y.dtype))
 
-    def initial_state(self, offer: Offers, x: Tensor, past: PastStates) -> Tensor | PastStates | None:
+    def initial_state(self, offer: Offers, x: Tensor, past: PastStates) -> Tensor | Starts | None:
         """The state before the first position [B,...,N], or ``None`` for zeros that nobody wants.
 
-        Where the rows are several runs it is ``past``, which has the states.
+        Where the rows are several runs, those before each of them.
         """
-        if past.runs:
-            return past
         h = self.from_cache(past.state(lent=not offer.open and not torch.is_grad_enabled()))
         if not offer.wants("h_start"):
             offer.pass_over("h_start")
-            return h
+            return h if past.runs is None or h is None else Starts(h, past.runs)
         if h is None:
             h = x.new_zeros(x.shape[0], *self.state_shape, dtype=accumulation_dtype(x))
         if x.requires_grad or (torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())):

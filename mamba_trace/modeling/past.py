@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from itertools import chain
 from typing import Any, Protocol
 
 import torch
@@ -19,8 +18,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from ..errors import PromptError
+from ..scan.runs import Runs
 from ..tracing.mask import ends
-from .starting import Starting, StartingRuns, StartingStates
+from .starting import Starting, StartingRuns, StartingStates, of_layer
 
 
 class CachedLayer(Protocol):
@@ -41,7 +41,7 @@ class PastStates:
         tokens: the mixer's input [B,L,D].
 
     Attributes:
-        runs: where the rows are several runs, the columns of each and what came before it; else empty.
+        starting_runs: the cache, where the rows are several runs, one behind the other.
 
     Raises:
         PromptError: if the mask has another shape, other values than 0 and 1, or padding between tokens.
@@ -50,27 +50,27 @@ class PastStates:
     def __init__(self, mixer: CachedLayer, cache: Any, attention_mask: Tensor | None, tokens: Tensor) -> None:
         self.mixer, self.layer, self.kernel = mixer, mixer.layer_idx, mixer.conv_kernel_size
         self.fixed = cache if isinstance(cache, StartingStates) else None
+        self.starting_runs = cache if isinstance(cache, StartingRuns) else None
         self.cache: Any = None if isinstance(cache, Starting) else cache
         self.rows = len(tokens)
         self.mask = None if attention_mask is None else self._checked(attention_mask, tokens)
-        parts = cache.parts if isinstance(cache, StartingRuns) else ()
-        self.runs = [(span, PastStates(mixer, start, None, tokens)) for span, start in parts]
 
-    def in_runs(self, call: Callable[..., Tensor], *values: Tensor) -> Tensor:
-        """What ``call(past, *values)`` returns [B,L,...], by itself for each run where the rows are several runs.
+    @property
+    def runs(self) -> Runs | None:
+        """Where the runs are, if the rows are several; what came before is then that of each run."""
+        return None if self.starting_runs is None else self.starting_runs.runs
+
+    def in_runs(self, call: Callable[[PastStates, Tensor], Tensor], value: Tensor) -> Tensor:
+        """What ``call(past, value)`` returns [B,L,...], by itself for each run where the rows are several.
 
         Args:
-            call: takes what came before, and the values at the columns that come after it.
-            values: of this call [B,L,...].
+            call: takes what came before, and the value at the columns that come after it.
+            value: of this call [B,L,...].
         """
-        if not self.runs:
-            return call(self, *values)
-        parts = (call(run, *(value[:, span] for value in values)) for span, run in self.runs)
-        first = next(parts)
-        whole = first.new_empty(len(first), self.runs[-1][0].stop, *first.shape[2:])
-        for (span, _), part in zip(self.runs, chain((first,), parts), strict=True):
-            whole[:, span] = part
-        return whole
+        if self.starting_runs is None:
+            return call(self, value)
+        parts = ((PastStates(self.mixer, start, None, value), value[:, s]) for s, start in self.starting_runs.parts)
+        return self.starting_runs.runs.joined(call(past, own) for past, own in parts)
 
     def _checked(self, mask: Tensor, tokens: Tensor) -> Tensor | None:
         rows, length, _ = tokens.shape
@@ -94,7 +94,9 @@ class PastStates:
         return mask != 0
 
     def _columns(self) -> Tensor | None:
-        """The columns before this call [B,channels,K], or ``None``."""
+        """The columns before this call [B,channels,K], or before each run of it, or ``None``."""
+        if self.starting_runs is not None:
+            return of_layer(self.starting_runs.starts.columns[self.layer])
         if self.fixed is not None:
             return self.fixed.convolution(self.layer, self.rows)
         return None if self.cache is None else self.cache.get_conv_state(self.layer, state_idx=0)
@@ -129,10 +131,12 @@ class PastStates:
         self.cache.update_conv_state(columns, self.layer, conv_kernel_size=self.kernel)
 
     def state(self, lent: bool = False) -> Tensor | None:
-        """The cached state to start from [B,...,N], or ``None`` for zeros.
+        """The cached state to start from [B,...,N], or that of each run, or ``None`` for zeros.
 
         If it is ``lent`` it may be the cache's own, which `keep` overwrites: for a caller who only reads it before.
         """
+        if self.starting_runs is not None:
+            return of_layer(self.starting_runs.starts.states[self.layer])
         if self.fixed is not None:
             return self.fixed.state(self.layer, self.rows)
         if self.cache is not None:
@@ -140,10 +144,6 @@ class PastStates:
             if layer.is_recurrent_states_initialized[0]:
                 return layer.recurrent_states[0] if lent else layer.recurrent_states[0].clone()
         return None
-
-    def shared_state(self) -> Tensor | None:
-        """The state that all rows of the call start from [...,N]; ``None`` where they may have one each."""
-        return None if self.fixed is None else self.fixed.shared_state(self.layer)
 
     def keep(self, h: Tensor | None) -> None:
         """Store the state after the last token of this call."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 import torch
 from einops import rearrange
 from torch import Tensor
+
+from ..scan.runs import Runs
 
 
 class Starting(ABC):
@@ -85,10 +88,16 @@ class StartingStates(Starting):
             return of_places.expand(rows, *of_places.shape[1:])
         return of_places[self.places[layer]]
 
-    def shared_state(self, layer: int) -> Tensor | None:
-        """The state that all rows start from [...,N], if only one is kept."""
-        states = of_layer(self.states[layer])
-        return states[0] if len(states) == 1 else None
+    def at(self, place: int) -> StartingStates:
+        """Where all rows start from one place."""
+
+        def cut(values: list[Any]) -> list[Any]:
+            return [None if value is None else value[place : place + 1] for value in values]
+
+        columns, states, positions = cut(self.columns), cut(self.states), cut(self.positions)
+        before = [max(own.tolist()) for own in positions]
+        rest = (self.length, self.embeddings)
+        return StartingStates(columns, states, [], self.keys, self.values, positions, before, *rest)
 
     # -- attention -------------------------------------------------------------------------------------
 
@@ -135,18 +144,22 @@ class StartingStates(Starting):
 class StartingRuns(Starting):
     """The cache of a call each of whose rows is several runs, one behind the other.
 
-    Nothing goes from one run to the next. All rows have the same runs. So linear layers and norms see one long row,
-    with nothing to pad, and only what looks back is called for each run by itself.
-
     Attributes:
-        parts: the columns of each run, and the one place where it starts in every row.
+        starts: where the runs start, a place for each, which is the same in all rows.
+        runs: where they are in a row.
     """
 
-    parts: list[tuple[slice, StartingStates]]
+    starts: StartingStates
+    runs: Runs
 
     @property
     def length(self) -> int:  # type: ignore[override]
-        return self.parts[0][1].length
+        return self.starts.length
+
+    @functools.cached_property
+    def parts(self) -> list[tuple[slice, StartingStates]]:
+        """The positions of each run, and where it starts."""
+        return [(span, self.starts.at(place)) for place, span in enumerate(self.runs.spans)]
 
     def original(self, layer: int, given: Tensor, rows: int) -> Tensor:
         return torch.cat([start.original(layer, given[:, span], rows) for span, start in self.parts], dim=1)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..scan import Recurrence
+from ..scan.runs import Runs
 from ..sites import STATE
 from .offers import Offers, same_contents
 
@@ -26,6 +27,26 @@ class Stretch:
         """y [B,l,...] and the state after each position [B,l,...,N], an edit of the last one included."""
         _, states = recurrence.states(self.start, self.stop - 1, self.before)
         return self.y, torch.cat((states, self.after[:, None]), dim=1)
+
+
+@dataclass(frozen=True)
+class Starts:
+    """The states that the runs of a call start from, where each row is several.
+
+    Attributes:
+        states: of each run, the same in all rows [runs,...,N].
+        runs: where they are.
+    """
+
+    states: Tensor
+    runs: Runs
+
+    def run(self, recurrence: Recurrence) -> list[Tensor]:
+        """y [B,l,...] of each run of a recurrence."""
+        rows = len(recurrence.x)
+        states = (state.expand(rows, *state.shape) for state in self.states)
+        pairs = zip(self.runs.spans, states, strict=True)
+        return [recurrence.run(span.start, span.stop, state)[0] for span, state in pairs]
 
 
 @dataclass

@@ -181,7 +181,7 @@ def run_to_the_end(
         return [stream for stream, stop in zip(streams, behind, strict=True) if stop == layer]
 
     looked_at = torch.tensor(question.looked_at, device="cpu")
-    starts_of_runs = torch.tensor([span.start for span, _ in past.parts], device="cpu")
+    starts_of_runs = torch.tensor([span.start for span in past.runs.spans], device="cpu")
     ends = starts_of_runs[:, None] + (looked_at - positions[:, None]).clamp(min=0)  # [k,m]: where these positions are
     first = behind[0]
     with model.trace(inputs_embeds=torch.cat(joining(first)), cache=past, use_cache=False):

@@ -18,6 +18,7 @@ from transformers import DynamicCache
 
 from ..modeling.mixer import HookableMixer
 from ..modeling.starting import StartingRuns, StartingStates, of_layer
+from ..scan.runs import Runs
 from ..sites import BY_NAME, STATE, Site
 from .question import PROMPT, SOURCE
 
@@ -122,24 +123,16 @@ class CellStarts:
 
     def start_runs(self, positions: range, stop: int, attended: Attended) -> StartingRuns:
         """Start rows each of which is several runs: from each of ``positions`` up to ``stop``."""
-        prompt = attended.of_run(PROMPT)
-        parts, first = [], 0
-        for position in positions:
-            place = slice(position - self.positions.start, position - self.positions.start + 1)
-            start = StartingStates(
-                columns=[None if kept is None else kept[place] for kept in self.columns],
-                states=[None if kept is None else kept[place] for kept in self.states],
-                places=[],
-                keys=prompt.keys,
-                values=prompt.values,
-                positions=[torch.tensor([position], device=device) for device in self.devices],
-                before=[position] * len(self.devices),
-                length=attended.length,
-                embeddings=prompt.embeddings,
-            )
-            parts.append((slice(first, first + stop - position), start))
-            first += stop - position
-        return StartingRuns(parts)
+        at = range(positions.start - self.positions.start, positions.stop - self.positions.start)
+        of_cells = CellStarts(
+            positions,
+            [None if kept is None else kept[at.start : at.stop] for kept in self.columns],
+            [None if kept is None else kept[at.start : at.stop] for kept in self.states],
+            devices=self.devices,
+        )
+        places = torch.arange(len(positions), device="cpu")
+        starts = of_cells.start([places] * len(self.devices), attended)
+        return StartingRuns(starts, Runs(tuple(stop - position for position in positions)))
 
 
 def run_unpatched(

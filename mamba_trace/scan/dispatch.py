@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,10 +24,11 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from ..errors import BackendError
 from . import cpu, cuda, dual, outline, reference, triton
-from .recompute import transformed
+from .recompute import differentiated, transformed
 from .record import note, pass_over
 from .reference import accumulation_dtype
 from .rows import by_rows
+from .runs import Runs, causal_conv_runs, gated_runs
 
 #: The backends of the selective family by name, those of a GPU best first.
 BACKENDS: dict[str, ModuleType] = {"reference": reference, "cpu": cpu, "cuda": cuda, "triton": triton}
@@ -234,9 +236,45 @@ def convolution(kernels: str, device: torch.device, dtype: torch.dtype, width: i
     return None
 
 
-def causal_conv(*inputs: Tensor | None, activate: bool, backend: ModuleType) -> Tensor:
-    """`reference.causal_conv` on a backend that `convolution` has returned."""
-    x_in = inputs[0]
-    assert x_in is not None
+def causal_conv(
+    x_in: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    before: Tensor | None,
+    *,
+    activate: bool,
+    backend: ModuleType,
+    runs: Runs | None = None,
+) -> Tensor:
+    """`reference.causal_conv` on a backend that `convolution` has returned.
+
+    Where the rows are several ``runs``, ``before`` are the columns before each of them [runs,channels,K].
+    """
     note("conv_silu" if activate else "causal_conv", backend.__name__.rsplit(".", 1)[-1], x_in.shape[1])
-    return backend.causal_conv(*inputs, activate=activate)
+    if runs is None or before is None:
+        return backend.causal_conv(x_in, weight, bias, before, activate=activate)
+    return causal_conv_runs(backend, x_in, weight, bias, before, runs, activate)
+
+
+def in_runs(
+    scan: Callable[..., tuple[Tensor, Tensor]], backends: Mapping[str, ModuleType] = BACKENDS
+) -> Callable[..., Tensor]:
+    """Make the function that runs the gated scan of a family over rows that are several runs: see `ScanFamily`.
+
+    Args:
+        scan: the family's ``gated_scan``.
+        backends: the backends of the family. One with ``gated_runs`` does all runs in one call, if none is longer
+            than its ``LONGEST_RUN``.
+    """
+
+    def run(*inputs: Any, kernels: str = "auto") -> Tensor:
+        *tensors, runs = inputs
+        x, _, A, _, C, *_ = tensors
+        if not (isinstance(x, FakeTensor) or x.numel() == 0 or A.dim() == 3 or differentiated(*tensors)):
+            chosen = choose(kernels, x.device, accumulation_dtype(*tensors), C.shape[-1], backends)
+            if max(runs.lengths) <= getattr(backends[chosen], "LONGEST_RUN", 0):
+                note("gated_scan", chosen, x.shape[1])
+                return backends[chosen].gated_runs(*inputs)
+        return gated_runs(scan, *inputs, kernels=kernels)
+
+    return run

@@ -12,6 +12,7 @@ of all inputs that have positions, and rows the first.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from . import dispatch, dual, reference
+from .runs import gated_runs
 
 Scan = Callable[..., tuple[Tensor, Tensor]]
 
@@ -35,6 +37,8 @@ class ScanFamily:
         selective_states: the same with the state after each position in place of the last state.
         gated_scan: ``(x, delta, A, B, C, D, skip, h_start) -> (after_skip, h_last)``. Its step sizes are those
             before softplus in the selective family, and those after softplus and limits in the dual family.
+        gated_runs: ``(x, delta, A, B, C, D, skip, starts, runs) -> after_skip``. The same without gradients, for rows
+            that are several `runs.Runs`; run r starts from ``starts[r]`` in every row.
         explicit_scan: ``(A_bar, B_bar, x, C, h_start) -> (y, h_last)``.
         explicit_states: the same with the state after each position.
         read_out: ``(states, C) -> y``.
@@ -48,6 +52,7 @@ class ScanFamily:
     selective_scan: Scan
     selective_states: Scan
     gated_scan: Scan
+    gated_runs: Callable[..., Tensor]
     explicit_scan: Scan
     explicit_states: Scan
     read_out: Callable[[Tensor, Tensor], Tensor]
@@ -59,6 +64,7 @@ SELECTIVE = ScanFamily(
     selective_scan=dispatch.selective_scan,
     selective_states=dispatch.selective_states,
     gated_scan=dispatch.gated_scan,
+    gated_runs=dispatch.in_runs(dispatch.gated_scan),
     explicit_scan=dispatch.explicit_scan,
     explicit_states=dispatch.explicit_states,
     read_out=reference.read_out,
@@ -104,12 +110,14 @@ def _headed_read_out(states: Tensor, C: Tensor) -> Tensor:
     return reference.read_out(states.unflatten(-2, (C.shape[-2], -1)), C).flatten(-2)
 
 
+_headed_gated_scan = _headed(dispatch.gated_scan, "x delta A B C D skip h_start")
 #: The scans of Zamba.
 HEADED = ScanFamily(
     name="selective",
     selective_scan=_headed(dispatch.selective_scan, "x delta A B C h_start"),
     selective_states=_headed(dispatch.selective_states, "x delta A B C h_start"),
-    gated_scan=_headed(dispatch.gated_scan, "x delta A B C D skip h_start"),
+    gated_scan=_headed_gated_scan,
+    gated_runs=functools.partial(gated_runs, _headed_gated_scan),
     explicit_scan=_headed(dispatch.explicit_scan, "A_bar B_bar x C h_start"),
     explicit_states=_headed(dispatch.explicit_states, "A_bar B_bar x C h_start"),
     read_out=_headed_read_out,
@@ -120,12 +128,14 @@ def _dual(definition: Scan) -> Scan:
     return dispatch.dispatched(definition, dual.BACKENDS, dual.outline)
 
 
+_dual_gated_scan = _dual(dual.reference.gated_scan)
 #: The scans of Mamba-2.
 DUAL = ScanFamily(
     name="dual",
     selective_scan=_dual(dual.reference.selective_scan),
     selective_states=_dual(dual.reference.selective_states),
-    gated_scan=_dual(dual.reference.gated_scan),
+    gated_scan=_dual_gated_scan,
+    gated_runs=dispatch.in_runs(_dual_gated_scan, dual.BACKENDS),
     explicit_scan=_dual(dual.reference.explicit_scan),
     explicit_states=_dual(dual.reference.explicit_states),
     read_out=dual.reference.read_out,

@@ -22,10 +22,13 @@ from torch import Tensor
 
 from .. import reference
 from ..recompute import gradients_of, recompute
+from ..runs import Runs
 from . import team
 
 #: Whether the kernels are worth a call for a single position.
 TAKES_ONE_POSITION = True
+#: How long the runs of a row may be that `gated_runs` takes.
+LONGEST_RUN = math.inf
 
 
 def unavailable(
@@ -199,6 +202,7 @@ def operator(
     return operator
 
 
+WHOLE: dict[str, Any] = {"whole": 1, "runs": 0, "starts": None, "begins": None}  # rows that are one run each
 GATED = ("x", "delta", "A", "B", "C", "D", "skip")  # the inputs of the gated scan in float32
 _selective: Any = operator(
     ".selective",
@@ -206,6 +210,7 @@ _selective: Any = operator(
     reference.selective_scan,
     reference.selective_states,
     **{"gated": 0, "D": None, "skip": None},
+    **WHOLE,
 )
 _explicit: Any = operator(
     ".explicit", ("A_bar", "B_bar", "x", "C", "h_start"), reference.explicit_scan, reference.explicit_states
@@ -266,8 +271,20 @@ def _gated(
     inputs = dict(zip(GATED, as_floats(x, delta_2, A, B, C, D, skip), strict=True))
     inputs["h_start"] = h = starting_state(x, A.shape[-1], *h_start)
     y, h_last = h.new_empty(x.shape), torch.empty_like(h)
-    run_forward(".selective", inputs, gated=1, keep=0, y=y, h_last=h_last, states=None)
+    run_forward(".selective", inputs, gated=1, keep=0, y=y, h_last=h_last, states=None, **WHOLE)
     return y.to(x.dtype), h_last
+
+
+def gated_runs(
+    x: Tensor, delta_2: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, skip: Tensor, starts: Tensor, runs: Runs
+) -> Tensor:
+    """As `ScanFamily.gated_runs`, in float32: one kernel for all runs."""
+    *tensors, starts = as_floats(x, delta_2, A, B, C, D, skip, starts)
+    inputs = dict(zip(GATED, tensors, strict=True)) | {"starts": starts, "begins": runs.begins}
+    y = tensors[0].new_empty(x.shape)
+    none = {"h_start": None, "h_last": None, "states": None}
+    run_forward(".selective", inputs, gated=1, keep=0, whole=0, runs=len(starts), y=y, **none)
+    return y.to(x.dtype)
 
 
 def causal_conv(
@@ -278,23 +295,36 @@ def causal_conv(
     return recompute(fast, slow, x_in, weight, bias, before)
 
 
+def causal_conv_runs(
+    x_in: Tensor, weight: Tensor, bias: Tensor | None, starts: Tensor, runs: Runs, *, activate: bool
+) -> Tensor:
+    """As `scan.runs.causal_conv_runs`, in float32: one kernel for all runs. Not differentiable."""
+    starts = _as_dense(starts[..., 1:].transpose(1, 2))
+    arrays = {"before": None, "starts": starts, "begins": runs.begins}
+    return _run_conv(x_in, weight, bias, activate, whole=0, runs=len(starts), **arrays)
+
+
 def _convolve(x_in: Tensor, weight: Tensor, bias: Tensor | None, before: Tensor | None, activate: bool) -> Tensor:
+    batch, _, width = x_in.shape
+    history = x_in.new_zeros(batch, weight.shape[1] - 1, width) if before is None else before[..., 1:].transpose(1, 2)
+    return _run_conv(x_in, weight, bias, activate, **WHOLE, before=_as_dense(history))
+
+
+def _run_conv(x_in: Tensor, weight: Tensor, bias: Tensor | None, activate: bool, **others: Any) -> Tensor:
     batch, length, width = x_in.shape
-    past = weight.shape[1] - 1
-    history = x_in.new_zeros(batch, past, width) if before is None else before[..., 1:].transpose(1, 2)
     bias = x_in.new_zeros(width) if bias is None else bias
     (given,) = as_floats(x_in)
     out = given.new_empty(given.shape)
     team.run(
         _kernels(".conv").forward,
         team.pieces(batch * length, -(-width // 4)),  # far less work at a position than in a scan
-        past=past,
+        past=weight.shape[1] - 1,
         activate=int(activate),
         x_in=given,
-        before=_as_dense(history),
         weight=_as_dense(weight.t()),
         bias=_as_dense(bias),
         out=out,
+        **others,
     )
     return out.to(x_in.dtype)
 

@@ -18,13 +18,14 @@ WIDTH = 16  # channels in a block
 CHUNK = 64  # positions between the states that the backward pass keeps
 
 FORWARD = BlockLayout(
-    "gated keep",
+    "gated keep whole runs",
     x=Buffer("batch length width", dense=1), delta=Buffer("batch length width", dense=1),
     B=Buffer("batch length n_state", dense=1), C=Buffer("batch length n_state", dense=1),
     skip=Buffer("batch length width", dense=1, when="gated"),
-    A=Buffer("width n_state"), D=Buffer("width", when="gated"), h_start=Buffer("batch width n_state"),
-    y=Buffer("batch length width"), h_last=Buffer("batch width n_state"),
+    A=Buffer("width n_state"), D=Buffer("width", when="gated"), h_start=Buffer("batch width n_state", when="whole"),
+    y=Buffer("batch length width"), h_last=Buffer("batch width n_state", when="whole"),
     states=Buffer("batch length width n_state", when="keep"),
+    starts=Buffer("runs width n_state", when="runs"), begins=Buffer("runs", when="runs"),
 )  # fmt: skip
 BACKWARD = BlockLayout(
     "keep",
@@ -44,7 +45,8 @@ def forward(data):  # type: ignore[no-untyped-def]
     """Run pieces of the blocks (batch x channel blocks) over all positions. Results: y, h_last and states.
 
     ``gated``: whether to take softplus of delta before, and to add D x to y and gate it after; ``keep``:
-    whether to keep the states.
+    whether to keep the states; ``whole``: whether a row is one run, from h_start to h_last. Otherwise it is some
+    ``runs``: run r starts from the state ``starts[r]`` at position ``begins[r]``, in every row.
     """
     p = forward_arguments(data)
     blocks = (p.width + WIDTH - 1) // WIDTH
@@ -65,39 +67,46 @@ def forward(data):  # type: ignore[no-untyped-def]
             for n in range(p.n_state):
                 for e in range(w):
                     a[n, e] = p.A[e0 + e, n] * LOG2E
-                    h[n, e] = p.h_start[b, e0 + e, n]
-            for t in range(p.length):
-                for e in range(w):
-                    xs[e] = p.x[b, t, e0 + e]
-                for e in range(w):
-                    d[e] = p.delta[b, t, e0 + e]
-                if p.gated:
-                    for e in range(WIDTH):
-                        d[e] = softplus(d[e])
-                for e in range(WIDTH):
-                    dx[e] = d[e] * xs[e]
-                    out[e] = np.float32(0.0)
+            for run in range(max(p.runs, 1)):
+                begin = 0 if p.whole else int(p.begins[run])
+                end = int(p.begins[run + 1]) if run + 1 < p.runs else p.length
+                start = p.h_start[b] if p.whole else p.starts[run]
                 for n in range(p.n_state):
-                    bn, cn = p.B[b, t, n], p.C[b, t, n]
-                    for e in range(WIDTH):
-                        state = exp2(d[e] * a[n, e]) * h[n, e] + dx[e] * bn
-                        h[n, e] = state
-                        out[e] += state * cn
-                if p.gated:
                     for e in range(w):
-                        dx[e] = p.skip[b, t, e0 + e]
-                        out[e] += p.D[e0 + e] * xs[e]
-                    for e in range(WIDTH):
-                        out[e] *= silu(dx[e])
-                for e in range(w):
-                    p.y[b, t, e0 + e] = out[e]
-                if p.keep:
+                        h[n, e] = start[e0 + e, n]
+                for t in range(begin, end):
                     for e in range(w):
-                        for n in range(p.n_state):
-                            p.states[b, t, e0 + e, n] = h[n, e]
-            for n in range(p.n_state):
-                for e in range(w):
-                    p.h_last[b, e0 + e, n] = h[n, e]
+                        xs[e] = p.x[b, t, e0 + e]
+                    for e in range(w):
+                        d[e] = p.delta[b, t, e0 + e]
+                    if p.gated:
+                        for e in range(WIDTH):
+                            d[e] = softplus(d[e])
+                    for e in range(WIDTH):
+                        dx[e] = d[e] * xs[e]
+                        out[e] = np.float32(0.0)
+                    for n in range(p.n_state):
+                        bn, cn = p.B[b, t, n], p.C[b, t, n]
+                        for e in range(WIDTH):
+                            state = exp2(d[e] * a[n, e]) * h[n, e] + dx[e] * bn
+                            h[n, e] = state
+                            out[e] += state * cn
+                    if p.gated:
+                        for e in range(w):
+                            dx[e] = p.skip[b, t, e0 + e]
+                            out[e] += p.D[e0 + e] * xs[e]
+                        for e in range(WIDTH):
+                            out[e] *= silu(dx[e])
+                    for e in range(w):
+                        p.y[b, t, e0 + e] = out[e]
+                    if p.keep:
+                        for e in range(w):
+                            for n in range(p.n_state):
+                                p.states[b, t, e0 + e, n] = h[n, e]
+            if p.whole:
+                for n in range(p.n_state):
+                    for e in range(w):
+                        p.h_last[b, e0 + e, n] = h[n, e]
 
 
 @njit(**OPTIONS)

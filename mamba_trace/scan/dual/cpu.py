@@ -4,18 +4,22 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..cpu import as_floats, operator, run_forward, starting_state
 from ..cpu import unavailable as unavailable
 from ..recompute import recompute
+from ..runs import Runs
 from . import reference
 from .linear import LinearScans
 
 #: Whether the kernels are worth a call for a single position.
 TAKES_ONE_POSITION = True
+#: How long the runs of a row may be that `gated_runs` takes: its time grows with the square. An estimate.
+LONGEST_RUN = 32
 
-_LOOPS, _GATED = "..dual.loops", "..dual.gated"  # as seen from `scan.cpu`
+_LOOPS, _GATED, _RUNS = "..dual.loops", "..dual.gated", "..dual.runs"  # as seen from `scan.cpu`
 #: From how many positions on the gated scan runs chunk by chunk: the states are transposed before and after.
 MANY = 32
 _NAMES = ("x", "decay", "scale", "B", "C")
@@ -62,3 +66,25 @@ def _gated(
     else:
         run_forward(_LOOPS, inputs, gated=1, keep=0, states=None, **results)
     return y.to(x.dtype), results["h_last"]
+
+
+def gated_runs(
+    x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, skip: Tensor, starts: Tensor, runs: Runs
+) -> Tensor:
+    """As `ScanFamily.gated_runs`, in float32: a matmul for what each run reads of its start, and one kernel."""
+    given = as_floats(x, *reference.decay_and_scale(delta, A), B, C, D, skip)
+    inputs = dict(zip((*_NAMES, "D", "skip"), given, strict=True))
+    (starts,) = as_floats(starts)
+    rows, groups = len(x), C.shape[2]
+    states = starts.view(len(starts), groups, -1, starts.shape[-1])  # [runs,G,channels,N]
+    read = states.new_empty(groups, rows * x.shape[1], states.shape[2])
+    for span, state in zip(runs.spans, states, strict=True):
+        lines = slice(rows * span.start, rows * span.stop)
+        for group in range(groups):
+            C_of_run = inputs["C"][:, span, group].reshape(-1, C.shape[-1])  # [B l,N]
+            torch.mm(C_of_run, state[group].t(), out=read[group, lines])
+    y = read.new_empty(x.shape)
+    longest = max(runs.lengths)
+    inputs |= {"read": read, "begins": runs.begins}
+    run_forward(_RUNS, inputs, runs=len(starts), longest=longest, y=y)
+    return y.to(x.dtype)
