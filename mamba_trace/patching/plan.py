@@ -27,6 +27,8 @@ T = TypeVar("T")
 #: The fixed cost of calling a layer once more, as a number of positions that take as long: a CPU reads the
 #: layer's weights again, a GPU launches its kernels again. Estimates; the one for a GPU was never timed.
 OVERHEAD = {"cpu": 72, "cuda": 1000}
+#: How many times as long the call of a layer takes in which a trace watches a site.
+TRACED = 3
 #: How many times as long as its calls a forward is to take; one that takes longer gains next to nothing.
 WORTH = 32
 
@@ -186,7 +188,7 @@ class Budgets:
         pieces, start = [], job.positions.start
         while start < job.positions.stop:
             activations = self.rows_of_a_forward(self.question.stop - start, patching=True) // self.question.window
-            most = max(1, min(activations, math.isqrt(2 * self.overhead)))
+            most = max(1, min(activations, math.isqrt(2 * TRACED * self.overhead)))
             piece = range(start, min(start + most, job.positions.stop))
             pieces.append(Job(job.rows, piece))
             start = piece.stop

@@ -11,9 +11,9 @@ one that differs in one token in the middle, as prompts do that ask who did some
 With the architecture of a hybrid, *whole forwards* is what the same heatmap takes with a forward of the whole prompt
 for each cell, as cells run in a model with edits.
 
-    python tests/benchmarks/patching.py --mamba-lens .mamba_lens/bin/python --json patching.json
-    python tests/benchmarks/patching.py --architecture mamba2
-    python tests/benchmarks/patching.py --architecture nemotron_h --site attn.k
+    python tests/benchmarks/patching.py --mamba-lens .mamba_lens/bin/python --sites h resid_pre conv
+    python tests/benchmarks/patching.py --architecture mamba2 --sites h resid_pre conv
+    python tests/benchmarks/patching.py --architecture nemotron_h --sites attn.k
 """
 
 from __future__ import annotations
@@ -146,7 +146,8 @@ def compared(
     if model.architecture.hybrid:
         runs["whole forwards"] = functools.partial(whole_forwards, model, pair, site, metric)
     rows = summary(measure(runs, repeats, warm_up=1), BESIDE)
-    print(table(f"prompts that differ from token {first} on, {repeats} repeats", rows, digits=0), flush=True)
+    title = f"{site}, prompts that differ from token {first} on, {repeats} repeats"
+    print(table(title, rows, digits=0), flush=True)
     if lens is None:
         return {"contenders": rows}
     found = beside_mamba_lens(lens, model, pair)
@@ -163,14 +164,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, default=2, help="of PyTorch and of the scan")
     parser.add_argument("--architecture", choices=["mamba", "mamba2", *HYBRIDS], default="mamba")
-    parser.add_argument("--site", default="h", help="what is patched")
+    parser.add_argument("--sites", nargs="+", default=["h"], help="what is patched; after the first on one pair alone")
     parser.add_argument("--repeats", type=int, default=5, help="timed runs of each contender")
     parser.add_argument("--mamba-lens", metavar="PYTHON", help="interpreter of an environment that has it")
     parser.add_argument("--json", type=Path, help="where to write the numbers")
     arguments = parser.parse_args()
     if arguments.mamba_lens and arguments.architecture != "mamba":
         parser.error("MambaLens has Mamba-1 only")
-    if arguments.mamba_lens and arguments.site != "h":
+    site, *others = arguments.sites
+    if arguments.mamba_lens and site != "h":
         parser.error("MambaLens is compared on the state")
     torch.set_num_threads(arguments.threads)
     versions = {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
@@ -182,8 +184,11 @@ def main() -> None:
     results |= {"length": LENGTH, "repeats": arguments.repeats, "first difference": {}}
     with mamba_lens(arguments.mamba_lens, arguments.threads) as lens:
         for first, pair in prompts(arguments.architecture).items():
-            found = compared(model, pair, arguments.site, first, lens, arguments.repeats)
+            found = compared(model, pair, site, first, lens, arguments.repeats)
             results["first difference"][str(first)] = found
+    pair = prompts(arguments.architecture)[0]
+    results["site"] = site
+    results["other sites"] = {other: compared(model, pair, other, 0, None, arguments.repeats) for other in others}
     if arguments.json is not None:
         arguments.json.write_text(json.dumps(results, indent=2) + "\n")
 

@@ -1,7 +1,7 @@
 """Whether run time is linear in the length of the prompt, and what an edit of a state takes in memory.
 
 *Time*: microseconds per token of an untraced forward, and of a trace that zeroes the state after one
-position, at lengths that double from 128 to 16,384 tokens, beside those of the bare matmuls, which are linear
+position, at lengths that double from 128 to 65,536 tokens, beside those of the bare matmuls, which are linear
 in length but for what caches and fresh memory cost. All lengths run in turn within each repeat (`timing` says
 why).
 
@@ -36,7 +36,7 @@ from allocations import PeakMemory
 
 SHAPE = {"hidden_size": 768, "state_size": 16, "vocab_size": 1024}
 POSITION = 5  # whose state is edited
-LENGTHS = [128 * 2**doubling for doubling in range(8)]  # 128 to 16,384
+LENGTHS = [128 * 2**doubling for doubling in range(10)]  # 128 to 65,536
 BESIDE = 1024  # the length beside whose time per token the others' is put
 MIB = 2**20
 
