@@ -215,11 +215,14 @@ def test_attention_runs_a_cell_from_its_layer_and_position_on(monkeypatch: pytes
         return by_function(self, q, k, *args)
 
     monkeypatch.setattr(HookableAttention, "by_function", noted)
-    grid_of(made("nemotron_h"), "resid_post", batch_size=5)  # a forward for each position: five rows
+    grid_of(made("nemotron_h"), "resid_post")
     unpatched, patched, *after = shapes
     assert unpatched == (2, 6, 6)
     assert patched == (4, 4, 5 + 4), "phase 1: a row for each of the positions 2 to 5, up to the end"
     assert after == [(2, 6 - position, 6) for position in range(2, 6)], "phase 2: the two rows below, and no padding"
+    shapes.clear()
+    grid_of(made("nemotron_h"), "resid_post", batch_size=5)  # a forward for each position: five rows
+    assert shapes == [unpatched, *[(rows, 6 - position, 6) for position in range(2, 6) for rows in (1, 2)]]
 
 
 def test_layers_without_an_ssm_keep_no_states() -> None:

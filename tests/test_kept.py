@@ -33,7 +33,7 @@ def test_what_is_done_outlives_an_interrupt(tiny_hf: ModuleFactory, tmp_path: Pa
 
 def test_an_interrupt_says_how_to_keep_what_is_done(tiny: MambaTrace) -> None:
     with pytest.raises(KeyboardInterrupt) as caught:
-        grid_of(tiny, metric=Interrupted(logit(tiny, 3), after=2))
+        grid_of(tiny, metric=Interrupted(logit(tiny, 3), after=2), batch_size=3)
     assert "keep=" in caught.value.__notes__[0]
 
 

@@ -21,7 +21,7 @@ from mamba_trace.errors import PromptError
 from mamba_trace.flow import knockout, knockout_conv, zero_delta
 from mamba_trace.interventions import ablate, steer
 from mamba_trace.means import mean_activation
-from mamba_trace.modeling.past import StartingStates
+from mamba_trace.modeling.starting import StartingStates
 
 SHORT, LONG, PREFIX = 4, 9, 3
 #: Sites of a mixer with positions, inner modules on the way, and an offset that a value of each gets.

@@ -11,7 +11,7 @@ from torch import Tensor
 from mamba_trace import MambaTrace
 from mamba_trace.patching import logit
 from mamba_trace.patching.grid import asked
-from mamba_trace.patching.plan import Budgets, Footprint, Job, Limits, Plan, jobs_of
+from mamba_trace.patching.plan import Budgets, Footprint, Job, Limits, Plan, columns_of, jobs_of
 from mamba_trace.sites import BY_NAME, PURE, Family
 
 #: Of mamba-130m and of mamba2-130m.
@@ -21,23 +21,37 @@ SIZES: dict[Family, dict[str, int]] = {
 }
 
 
-@pytest.mark.parametrize("most", [1, 5, 24, 100, 10_000])
+@pytest.mark.parametrize("room", [1, 50, 500, 5000, 100_000])
+@pytest.mark.parametrize("enough", [1, 60, 10_000])
 @pytest.mark.parametrize("n_rows", [1, 24])
-def test_a_plan_has_every_cell_once_and_no_more_of_them_together_than_fit(n_rows: int, most: int) -> None:
-    jobs = jobs_of(n_rows, range(3, 40), 50, lambda length: max(1, most * 10 // length), overhead=30)
+def test_a_plan_has_every_cell_once_and_no_more_of_them_together_than_fit(n_rows: int, enough: int, room: int) -> None:
+    def rows_that_fit(positions: range) -> int:
+        return room // columns_of(positions, 50)
+
+    jobs = jobs_of(n_rows, range(3, 40), 50, rows_that_fit, enough, most=20)
     cells = [(row, position) for job in jobs for row in job.rows for position in job.positions]
     assert sorted(cells) == [(row, position) for row in range(n_rows) for position in range(3, 40)]
     for job in jobs:
-        assert job.n_cells <= max(1, most * 10 // (50 - job.positions.start))
+        columns = columns_of(job.positions, 50)
+        assert len(job.rows) * columns <= room or job.n_cells == 1
+        assert len(job.positions) <= 20
+        assert columns - (50 - job.positions[-1]) < enough, "it ends where it has enough"
     starts = [job.positions.start for job in jobs]
     assert starts == sorted(starts)
+
+
+def test_every_process_has_a_job(tiny: MambaTrace, tokens: Tensor) -> None:
+    question = asked("patch_grid", tiny, tokens[:1], tokens[1:2], "h", logit(tiny, 3), -1, 1)
+    for processes in (1, 2, 3):
+        plan = Plan.of(tiny, question, Limits(None, 2**30), processes)
+        assert sum(len(span.jobs) for span in plan.spans) >= processes
 
 
 def test_a_footprint_counts_what_a_site_makes() -> None:
     def rows(site: str, memory: int, family: Family = "selective") -> int:
         layer = Footprint.of(PURE[family], SIZES[family], BY_NAME[site], itemsize=4, length=17)
         question: Any = None
-        return Budgets(question, Limits(None, memory), [layer], 4 * 768, overhead=72).rows_of_a_forward(17, True)
+        return Budgets(question, Limits(None, memory), [layer], overhead=72).rows_of_a_forward(17, True)
 
     assert rows("h", 2**29) > 5 * rows("A_bar", 2**29) >= 5
     assert rows("h", 1) == 1

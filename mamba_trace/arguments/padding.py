@@ -28,7 +28,8 @@ from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 
 from ..errors import PromptError
 from ..modeling.language_model import remembered_mask
-from ..modeling.past import StartingStates, check_gaps, check_values, ends
+from ..modeling.past import check_gaps, check_values, ends
+from ..modeling.starting import Starting
 from ..tracing.frames import warn_user
 from ..tracing.prompts import as_encoding, input_key, split
 from .prompt_forms import CACHES
@@ -285,7 +286,7 @@ class Batch:
 
 def is_cached(cache: Any) -> bool:
     """Whether a cache has tokens in it."""
-    if cache is None or isinstance(cache, StartingStates):
+    if cache is None or isinstance(cache, Starting):
         return cache is not None
     return columns_of(cache) > 0 or any(getattr(layer, "has_previous_state", {}).get(0) for layer in cache.layers)
 

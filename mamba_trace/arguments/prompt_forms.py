@@ -21,7 +21,7 @@ from transformers import GenerationConfig
 
 from ..errors import PromptError
 from ..modeling.architectures import architecture_of
-from ..modeling.past import StartingStates
+from ..modeling.starting import Starting
 from ..names import nearest
 from ..tracing.prompts import ROW_FIELDS, as_encoding, split
 from .model import ArgumentModel
@@ -223,7 +223,7 @@ def check_value(name: str, value: Any, size: int) -> None:
     if name in ("use_cache", "return_dict") or name.startswith("output_"):
         takes = "" if isinstance(value, (bool, int)) and value in (0, 1) else "True or False"
     elif name in CACHES:
-        takes = "" if hasattr(value, "layers") or isinstance(value, StartingStates) else "the cache of an earlier run"
+        takes = "" if hasattr(value, "layers") or isinstance(value, Starting) else "the cache of an earlier run"
     elif name == "logits_to_keep":
         counts = isinstance(value, numbers.Integral) and not isinstance(value, bool) and int(value) >= 0
         takes = "" if counts or _are_integers(value) else "how many of the last positions, 0 for all, or their indices"

@@ -15,7 +15,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..scan.reference import accumulation_dtype
 from .offers import Offers
-from .past import StartingStates
+from .starting import StartingRuns, StartingStates
 
 
 class HookableAttention(nn.Module):
@@ -67,8 +67,40 @@ class HookableAttention(nn.Module):
         flat = self.projected(offer, hidden_states, layer)
         heads = (part.unflatten(-1, (-1, self.head_dim)) for part in flat)  # [B,L,heads,W]
         q, k, v = (offer(name, part).transpose(1, 2) for name, part in zip("qkv", heads, strict=True))
-        if isinstance(cache, StartingStates):
-            attention_mask = cache.readable(layer, q.shape[2])
+        if isinstance(cache, StartingRuns):
+            parts = []
+            for span, start in cache.parts:
+                own = (q[:, :, span], k[:, :, span], v[:, :, span])
+                parts.append(self.read(offer, own, start, layer, attention_mask, position_embeddings, kwargs)[0])
+            z, weights = torch.cat(parts, dim=1), None
+        else:
+            z, weights = self.read(offer, (q, k, v), cache, layer, attention_mask, position_embeddings, kwargs)
+        z = offer("z", z)  # [B,L,Q,W]
+        out = self.o_proj(offer.into("o_proj", z.flatten(2)))  # [B,L,D]
+        offer.close()
+        return offer.result(out), weights
+
+    def read(
+        self,
+        offer: Offers,
+        projected: tuple[Tensor, Tensor, Tensor],
+        cache: Any,
+        layer: int,
+        mask: Tensor | None,
+        position_embeddings: tuple[Tensor, Tensor] | None,
+        kwargs: dict[str, Any],
+    ) -> tuple[Tensor, Tensor | None]:
+        """What each head reads [B,L,Q,W], and the pattern if it was made.
+
+        Args:
+            offer: of the call.
+            projected: queries [B,Q,L,W], keys and values [B,U,L,W] of the call, not rotated yet.
+            cache, layer, mask, position_embeddings, kwargs: as Hugging Face's attention takes them.
+        """
+        q, k, v = projected
+        given = isinstance(cache, StartingStates)
+        if given:
+            mask = cache.readable(layer, q.shape[2])
             if position_embeddings is not None:
                 position_embeddings = cache.rotary(layer, q.shape[2], position_embeddings)
         if self.key_multiplier != 1:
@@ -79,17 +111,10 @@ class HookableAttention(nn.Module):
         before = int(cache.get_seq_length(layer)) if wanted and hasattr(cache, "get_seq_length") else 0
         if cache is not None:
             k, v = cache.update(k, v, layer, kwargs=kwargs)
-        weights: Tensor | None
         if wanted:
-            z, weights = self.by_pattern(offer, q, k, v, attention_mask, before)
-        else:
-            offer.pass_over("pattern")
-            given = isinstance(cache, StartingStates)
-            z, weights = self.by_function(q, k, v, attention_mask, kwargs, given)
-        z = offer("z", z)  # [B,L,Q,W]
-        out = self.o_proj(offer.into("o_proj", z.flatten(2)))  # [B,L,D]
-        offer.close()
-        return offer.result(out), weights
+            return self.by_pattern(offer, q, k, v, mask, before)
+        offer.pass_over("pattern")
+        return self.by_function(q, k, v, mask, kwargs, given)
 
     def by_function(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, kwargs: dict[str, Any], given: bool

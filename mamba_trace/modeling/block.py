@@ -22,7 +22,7 @@ from ..scan.reference import accumulation_dtype
 from ..sites import Kind
 from ..tracing import Visit, take_note_of_mask, uncompiled
 from .offers import Offers, add_sites
-from .past import StartingStates
+from .starting import Starting
 
 
 class HookableRMSNorm(nn.Module):
@@ -309,8 +309,9 @@ class SharedBlock(Block):
     ) -> Any:
         offer = Offers(self)
         resid = offer("resid_pre", hidden_states)  # [B,L,D]
-        if isinstance(cache, StartingStates):
-            original_hidden_states = cache.original(self.mamba_decoder.mamba.layer_idx, original_hidden_states)
+        if isinstance(cache, Starting):
+            layer = self.mamba_decoder.mamba.layer_idx
+            original_hidden_states = cache.original(layer, original_hidden_states, len(resid))
         transformer: Any = self._modules[self.shared]
         read = transformer(
             offer.into(self.shared, resid),

@@ -15,7 +15,7 @@ from ..scan.reference import accumulation_dtype
 from .discretisation import Discretisation, DualDiscretisation
 from .mixer import HookableMixer
 from .offers import Offers
-from .past import PastStates, SharedStates
+from .past import PastStates
 
 
 class DualMixer(HookableMixer):
@@ -64,22 +64,12 @@ class DualMixer(HookableMixer):
         (B, C), (low, high) = others, self.time_step_limit
         return DualDiscretisation(self.by_head(x), delta_2, offer.mask, self.A_log, B, C, limit=(low, high))
 
-    def initial_state(self, offer: Offers, x: Tensor, past: PastStates) -> Tensor | SharedStates | None:
-        shared = past.shared()
-        if shared is None or offer.wants("h_start"):
-            return super().initial_state(offer, x, past)
-        offer.pass_over("h_start")
-        return shared
-
-    def fused(
-        self, x: Tensor, skip: Tensor, h: Tensor | SharedStates | None, parameters: Discretisation
-    ) -> tuple[Tensor, Tensor | None]:
-        steps, A, B, C = parameters.steps(), parameters.A, parameters.B, parameters.C
+    def gated_run(self, past: PastStates, *inputs: Any) -> Tensor:
+        state, (x, steps, A, B, C, D, skip) = past.shared_state(), inputs
         free = self.kernels in ("auto", "cpu") and A.dim() == 1
-        if not (isinstance(h, SharedStates) and free and short.takes(x, steps, A, B, C, self.D, skip, h.states)):
-            return super().fused(x, skip, h, parameters)
-        inputs = (self.by_head(x), steps, A, B, C, self.D, self.by_head(skip))
-        return self.by_channel(short.gated_scan(*inputs, h.states, h.places)), None
+        if state is None or not (free and short.takes(x, steps, A, B, C, D, skip, state)):
+            return super().gated_run(past, *inputs)
+        return short.gated_scan(x, steps, A, B, C, D, skip, state)
 
     def by_head(self, value: Tensor) -> Tensor:
         return value.unflatten(-1, (self.num_heads, self.head_dim))

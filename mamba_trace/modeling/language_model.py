@@ -13,7 +13,7 @@ from transformers.masking_utils import create_causal_mask
 from ..errors import PromptError
 from ..tracing import Visit, take_note_of_mask, uncompiled
 from .offers import Offers
-from .past import StartingStates
+from .starting import Starting
 
 #: Attribute of a cache: the attention mask of the columns in it [B,S], and its first keys when that was known.
 REMEMBERED = "_mamba_trace_mask"
@@ -44,7 +44,7 @@ class HookableBase(nn.Module):
         given = kwargs.get("input_ids") if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
         if given is not None and not args:
             length = given.shape[1]
-            if isinstance(cache, StartingStates):
+            if isinstance(cache, Starting):
                 kwargs["position_ids"] = torch.arange(cache.length, device=given.device)[None]
                 kwargs["attention_mask"] = mask = {"full_attention": None, "linear_attention": None}
             elif all(layer.part("attn") is None for layer in self.layers):
@@ -108,7 +108,7 @@ class SharedBase(HookableBase):
 
 def remember_mask(cache: Any, mask: Any) -> None:
     """Let a cache know which of the columns in it are padding, and which keys it had when that was known."""
-    if cache is not None and not isinstance(cache, StartingStates):
+    if cache is not None and not isinstance(cache, Starting):
         known = isinstance(mask, Tensor) and mask.dim() == 2
         setattr(cache, REMEMBERED, (mask, first_keys(cache)) if known else None)
 

@@ -38,7 +38,7 @@ from ..sites import Family
 from ..tracing import Visit
 from .discretisation import Discretisation
 from .offers import Offers
-from .past import PastStates, SharedStates, masked, seen_by
+from .past import PastStates, masked, seen_by
 from .run_report import LayerRun, RunReport
 from .stretches import Stretches
 
@@ -180,7 +180,7 @@ class HookableMixer(nn.Module):
         columns = self.offered(offer, self.columns_in, masked(columns, past.mask))
         x, *others = self.split(masked(self.convolve(offer, columns, past), past.mask))
         x = offer("ssm_input", x)  # [B,L,E]
-        h = self.initial_state(offer, x, past)  # [B,...,N], or shared by rows, or None
+        h = self.initial_state(offer, x, past)
         output, h = self.scan(offer, x, skip, h, self.discretisation(offer, x, delta_1, others))
         past.keep(self.to_cache(h))
         after = self.finished(offer, output.to(hidden_states.dtype), skip)  # [B,L,E]
@@ -202,17 +202,21 @@ class HookableMixer(nn.Module):
 
     def convolve(self, offer: Offers, x_in: Tensor, past: PastStates) -> Tensor:
         """SiLU of the causal convolution of the columns ``x_in`` [B,L,channels] after those of ``past``."""
-        x_in, before = past.convolution(x_in)  # [B,L,channels], [B,channels,K] or None
         backend = self.conv_backend(x_in)
         conv1d, whole = None if backend is None else self.plain_conv1d(offer), False
         if backend is None or conv1d is None:
-            conv = self.call_conv1d(offer, x_in, before, past)
+            conv = past.in_runs(functools.partial(self.call_conv1d, offer), x_in)
             reason = "" if backend is None else "conv1d is wanted, hooked or changed"
         else:
             silu = type(self.act) in SILU and offer.inside("conv") is None
             whole = silu and offer.bypass("act", type(self.act)) is not None
             weight, bias = conv1d.weight[:, 0], conv1d.bias  # [channels,K], [channels] or None
-            conv = causal_conv(x_in, weight, bias, before, activate=whole, backend=backend)
+
+            def run(past: PastStates, x_in: Tensor) -> Tensor:
+                x_in, before = past.convolution(x_in)  # [B,L,channels], [B,channels,K] or None
+                return causal_conv(x_in, weight, bias, before, activate=whole, backend=backend)
+
+            conv = past.in_runs(run, x_in)
             reason = "" if whole else "conv or its SiLU is wanted or hooked"
         self.last_run.reasons += [reason] if reason else []
         if whole:
@@ -232,8 +236,9 @@ class HookableMixer(nn.Module):
             return None
         return convolution(self.kernels, x_in.device, x_in.dtype, self.conv_kernel_size)
 
-    def call_conv1d(self, offer: Offers, x_in: Tensor, before: Tensor | None, past: PastStates) -> Tensor:
+    def call_conv1d(self, offer: Offers, past: PastStates, x_in: Tensor) -> Tensor:
         """The convolution [B,L,channels] by a call of its module. An edit of the module's input is cached."""
+        x_in, before = past.convolution(x_in)  # [B,L,channels], [B,channels,K] or None
         note("causal_conv", "PyTorch", x_in.shape[1])
         columns = rearrange(x_in, "b l e -> b e l")
         length, context = x_in.shape[1], 0
@@ -258,45 +263,64 @@ class HookableMixer(nn.Module):
     # -- the scan --------------------------------------------------------------------------------------
 
     def scan(
-        self, offer: Offers, x: Tensor, skip: Tensor, h: Tensor | SharedStates | None, parameters: Discretisation
+        self, offer: Offers, x: Tensor, skip: Tensor, h: Tensor | PastStates | None, parameters: Discretisation
     ) -> tuple[Tensor, Tensor | None]:
         """The output of the SSM [B,L,E], gated if no norm comes before the gate, and its last state [B,...,N].
 
-        It takes as few kernels as will do. No state is returned where rows share those that they start from, and
-        nobody wants one.
+        It takes as few kernels as will do. Where the rows are several runs, each of which starts from a state of its
+        own, ``h`` is what came before them, and no state is returned.
         """
         parameters.offer(offer)
         wanted = offer.inside("scan", "states")
         if wanted is None and not self.norm_first:
             offer.leave_out("scan", "states")
             return self.fused(x, skip, h, parameters)
-        h = h.of_rows() if isinstance(h, SharedStates) else h
         edited = ", and A_bar, B_bar or write edited" if parameters.edited else ""
         reason = f"{wanted} is wanted{edited}" if wanted else "a norm comes before the gate"
         self.last_run.reasons.append(reason)
-        pieces, h = Stretches(offer, parameters.recurrence(self.kernels), h).run()
-        del parameters  # and with it delta, which makes room for what follows
+        recurrence = parameters.recurrence(self.kernels)
+        if isinstance(h, PastStates):
+            starts = [(span, self.from_cache(run.state())) for span, run in h.runs]
+            pieces, h = [recurrence.run(span.start, span.stop, start)[0] for span, start in starts], None
+        else:
+            pieces, h = Stretches(offer, recurrence, h).run()
+        del parameters, recurrence  # and with them delta, which makes room for what follows
         # y has no name here, so that it is given up where ssm_output is made of it.
         ssm_output = offer("ssm_output", self.with_D(offer("y", self.by_channel(joined(pieces))), x))  # [B,L,E]
         return ssm_output if self.norm_first else F.silu(skip.to(ssm_output.dtype)).mul_(ssm_output), h
 
     def fused(
-        self, x: Tensor, skip: Tensor, h: Tensor | SharedStates | None, parameters: Discretisation
+        self, x: Tensor, skip: Tensor, h: Tensor | PastStates | None, parameters: Discretisation
     ) -> tuple[Tensor, Tensor | None]:
-        """`scan` in one kernel."""
-        steps, A, B, C = parameters.steps(), parameters.A, parameters.B, parameters.C
-        h = h.of_rows() if isinstance(h, SharedStates) else h
-        gated, h = self.scans.gated_scan(
-            self.by_head(x), steps, A, B, C, self.D_of_scans(), self.by_head(skip), h, kernels=self.kernels
-        )
-        return self.by_channel(gated), h
+        """`scan` in one kernel, or in one for each run."""
+        steps, A, B, C, D = parameters.steps(), parameters.A, parameters.B, parameters.C, self.D_of_scans()
+        x, skip = self.by_head(x), self.by_head(skip)
+        if not isinstance(h, PastStates):
+            gated, h = self.scans.gated_scan(x, steps, A, B, C, D, skip, h, kernels=self.kernels)
+            return self.by_channel(gated), h
+
+        def run(past: PastStates, *values: Tensor) -> Tensor:
+            x, steps, B, C, skip = values
+            return self.gated_run(past, x, steps, A, B, C, D, skip)
+
+        return self.by_channel(h.in_runs(run, x, steps, B, C, skip)), None
+
+    def gated_run(self, past: PastStates, *inputs: Any) -> Tensor:
+        """`ScanFamily.gated_scan` of ``inputs`` in one run, where all rows start from one state."""
+        gated, _ = self.scans.gated_scan(*inputs, self.from_cache(past.state()), kernels=self.kernels)
+        return gated
 
     def with_D(self, y: Tensor, x: Tensor) -> Tensor:
         """y + D x [B,L,E]."""
         return torch.addcmul(y, x.to(y.dtype), self.D_of_channels().to(y.dtype))
 
-    def initial_state(self, offer: Offers, x: Tensor, past: PastStates) -> Tensor | SharedStates | None:
-        """The state before the first position [B,...,N], or ``None`` for zeros that nobody wants."""
+    def initial_state(self, offer: Offers, x: Tensor, past: PastStates) -> Tensor | PastStates | None:
+        """The state before the first position [B,...,N], or ``None`` for zeros that nobody wants.
+
+        Where the rows are several runs it is ``past``, which has the states.
+        """
+        if past.runs:
+            return past
         h = self.from_cache(past.state(lent=not offer.open and not torch.is_grad_enabled()))
         if not offer.wants("h_start"):
             offer.pass_over("h_start")

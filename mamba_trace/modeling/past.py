@@ -8,8 +8,8 @@ answer to a prompt never depends on how long the other prompts of its batch are.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from itertools import chain
 from typing import Any, Protocol
 
 import torch
@@ -20,125 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from ..errors import PromptError
 from ..tracing.mask import ends
-
-
-@dataclass(frozen=True)
-class StartingStates:
-    """A read-only cache: the convolution columns, states, keys and values from which a forward call continues in the
-    middle of a prompt.
-
-    Unlike Hugging Face's cache it is never updated, and layers may have different numbers of rows. Several
-    rows may start from one place, which is kept once. No token of a call that starts here is padding.
-
-    Attributes, each a list over the layers, but for ``length``:
-        columns: the last K columns of the convolution before each place [k,channels,K]; ``None`` without an SSM.
-        states: the state before each place [k,...,N]; ``None`` without an SSM.
-        places: the place that each row starts from: integers [B].
-        keys, values: of attention over the whole prompt, rotated and multiplied: [B,U,S,W], or [1,U,S,W] for all
-            rows; ``None`` without attention. Empty where no layer has any.
-        positions: the position in the prompt of each row's first token: integers [B]. A row reads the keys before it.
-        before: the largest of these positions.
-        length: how many positions the prompt has, S.
-        embeddings: of the prompt's tokens [1,S,D], which a shared transformer reads; ``None`` where none does, and
-            where the call is given its own tokens.
-    """
-
-    columns: list[Tensor | None]
-    states: list[Tensor | None]
-    places: list[Tensor]
-    keys: list[Tensor | None] = field(default_factory=list)
-    values: list[Tensor | None] = field(default_factory=list)
-    positions: list[Tensor] = field(default_factory=list)
-    before: list[int] = field(default_factory=list)
-    length: int = 0
-    embeddings: Tensor | None = None
-
-    def add(self, columns: Tensor | None, state: Tensor | None, positions: Tensor | None = None) -> None:
-        """Add a layer, each row of which starts from its own columns [B,K,channels] and state [B,...,N].
-
-        Args:
-            columns, state: ``None`` for a layer without an SSM.
-            positions: in the prompt, of each row's first token [B]; needed where there is no state.
-        """
-        if positions is None:
-            positions = torch.zeros(len(of_layer(state)), dtype=torch.long, device=of_layer(state).device)
-        self.columns.append(None if columns is None else rearrange(columns, "b k e -> b e k").contiguous())
-        self.states.append(None if state is None else state.clone())
-        self.places.append(torch.arange(len(positions), device=positions.device))
-        self.positions.append(positions)
-        self.before.append(max(positions.tolist(), default=0))
-
-    def convolution(self, layer: int) -> Tensor:
-        """The columns before the call [B,channels,K]."""
-        return of_layer(self.columns[layer])[self.places[layer]]
-
-    def state(self, layer: int) -> Tensor:
-        """The state before the call [B,...,N]."""
-        return of_layer(self.states[layer])[self.places[layer]]
-
-    # -- attention -------------------------------------------------------------------------------------
-
-    def update(self, k: Tensor, v: Tensor, layer: int, **_: Any) -> tuple[Tensor, Tensor]:
-        """The keys and values that the rows of a call read: those before it, as far as any row needs them, and its own.
-
-        Args:
-            k, v: of the call [B,U,L,W].
-            layer: the layer.
-        """
-        past = (self.keys[layer], self.values[layer])
-        before, rows = self.before[layer], len(k)
-        kept = [of_layer(part)[:, :, :before].to(own.dtype) for part, own in zip(past, (k, v), strict=True)]
-        k, v = (torch.cat((part.expand(rows, -1, -1, -1), own), dim=2) for part, own in zip(kept, (k, v), strict=True))
-        return k, v
-
-    def readable(self, layer: int, length: int) -> Tensor:
-        """Which of the keys of `update` each position of a call of ``length`` may read: booleans [B,1,length,S]."""
-        positions, before = self.positions[layer], self.before[layer]
-        earlier = torch.arange(before, device=positions.device) < positions[:, None]  # [B,S]
-        own = torch.ones(length, length, dtype=torch.bool, device=positions.device).tril()
-        parts = (earlier[:, None].expand(-1, length, -1), own.expand(len(positions), -1, -1))
-        return torch.cat(parts, dim=-1)[:, None]
-
-    def rotary(self, layer: int, length: int, embeddings: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """Cosine and sine at the positions of each row [B,length,W], where ``embeddings`` are those of the prompt."""
-        at = self._positions_of_rows(layer, length)
-        cos, sin = (whole[0].to(at.device)[at] for whole in embeddings)
-        return cos, sin
-
-    def original(self, layer: int, given: Tensor) -> Tensor:
-        """The embeddings of each row's tokens [B,length,D], where ``given`` are those of the call."""
-        if self.embeddings is None:
-            return given
-        at = self._positions_of_rows(layer, given.shape[1])
-        return self.embeddings[0].to(at.device)[at]
-
-    def _positions_of_rows(self, layer: int, length: int) -> Tensor:
-        """The positions of each row in the prompt [B,length]; past its end, the last again."""
-        steps = torch.arange(length, device=self.positions[layer].device)
-        return (self.positions[layer][:, None] + steps).clamp(max=self.length - 1)
-
-
-def of_layer(value: Tensor | None) -> Tensor:
-    """What is kept of a layer that has the part."""
-    assert value is not None
-    return value
-
-
-@dataclass(frozen=True)
-class SharedStates:
-    """The states that the rows of a call start from, each of them once.
-
-    Attributes:
-        states: [k,...,N].
-        places: the number of each row's [B].
-    """
-
-    states: Tensor
-    places: Tensor
-
-    def of_rows(self) -> Tensor:
-        """The state that each row starts from [B,...,N]."""
-        return self.states[self.places]
+from .starting import Starting, StartingRuns, StartingStates
 
 
 class CachedLayer(Protocol):
@@ -153,10 +35,13 @@ class PastStates:
 
     Args:
         mixer: the mixer.
-        cache: the model's cache, `StartingStates`, or ``None``.
+        cache: the model's cache, what `starting` has for one, or ``None``.
         attention_mask: of the call, as the user gave it. ``mask`` says which columns are tokens: booleans
             [B,L], or ``None`` where none is known to be padding.
         tokens: the mixer's input [B,L,D].
+
+    Attributes:
+        runs: where the rows are several runs, the columns of each and what came before it; else empty.
 
     Raises:
         PromptError: if the mask has another shape, other values than 0 and 1, or padding between tokens.
@@ -165,8 +50,27 @@ class PastStates:
     def __init__(self, mixer: CachedLayer, cache: Any, attention_mask: Tensor | None, tokens: Tensor) -> None:
         self.mixer, self.layer, self.kernel = mixer, mixer.layer_idx, mixer.conv_kernel_size
         self.fixed = cache if isinstance(cache, StartingStates) else None
-        self.cache: Any = cache if self.fixed is None else None
+        self.cache: Any = None if isinstance(cache, Starting) else cache
+        self.rows = len(tokens)
         self.mask = None if attention_mask is None else self._checked(attention_mask, tokens)
+        parts = cache.parts if isinstance(cache, StartingRuns) else ()
+        self.runs = [(span, PastStates(mixer, start, None, tokens)) for span, start in parts]
+
+    def in_runs(self, call: Callable[..., Tensor], *values: Tensor) -> Tensor:
+        """What ``call(past, *values)`` returns [B,L,...], by itself for each run where the rows are several runs.
+
+        Args:
+            call: takes what came before, and the values at the columns that come after it.
+            values: of this call [B,L,...].
+        """
+        if not self.runs:
+            return call(self, *values)
+        parts = (call(run, *(value[:, span] for value in values)) for span, run in self.runs)
+        first = next(parts)
+        whole = first.new_empty(len(first), self.runs[-1][0].stop, *first.shape[2:])
+        for (span, _), part in zip(self.runs, chain((first,), parts), strict=True):
+            whole[:, span] = part
+        return whole
 
     def _checked(self, mask: Tensor, tokens: Tensor) -> Tensor | None:
         rows, length, _ = tokens.shape
@@ -192,7 +96,7 @@ class PastStates:
     def _columns(self) -> Tensor | None:
         """The columns before this call [B,channels,K], or ``None``."""
         if self.fixed is not None:
-            return self.fixed.convolution(self.layer)
+            return self.fixed.convolution(self.layer, self.rows)
         return None if self.cache is None else self.cache.get_conv_state(self.layer, state_idx=0)
 
     def convolution(self, x_in: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -230,18 +134,16 @@ class PastStates:
         If it is ``lent`` it may be the cache's own, which `keep` overwrites: for a caller who only reads it before.
         """
         if self.fixed is not None:
-            return self.fixed.state(self.layer)
+            return self.fixed.state(self.layer, self.rows)
         if self.cache is not None:
             layer = self.cache.layers[self.layer]
             if layer.is_recurrent_states_initialized[0]:
                 return layer.recurrent_states[0] if lent else layer.recurrent_states[0].clone()
         return None
 
-    def shared(self) -> SharedStates | None:
-        """The states that the rows of a call start from in the middle of a prompt; ``None`` in any other call."""
-        if self.fixed is None:
-            return None
-        return SharedStates(of_layer(self.fixed.states[self.layer]), self.fixed.places[self.layer])
+    def shared_state(self) -> Tensor | None:
+        """The state that all rows of the call start from [...,N]; ``None`` where they may have one each."""
+        return None if self.fixed is None else self.fixed.shared_state(self.layer)
 
     def keep(self, h: Tensor | None) -> None:
         """Store the state after the last token of this call."""

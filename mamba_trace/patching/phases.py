@@ -5,8 +5,9 @@ there, so the slow path runs, on the cell's own rows only. Phase 2 (`run_to_the_
 nothing is watched, so all cells of a job share one fused batch, which grows where the patched layers of
 further cells end.
 
-Every row starts at its own position, so the patched position is always its first. Rows of later positions are
-shorter; what pads them comes after their end and changes nothing before it.
+Every cell starts at its own position, so the patched position is always its first. In phase 1 it is a row; rows of
+later positions are shorter, and what pads them comes after their end and changes nothing before it. In phase 2 a row
+of the batch is a row of the grid: the cells of all positions one behind the other, with nothing between them.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from einops import rearrange, repeat
 from torch import Tensor
 
 from ..sites import STATE
-from .plan import Group, Job, Limits, Plan
+from .plan import Job, Limits, Plan
 from .question import PROMPT, SOURCE, Question
 from .unpatched import CellStarts, Unpatched, run_unpatched, starts_by_span
 
@@ -39,12 +40,12 @@ class InPhases:
 
     slow = False
 
-    def __init__(self, model: MambaTrace, question: Question, limits: Limits) -> None:
+    def __init__(self, model: MambaTrace, question: Question, limits: Limits, processes: int) -> None:
         self.model, self.question = model, question
-        plan = Plan([], False) if question.after_layers else Plan.of(model, question, limits)
-        self.spans = plan.spans
-        self.jobs = [job for span in plan.spans for job in span.jobs]
-        site = question.patched if plan.short else None
+        self.plan = None if question.after_layers else Plan.of(model, question, limits, processes)
+        self.spans = [] if self.plan is None else self.plan.spans
+        self.jobs = [job for span in self.spans for job in span.jobs]
+        site = question.patched if self.plan is not None and self.plan.short else None
         self.unpatched, self.starts = run_unpatched(model, question.tokens, question.looked_at, site)
         self.logits = self.unpatched.logits
 
@@ -69,21 +70,21 @@ class InPhases:
             spans, site = [span.positions for span in self.spans], self.question.patched
             made = starts_by_span(self.model, self.question.tokens, spans, needed, site, self.unpatched)
         for span, starts in zip(self.spans, made, strict=False):  # ends with the last span that is needed
-            for group in span.groups:
-                jobs = [job for job in group.jobs if job in wanted]
-                if starts is not None and jobs:
-                    yield from self.cells_of(group, jobs, starts)
+            for job in span.jobs:
+                if starts is not None and job in wanted:
+                    yield job, self.metrics_of(job, starts)
 
-    def cells_of(self, group: Group, jobs: list[Job], starts: CellStarts) -> Iterator[tuple[Job, Tensor]]:
-        """Run some jobs of a group: phase 1 for the whole group, phase 2 for each job."""
+    def metrics_of(self, job: Job, starts: CellStarts) -> Tensor:
+        """Run the cells of a job: their metrics [M,rows,k]."""
         model, question, unpatched = self.model, self.question, self.unpatched
-        streams = run_patched_layers(model, group.cells, question, unpatched, starts)
-        for job in jobs:
-            first = job.positions.start - group.cells.positions.start
-            own = [stream[first : first + len(job.positions)] for stream in streams]
-            logits = run_to_the_end(model, job, question, own, unpatched, starts)  # [(row k),m,V]
-            metrics = question.measure(logits)
-            yield job, rearrange(metrics, "metric (row k) -> metric row k", row=len(job.rows))
+        assert self.plan is not None
+        pieces = [
+            run_patched_layers(model, piece, question, unpatched, starts) for piece in self.plan.budgets.pieces(job)
+        ]
+        # A row of the grid has the streams of all pieces, one run behind the other.
+        streams = [torch.cat([run for piece in row for run in piece])[None] for row in zip(*pieces, strict=True)]
+        logits = run_to_the_end(model, job, question, streams, unpatched, starts)  # [(row k),m,V]
+        return rearrange(question.measure(logits), "metric (row k) -> metric row k", row=len(job.rows))
 
     def work(self, job: Job) -> int:
         """What a job costs: positions times layers."""
@@ -99,10 +100,10 @@ class InPhases:
 
 def run_patched_layers(
     model: MambaTrace, cells: Job, question: Question, unpatched: Unpatched, starts: CellStarts
-) -> list[Tensor]:
+) -> list[list[Tensor]]:
     """Phase 1: run cells through the layers that they patch; each layer runs only the cells that patch it.
 
-    Returns, for each row of the grid, the residual stream behind its last patched layer [k,l,D].
+    Returns, for each row of the grid, the residual stream behind its last patched layer, from each position on [l,D].
     """
     windows = question.windows[cells.rows.start : cells.rows.stop]
     positions = torch.tensor(cells.positions, device="cpu")  # [k]
@@ -139,7 +140,8 @@ def run_patched_layers(
             streams.extend(rows[:ended])
             rows = rows[ended:]
         tracer.stop()
-    return streams
+    lengths = [question.stop - position for position in cells.positions]
+    return [[run[:length] for run, length in zip(stream, lengths, strict=True)] for stream in streams]
 
 
 def patch(model: Any, question: Question, layer: int, values: Tensor) -> None:
@@ -168,36 +170,31 @@ def run_to_the_end(
 ) -> Tensor:
     """Phase 2: run the cells of a job through the layers above their patched ones.
 
-    Takes what phase 1 returned for these cells as ``streams``, [k,l,D] for each row of the grid. Returns the
-    logits of every cell, row by row of the grid, where a metric looks at them [(row k),m,V].
+    Takes the ``streams`` behind these, for each row of the grid those of all positions one behind the other [1,L,D].
+    Returns the logits of every cell, row by row of the grid, where a metric looks at them [(row k),m,V].
     """
     n_layers, positions = len(model.layers), torch.tensor(job.positions, device="cpu")
     behind = [question.windows[row].stop for row in job.rows]
-    length = question.stop - job.positions.start
+    past = starts.start_runs(job.positions, question.stop, unpatched.attended)
 
     def joining(layer: int) -> list[Tensor]:
-        return [stream[:, :length] for stream, stop in zip(streams, behind, strict=True) if stop == layer]
-
-    def places(layer: int) -> Tensor:
-        offsets = positions - starts.positions.start
-        return repeat(offsets, "k -> (row k)", row=sum(stop <= layer for stop in behind))
+        return [stream for stream, stop in zip(streams, behind, strict=True) if stop == layer]
 
     looked_at = torch.tensor(question.looked_at, device="cpu")
-    ends = (looked_at - positions[:, None]).clamp(min=0)  # [k,m]: where each row has these positions
-    ends = repeat(ends, "k m -> (row k) m", row=len(job.rows))
+    starts_of_runs = torch.tensor([span.start for span, _ in past.parts], device="cpu")
+    ends = starts_of_runs[:, None] + (looked_at - positions[:, None]).clamp(min=0)  # [k,m]: where these positions are
     first = behind[0]
-    past = starts.start([places(layer) for layer in range(n_layers)], unpatched.attended)
     with model.trace(inputs_embeds=torch.cat(joining(first)), cache=past, use_cache=False):
         for layer in range(n_layers):
             block = model.layers[layer]
             if layer < first:
                 block.skip(block.input)
             elif joining(layer):
-                block.input = joined([*([block.input] if layer > first else []), *joining(layer)])  # [B,l,D]
+                block.input = joined([*([block.input] if layer > first else []), *joining(layer)])  # [row,L,D]
         stream = joined([*([model.norm_f.input] if first < n_layers else []), *joining(n_layers)])
-        model.norm_f.input = stream[torch.arange(len(stream), device="cpu")[:, None], ends]  # [B,m,D]
-        logits = model.hook("logits").output.save()  # [B,m,V]
-    before = looked_at < positions[:, None]  # [k,m]: before the row begins, logits are the unpatched run's
+        model.norm_f.input = stream[:, ends].flatten(0, 1)  # [(row k),m,D]
+        logits = model.hook("logits").output.save()  # [(row k),m,V]
+    before = looked_at < positions[:, None]  # [k,m]: before the run begins, logits are the unpatched run's
     if not before.any():
         return logits
     before = repeat(before, "k m -> (row k) m 1", row=len(job.rows)).to(logits.device)

@@ -1,14 +1,10 @@
 """Which cells of a grid run together: as many as memory permits, and as few as padding is worth.
 
-Cells that share a forward are rows of its batch. Cells of one position are rows of one length. A row of a
-later position is shorter and is padded to the longest, so several positions share a forward only where the
-padding takes less time than a forward of their own would.
-
-The plan is a list of `Job` in order of position. Each job is one forward through phase 2, the layers above
-the patched ones (see `phases`). Neighbouring jobs form a `Group`, which shares one forward through phase 1,
-the patched layers, where few rows run at a time. Neighbouring groups form a `Span`, whose starting states are
-made in one run. The plan depends on the question and the limits only, never on which process computes which
-job.
+The plan is a list of `Job` in order of position. Each job is one forward through phase 2, the layers above the
+patched ones (see `phases`), with enough positions to be worth its calls. In phase 1, the patched layers, few rows run
+at a time, and what is shorter is padded, so that a job may take it in several pieces. Neighbouring jobs form a `Span`,
+whose starting states are made in one run. The plan depends on the question, the limits and the number of processes,
+never on which of them computes which job.
 """
 
 from __future__ import annotations
@@ -31,6 +27,8 @@ T = TypeVar("T")
 #: The fixed cost of calling a layer once more, as a number of positions that take as long: a CPU reads the
 #: layer's weights again, a GPU launches its kernels again. Estimates; the one for a GPU was never timed.
 OVERHEAD = {"cpu": 72, "cuda": 1000}
+#: How many times as long as its calls a forward is to take; one that takes longer gains next to nothing.
+WORTH = 32
 
 
 @dataclass(frozen=True)
@@ -39,8 +37,7 @@ class Limits:
 
     Attributes:
         batch_size: cells in one forward; ``None`` for as many as memory permits.
-        memory: bytes for the activations of a forward, again for the residual streams of cells that are
-            between the two phases, and again for the states that cells start from.
+        memory: bytes for the activations of a forward, and again for the states that cells start from.
     """
 
     batch_size: int | None
@@ -61,28 +58,10 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Group:
-    """Neighbouring jobs of the same rows, which run through the patched layers together."""
+class Span:
+    """Neighbouring jobs, whose starting states are made in one run."""
 
     jobs: list[Job]
-
-    @property
-    def cells(self) -> Job:
-        """The cells of all its jobs."""
-        start, stop = self.jobs[0].positions.start, self.jobs[-1].positions.stop
-        return Job(self.jobs[0].rows, range(start, stop))
-
-
-@dataclass(frozen=True)
-class Span:
-    """Neighbouring groups, whose starting states are made in one run."""
-
-    groups: list[Group]
-
-    @property
-    def jobs(self) -> list[Job]:
-        """The jobs of all its groups."""
-        return [job for group in self.groups for job in group.jobs]
 
     @property
     def positions(self) -> range:
@@ -173,14 +152,12 @@ class Budgets:
     Attributes:
         question, limits: as `Plan.of` gets them.
         layers: the footprint of each layer.
-        stream: bytes of the residual stream at one position.
         overhead: the cost of calling a layer once more, in positions; see `OVERHEAD`.
     """
 
     question: Question
     limits: Limits
     layers: Sequence[Footprint]
-    stream: int
     overhead: int
 
     def rows_of_a_forward(self, length: int, patching: bool) -> int:
@@ -195,21 +172,25 @@ class Budgets:
         rows = max(1, self.limits.memory // max(map(bytes_of_a_row, self.layers)))
         return min(rows, self.limits.batch_size or rows)
 
-    def cells_of_a_job(self, length: int) -> int:
-        """Cells of ``length`` positions in one forward of phase 2, in which no site is watched."""
-        return self.rows_of_a_forward(length, patching=False)
+    def rows_of_a_job(self, positions: range) -> int:
+        """Rows of the grid whose cells at these positions share a forward of phase 2, in which no site is watched."""
+        rows = self.rows_of_a_forward(columns_of(positions, self.question.stop), patching=False)
+        return rows if self.limits.batch_size is None else min(rows, self.limits.batch_size // len(positions))
 
-    def positions_of_a_group(self, length: int) -> int:
-        """Positions that run through phase 1 together, where the first of them has ``length`` to run.
+    def pieces(self, job: Job) -> list[Job]:
+        """The cells of a job that run through phase 1 together.
 
-        Three things limit them: the activations of a forward, which at each position runs as many rows of the
-        grid as a window has layers; the residual streams of all rows, which wait for phase 2; and padding.
+        Two things limit them: the activations of a forward, which at each position runs as many rows of the grid as a
+        window has layers; and padding, as k positions waste k²/2: at most what another call costs.
         """
-        question = self.question
-        activations = self.rows_of_a_forward(length, patching=True) // question.window
-        streams = self.limits.memory // (len(question.windows) * length * self.stream)
-        padding = math.isqrt(2 * self.overhead)  # k positions waste k²/2: at most what another call costs
-        return min(activations, streams, padding)
+        pieces, start = [], job.positions.start
+        while start < job.positions.stop:
+            activations = self.rows_of_a_forward(self.question.stop - start, patching=True) // self.question.window
+            most = max(1, min(activations, math.isqrt(2 * self.overhead)))
+            piece = range(start, min(start + most, job.positions.stop))
+            pieces.append(Job(job.rows, piece))
+            start = piece.stop
+        return pieces
 
     def positions_of_a_span(self) -> int:
         """Positions whose starting states are held at once, for all layers.
@@ -230,14 +211,16 @@ class Plan:
         spans: the work, by the starting states that it shares.
         short: whether the states of all positions of the prompt fit into memory, so that the unpatched runs
             can make them along with everything else.
+        budgets: how much of it runs together.
     """
 
     spans: list[Span]
     short: bool
+    budgets: Budgets
 
     @classmethod
-    def of(cls, model: MambaTrace, question: Question, limits: Limits) -> Plan:
-        """Plan a grid."""
+    def of(cls, model: MambaTrace, question: Question, limits: Limits, processes: int = 1) -> Plan:
+        """Plan a grid that some ``processes`` compute."""
         parameter = next(model._module.parameters())
         overhead = OVERHEAD.get(parameter.device.type, OVERHEAD["cuda"])
         width, itemsize = model.config.hidden_size, max(parameter.dtype.itemsize, 4)
@@ -245,39 +228,51 @@ class Plan:
             Footprint.of(kind, sizes_of(envoy._module, width), question.patched, itemsize, question.length)
             for kind, envoy in zip(question.layout.layers, model.layers, strict=True)
         ]
-        budgets = Budgets(question, limits, layers, width * itemsize, overhead)
-        states_fit = budgets.positions_of_a_span()
+        budgets = Budgets(question, limits, layers, overhead)
+        states_fit = max(1, budgets.positions_of_a_span())
 
-        def share_phase_1(first: Job, job: Job) -> bool:
-            most = budgets.positions_of_a_group(question.stop - first.positions.start)
-            return job.rows == first.rows and job.positions.stop - first.positions.start <= most
+        def share_states(first: Job, job: Job) -> bool:
+            return job.positions.stop - first.positions.start <= states_fit
 
-        def share_states(first: Group, group: Group) -> bool:
-            start, stop = first.cells.positions.start, group.cells.positions.stop
-            return stop - start <= max(states_fit, len(first.cells.positions))
+        # Rows join layer by layer: half of them run on average.
+        n_rows = len(question.windows)
+        all_columns = columns_of(question.positions, question.stop)
+        n_jobs = max(processes, math.ceil(all_columns * n_rows / 2 / (WORTH * overhead)))
+        enough = math.ceil(all_columns / n_jobs)
+        jobs = jobs_of(n_rows, question.positions, question.stop, budgets.rows_of_a_job, enough, states_fit)
+        spans = [Span(run) for run in runs(jobs, share_states)]
+        return cls(spans, question.length <= states_fit, budgets)
 
-        n_rows, fits = len(question.windows), budgets.cells_of_a_job
-        jobs = jobs_of(n_rows, question.positions, question.stop, fits, overhead)
-        groups = [Group(run) for run in runs(jobs, share_phase_1)]
-        return cls([Span(run) for run in runs(groups, share_states)], short=question.length <= states_fit)
+
+def columns_of(positions: range, stop: int) -> int:
+    """How many columns a row has that runs from each of ``positions`` up to ``stop``, one run behind the other."""
+    return sum(stop - position for position in positions)
 
 
-def jobs_of(n_rows: int, positions: range, stop: int, fits: Callable[[int], int], overhead: int) -> list[Job]:
+def jobs_of(
+    n_rows: int, positions: range, stop: int, rows_that_fit: Callable[[range], int], enough: int, most: int
+) -> list[Job]:
     """The jobs that compute ``positions`` of a grid, in order of position.
 
-    Every run ends at ``stop``, one past the last position that a metric looks at. ``fits`` says how many
-    cells that run over a given number of positions may share a forward; for ``overhead`` see `OVERHEAD`.
+    Args:
+        n_rows: of the grid.
+        positions: its positions.
+        stop: one past the last position that a metric looks at, where every run ends.
+        rows_that_fit: how many rows may share a forward with their cells at some positions.
+        enough: a job with as many columns in each row takes no further position.
+        most: positions of a job.
     """
     jobs: list[Job] = []
     start = positions.start
-    # Rows join layer by layer: half of them run on average. Per position, a forward of k positions costs
-    # overhead / k for its calls and n_rows (k - 1) / 4 for its padding, least at this k.
-    worth = max(1, round(2 * math.sqrt(overhead / n_rows)))
     while start < positions.stop:
-        most = max(1, fits(stop - start))
-        together = range(start, min(start + max(1, min(most // n_rows, worth)), positions.stop))
-        for row in range(0, n_rows, min(most, n_rows)):
-            jobs.append(Job(range(row, min(row + most, n_rows)), together))
+        together = range(start, start + 1)
+        while together.stop < positions.stop and len(together) < most and columns_of(together, stop) < enough:
+            longer = range(start, together.stop + 1)
+            if rows_that_fit(longer) < n_rows:
+                break
+            together = longer
+        rows = max(1, min(rows_that_fit(together), n_rows))
+        jobs += [Job(range(row, min(row + rows, n_rows)), together) for row in range(0, n_rows, rows)]
         start = together.stop
     return jobs
 

@@ -74,7 +74,7 @@ def answers(
         asked["weights"] = mark_of_weights(model._module)
     with torch.no_grad():
         whole = changed or uncut(question.layout, question.site)
-        way = Whole(model, question, whole) if whole else InPhases(model, question, limits)
+        way = Whole(model, question, whole) if whole else InPhases(model, question, limits, processes.size)
         both = question.measure(way.logits.clone())  # [M,2]
         if bool(both.isnan().any()):
             raise MetricError(

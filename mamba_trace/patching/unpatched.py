@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from ..modeling.mixer import HookableMixer
-from ..modeling.past import StartingStates, of_layer
+from ..modeling.starting import StartingRuns, StartingStates, of_layer
 from ..sites import BY_NAME, STATE, Site
 from .question import PROMPT, SOURCE
 
@@ -119,6 +119,27 @@ class CellStarts:
         at = [place + self.positions.start for place in there]
         kept = (prompt.keys, prompt.values)
         return StartingStates(self.columns, self.states, there, *kept, at, before, attended.length, prompt.embeddings)
+
+    def start_runs(self, positions: range, stop: int, attended: Attended) -> StartingRuns:
+        """Start rows each of which is several runs: from each of ``positions`` up to ``stop``."""
+        prompt = attended.of_run(PROMPT)
+        parts, first = [], 0
+        for position in positions:
+            place = slice(position - self.positions.start, position - self.positions.start + 1)
+            start = StartingStates(
+                columns=[None if kept is None else kept[place] for kept in self.columns],
+                states=[None if kept is None else kept[place] for kept in self.states],
+                places=[],
+                keys=prompt.keys,
+                values=prompt.values,
+                positions=[torch.tensor([position], device=device) for device in self.devices],
+                before=[position] * len(self.devices),
+                length=attended.length,
+                embeddings=prompt.embeddings,
+            )
+            parts.append((slice(first, first + stop - position), start))
+            first += stop - position
+        return StartingRuns(parts)
 
 
 def run_unpatched(

@@ -1,9 +1,9 @@
-"""Mamba-2's scan over few positions, of many rows that start from few states: all of it by matmuls.
+"""Mamba-2's scan over few positions, of many rows that start from one state: all of it by matmuls.
 
 A state is as large as the products of dozens of positions with all of a layer's weights. So where a row has few
 positions, to read its state and to write the next one takes longer than everything else. Here no row has a state
-of its own. The recurrence is linear: what a starting state gives to y is C h_start, decayed since, which rows
-that start from one state share as one matmul. What a row's own positions give one another is a matrix [l,l] for
+of its own. The recurrence is linear: what the starting state gives to y is C h_start, decayed since, one matmul for
+all rows. What a row's own positions give one another is a matrix [l,l] for
 each head (Mamba-2, arXiv 2405.21060, section 6: the quadratic form).
 """
 
@@ -30,14 +30,13 @@ def takes(x: Tensor, *others: Tensor) -> bool:
 
 
 def gated_scan(
-    x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, skip: Tensor, states: Tensor, places: Tensor
+    x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, skip: Tensor, state: Tensor
 ) -> Tensor:
-    """`reference.gated_scan` of rows that start from ``states[places]``, without the state after the last position.
+    """`reference.gated_scan` of rows that all start from ``state``, without the state after the last position.
 
     Args:
         x, delta, A, B, C, D, skip: as for `reference.gated_scan`.
-        states: the states that rows start from [k,H,P,N].
-        places: the number of each row's: integers [B].
+        state: the state that the rows start from [H,P,N].
 
     Returns:
         (y + D x) SiLU(skip) [B,L,H,P] in the dtype of x.
@@ -45,16 +44,15 @@ def gated_scan(
     Example::
 
         x, delta, A, B = torch.rand(3, 9, 4, 8), torch.rand(3, 9, 4), -torch.rand(4), torch.rand(3, 9, 1, 5)
-        places = torch.tensor([0, 1, 0])
-        out = gated_scan(x, delta, A, B, B, torch.ones(4), x, torch.rand(2, 4, 8, 5), places)  # [3,9,4,8]
+        out = gated_scan(x, delta, A, B, B, torch.ones(4), x, torch.rand(4, 8, 5))  # [3,9,4,8]
     """
     note("gated_scan", "matmuls", x.shape[1])
-    dtype = accumulation_dtype(x, delta, A, B, C, D, states)
+    dtype = accumulation_dtype(x, delta, A, B, C, D, state)
     wide, delta, B, C = (tensor.to(dtype) for tensor in (x, delta, B, C))
     exponents = rearrange(delta * A.to(dtype), "b l h -> b h l")
     y = within(wide, delta, exponents, B, C)
     decay = rearrange(exponents.cumsum(-1).exp(), "b h l -> b l h 1")  # since the start
-    y = y.addcmul(from_start(C, states.to(dtype), places).view(y.shape), decay)
+    y = y.addcmul(from_start(C, state.to(dtype)), decay)
     return gate(y, x, D, skip)
 
 
@@ -71,13 +69,7 @@ def within(x: Tensor, delta: Tensor, exponents: Tensor, B: Tensor, C: Tensor) ->
     return rearrange(weights @ rearrange(x, "b l h p -> b h l p"), "b h l p -> b l h p")
 
 
-def from_start(C: Tensor, states: Tensor, places: Tensor) -> Tensor:
-    """C h_start [B,L,E], not decayed yet: C [B,L,G,N], and each row starts from ``states[places]`` [k,H,P,N]."""
-    rows, length, groups, _ = C.shape
-    y = C.new_empty(rows, length, states.shape[1] * states.shape[2])
-    for place in places.unique().tolist():
-        own = (places == place).nonzero()[:, 0]
-        h = rearrange(states[place], "(g e) p n -> g n (e p)", g=groups)
-        read = rearrange(C[own], "b l g n -> g (b l) n") @ h
-        y[own] = rearrange(read, "g (b l) e -> b l (g e)", l=length)
-    return y
+def from_start(C: Tensor, state: Tensor) -> Tensor:
+    """C h_start [B,L,H,P], not decayed yet: C [B,L,G,N], and all rows start from ``state`` [H,P,N]."""
+    of_groups = state.unflatten(0, (C.shape[2], -1))  # [G,e,P,N]
+    return einsum(C, of_groups, "b l g n, g e p n -> b l g e p").flatten(2, 3)
