@@ -8,16 +8,14 @@ the larger one.
 
 So `Remote` gives hub ids and folders alike a key; this package is looked up on the server and never sent; a
 request names the release it was written for, and a server with another release refuses it with both names;
-what comes back has the size of what was saved; and in NDIF's sandbox a stopped run is heard to its end. Everything
-else is nnsight's: ``remote=True``, a URL or ``"local"``.
+what comes back has the size of what was saved. Everything else is nnsight's: ``remote=True``, a URL or
+``"local"``. What is otherwise in NDIF's sandbox is in `sandbox`.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import CodeType
 from typing import Any
@@ -27,7 +25,6 @@ from huggingface_hub.errors import OfflineModeIsEnabled
 from nnsight.intervention.backends.local import LocalSimulationBackend
 from nnsight.intervention.backends.remote import RemoteBackend
 from nnsight.intervention.cache import CacheView
-from nnsight.intervention.tracer import InterleavingTracer
 from nnsight.ndif import pull_env
 from nnsight.tracing.tracer import Tracer
 from torch import Tensor
@@ -216,52 +213,6 @@ class SmallResults(Tracer):
             scope = self.info.frame.f_locals
             saved = {name: value for name, value in scope.items() if is_saved(value)}
             scope.update({name: nnsight_mark(compact(value)) for name, value in saved.items()})
-
-
-class HeardOut(InterleavingTracer):
-    """A tracer after whose run NDIF's sandbox can begin another one, also if it was stopped."""
-
-    def execute(self, code: CodeType) -> None:
-        """Run the block as nnsight does."""
-        with heard_out(self.envoy.interleaver):
-            super().execute(code)
-
-
-@contextlib.contextmanager
-def heard_out(interleaver: Any) -> Iterator[None]:
-    """Read all that the process with the model says of the runs that the block of the ``with`` asks it for.
-
-    In NDIF's sandbox a block asks another process for each run (INTERLEAVE), whose last word on it is DONE. After
-    ``tracer.stop()`` ndif 0.1.2 leaves this word unread and takes it for the end of the next run, which then gets
-    nothing.
-
-    Args:
-        interleaver: the model's; it has a ``connection`` in the sandbox only.
-    """
-    connection = getattr(interleaver, "connection", None)
-    if connection is None:
-        yield
-        return
-    send, receive, owed = connection.send, connection.recv, 0
-
-    def sending(event: str, *values: Any, **named: Any) -> None:
-        nonlocal owed
-        send(event, *values, **named)
-        owed += event == "INTERLEAVE"
-
-    def receiving(*args: Any) -> Any:
-        nonlocal owed
-        message = receive(*args)
-        owed -= message[0] == "DONE"
-        return message
-
-    connection.send, connection.recv = sending, receiving
-    try:
-        yield
-        while owed:
-            receiving()
-    finally:
-        connection.send, connection.recv = send, receive
 
 
 class SessionTracer(UsersErrors, SmallResults):

@@ -22,7 +22,8 @@ from .edits import let_edits_go
 from .frames import UsersErrors
 from .one_run import OneRun
 from .placement import ShapeTracer
-from .remote import HeardOut, SmallResults
+from .remote import SmallResults
+from .sandbox import HeardOut
 from .saving import GuardedTracer
 from .worker import worker_for
 
