@@ -253,7 +253,8 @@ def test_a_gradient_is_refused_in_the_sandbox(host: str, demo: MambaTrace) -> No
     metric = logit_diff(demo, " Emma", " Shelby")
     with pytest.raises(RemoteError, match="attribution_grid takes gradients, and this server runs the request in a"):
         attribution_grid(demo, PROMPT, OTHER, "h", metric, remote=host)
-    with pytest.raises(RemoteError, match="a gradient was asked for, and this server"), demo.trace(PROMPT, remote=host):
+    refused = pytest.raises(RemoteError, match="a gradient was asked for, and this server")
+    with refused, demo.trace(PROMPT, remote=host):
         state = demo.layers[1].ssm.h[5].output
         state.requires_grad_()
         with demo.lm_head.output[0, -1].max().backward():

@@ -94,6 +94,7 @@ def heard_out(interleaver: Any) -> Iterator[None]:
         return message
 
     connection.send, connection.recv = sending, receiving
+
     def hear() -> None:
         while owed:
             receiving()
