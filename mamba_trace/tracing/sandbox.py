@@ -52,9 +52,9 @@ def flushed(event: Any) -> Any:
     return request
 
 
-_event = Mediator.event.__func__  # type: ignore[attr-defined]
+_event = Mediator.event.__func__
 if _event.__module__ != Mediator.__module__:  # ndif is imported first where it runs a block
-    Mediator.event = classmethod(flushed(_event))  # type: ignore[method-assign]
+    Mediator.event = classmethod(flushed(_event))
 
 
 class HeardOut(InterleavingTracer):
