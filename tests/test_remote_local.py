@@ -7,10 +7,13 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import LENGTH, ModuleFactory, agree
+from nnsight.intervention.interleaver import Interleaver
+from nnsight.intervention.serialization import dumps, loads
 from nnsight.modeling import huggingface
 from nnsight.modeling.mixins.remotable import Remotable
 from reference import Edit, editing, forward
@@ -18,6 +21,8 @@ from torch import Tensor
 
 from mamba_trace import MambaTrace
 from mamba_trace.errors import CheckpointError, VersionError
+from mamba_trace.tracing.sandbox import heard_out
+from mamba_trace.tracing.tree import is_current
 
 
 @pytest.fixture(scope="module")
@@ -177,3 +182,45 @@ def test_local_simulation_runs_from_a_wheel(tmp_path: Path) -> None:
     command = [sys.executable, "-I", str(tmp_path / "script.py"), str(site_packages)]
     run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert run.stdout.strip() == "the same", run.stderr
+
+
+# -- NDIF's sandbox ----------------------------------------------------------------------------------------
+
+
+class Line:
+    """A connection of the sandbox: what was sent, and what is still to be read."""
+
+    def __init__(self, *messages: tuple[str, ...]) -> None:
+        self.sent: list[str] = []
+        self.messages = list(messages)
+
+    def send(self, event: str, *values: object, **named: object) -> None:
+        self.sent.append(event)
+
+    def recv(self) -> tuple[str, ...]:
+        return self.messages.pop(0)
+
+
+@pytest.mark.parametrize("unread", [[], [("THROW",), ("DONE",)]])
+def test_the_last_word_on_a_run_is_read_before_the_next(unread: list[tuple[str, ...]]) -> None:
+    line = Line(("RESUME",) if unread else ("DONE",), *unread)
+    with heard_out(SimpleNamespace(connection=line)):
+        line.send("INTERLEAVE")
+        line.recv()
+    assert not line.messages
+
+
+def test_a_run_whose_block_failed_is_stopped() -> None:
+    line = Line(("RESUME",), ("DONE",))
+    failed = pytest.raises(ValueError, match="mine")
+    with failed, heard_out(SimpleNamespace(connection=line)):
+        line.send("INTERLEAVE")
+        line.recv()
+        raise ValueError("mine")
+    assert line.sent == ["INTERLEAVE", "STOP"]
+    assert not line.messages
+
+
+def test_a_tree_works_with_an_interleaver_of_another_class(demo: MambaTrace) -> None:
+    objects = {**demo._remoteable_persistent_objects(), "Interleaver": Interleaver()}
+    assert is_current(loads(dumps(demo), objects))

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ..errors import MetricError
 from ..sites import STATE
+from ..tracing.sandbox import NO_GRADIENT, in_sandbox
 from .changes import changes
 from .metrics import measured
 from .question import PROMPT, SOURCE, Question
@@ -34,8 +35,10 @@ def attributions(model: MambaTrace, question: Question, steps: int) -> Answers:
     """Estimate every cell: the prompt's metric, plus what the patch would add to first order.
 
     The gradient is averaged over ``steps`` points between prompt and source; 1 is the prompt itself. Raises
-    `MetricError` if a metric has no gradient.
+    `MetricError` if a metric has no gradient, and before anything runs in a server's sandbox, which has none.
     """
+    if in_sandbox(model):
+        raise MetricError(f"attribution_grid takes gradients, and {NO_GRADIENT}. patch_grid needs no gradients")
     model.dispatch()
     source, source_values, end = unpatched(model, question, SOURCE)
     if steps == 1:

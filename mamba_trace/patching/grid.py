@@ -132,8 +132,7 @@ def patch_grid(
         distribute: whether the processes that a launcher started (torchrun, accelerate launch) share the
             cells. Each of them gets the whole grid, the same to the last bit as from one process.
         remote: compute it on an NDIF server, in one session, as ``model.session(remote=...)`` does: ``True``,
-            a URL or ``"local"``. Only the grid comes back; nothing is kept and no progress shown. The request
-            must be trusted: the sandbox of ndif 0.1.2 breaks off a run that starts from given states.
+            a URL or ``"local"``. Only the grid comes back; nothing is kept and no progress shown.
 
     Returns:
         The grid [rows,L], with a row for each layer that has the site; ``grid.layers`` has their numbers. A site
@@ -221,8 +220,8 @@ def attribution_grid(
     to.
 
     Args:
-        model, prompt, source, site, metric_positions, layers, remote: as in `patch_grid`. A sandboxed server has
-            no backward pass.
+        model, prompt, source, site, metric_positions, layers, remote: as in `patch_grid`. A sandboxed request is
+            refused, as it has no gradients.
         metric: as in `patch_grid`; it must be differentiable.
         steps: the number of runs whose gradients are averaged. With more than 1 they run on embeddings
             between the prompt's and the source's (integrated gradients): ``steps`` forwards and backwards,

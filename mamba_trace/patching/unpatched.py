@@ -158,6 +158,8 @@ def run_unpatched(
                 starts.add(model, layer, site, None)
         model.norm_f.input = model.norm_f.input[:, looked_at]
         logits = model.hook("logits").output.save()
+        if cache is not None:  # in NDIF's sandbox the one above is not the one that was filled
+            cache = nnsight.save(model.output.cache)
     if starts is not None:
         starts.devices[:] = [stream.device for stream in streams]
     attended = Attended.of(cache, attention, n_layers, tokens.shape[1], embeddings)

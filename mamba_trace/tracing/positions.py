@@ -69,15 +69,26 @@ def warn_if_padded(mediator: Mediator, location: str, position: int, mask: Tenso
     if told is None:
         return
     message = f"{told}. Where it is padding, the state is the one before it, and an edit has no effect"
+    warned = mediator.__dict__.setdefault(WARNED, set())
     if mediator.worker is None:  # the worker is in NDIF's sandbox, another process
-        warnings.warn(message, UserWarning, stacklevel=2)
+        if location not in warned:
+            warned.add(location)
+            to_sandbox(mediator, message)
         return
     frame = users_frame(mediator.worker.gr_frame)
     line = (frame.f_code.co_filename, frame.f_lineno)
-    warned = mediator.__dict__.setdefault(WARNED, set())
     if line not in warned:
         warned.add(line)
         warnings.warn_explicit(message, UserWarning, *line)
+
+
+def to_sandbox(mediator: Mediator, message: str) -> None:
+    """Show a message to the user whose worker is in NDIF's sandbox, as a line of what the request prints."""
+    tell = getattr(getattr(mediator, "driver", None), "_on_log", None)
+    if tell is None:
+        warnings.warn(message, UserWarning, stacklevel=3)
+    else:
+        tell(f"UserWarning: {message}")
 
 
 def rows_of(mediator: Mediator, mask: Tensor) -> Tensor:

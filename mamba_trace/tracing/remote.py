@@ -9,7 +9,7 @@ the larger one.
 So `Remote` gives hub ids and folders alike a key; this package is looked up on the server and never sent; a
 request names the release it was written for, and a server with another release refuses it with both names;
 what comes back has the size of what was saved. Everything else is nnsight's: ``remote=True``, a URL or
-``"local"``.
+``"local"``. What is otherwise in NDIF's sandbox is in `sandbox`.
 """
 
 from __future__ import annotations

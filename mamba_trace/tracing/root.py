@@ -128,8 +128,8 @@ class RootEnvoy(Remote, Traced, TransformersModel):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        # On a server nnsight puts the server's own module and interleaver here, which need nothing.
-        if self.interleaver.copied:
+        # A server puts its own module and interleaver here, which need nothing; the sandbox's is another class's.
+        if isinstance(self.interleaver, SiteInterleaver) and self.interleaver.copied:
             self.dispatched = state["dispatched"]
             reconnect(self)
             remember(self, self._leaves)

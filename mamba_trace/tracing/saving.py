@@ -69,13 +69,14 @@ class Guard(TorchFunctionMode):
         super().__init__()
         self.served = served
         self.busy = False
+        self.worker = weakref.ref(getcurrent())
 
     def __torch_function__(
         self, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
         targets = [] if self.busy else written(func, args, kwargs)
-        if not targets:
+        if not targets or not self.in_worker():
             return func(*args, **kwargs)
         self.busy = True
         try:
@@ -97,6 +98,13 @@ class Guard(TorchFunctionMode):
         # ``saved *= 2`` arrives here as ``mul_``, and binds its result to the name of what was saved.
         renamed = moves and is_saved(targets[0]) and is_augmented_assignment(sys._getframe(1))
         return nnsight_mark(result) if renamed else result
+
+    def in_worker(self) -> bool:
+        """Whether the guarded worker runs, or a block in it; in NDIF's sandbox the process also packs what it sends."""
+        running, worker = getcurrent(), self.worker()
+        while running is not None and running is not worker:
+            running = running.parent
+        return running is not None
 
 
 def is_augmented_assignment(frame: FrameType) -> bool:

@@ -23,6 +23,7 @@ from .frames import UsersErrors
 from .one_run import OneRun
 from .placement import ShapeTracer
 from .remote import SmallResults
+from .sandbox import HeardOut
 from .saving import GuardedTracer
 from .worker import worker_for
 
@@ -64,7 +65,7 @@ class RunResult(eproperty):
         return super().__get__(obj, owner)
 
 
-class SiteTracer(SmallResults, PlaceTracer):
+class SiteTracer(SmallResults, HeardOut, PlaceTracer):
     """What ``with model.trace(...) as tracer`` binds."""
 
     @RunResult
