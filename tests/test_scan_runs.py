@@ -12,11 +12,12 @@ from torch import Tensor
 
 from mamba_trace import MambaTrace
 from mamba_trace.scan import DUAL, HEADED, SELECTIVE, ScanFamily, convolution
+from mamba_trace.scan import runs as scan_runs
 from mamba_trace.scan.dispatch import causal_conv
 from mamba_trace.scan.dual import cpu as dual_cpu
 from mamba_trace.scan.record import Call, recording
 from mamba_trace.scan.reference import causal_conv as conv_definition
-from mamba_trace.scan.runs import Runs, gated_runs
+from mamba_trace.scan.runs import Runs
 
 FAMILIES = {"selective": SELECTIVE, "headed": HEADED, "dual": DUAL}
 RUNS = {"falling": Runs((5, 4, 3, 2, 1)), "any": Runs((1, 7, 2)), "one": Runs((3,)), "long": Runs((40, 2))}
@@ -41,12 +42,22 @@ def inputs(family: str, runs: Runs, groups: int = 1, fast: float = 0.3) -> list[
     return [x, delta * fast, -draw(40, 5).exp(), B, C, draw(40), skip, draw(len(runs.lengths), 40, 5)]
 
 
+def one_by_one(scans: ScanFamily, given: list[Tensor], runs: Runs) -> Tensor:
+    """The gated scan of each run by itself, by the definition."""
+    x, delta, A, B, C, D, skip, starts = given
+    parts = []
+    for span, start in zip(runs.spans, starts, strict=True):
+        own = (x[:, span], delta[:, span], A, B[:, span], C[:, span], D, skip[:, span])
+        parts.append(scans.gated_scan(*own, start.expand(len(x), *start.shape), kernels="reference")[0])
+    return torch.cat(parts, dim=1)
+
+
 @pytest.mark.parametrize("runs", RUNS.values(), ids=RUNS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_each_run_is_what_it_is_by_itself(family: str, runs: Runs) -> None:
     scans: ScanFamily = FAMILIES[family]
     given = inputs(family, runs)
-    expected = gated_runs(scans.gated_scan, *given, runs, kernels="reference")
+    expected = one_by_one(scans, given, runs)
     near(scans.gated_runs(*given, runs), expected, 1e-13)
     narrow = [tensor.float() for tensor in given]
     for kernels in ("auto", "cpu", "reference"):
@@ -58,7 +69,7 @@ def test_each_run_is_what_it_is_by_itself(family: str, runs: Runs) -> None:
 def test_groups_and_decays_of_any_size(groups: int, fast: float) -> None:
     """Decays of e^-1000 and more included, next to which small ones keep their digits."""
     given = inputs("dual", RUNS["any"], groups, fast)
-    expected = gated_runs(DUAL.gated_scan, *given, RUNS["any"], kernels="reference")
+    expected = one_by_one(DUAL, given, RUNS["any"])
     near(DUAL.gated_runs(*[tensor.float() for tensor in given], RUNS["any"]), expected, 2e-6)
 
 
@@ -67,7 +78,7 @@ def test_half_precision_is_rounded_once(family: str) -> None:
     given = [tensor.bfloat16() for tensor in inputs(family, RUNS["any"])]
     got = FAMILIES[family].gated_runs(*given, RUNS["any"])
     wide = [tensor.double() for tensor in given]
-    expected = gated_runs(FAMILIES[family].gated_scan, *wide, RUNS["any"], kernels="reference")
+    expected = one_by_one(FAMILIES[family], wide, RUNS["any"])
     assert got.dtype == torch.bfloat16
     near(got, expected, 2**-7)
 
@@ -82,13 +93,21 @@ def test_one_call_of_a_kernel_does_all_runs_where_it_can(family: str) -> None:
 
     given = [tensor.float() for tensor in inputs(family, RUNS["falling"])]
     assert calls(*given, RUNS["falling"]) == [Call("gated_scan", "cpu", 15)]
-    one_by_one = [("gated_scan", positions) for positions in (5, 4, 3, 2, 1)]
-    in_reference = calls(*given, RUNS["falling"], kernels="reference")
-    assert [(call.function, call.positions) for call in in_reference] == one_by_one
+    as_rows = [Call("gated_scan", "reference", 5)]  # the longest of them
+    assert calls(*given, RUNS["falling"], kernels="reference") == as_rows
     with_gradient = calls(given[0].requires_grad_(), *given[1:], RUNS["falling"])
-    assert [(call.function, call.positions) for call in with_gradient] == one_by_one
+    assert with_gradient == [Call("gated_scan", "cpu", 5)]
     long = [tensor.float() for tensor in inputs(family, RUNS["long"])]
-    assert len(calls(*long, RUNS["long"])) == (2 if family == "dual" else 1)
+    assert calls(*long, RUNS["long"]) == [Call("gated_scan", "cpu", 40 if family == "dual" else 42)]
+
+
+def test_runs_are_rows_in_groups_that_have_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scan_runs, "TOGETHER", 7)  # two runs of three rows
+    given, seen = [tensor.float() for tensor in inputs("dual", RUNS["falling"])], []
+    with recording(seen):
+        got = DUAL.gated_runs(*given, RUNS["falling"], kernels="reference")
+    assert [call.positions for call in seen] == [5, 3, 1]
+    near(DUAL.gated_runs(*given, RUNS["falling"]), got.double(), 5e-6)
 
 
 @pytest.mark.parametrize("taps", [2, 3, 4])

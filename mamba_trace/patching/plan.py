@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import nn
 
+from ..scan.runs import TOGETHER
 from ..sites import BY_NAME, STATE, Kind, Site
 from .question import Question
 
@@ -171,7 +172,8 @@ class Budgets:
         def bytes_of_a_row(layer: Footprint) -> int:
             return 4 * layer.state + layer.row + length * (layer.position + (layer.patch if patching else 0))
 
-        rows = max(1, self.limits.memory // max(map(bytes_of_a_row, self.layers)))
+        states = 2 * TOGETHER * max(layer.state for layer in self.layers)  # of runs that are rows, before and after
+        rows = max(1, (self.limits.memory - states) // max(map(bytes_of_a_row, self.layers)))
         return min(rows, self.limits.batch_size or rows)
 
     def rows_of_a_job(self, positions: range) -> int:

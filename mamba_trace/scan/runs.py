@@ -7,7 +7,7 @@ and norms see one long row, with nothing to pad, and only the convolution and th
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import accumulate, chain, pairwise
 from types import ModuleType
@@ -18,6 +18,8 @@ from torch import Tensor
 
 #: The inputs of `ScanFamily.gated_scan` before h_start that have positions.
 _POSITIONS = (True, True, False, True, True, False, True)
+#: How many rows a kernel that knows of no runs is given at once, if a call has fewer: each run is then a row.
+TOGETHER = 64
 
 
 @dataclass(frozen=True)
@@ -53,27 +55,74 @@ class Runs:
             whole[:, span] = part
         return whole
 
+    def as_rows(self, rows: int) -> Iterator[AsRows]:
+        """The runs in groups, each run of which is to be a row of its own, where there are some ``rows``."""
+        many = max(1, TOGETHER // rows)
+        for first in range(0, len(self.lengths), many):
+            yield AsRows(self.spans[first : first + many], slice(first, first + many))
+
+
+@dataclass(frozen=True)
+class AsRows:
+    """Neighbouring runs as rows of their own, the shorter ones padded at their ends.
+
+    Attributes:
+        spans: the positions of each.
+        numbers: which of all runs they are.
+    """
+
+    spans: tuple[slice, ...]
+    numbers: slice
+
+    @functools.cached_property
+    def _at(self) -> Tensor:
+        longest = max(span.stop - span.start for span in self.spans)
+        edges = torch.tensor([(span.start, span.stop - 1) for span in self.spans], device="cpu")
+        steps = torch.arange(longest, device="cpu")
+        return torch.minimum(edges[:, :1] + steps, edges[:, 1:])  # [runs,longest]: past its end, the last again
+
+    def cut(self, value: Tensor) -> Tensor:
+        """The rows [B runs,longest,...] of ``value`` [B,L,...]."""
+        if len(self.spans) == 1:
+            return value[:, self.spans[0]]
+        return value[:, self._at.to(value.device)].flatten(0, 1)
+
+    def of_each(self, starts: Tensor, rows: int) -> Tensor:
+        """What each row starts from [B runs,...], of ``starts`` [all runs,...]."""
+        own = starts[self.numbers]
+        return own.expand(rows, *own.shape).flatten(0, 1)
+
+    def parts(self, result: Tensor, rows: int) -> Iterator[Tensor]:
+        """The runs of ``result`` [B runs,longest,...] [B,l,...]."""
+        for span, part in zip(self.spans, result.unflatten(0, (rows, -1)).unbind(1), strict=True):
+            yield part[:, : span.stop - span.start]
+
 
 def gated_runs(scan: Callable[..., tuple[Tensor, Tensor]], *inputs: Any, kernels: str = "auto") -> Tensor:
-    """A family's ``gated_scan`` of each run by itself; see `ScanFamily.gated_runs`."""
-    *inputs_of_rows, starts, runs = inputs
-    rows = len(inputs_of_rows[0])
+    """`ScanFamily.gated_runs` by the family's ``gated_scan``, which knows of no runs."""
+    *of_rows, starts, runs = inputs
+    rows = len(of_rows[0])
 
-    def run(number: int) -> Tensor:
-        span = runs.spans[number]
-        own = [each[:, span] if cut else each for each, cut in zip(inputs_of_rows, _POSITIONS, strict=True)]
-        start = starts[number].expand(rows, *starts.shape[1:])
-        return scan(*own, start, kernels=kernels)[0]
+    def parts() -> Iterator[Tensor]:
+        for group in runs.as_rows(rows):
+            own = [group.cut(each) if cut else each for each, cut in zip(of_rows, _POSITIONS, strict=True)]
+            gated, _ = scan(*own, group.of_each(starts, rows), kernels=kernels)
+            yield from group.parts(gated, rows)
 
-    return runs.joined(map(run, range(len(runs.spans))))
+    return runs.joined(parts())
 
 
 def causal_conv_runs(
     backend: ModuleType, x_in: Tensor, weight: Tensor, bias: Tensor | None, starts: Tensor, runs: Runs, activate: bool
 ) -> Tensor:
-    """A backend's ``causal_conv`` of each run by itself, after the columns ``starts`` [runs,channels,K]."""
+    """A backend's ``causal_conv`` in all runs, after the columns ``starts`` [runs,channels,K]."""
     if (fast := getattr(backend, "causal_conv_runs", None)) is not None:
         return fast(x_in, weight, bias, starts, runs, activate=activate)
-    before = [start.expand(len(x_in), *start.shape) for start in starts]
-    pairs = zip(runs.spans, before, strict=True)
-    return runs.joined(backend.causal_conv(x_in[:, span], weight, bias, b, activate=activate) for span, b in pairs)
+    rows = len(x_in)
+
+    def parts() -> Iterator[Tensor]:
+        for group in runs.as_rows(rows):
+            before = group.of_each(starts, rows)
+            yield from group.parts(backend.causal_conv(group.cut(x_in), weight, bias, before, activate=activate), rows)
+
+    return runs.joined(parts())

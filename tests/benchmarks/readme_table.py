@@ -63,6 +63,18 @@ def patching_table(results: dict[str, Any]) -> str:
 PURE_NAMES = {"mamba": "Mamba-1", "mamba2": "Mamba-2"}
 
 
+def grids_table(recorded: Callable[[str], dict[str, Any]]) -> str:
+    """`patch_grid` beside the matmuls of its cells, a row for each architecture and a column for each site."""
+    found = {name: recorded(file) for name, file in (("Mamba-1", "patching"), ("Mamba-2", "patching_mamba2"))}
+    sites = [found["Mamba-1"]["site"], *found["Mamba-1"]["other sites"]]
+    lines = ["| patch_grid / matmuls | " + " | ".join(sites) + " |", "|---" * (len(sites) + 1) + "|"]
+    for name, results in found.items():
+        of_sites = [results["first difference"]["0"], *results["other sites"].values()]
+        cells = [f"{each['contenders']['patch_grid']['ratio']:.2f}" for each in of_sites]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def decode_table(results: dict[str, Any]) -> str:
     """A row for each architecture and number of threads of ``decode.json``: the contenders beside the matmuls."""
     first = next(iter(results["architectures"]["mamba"].values()))
