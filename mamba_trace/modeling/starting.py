@@ -95,7 +95,7 @@ class StartingStates(Starting):
             return [None if value is None else value[place : place + 1] for value in values]
 
         columns, states, positions = cut(self.columns), cut(self.states), cut(self.positions)
-        before = [max(own.tolist()) for own in positions]
+        before = [int(positions[0])] * len(positions)  # the same in all layers
         rest = (self.length, self.embeddings)
         return StartingStates(columns, states, [], self.keys, self.values, positions, before, *rest)
 
