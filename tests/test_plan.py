@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -40,6 +41,16 @@ def test_a_plan_has_every_cell_once_and_no_more_of_them_together_than_fit(n_rows
     assert starts == sorted(starts)
 
 
+def test_a_job_has_no_more_logits_than_fit(tiny: MambaTrace, tokens: Tensor) -> None:
+    room = 2**30
+    for looked_at in (-1, [1, 2, -1]):
+        question = asked("patch_grid", tiny, tokens[:1], tokens[1:2], "h", logit(tiny, 3), looked_at, 1)
+        budgets = Plan.of(tiny, question, Limits(None, room)).budgets
+        assert budgets.logits == 31 * 4
+        wide = replace(budgets, logits=room // (3 * len(question.looked_at)))
+        assert [wide.rows_of_a_job(range(1, 1 + n)) for n in (1, 2, 3, 4)] == [3, 1, 1, 0]
+
+
 def test_every_process_has_a_job(tiny: MambaTrace, tokens: Tensor) -> None:
     question = asked("patch_grid", tiny, tokens[:1], tokens[1:2], "h", logit(tiny, 3), -1, 1)
     for processes in (1, 2, 3):
@@ -51,7 +62,8 @@ def test_a_footprint_counts_what_a_site_makes() -> None:
     def rows(site: str, memory: int, family: Family = "selective") -> int:
         layer = Footprint.of(PURE[family], SIZES[family], BY_NAME[site], itemsize=4, length=17)
         question: Any = None
-        return Budgets(question, Limits(None, memory), [layer], overhead=72).rows_of_a_forward(17, True)
+        budgets = Budgets(question, Limits(None, memory), [layer], logits=4 * 50280, overhead=72)
+        return budgets.rows_of_a_forward(17, True)
 
     assert rows("h", 2**29) > 5 * rows("A_bar", 2**29) >= 5
     assert rows("h", 1) == 1

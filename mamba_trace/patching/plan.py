@@ -155,12 +155,14 @@ class Budgets:
     Attributes:
         question, limits: as `Plan.of` gets them.
         layers: the footprint of each layer.
+        logits: bytes of those at one position.
         overhead: the cost of calling a layer once more, in positions; see `OVERHEAD`.
     """
 
     question: Question
     limits: Limits
     layers: Sequence[Footprint]
+    logits: int
     overhead: int
 
     def rows_of_a_forward(self, length: int, patching: bool) -> int:
@@ -179,6 +181,7 @@ class Budgets:
     def rows_of_a_job(self, positions: range) -> int:
         """Rows of the grid whose cells at these positions share a forward of phase 2, in which no site is watched."""
         rows = self.rows_of_a_forward(columns_of(positions, self.question.stop), patching=False)
+        rows = min(rows, self.limits.memory // (len(positions) * len(self.question.looked_at) * self.logits))
         return rows if self.limits.batch_size is None else min(rows, self.limits.batch_size // len(positions))
 
     def pieces(self, job: Job) -> list[Job]:
@@ -232,7 +235,7 @@ class Plan:
             Footprint.of(kind, sizes_of(envoy._module, width), question.patched, itemsize, question.length)
             for kind, envoy in zip(question.layout.layers, model.layers, strict=True)
         ]
-        budgets = Budgets(question, limits, layers, overhead)
+        budgets = Budgets(question, limits, layers, model.config.vocab_size * itemsize, overhead)
         states_fit = max(1, budgets.positions_of_a_span())
 
         def share_states(first: Job, job: Job) -> bool:
