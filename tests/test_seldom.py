@@ -265,3 +265,53 @@ def test_positions_may_be_listed_or_marked(tiny: MambaTrace, chosen: Any) -> Non
         interventions.ablate(tiny.layers[1].ssm.y, positions=chosen)
         logits = tiny.lm_head.output.save()
     assert torch.equal(logits, expected)
+
+
+# -- values without rows -------------------------------------------------------------------------------------
+
+
+def test_an_invoke_may_skip_a_value_that_all_invokes_share(tiny: MambaTrace) -> None:
+    """It then has the replacement for its own, as if it had assigned it."""
+    A = -torch.rand(24, 5, generator=torch.Generator().manual_seed(0)) - 0.5
+
+    def two_invokes(skips: bool) -> tuple[Tensor, Tensor]:
+        with torch.no_grad(), tiny.trace() as tracer:
+            with tracer.invoke(IDS):
+                plain = tiny.lm_head.output.save()
+            with tracer.invoke(IDS):
+                if skips:
+                    tiny.layers[1].ssm.A.skip(A)
+                else:
+                    tiny.layers[1].ssm.A.output = A
+                replaced = tiny.lm_head.output.save()
+        return plain, replaced
+
+    (plain, replaced), expected = two_invokes(skips=True), two_invokes(skips=False)
+    assert torch.equal(replaced, expected[1])
+    assert torch.equal(plain, expected[0])
+    with torch.no_grad(), tiny.trace(IDS):
+        untouched = tiny.lm_head.output.save()
+    agree(plain, untouched)
+    assert (replaced - plain).abs().max() > 1e-3
+
+
+def test_an_invoke_of_the_whole_batch_edits_a_shared_value_for_all(tiny: MambaTrace) -> None:
+    with torch.no_grad(), tiny.trace() as tracer:
+        with tracer.invoke(IDS):
+            plain = tiny.lm_head.output.save()
+        with tracer.invoke():
+            tiny.layers[1].ssm.A.output = -torch.ones(24, 5)
+    with torch.no_grad(), tiny.trace(IDS):
+        tiny.layers[1].ssm.A.output = -torch.ones(24, 5)
+        expected = tiny.lm_head.output.save()
+    agree(plain, expected)
+
+
+def test_a_tensor_of_eight_bits_is_assigned_in_the_dtype_of_the_value(tiny: MambaTrace) -> None:
+    narrow = torch.randn(1, 5, 24).to(torch.float8_e4m3fn)
+    logits = []
+    for value in (narrow, narrow.float()):
+        with torch.no_grad(), tiny.trace(IDS):
+            tiny.layers[1].ssm.y.output = value
+            logits.append(tiny.lm_head.output.save())
+    assert torch.equal(*logits)

@@ -149,8 +149,9 @@ class PerInvoke:
         return value
 
     def gather_skip(self, value: Any, group: list[int] | None, replacement: Any) -> Any:
-        """A skipped site has the replacement for its value."""
-        return self.widen(replacement, group, replacement)
+        """Keep the replacement of a skipped site as the invoke's own; the module's output is the shared value."""
+        self.widen(value, group, replacement)
+        return self.shared
 
     def assemble_skip(self, value: Any) -> Any:
         """Nothing was gathered."""
