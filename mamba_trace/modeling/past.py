@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from ..errors import PromptError
 from ..scan.runs import Runs
 from ..tracing.mask import ends
-from .starting import Starting, StartingRuns, StartingStates, of_layer
+from .starting import Starting, StartingRuns
 
 
 class CachedLayer(Protocol):
@@ -40,25 +40,21 @@ class PastStates:
             [B,L], or ``None`` where none is known to be padding.
         tokens: the mixer's input [B,L,D].
 
-    Attributes:
-        starting_runs: the cache, where the rows are several runs, one behind the other.
-
     Raises:
         PromptError: if the mask has another shape, other values than 0 and 1, or padding between tokens.
     """
 
     def __init__(self, mixer: CachedLayer, cache: Any, attention_mask: Tensor | None, tokens: Tensor) -> None:
         self.mixer, self.layer, self.kernel = mixer, mixer.layer_idx, mixer.conv_kernel_size
-        self.fixed = cache if isinstance(cache, StartingStates) else None
-        self.starting_runs = cache if isinstance(cache, StartingRuns) else None
-        self.cache: Any = None if isinstance(cache, Starting) else cache
+        self.fixed = cache if isinstance(cache, Starting) else None
+        self.cache: Any = cache if self.fixed is None else None
         self.rows = len(tokens)
         self.mask = None if attention_mask is None else self._checked(attention_mask, tokens)
 
     @property
     def runs(self) -> Runs | None:
         """Where the runs are, if the rows are several; what came before is then that of each run."""
-        return None if self.starting_runs is None else self.starting_runs.runs
+        return None if self.fixed is None else self.fixed.runs
 
     def in_runs(self, call: Callable[[PastStates, Tensor], Tensor], value: Tensor) -> Tensor:
         """What ``call(past, value)`` returns [B,L,...], by itself for each run where the rows are several.
@@ -67,10 +63,10 @@ class PastStates:
             call: takes what came before, and the value at the columns that come after it.
             value: of this call [B,L,...].
         """
-        if self.starting_runs is None:
+        if not isinstance(self.fixed, StartingRuns):
             return call(self, value)
-        parts = ((PastStates(self.mixer, start, None, value), value[:, s]) for s, start in self.starting_runs.parts)
-        return self.starting_runs.runs.joined(call(past, own) for past, own in parts)
+        parts = ((PastStates(self.mixer, start, None, value), value[:, s]) for s, start in self.fixed.parts)
+        return self.fixed.runs.joined(call(past, own) for past, own in parts)
 
     def _checked(self, mask: Tensor, tokens: Tensor) -> Tensor | None:
         rows, length, _ = tokens.shape
@@ -95,8 +91,6 @@ class PastStates:
 
     def _columns(self) -> Tensor | None:
         """The columns before this call [B,channels,K], or before each run of it, or ``None``."""
-        if self.starting_runs is not None:
-            return of_layer(self.starting_runs.starts.columns[self.layer])
         if self.fixed is not None:
             return self.fixed.convolution(self.layer, self.rows)
         return None if self.cache is None else self.cache.get_conv_state(self.layer, state_idx=0)
@@ -135,8 +129,6 @@ class PastStates:
 
         If it is ``lent`` it may be the cache's own, which `keep` overwrites: for a caller who only reads it before.
         """
-        if self.starting_runs is not None:
-            return of_layer(self.starting_runs.starts.states[self.layer])
         if self.fixed is not None:
             return self.fixed.state(self.layer, self.rows)
         if self.cache is not None:

@@ -19,9 +19,19 @@ class Starting(ABC):
 
     Attributes:
         length: how many positions the prompt has, S.
+        runs: where the runs are, if each row of the call is several.
     """
 
     length: int
+    runs: Runs | None = None
+
+    @abstractmethod
+    def convolution(self, layer: int, rows: int) -> Tensor:
+        """The columns before a call with some ``rows`` [B,channels,K], or before each of its runs [runs,channels,K]."""
+
+    @abstractmethod
+    def state(self, layer: int, rows: int) -> Tensor:
+        """The state before a call with some ``rows`` [B,...,N], or before each of its runs [runs,...,N]."""
 
     @abstractmethod
     def original(self, layer: int, given: Tensor, rows: int) -> Tensor:
@@ -75,11 +85,9 @@ class StartingStates(Starting):
         self.before.append(max(positions.tolist(), default=0))
 
     def convolution(self, layer: int, rows: int) -> Tensor:
-        """The columns before the call [B,channels,K], which has ``rows``."""
         return self._of_rows(self.columns, layer, rows)
 
     def state(self, layer: int, rows: int) -> Tensor:
-        """The state before the call [B,...,N], which has ``rows``."""
         return self._of_rows(self.states, layer, rows)
 
     def _of_rows(self, kept: list[Tensor | None], layer: int, rows: int) -> Tensor:
@@ -160,6 +168,12 @@ class StartingRuns(Starting):
     def parts(self) -> list[tuple[slice, StartingStates]]:
         """The positions of each run, and where it starts."""
         return [(span, self.starts.at(place)) for place, span in enumerate(self.runs.spans)]
+
+    def convolution(self, layer: int, rows: int) -> Tensor:
+        return of_layer(self.starts.columns[layer])
+
+    def state(self, layer: int, rows: int) -> Tensor:
+        return of_layer(self.starts.states[layer])
 
     def original(self, layer: int, given: Tensor, rows: int) -> Tensor:
         return torch.cat([start.original(layer, given[:, span], rows) for span, start in self.parts], dim=1)

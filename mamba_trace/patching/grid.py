@@ -124,7 +124,8 @@ def patch_grid(
         layers: which layers the rows are: one or several; ``None`` for all that have the site.
         batch_size: the most cells that share a forward; ``None`` for as many as ``memory`` permits.
         memory: bytes that the activations of one forward may take. The states that cells start from may take
-            as many again. One run's streams [n_layers,L,D] and a forward of both prompts come on top.
+            as many again, and so may the logits of its cells. One run's streams [n_layers,L,D] and a forward of
+            both prompts come on top.
         keep: a folder where finished cells are kept. After an interrupt the same call goes on from there.
         resume: what an interrupted call of the same question left: the attribute ``partial`` of its
             KeyboardInterrupt, or what was saved of it. Cells that are nan there are computed.

@@ -1,4 +1,4 @@
-"""Which cells of a grid run together: as many as memory permits, and as few as padding is worth.
+"""Which cells of a grid run together: as many as are worth a forward, and no more than memory permits.
 
 The plan is a list of `Job` in order of position. Each job is one forward through phase 2, the layers above the
 patched ones (see `phases`), with enough positions to be worth its calls. In phase 1, the patched layers, few rows run
@@ -28,7 +28,7 @@ T = TypeVar("T")
 #: The fixed cost of calling a layer once more, as a number of positions that take as long: a CPU reads the
 #: layer's weights again, a GPU launches its kernels again. Estimates; the one for a GPU was never timed.
 OVERHEAD = {"cpu": 72, "cuda": 1000}
-#: How many times as long the call of a layer takes in which a trace watches a site.
+#: How many times as long the call of a layer takes in which a trace watches a site. An estimate.
 TRACED = 3
 #: How many times as long as its calls a forward is to take; one that takes longer gains next to nothing.
 WORTH = 32
@@ -40,7 +40,8 @@ class Limits:
 
     Attributes:
         batch_size: cells in one forward; ``None`` for as many as memory permits.
-        memory: bytes for the activations of a forward, and again for the states that cells start from.
+        memory: bytes for the activations of a forward, again for the states that cells start from, and again for
+            logits.
     """
 
     batch_size: int | None
