@@ -27,6 +27,7 @@ from mamba_trace.patching import PatchGrid, attribution_grid, logit_diff, patch_
 from mamba_trace.scan import cpu, cuda, reference
 from mamba_trace.scan.buffers import BlockLayout, Buffer
 from mamba_trace.scan.cpu import compiled, conv, explicit, selective, team
+from mamba_trace.scan.cpu.compiled import arguments_at
 from mamba_trace.scan.cuda import installed as installed
 
 triton = pytest.importorskip("mamba_trace.scan.triton")
@@ -176,10 +177,12 @@ KERNELS = {
     f"{module.__name__.rsplit('.', 1)[-1]} {name}": getattr(module, name)
     for module, name in (
         (selective, "forward"),
+        (selective, "forward_runs"),
         (selective, "backward"),
         (explicit, "forward"),
         (explicit, "backward"),
         (conv, "forward"),
+        (conv, "forward_runs"),
     )
 }
 AXES = {"batch": 2, "length": 3, "width": 4, "n_state": 2, "taps": 3, "past": 2, "pieces": 1, "runs": 2}
@@ -222,8 +225,8 @@ def test_a_kernel_of_the_cpu_refuses_what_does_not_fit(name: str) -> None:
 
 def test_an_array_that_a_kernel_does_not_look_at_may_be_missing() -> None:
     good = fitting(selective.FORWARD)
-    missing = dict.fromkeys(("skip", "D", "states", "starts", "begins"))
-    team.run(selective.forward, 1, **{**good, **missing, "gated": 0, "keep": 0, "runs": 0})
+    missing = dict.fromkeys(("skip", "D", "states"))
+    team.run(selective.forward, 1, **{**good, **missing, "gated": 0, "keep": 0})
 
 
 def test_the_places_of_a_layout_do_not_overlap() -> None:
@@ -253,7 +256,7 @@ SUM = BlockLayout("scale", x=Buffer("rows columns", dense=1), out=Buffer("rows")
 
 def add_up(data: Any) -> None:
     """out[r] = scale * sum over c of x[r, c]."""
-    p = sum_arguments(data)
+    p = arguments_at(data)
     for r in range(p.rows):
         p.out[r] = 0
         for c in range(p.columns):
@@ -261,16 +264,13 @@ def add_up(data: Any) -> None:
 
 
 def unknown_name(data: Any) -> None:
-    p = sum_arguments(data)
+    p = arguments_at(data)
     p.out[0] = p.factor
 
 
 def wrong_rank(data: Any) -> None:
-    p = sum_arguments(data)
+    p = arguments_at(data)
     p.out[0, 0] = p.x[0, 0]
-
-
-sum_arguments = compiled.arguments_of(SUM)
 
 
 def test_a_kernel_finds_its_arguments_by_name() -> None:
@@ -291,7 +291,6 @@ def test_compiled_code_for_other_places_is_not_run(monkeypatch: pytest.MonkeyPat
     x, out = torch.rand(3, 5), torch.empty(3)
     hits = []
     for layout in (SUM, SUM, BlockLayout("shift scale", x=Buffer("rows columns", dense=1), out=Buffer("rows"))):
-        monkeypatch.setitem(globals(), "sum_arguments", compiled.arguments_of(layout))
         kernel = compiled.Kernel(add_up, layout)
         given = {"scale": 2, "x": x, "out": out} | ({"shift": 0} if "shift" in layout.places else {})
         out.zero_()
@@ -299,6 +298,29 @@ def test_compiled_code_for_other_places_is_not_run(monkeypatch: pytest.MonkeyPat
         agree(out, 2 * x.sum(1))
         hits.append(kernel.compiled.cache_hits)
     assert hits == [0, 1, 0]
+
+
+FACTOR = 2
+
+
+def multiply(data: Any) -> None:
+    """out[r] = FACTOR * the first x[r, c], but for layouts without x."""
+    p = arguments_at(data)
+    for r in range(p.rows):
+        if FACTOR:
+            p.out[r] = FACTOR * p.x[r, 0]
+        else:
+            p.out[r] = 0
+
+
+def test_a_kernel_may_have_its_own_constants(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What a branch on them leaves out need not compile, and code for other constants is not run."""
+    monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path))
+    x, out = torch.rand(3, 5), torch.empty(3)
+    for layout, constants in ((SUM, {}), (SUM, {"FACTOR": 3}), (SUM.but("x"), {"FACTOR": 0})):
+        given = {"scale": 2, "x": x, "out": out}
+        team.run(compiled.Kernel(multiply, layout, **constants), 1, **{name: given[name] for name in layout.names})
+        agree(out, constants.get("FACTOR", 2) * x[:, 0])
 
 
 def test_the_triton_kernels_refuse_what_does_not_fit() -> None:

@@ -160,6 +160,11 @@ class BlockLayout:
             self.places[name] = self.length
             self.length += 1 + buffer.loose
 
+    def but(self, left_out: str, **others: Buffer) -> BlockLayout:
+        """A layout without the arrays ``left_out`` of this one, their names separated by spaces, and with others."""
+        kept = {name: buffer for name, buffer in self.buffers.items() if name not in left_out.split()}
+        return BlockLayout(" ".join(self.given), **kept, **others)
+
     def pack(self, pieces: int, given: Mapping[str, Any]) -> array[int]:
         """Make the block of numbers for one call. It keeps no tensor alive.
 

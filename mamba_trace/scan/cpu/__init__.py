@@ -103,19 +103,21 @@ def _pieces(kernels: Any, inputs: dict[str, Tensor], **shares: int) -> int:
 # -- the scans as operators ----------------------------------------------------------------------------------
 
 
-def run_forward(module: str, inputs: dict[str, Tensor], **others: Any) -> None:
-    """Run the forward kernel of a module of loops.
+def run_forward(module: str, inputs: dict[str, Tensor], kernel: str = "forward", **others: Any) -> None:
+    """Run a forward kernel of a module of loops.
 
     Args:
         module: its name, relative to this package.
         inputs: the arrays that it reads, by name.
+        kernel: the kernel's name.
         **others: the numbers that it takes, and the arrays that it writes, by name.
     """
     kernels = _kernels(module)
-    buffers = kernels.FORWARD.buffers
+    run = getattr(kernels, kernel)
+    buffers = run.layout.buffers
     for name, tensor in inputs.items():
         others[name] = tensor if buffers[name].without_gaps(tensor) else tensor.contiguous()
-    team.run(kernels.forward, _pieces(kernels, inputs), **others)
+    team.run(run, _pieces(kernels, inputs), **others)
 
 
 def _backward(module: str, inputs: dict[str, Tensor], **grads: Tensor) -> list[Tensor]:
@@ -202,15 +204,15 @@ def operator(
     return operator
 
 
-WHOLE: dict[str, Any] = {"whole": 1, "runs": 0, "starts": None, "begins": None}  # rows that are one run each
 GATED = ("x", "delta", "A", "B", "C", "D", "skip")  # the inputs of the gated scan in float32
 _selective: Any = operator(
     ".selective",
     ("x", "delta", "A", "B", "C", "h_start"),
     reference.selective_scan,
     reference.selective_states,
-    **{"gated": 0, "D": None, "skip": None},
-    **WHOLE,
+    gated=0,
+    D=None,
+    skip=None,
 )
 _explicit: Any = operator(
     ".explicit", ("A_bar", "B_bar", "x", "C", "h_start"), reference.explicit_scan, reference.explicit_states
@@ -271,7 +273,7 @@ def _gated(
     inputs = dict(zip(GATED, as_floats(x, delta_2, A, B, C, D, skip), strict=True))
     inputs["h_start"] = h = starting_state(x, A.shape[-1], *h_start)
     y, h_last = h.new_empty(x.shape), torch.empty_like(h)
-    run_forward(".selective", inputs, gated=1, keep=0, y=y, h_last=h_last, states=None, **WHOLE)
+    run_forward(".selective", inputs, gated=1, keep=0, y=y, h_last=h_last, states=None)
     return y.to(x.dtype), h_last
 
 
@@ -282,8 +284,7 @@ def gated_runs(
     *tensors, starts = as_floats(x, delta_2, A, B, C, D, skip, starts)
     inputs = dict(zip(GATED, tensors, strict=True)) | {"starts": starts, "begins": runs.begins}
     y = tensors[0].new_empty(x.shape)
-    none = {"h_start": None, "h_last": None, "states": None}
-    run_forward(".selective", inputs, gated=1, keep=0, whole=0, runs=len(starts), y=y, **none)
+    run_forward(".selective", inputs, "forward_runs", gated=1, keep=0, y=y, states=None)
     return y.to(x.dtype)
 
 
@@ -300,23 +301,24 @@ def causal_conv_runs(
 ) -> Tensor:
     """As `scan.runs.causal_conv_runs`, in float32: one kernel for all runs. Not differentiable."""
     starts = _as_dense(starts[..., 1:].transpose(1, 2))
-    arrays = {"before": None, "starts": starts, "begins": runs.begins}
-    return _run_conv(x_in, weight, bias, activate, whole=0, runs=len(starts), **arrays)
+    return _run_conv("forward_runs", x_in, weight, bias, activate, starts=starts, begins=runs.begins)
 
 
 def _convolve(x_in: Tensor, weight: Tensor, bias: Tensor | None, before: Tensor | None, activate: bool) -> Tensor:
     batch, _, width = x_in.shape
     history = x_in.new_zeros(batch, weight.shape[1] - 1, width) if before is None else before[..., 1:].transpose(1, 2)
-    return _run_conv(x_in, weight, bias, activate, **WHOLE, before=_as_dense(history))
+    return _run_conv("forward", x_in, weight, bias, activate, before=_as_dense(history))
 
 
-def _run_conv(x_in: Tensor, weight: Tensor, bias: Tensor | None, activate: bool, **others: Any) -> Tensor:
+def _run_conv(
+    kernel: str, x_in: Tensor, weight: Tensor, bias: Tensor | None, activate: bool, **others: Tensor
+) -> Tensor:
     batch, length, width = x_in.shape
     bias = x_in.new_zeros(width) if bias is None else bias
     (given,) = as_floats(x_in)
     out = given.new_empty(given.shape)
     team.run(
-        _kernels(".conv").forward,
+        getattr(_kernels(".conv"), kernel),
         team.pieces(batch * length, -(-width // 4)),  # far less work at a position than in a scan
         past=weight.shape[1] - 1,
         activate=int(activate),

@@ -1,8 +1,8 @@
 """What the compiled loops share: how they are compiled, find their arguments, and vectorise.
 
 A kernel is a C function of one argument: the address of a block of int64 numbers, which `BlockLayout.pack` fills
-with sizes, flags, and the addresses and strides of float32 arrays. `arguments_of` compiles the other side
-from the same `BlockLayout`: a named tuple of everything in the block, so that a kernel writes ``p.width`` and
+with sizes, flags, and the addresses and strides of float32 arrays. `arguments_at` is compiled from the same
+`BlockLayout`: it gives a named tuple of everything in the block, so that a kernel writes ``p.width`` and
 ``p.x[b, t, e]`` and no place is counted by hand. A name that the layout lacks, or too many or too few
 indices, do not compile.
 
@@ -16,10 +16,12 @@ instructions, exponentials included: those are polynomials here, because a call 
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import gc
 import math
 from collections import namedtuple
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import CellType, FunctionType
 from typing import Any
 
@@ -49,30 +51,54 @@ BOUNDLESS = 1 << 62
 class Kernel:
     """A function of one address, compiled when it first runs, and the layout of what stands at that address.
 
+    Args:
+        function: the function. It calls `arguments_at` for what stands at the address.
+        layout: the layout.
+        **constants: values for globals of the function's module, for this kernel alone. What a branch on them leaves
+            out is not compiled.
+
     Example::
 
         @kernel(FORWARD)
         def forward(data):
-            p = forward_arguments(data)
+            p = arguments_at(data)
+
+        forward_runs = Kernel(forward.function, RUNS, IN_RUNS=True)
     """
 
-    def __init__(self, function: Callable[[Any], None], layout: BlockLayout) -> None:
+    def __init__(self, function: Callable[[Any], None], layout: BlockLayout, **constants: Any) -> None:
         self.function = function
         self.layout = layout
+        self.constants = constants
 
     @functools.cached_property
     def compiled(self) -> Any:
         """Numba's compiled function, which is kept on disk where there is a folder to write to."""
-        # Numba's cache asks whether the file and the closure of a function have changed. The layout's places
-        # are compiled in as well, so they are put into the closure: code for other places is never run.
-        places = CellType(_unpacking(self.layout))
-        code = self.function.__code__.replace(co_freevars=("places",))
-        function = FunctionType(code, self.function.__globals__, self.function.__name__, closure=(places,))
+        # Numba's cache asks whether the file and the closure of a function have changed. The layout's places and
+        # the constants are compiled in as well, so they are put into the closure: no other code is ever run.
+        own = CellType(f"{_unpacking(self.layout)}\n{self.constants}")
+        code = self.function.__code__.replace(co_freevars=("own",))
+        globals_ = self.function.__globals__ | self.constants | {"arguments_at": _arguments_of(self.layout)}
+        function = FunctionType(code, globals_, self.function.__name__, closure=(own,))
         signature = types.void(types.voidptr)
-        try:
-            return cfunc(signature, cache=True, **OPTIONS)(function)
-        except RuntimeError:  # Numba found no such folder
-            return cfunc(signature, **OPTIONS)(function)
+        with _nothing_collected():
+            try:
+                return cfunc(signature, cache=True, **OPTIONS)(function)
+            except RuntimeError:  # Numba found no such folder
+                return cfunc(signature, **OPTIONS)(function)
+
+
+@contextlib.contextmanager
+def _nothing_collected() -> Iterator[None]:
+    # To compile makes objects by the hundred thousand, all of which are kept until the end. Python would look through
+    # them, and through all others in memory, again and again, which takes an eighth of the time.
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def kernel(layout: BlockLayout) -> Callable[[Callable[[Any], None]], Kernel]:
@@ -80,8 +106,12 @@ def kernel(layout: BlockLayout) -> Callable[[Callable[[Any], None]], Kernel]:
     return lambda function: Kernel(function, layout)
 
 
-def arguments_of(layout: BlockLayout) -> Any:
-    """A compiled function that makes of an address a named tuple of all numbers and arrays of ``layout``."""
+def arguments_at(data: Any) -> Any:
+    """A named tuple of all numbers and arrays of the layout of the kernel that calls this, which stand at ``data``."""
+    raise NotImplementedError("only a compiled kernel has arguments")  # each kernel is compiled with its own
+
+
+def _arguments_of(layout: BlockLayout) -> Any:
     names = [*layout.places]
     scope = {"parameters": _parameters, "view": _view, "Arguments": namedtuple("Arguments", names)}
     exec(_unpacking(layout), scope)
@@ -89,7 +119,7 @@ def arguments_of(layout: BlockLayout) -> Any:
 
 
 def _unpacking(layout: BlockLayout) -> str:
-    # The source of the function of `arguments_of`.
+    # The source of the function of `_arguments_of`.
     fields = []
     for name, place in layout.places.items():
         if (buffer := layout.buffers.get(name)) is None:

@@ -9,30 +9,28 @@ from __future__ import annotations
 import numpy as np
 
 from ..buffers import BlockLayout, Buffer
-from .compiled import arguments_of, kernel, next_piece, silu
+from .compiled import Kernel, arguments_at, kernel, next_piece, silu
 
+IN_RUNS = False  # whether a row is several runs, one behind the other
 FORWARD = BlockLayout(
-    "past activate whole runs",
+    "past activate",
     x_in=Buffer("batch length width", dense=1),
-    before=Buffer("batch past width", when="whole"),
-    starts=Buffer("runs past width", when="runs"),
-    begins=Buffer("runs", when="runs"),
+    before=Buffer("batch past width"),
     weight=Buffer("taps width"),
     bias=Buffer("width"),
     out=Buffer("batch length width"),
 )
-forward_arguments = arguments_of(FORWARD)
+RUNS = FORWARD.but("before", starts=Buffer("runs past width"), begins=Buffer("runs"))
 
 
 @kernel(FORWARD)
 def forward(data):  # type: ignore[no-untyped-def]
     """Convolve pieces of the rows (batch x positions). Result: out.
 
-    ``taps``: K; ``past``: K - 1, the number of columns ``before`` x_in; ``activate``: whether to apply SiLU; ``whole``:
-    whether a row is one run. Otherwise it is some ``runs``: before the column ``begins[r]`` come ``starts[r]``, in all
-    rows.
+    ``taps``: K; ``past``: K - 1, the number of columns ``before`` x_in; ``activate``: whether to apply SiLU. `IN_RUNS`:
+    before the column ``begins[r]`` come ``starts[r]``, in all rows.
     """
-    p = forward_arguments(data)
+    p = arguments_at(data)
     row = np.empty(p.width, np.float32)
     while True:
         piece = next_piece(data)
@@ -40,37 +38,33 @@ def forward(data):  # type: ignore[no-untyped-def]
             break
         for line in range(p.batch * p.length * piece // p.pieces, p.batch * p.length * (piece + 1) // p.pieces):
             b, t = line // p.length, line % p.length
-            run, first = 0, 0
-            if not p.whole:
+            x, y = p.x_in[b], p.out[b, t]
+            if IN_RUNS:
+                run = 0
                 while run + 1 < p.runs and p.begins[run + 1] <= t:
                     run += 1
-                first = int(p.begins[run])
-            before = p.before[b] if p.whole else p.starts[run]
+                first, before = int(p.begins[run]), p.starts[run]
+            else:
+                first, before = 0, p.before[b]
             if p.taps == 4 and t - first >= 3:  # the usual case in one pass
-                x, y = p.x_in[b], p.out[b, t]
                 w0, w1, w2, w3 = p.weight[0], p.weight[1], p.weight[2], p.weight[3]
-                if p.activate:
-                    for e in range(p.width):
-                        total = p.bias[e] + w0[e] * x[t - 3, e] + w1[e] * x[t - 2, e]
-                        y[e] = silu(total + w2[e] * x[t - 1, e] + w3[e] * x[t, e])
-                else:
-                    for e in range(p.width):
-                        total = p.bias[e] + w0[e] * x[t - 3, e] + w1[e] * x[t - 2, e]
-                        y[e] = total + w2[e] * x[t - 1, e] + w3[e] * x[t, e]
-                continue
-            for e in range(p.width):
-                row[e] = p.bias[e]
-            for k in range(p.taps):
-                source = t - p.past + k
-                if source >= first:
-                    for e in range(p.width):
-                        row[e] += p.weight[k, e] * p.x_in[b, source, e]
-                else:
-                    for e in range(p.width):
-                        row[e] += p.weight[k, e] * before[p.past + source - first, e]
-            if p.activate:
                 for e in range(p.width):
-                    p.out[b, t, e] = silu(row[e])
+                    total = p.bias[e] + w0[e] * x[t - 3, e] + w1[e] * x[t - 2, e]
+                    row[e] = total + w2[e] * x[t - 1, e] + w3[e] * x[t, e]
             else:
                 for e in range(p.width):
-                    p.out[b, t, e] = row[e]
+                    row[e] = p.bias[e]
+                for k in range(p.taps):
+                    source = t - p.past + k
+                    column = x[source] if source >= first else before[p.past + source - first]
+                    for e in range(p.width):
+                        row[e] += p.weight[k, e] * column[e]
+            if p.activate:
+                for e in range(p.width):
+                    y[e] = silu(row[e])
+            else:
+                for e in range(p.width):
+                    y[e] = row[e]
+
+
+forward_runs = Kernel(forward.function, RUNS, IN_RUNS=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from ..buffers import BlockLayout, Buffer
-from .compiled import arguments_of, kernel, next_piece
+from .compiled import arguments_at, kernel, next_piece
 
 WIDTH = 16  # channels in a block
 
@@ -31,7 +31,6 @@ BACKWARD = BlockLayout(
     gx=Buffer("batch length width"), gC=Buffer("pieces batch length n_state"),
     gh_start=Buffer("batch width n_state"),
 )  # fmt: skip
-forward_arguments, backward_arguments = arguments_of(FORWARD), arguments_of(BACKWARD)
 
 
 @kernel(FORWARD)
@@ -40,7 +39,7 @@ def forward(data):  # type: ignore[no-untyped-def]
 
     ``keep``: whether to keep the states.
     """
-    p = forward_arguments(data)
+    p = arguments_at(data)
     blocks = (p.width + WIDTH - 1) // WIDTH
     h = np.zeros((WIDTH, p.n_state), np.float32)
     while True:
@@ -76,7 +75,7 @@ def backward(data):  # type: ignore[no-untyped-def]
     ``states`` are those that `forward` made; ``keep``: whether there are gradients of them. Results: gA_bar,
     gB_bar, gx and gh_start; gC, which must be zeros before, is added to, and is to be summed over the pieces.
     """
-    p = backward_arguments(data)
+    p = arguments_at(data)
     blocks = (p.width + WIDTH - 1) // WIDTH
     g = np.zeros((WIDTH, p.n_state), np.float32)
     while True:

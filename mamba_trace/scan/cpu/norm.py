@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from ..buffers import BlockLayout, Buffer
-from .compiled import arguments_of, as_float, kernel, next_piece
+from .compiled import arguments_at, as_float, kernel, next_piece
 
 FORWARD = BlockLayout(
     "epsilon",
@@ -16,7 +16,6 @@ FORWARD = BlockLayout(
     weight=Buffer("groups width"),
     out=Buffer("rows groups width"),
 )
-forward_arguments = arguments_of(FORWARD)
 
 
 @kernel(FORWARD)
@@ -25,7 +24,7 @@ def forward(data):  # type: ignore[no-untyped-def]
 
     ``epsilon``: the bits of the float32 that is added to the mean of the squares.
     """
-    p = forward_arguments(data)
+    p = arguments_at(data)
     epsilon, count = as_float(np.int32(p.epsilon)), np.float32(p.width)
     while True:
         piece = next_piece(data)

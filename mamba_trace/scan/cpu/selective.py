@@ -12,21 +12,22 @@ import numpy as np
 from numba import njit
 
 from ..buffers import BlockLayout, Buffer
-from .compiled import LOG2E, OPTIONS, arguments_of, exp2, kernel, next_piece, silu, softplus
+from .compiled import LOG2E, OPTIONS, Kernel, arguments_at, exp2, kernel, next_piece, silu, softplus
 
 WIDTH = 16  # channels in a block
 CHUNK = 64  # positions between the states that the backward pass keeps
+IN_RUNS = False  # whether a row is several runs, one behind the other
 
 FORWARD = BlockLayout(
-    "gated keep whole runs",
+    "gated keep",
     x=Buffer("batch length width", dense=1), delta=Buffer("batch length width", dense=1),
     B=Buffer("batch length n_state", dense=1), C=Buffer("batch length n_state", dense=1),
     skip=Buffer("batch length width", dense=1, when="gated"),
-    A=Buffer("width n_state"), D=Buffer("width", when="gated"), h_start=Buffer("batch width n_state", when="whole"),
-    y=Buffer("batch length width"), h_last=Buffer("batch width n_state", when="whole"),
+    A=Buffer("width n_state"), D=Buffer("width", when="gated"), h_start=Buffer("batch width n_state"),
+    y=Buffer("batch length width"), h_last=Buffer("batch width n_state"),
     states=Buffer("batch length width n_state", when="keep"),
-    starts=Buffer("runs width n_state", when="runs"), begins=Buffer("runs", when="runs"),
 )  # fmt: skip
+RUNS = FORWARD.but("h_start h_last", starts=Buffer("runs width n_state"), begins=Buffer("runs"))
 BACKWARD = BlockLayout(
     "keep",
     x=Buffer("batch length width"), delta=Buffer("batch length width"), A=Buffer("width n_state"),
@@ -37,7 +38,6 @@ BACKWARD = BlockLayout(
     gB=Buffer("pieces batch length n_state"), gC=Buffer("pieces batch length n_state"),
     gh_start=Buffer("batch width n_state"),
 )  # fmt: skip
-forward_arguments, backward_arguments = arguments_of(FORWARD), arguments_of(BACKWARD)
 
 
 @kernel(FORWARD)
@@ -45,10 +45,10 @@ def forward(data):  # type: ignore[no-untyped-def]
     """Run pieces of the blocks (batch x channel blocks) over all positions. Results: y, h_last and states.
 
     ``gated``: whether to take softplus of delta before, and to add D x to y and gate it after; ``keep``:
-    whether to keep the states; ``whole``: whether a row is one run, from h_start to h_last. Otherwise it is some
-    ``runs``: run r starts from the state ``starts[r]`` at position ``begins[r]``, in every row.
+    whether to keep the states. `IN_RUNS`: run r starts from the state ``starts[r]`` at position ``begins[r]``, in
+    every row; there is no h_last.
     """
-    p = forward_arguments(data)
+    p = arguments_at(data)
     blocks = (p.width + WIDTH - 1) // WIDTH
     # In a block that is cut short, nothing reads the last columns.
     a = np.empty((p.n_state, WIDTH), np.float32)
@@ -67,10 +67,12 @@ def forward(data):  # type: ignore[no-untyped-def]
             for n in range(p.n_state):
                 for e in range(w):
                     a[n, e] = p.A[e0 + e, n] * LOG2E
-            for run in range(max(p.runs, 1)):
-                begin = 0 if p.whole else int(p.begins[run])
-                end = int(p.begins[run + 1]) if run + 1 < p.runs else p.length
-                start = p.h_start[b] if p.whole else p.starts[run]
+            for run in range(p.runs if IN_RUNS else 1):
+                if IN_RUNS:
+                    begin, start = int(p.begins[run]), p.starts[run]
+                    end = int(p.begins[run + 1]) if run + 1 < p.runs else p.length
+                else:
+                    begin, end, start = 0, p.length, p.h_start[b]
                 for n in range(p.n_state):
                     for e in range(w):
                         h[n, e] = start[e0 + e, n]
@@ -103,10 +105,13 @@ def forward(data):  # type: ignore[no-untyped-def]
                         for e in range(w):
                             for n in range(p.n_state):
                                 p.states[b, t, e0 + e, n] = h[n, e]
-            if p.whole:
+            if not IN_RUNS:
                 for n in range(p.n_state):
                     for e in range(w):
                         p.h_last[b, e0 + e, n] = h[n, e]
+
+
+forward_runs = Kernel(forward.function, RUNS, IN_RUNS=True)
 
 
 @njit(**OPTIONS)
@@ -136,7 +141,7 @@ def backward(data):  # type: ignore[no-untyped-def]
     ``keep``: whether there are gradients of the states. Results: gx, gdelta and gh_start; gA, to be summed
     over the batch; gB and gC, which must be zeros before, are added to, and are to be summed over the pieces.
     """
-    p = backward_arguments(data)
+    p = arguments_at(data)
     blocks = (p.width + WIDTH - 1) // WIDTH
     chunks = (p.length + CHUNK - 1) // CHUNK
     raw = np.zeros((p.n_state, WIDTH), np.float32)

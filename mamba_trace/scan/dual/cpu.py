@@ -86,5 +86,5 @@ def gated_runs(
     y = read.new_empty(x.shape)
     longest = max(runs.lengths)
     inputs |= {"read": read, "begins": runs.begins}
-    run_forward(_RUNS, inputs, runs=len(starts), longest=longest, y=y)
+    run_forward(_RUNS, inputs, longest=longest, y=y)
     return y.to(x.dtype)

@@ -18,7 +18,7 @@ import numpy as np
 from numba import njit
 
 from ..buffers import BlockLayout, Buffer
-from ..cpu.compiled import OPTIONS, arguments_of, kernel, next_piece, silu
+from ..cpu.compiled import OPTIONS, arguments_at, kernel, next_piece, silu
 from .loops import INPUTS
 from .vectors import CHUNK, LANES, chunk_step, fetch, gate_vector, transpose, write_vector
 
@@ -30,7 +30,6 @@ FORWARD = BlockLayout(
     D=Buffer("heads"), skip=Buffer("batch length heads width", dense=2),
     y=Buffer("batch length heads width"), h_last=Buffer("batch heads width n_state"),
 )  # fmt: skip
-forward_arguments = arguments_of(FORWARD)
 step_32, step_16 = chunk_step(2), chunk_step(1)
 ZERO, ONE = np.float32(0.0), np.float32(1.0)
 
@@ -79,7 +78,7 @@ def forward(data):  # type: ignore[no-untyped-def]
 
     ``started``: whether there is a state to start from; otherwise it is zero.
     """
-    p = forward_arguments(data)
+    p = arguments_at(data)
     of_head = (p.width + WIDTH - 1) // WIDTH
     blocks = p.batch * p.heads * of_head
     step_B, step_C = p.B.strides[1] // 4, p.C.strides[1] // 4

@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 from ..buffers import BlockLayout, Buffer
-from ..cpu.compiled import arguments_of, kernel, next_piece, silu
+from ..cpu.compiled import arguments_at, kernel, next_piece, silu
 from .vectors import LANES, backward_step, fetch, forward_step
 
 WIDTH = 64  # channels in a block
@@ -41,7 +41,6 @@ BACKWARD = BlockLayout(
     gdecay=Buffer("batch length heads"), gscale=Buffer("batch length heads"),
     gB=Buffer("each_B batch length groups_B n_state"), gC=Buffer("each_C batch length groups_C n_state"),
 )  # fmt: skip
-forward_arguments, backward_arguments = arguments_of(FORWARD), arguments_of(BACKWARD)
 
 
 def summed(sizes: dict[str, int]) -> dict[str, int]:
@@ -55,7 +54,7 @@ def forward(data):  # type: ignore[no-untyped-def]
 
     ``gated``: whether to add D x to y and gate it after; ``keep``: whether to keep the states.
     """
-    p = forward_arguments(data)
+    p = arguments_at(data)
     of_head = (p.width + WIDTH - 1) // WIDTH
     blocks = p.batch * p.heads * of_head
     while True:
@@ -109,7 +108,7 @@ def backward(data):  # type: ignore[no-untyped-def]
     A first pass keeps the state before each chunk. Then the states of one chunk after the other, the last chunk
     first, are computed again from there.
     """
-    p = backward_arguments(data)
+    p = arguments_at(data)
     chunks = (p.length + CHUNK - 1) // CHUNK
     starts = np.zeros((chunks + 1, WIDTH, p.n_state), np.float32)
     states = np.zeros((CHUNK + 1, WIDTH, p.n_state), np.float32)

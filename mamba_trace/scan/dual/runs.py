@@ -14,18 +14,17 @@ from __future__ import annotations
 import numpy as np
 
 from ..buffers import BlockLayout, Buffer
-from ..cpu.compiled import arguments_of, kernel, next_piece, silu
+from ..cpu.compiled import arguments_at, kernel, next_piece, silu
 
 WIDTH = 64  # channels that count as a block
 FORWARD = BlockLayout(
-    "runs longest",
+    "longest",
     x=Buffer("batch length heads width", dense=2),
     decay=Buffer("batch length heads", dense=1), scale=Buffer("batch length heads", dense=1),
     B=Buffer("batch length groups n_state", dense=2), C=Buffer("batch length groups n_state", dense=2),
     D=Buffer("heads"), skip=Buffer("batch length heads width", dense=2),
     read=Buffer("groups lines channels"), begins=Buffer("runs"), y=Buffer("batch length heads width"),
 )  # fmt: skip
-forward_arguments = arguments_of(FORWARD)
 ZERO, ONE = np.float32(0.0), np.float32(1.0)
 
 
@@ -36,7 +35,7 @@ def forward(data):  # type: ignore[no-untyped-def]
     Run r of each row begins at position ``begins[r]``, and is at most ``longest``. The lines of ``read`` are the
     positions of all rows, run by run.
     """
-    p = forward_arguments(data)
+    p = arguments_at(data)
     products = np.zeros((p.longest, p.longest), np.float32)
     weights = np.zeros(p.longest, np.float32)
     out = np.zeros(p.width, np.float32)
