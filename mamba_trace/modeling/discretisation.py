@@ -39,12 +39,12 @@ class Discretisation(ABC):
     A_log: Tensor
     B: Tensor
     C: Tensor
-    A: Tensor = field(init=False)  # with a batch axis in front where invokes have made it differ
     A_bar: Tensor | None = field(init=False, default=None)
     B_bar: Tensor | None = field(init=False, default=None)
     write: Tensor | None = field(init=False, default=None)  # B_bar x
     edited: bool = field(init=False, default=False)  # whether one of these three was edited
     _delta: Tensor | None = field(init=False, default=None)
+    _A: Tensor | None = field(init=False, default=None)
 
     scans: ClassVar[ScanFamily]
 
@@ -52,14 +52,21 @@ class Discretisation(ABC):
         """Offer delta, A, A_bar, B, B_bar, C and write."""
         delta, _ = offer.optional("delta", lambda: self.delta)
         self._delta = self._delta if delta is None else delta
-        # Made no sooner than here: gradients come back in the opposite order.
-        self.A = offer("A", -torch.exp(self.A_log.to(accumulation_dtype(self.A_log))))
+        if offer.open or torch.is_grad_enabled():  # no sooner than here: gradients come back in the opposite order
+            self._A = offer("A", self.A)
         self.A_bar, A_bar_edited = offer.optional("A_bar", self.make_A_bar)
         self.B = offer("B", self.B)
         self.B_bar, B_bar_edited = offer.optional("B_bar", self.make_B_bar)
         self.C = offer("C", self.C)
         self.write, write_edited = offer.optional("write", self.make_write)
         self.edited = A_bar_edited or B_bar_edited or write_edited
+
+    @property
+    def A(self) -> Tensor:
+        """-exp(A_log) in float32 or better, with a batch axis in front where invokes have made it differ."""
+        if self._A is None:
+            self._A = -torch.exp(self.A_log.to(accumulation_dtype(self.A_log)))
+        return self._A
 
     @property
     def delta(self) -> Tensor:

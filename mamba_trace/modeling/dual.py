@@ -46,12 +46,13 @@ class DualMixer(HookableMixer):
         return self.intermediate_size + 2 * self.n_groups * self.ssm_state_size
 
     def divided(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        skip, columns, delta_1 = rows.split([self.intermediate_size, self.n_channels, self.num_heads], dim=-1)
+        sizes = [self.intermediate_size, self.n_channels, self.num_heads]
+        skip, columns, delta_1 = rows.split_with_sizes(sizes, dim=-1)
         return skip, columns, delta_1
 
     def split(self, columns: Tensor) -> Sequence[Tensor]:
         G, N = self.n_groups, self.ssm_state_size
-        x, B, C = columns.split([self.intermediate_size, G * N, G * N], dim=-1)
+        x, B, C = columns.split_with_sizes([self.intermediate_size, G * N, G * N], dim=-1)
         return x, B.unflatten(-1, (G, N)), C.unflatten(-1, (G, N))
 
     def discretisation(

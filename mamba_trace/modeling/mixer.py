@@ -31,7 +31,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from transformers.activations import SiLUActivation
 
 from ..errors import SiteValueError
-from ..scan import ScanFamily, causal_conv, convolution
+from ..scan import ScanFamily, causal_conv, conv_update, convolution
+from ..scan.recompute import differentiated
 from ..scan.record import note, recording
 from ..scan.reference import accumulation_dtype
 from ..sites import Family
@@ -40,7 +41,7 @@ from .discretisation import Discretisation
 from .offers import Offers
 from .past import PastStates, masked, seen_by
 from .run_report import LayerRun, RunReport
-from .stretches import Starts, Stretches
+from .stretches import Lent, Starts, Stretches
 
 #: The modules that stand for SiLU, which the kernels of the convolution apply.
 SILU = (nn.SiLU, SiLUActivation)
@@ -211,8 +212,12 @@ class HookableMixer(nn.Module):
             silu = type(self.act) in SILU and offer.inside("conv") is None
             whole = silu and offer.bypass("act", type(self.act)) is not None
             weight, bias = conv1d.weight[:, 0], conv1d.bias  # [channels,K], [channels] or None
-            x_in, before = past.convolution(x_in)  # [B,L,channels], [B,channels,K] or None
-            conv = causal_conv(x_in, weight, bias, before, activate=whole, backend=backend, runs=past.runs)
+            own = past.lent_columns(x_in) if whole else None
+            if own is not None and not differentiated(x_in, weight, bias, own):
+                conv = conv_update(x_in, weight, bias, own, backend=backend)
+            else:
+                x_in, before = past.convolution(x_in)  # [B,L,channels], [B,channels,K] or None
+                conv = causal_conv(x_in, weight, bias, before, activate=whole, backend=backend, runs=past.runs)
             reason = "" if whole else "conv or its SiLU is wanted or hooked"
         self.last_run.reasons += [reason] if reason else []
         if whole:
@@ -222,9 +227,10 @@ class HookableMixer(nn.Module):
 
     def plain_conv1d(self, offer: Offers) -> nn.Conv1d | None:
         """conv1d if a kernel may read its weight [channels,1,K]: the convolution that the configuration says."""
-        K, groups = self.conv_kernel_size, self.n_channels
-        plain = {"kernel_size": (K,), "padding": (K - 1,), "stride": (1,), "dilation": (1,), "groups": groups}
-        return offer.bypass("conv1d", nn.Conv1d, padding_mode="zeros", **plain)
+        K, conv1d = self.conv_kernel_size, self.conv1d
+        of_configuration = ((K,), (K - 1,), (1,), (1,), self.n_channels, "zeros")
+        own = (conv1d.kernel_size, conv1d.padding, conv1d.stride, conv1d.dilation, conv1d.groups, conv1d.padding_mode)
+        return offer.bypass("conv1d", nn.Conv1d) if own == of_configuration else None
 
     def conv_backend(self, x_in: Tensor) -> ModuleType | None:
         """What can convolve ``x_in`` faster than PyTorch, or ``None``."""
@@ -259,11 +265,11 @@ class HookableMixer(nn.Module):
     # -- the scan --------------------------------------------------------------------------------------
 
     def scan(
-        self, offer: Offers, x: Tensor, skip: Tensor, h: Tensor | Starts | None, parameters: Discretisation
+        self, offer: Offers, x: Tensor, skip: Tensor, h: Tensor | Starts | Lent | None, parameters: Discretisation
     ) -> tuple[Tensor, Tensor | None]:
         """The output of the SSM [B,L,E], gated if no norm comes before the gate, and its last state [B,...,N].
 
-        It takes as few kernels as will do. Where the rows are several runs, no state is returned.
+        It takes as few kernels as will do. No state is returned where the rows are several runs, or where it was lent.
         """
         parameters.offer(offer)
         wanted = offer.inside("scan", "states")
@@ -277,6 +283,7 @@ class HookableMixer(nn.Module):
         if isinstance(h, Starts):
             pieces, h = h.run(recurrence), None
         else:
+            assert not isinstance(h, Lent)
             pieces, h = Stretches(offer, recurrence, h).run()
         del parameters, recurrence  # and with them delta, which makes room for what follows
         # y has no name here, so that it is given up where ssm_output is made of it.
@@ -284,11 +291,16 @@ class HookableMixer(nn.Module):
         return ssm_output if self.norm_first else F.silu(skip.to(ssm_output.dtype)).mul_(ssm_output), h
 
     def fused(
-        self, x: Tensor, skip: Tensor, h: Tensor | Starts | None, parameters: Discretisation
+        self, x: Tensor, skip: Tensor, h: Tensor | Starts | Lent | None, parameters: Discretisation
     ) -> tuple[Tensor, Tensor | None]:
         """`scan` in one kernel."""
-        steps, A, B, C, D = parameters.steps(), parameters.A, parameters.B, parameters.C, self.D_of_scans()
-        x, skip = self.by_head(x), self.by_head(skip)
+        x, steps, B, C = self.by_head(x), parameters.steps(), parameters.B, parameters.C
+        D, skip = self.D_of_scans(), self.by_head(skip)
+        if isinstance(h, Lent):
+            A_log, h = parameters.A_log, h.state
+            gated = self.scans.gated_update(x, steps, A_log, B, C, D, skip, h, kernels=self.kernels)
+            return self.by_channel(gated), None
+        A = parameters.A
         if isinstance(h, Starts):
             gated = self.scans.gated_runs(x, steps, A, B, C, D, skip, h.states, h.runs, kernels=self.kernels)
             return self.by_channel(gated), None
@@ -299,12 +311,15 @@ class HookableMixer(nn.Module):
         """y + D x [B,L,E]."""
         return torch.addcmul(y, x.to(y.dtype), self.D_of_channels().to(y.dtype))
 
-    def initial_state(self, offer: Offers, x: Tensor, past: PastStates) -> Tensor | Starts | None:
+    def initial_state(self, offer: Offers, x: Tensor, past: PastStates) -> Tensor | Starts | Lent | None:
         """The state before the first position [B,...,N], or ``None`` for zeros that nobody wants.
 
-        Where the rows are several runs, those before each of them.
+        Where the rows are several runs, those before each of them. The cache's own where one kernel will do.
         """
-        h = self.from_cache(past.state(lent=not offer.open and not torch.is_grad_enabled()))
+        fused = not offer.open and not self.norm_first
+        if fused and not torch.is_grad_enabled() and (own := self.from_cache(past.lent_state())) is not None:
+            return Lent(own)
+        h = self.from_cache(past.state())
         if not offer.wants("h_start"):
             offer.pass_over("h_start")
             return h if past.runs is None or h is None else Starts(h, past.runs)

@@ -186,17 +186,15 @@ class Offers:
             self.visit.pass_over(names)
             self.done.update(names)
 
-    def bypass(self, name: str, plain: type[nn.Module], **attributes: Any) -> Any:
+    def bypass(self, name: str, plain: type[nn.Module]) -> Any:
         """Inner module ``name`` if its weights may be used without calling it, else ``None``.
 
-        They may if it is a ``plain`` one with these ``attributes`` that nobody has changed, hooked or wants
-        to look into. nnsight then counts a visit of it all the same.
+        They may if it is a ``plain`` one that nobody has changed, hooked or wants to look into. nnsight then counts a
+        visit of it all the same.
         """
         module = self.module._modules[name]
         assert module is not None
         if not is_itself(module, plain) or self.first_wanted(name) is not None:
-            return None
-        if any(getattr(module, attribute) != value for attribute, value in attributes.items()):
             return None
         self.visit.pass_over((name,))
         return module

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from transformers.cache_utils import LinearAttentionLayer
 
 from ..errors import PromptError
 from ..scan.runs import Runs
@@ -124,23 +125,45 @@ class PastStates:
     def _update(self, columns: Tensor) -> None:
         self.cache.update_conv_state(columns, self.layer, conv_kernel_size=self.kernel)
 
-    def state(self, lent: bool = False) -> Tensor | None:
-        """The cached state to start from [B,...,N], or that of each run, or ``None`` for zeros.
-
-        If it is ``lent`` it may be the cache's own, which `keep` overwrites: for a caller who only reads it before.
-        """
+    def state(self) -> Tensor | None:
+        """The cached state to start from [B,...,N], or that of each run, or ``None`` for zeros."""
         if self.fixed is not None:
             return self.fixed.state(self.layer, self.rows)
-        if self.cache is not None:
-            layer = self.cache.layers[self.layer]
-            if layer.is_recurrent_states_initialized[0]:
-                return layer.recurrent_states[0] if lent else layer.recurrent_states[0].clone()
-        return None
+        own = self._own_state()
+        return None if own is None else own.clone()
 
     def keep(self, h: Tensor | None) -> None:
-        """Store the state after the last token of this call."""
-        if self.cache is not None:
+        """Store the state after the last token of this call, unless it is the cache's own already."""
+        if self.cache is not None and h is not None:
             self.cache.update_recurrent_state(h, self.layer)
+
+    # -- the cache's own memory ----------------------------------------------------------------------------
+
+    def lent_columns(self, x_in: Tensor) -> Tensor | None:
+        """The cache's own columns before a call of one column ``x_in`` [B,1,channels]: [B,channels,K].
+
+        The caller has to move them on by this column. ``None`` where the cache does that in a way of its own.
+        """
+        if x_in.shape[1] != 1 or self.mask is not None or not self._plain("update_conv_state"):
+            return None
+        own = None if self.cache.is_recording_past(self.layer) else self._columns()
+        return own if own is not None and own.shape[-1] == self.kernel else None
+
+    def lent_state(self) -> Tensor | None:
+        """The cache's own state [B,...,N], which the caller has to overwrite with the next, or ``None``."""
+        own = self._own_state() if self._plain("update_recurrent_state") else None
+        return own if own is not None and own.is_contiguous() else None
+
+    def _plain(self, update: str) -> bool:
+        # Whether the layer's cache does no more in an update than to store what it is given.
+        if self.cache is None:
+            return False
+        layer = type(self.cache.layers[self.layer])
+        return getattr(layer, update, None) is getattr(LinearAttentionLayer, update)
+
+    def _own_state(self) -> Tensor | None:
+        layer = None if self.cache is None else self.cache.layers[self.layer]
+        return layer.recurrent_states[0] if layer is not None and layer.is_recurrent_states_initialized[0] else None
 
 
 def check_values(mask: Tensor) -> None:

@@ -34,7 +34,8 @@ class SelectiveMixer(HookableMixer):
         return self.intermediate_size, self.ssm_state_size
 
     def divided(self, rows: Tensor) -> tuple[Tensor, Tensor, None]:
-        x_in, skip = rows.split(self.intermediate_size, dim=-1)  # [B,L,E] each
+        E = self.intermediate_size
+        x_in, skip = rows.split_with_sizes([E, E], dim=-1)  # [B,L,E] each
         return skip, x_in, None
 
     def split(self, columns: Tensor) -> Sequence[Tensor]:
@@ -55,7 +56,7 @@ class SelectiveMixer(HookableMixer):
         sizes = [self.time_step_rank, self.ssm_state_size, self.ssm_state_size]
         looked_at = offer.first_wanted("x_proj") is not None
         projected = self.x_proj(offer.into("x_proj", x))  # [B,L,R+2N]
-        delta_1, B, C = (masked(projected, offer.mask) if looked_at else projected).split(sizes, dim=-1)
+        delta_1, B, C = (masked(projected, offer.mask) if looked_at else projected).split_with_sizes(sizes, dim=-1)
         return delta_1, B, C
 
 

@@ -49,6 +49,17 @@ class Starts:
         return [recurrence.run(span.start, span.stop, state)[0] for span, state in pairs]
 
 
+@dataclass(frozen=True)
+class Lent:
+    """The state that a call starts from, in memory that is to hold its last state afterwards.
+
+    Attributes:
+        state: [B,...,N].
+    """
+
+    state: Tensor
+
+
 @dataclass
 class Stretches:
     """A recurrence of one mixer while it runs."""

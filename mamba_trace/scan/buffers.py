@@ -124,6 +124,10 @@ def check(arrays: Mapping[str, Tensor | None], buffers: Mapping[str, Buffer], **
         buffers[name].claim(name, tensor, sizes)
 
 
+#: How many sets of shapes a layout remembers.
+REMEMBERED = 256
+
+
 class BlockLayout:
     """Where in its block of int64 numbers a CPU kernel finds each number and each array.
 
@@ -155,7 +159,8 @@ class BlockLayout:
         self.numbers = tuple(dict.fromkeys(("next", "pieces", *self.given, *axes)))
         self.places = {name: place for place, name in enumerate(self.numbers)}
         self.length = len(self.numbers)
-        self._entries = [(n, b, b.names, b.dtype, b.loose, b.when) for n, b in buffers.items()]
+        self._entries = [(n, b, b.dtype, b.loose, b.when) for n, b in buffers.items()]
+        self._agreed: dict[tuple[Any, ...], list[int]] = {}
         for name, buffer in buffers.items():
             self.places[name] = self.length
             self.length += 1 + buffer.loose
@@ -177,23 +182,36 @@ class BlockLayout:
         """
         if given.keys() != self.names:
             raise BackendError(f"a scan on the CPU takes {sorted(self.names)}, and was handed {sorted(given)}")
-        sizes = {"next": 0, "pieces": pieces}
-        for name in self.given:
-            sizes[name] = given[name]
+        # This runs at each call of each kernel, so it is remembered which shapes agree.
+        shapes: list[Any] = [given[name] for name in self.given]
         addresses: list[int] = []
-        size_of = sizes.get
-        for name, buffer, axes, dtype, loose, when in self._entries:  # this runs at each call of each kernel
-            if when is not None and not sizes[when]:
+        for name, buffer, dtype, loose, when in self._entries:
+            if when is not None and not given[when]:
                 addresses += [0] * (1 + loose)
+                continue
+            tensor = given[name]
+            if tensor is None or not tensor.is_cpu or tensor.dtype is not dtype or not buffer.without_gaps(tensor):
+                self._claim(given)  # which raises
+            shapes.append(tensor.shape)
+            addresses.append(tensor.data_ptr())
+            if loose:
+                addresses += tensor.stride()[:loose]
+        key = tuple(shapes)
+        if (sizes := self._agreed.get(key)) is None:
+            if len(self._agreed) >= REMEMBERED:
+                self._agreed.clear()
+            sizes = self._agreed[key] = self._claim(given)
+        return array("q", [0, pieces, *sizes, *addresses])
+
+    def _claim(self, given: Mapping[str, Any]) -> list[int]:
+        # The numbers of a block behind ``pieces``, once every tensor that is looked at was found to match.
+        sizes: dict[str, int] = {name: given[name] for name in self.given}
+        for name, buffer in self.buffers.items():
+            if buffer.when is not None and not sizes[buffer.when]:
                 continue
             tensor = given[name]
             if tensor is not None and not tensor.is_cpu:
                 where = f"a tensor on {tensor.device} among the inputs of a scan on the CPU"
                 raise BackendError(f"{where}: {name}")
-            known = tensor is not None and tensor.shape == (*map(size_of, axes),)
-            if not known or tensor.dtype is not dtype or not tensor.is_contiguous():
-                buffer.claim(name, tensor, sizes)
-            addresses.append(tensor.data_ptr())
-            if loose:
-                addresses += tensor.stride()[:loose]
-        return array("q", [size_of(name, 0) for name in self.numbers] + addresses)
+            buffer.claim(name, tensor, sizes)
+        return [sizes.get(name, 0) for name in self.numbers[2:]]

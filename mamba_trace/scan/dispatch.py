@@ -256,6 +256,68 @@ def causal_conv(
     return causal_conv_runs(backend, x_in, weight, bias, before, runs, activate)
 
 
+def conv_update(x_in: Tensor, weight: Tensor, bias: Tensor | None, columns: Tensor, *, backend: ModuleType) -> Tensor:
+    """SiLU of the convolution of one position [B,1,channels] on a backend that `convolution` has returned.
+
+    Args:
+        x_in: [B,1,channels].
+        weight: [channels,K].
+        bias: [channels] or ``None``.
+        columns: those before [B,channels,K], which become those up to this position, in place.
+        backend: what runs it.
+    """
+    note("conv_silu", backend.__name__.rsplit(".", 1)[-1], 1)
+    if in_floats(x_in, weight, columns) and (fast := getattr(backend, "conv_update", None)) is not None:
+        changed(columns)
+        return fast(x_in, weight, bias, columns)
+    convolved = backend.causal_conv(x_in, weight, bias, columns, activate=True)
+    columns.copy_(torch.cat((columns[..., 1:], x_in.transpose(1, 2)), dim=-1))
+    return convolved
+
+
+def in_floats(*tensors: Tensor) -> bool:
+    """Whether all tensors are in float32 and lie in memory without gaps."""
+    return all(tensor.dtype == torch.float32 and tensor.is_contiguous() for tensor in tensors)
+
+
+def changed(tensor: Tensor) -> None:
+    """Tell autograd that a kernel overwrites a tensor."""
+    if not tensor.is_inference():
+        torch.autograd.graph.increment_version(tensor)
+
+
+def overwritten(scan: Callable[..., tuple[Tensor, Tensor]], *inputs: Tensor, kernels: str = "auto") -> Tensor:
+    """`ScanFamily.gated_update` by the family's ``gated_scan``, which has memory of its own."""
+    x, delta, A_log, *others, h = inputs
+    A = -torch.exp(A_log.to(accumulation_dtype(A_log)))
+    gated, h_last = scan(x, delta, A, *others, h, kernels=kernels)
+    h.copy_(h_last)
+    return gated
+
+
+def in_place(
+    scan: Callable[..., tuple[Tensor, Tensor]], backends: Mapping[str, ModuleType] = BACKENDS
+) -> Callable[..., Tensor]:
+    """Make the function that runs the gated scan of a family in the memory of a state: see `ScanFamily`.
+
+    Args:
+        scan: the family's ``gated_scan``.
+        backends: the backends of the family.
+    """
+
+    def run(*inputs: Tensor, kernels: str = "auto") -> Tensor:
+        x, _, _, _, C, *_, h = inputs
+        if not isinstance(x, FakeTensor) and x.numel() and in_floats(h):
+            chosen = choose(kernels, x.device, accumulation_dtype(*inputs), C.shape[-1], backends)
+            if (fast := getattr(backends[chosen], "gated_update", None)) is not None:
+                note("gated_scan", chosen, x.shape[1])
+                changed(h)
+                return fast(*inputs)
+        return overwritten(scan, *inputs, kernels=kernels)
+
+    return run
+
+
 def in_runs(
     scan: Callable[..., tuple[Tensor, Tensor]], backends: Mapping[str, ModuleType] = BACKENDS
 ) -> Callable[..., Tensor]:

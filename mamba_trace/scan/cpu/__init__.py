@@ -211,6 +211,7 @@ _selective: Any = operator(
     reference.selective_scan,
     reference.selective_states,
     gated=0,
+    logs=0,
     D=None,
     skip=None,
 )
@@ -273,8 +274,18 @@ def _gated(
     inputs = dict(zip(GATED, as_floats(x, delta_2, A, B, C, D, skip), strict=True))
     inputs["h_start"] = h = starting_state(x, A.shape[-1], *h_start)
     y, h_last = h.new_empty(x.shape), torch.empty_like(h)
-    run_forward(".selective", inputs, gated=1, keep=0, y=y, h_last=h_last, states=None)
+    run_forward(".selective", inputs, gated=1, keep=0, logs=0, y=y, h_last=h_last, states=None)
     return y.to(x.dtype), h_last
+
+
+def gated_update(
+    x: Tensor, delta_2: Tensor, A_log: Tensor, B: Tensor, C: Tensor, D: Tensor, skip: Tensor, h: Tensor
+) -> Tensor:
+    """As `ScanFamily.gated_update`, in float32: `gated_scan` in the memory of h."""
+    inputs = dict(zip(GATED, as_floats(x, delta_2, A_log, B, C, D, skip), strict=True))
+    y = h.new_empty(x.shape)
+    run_forward(".selective", inputs, gated=1, keep=0, logs=1, y=y, h_start=h, h_last=h, states=None)
+    return y.to(x.dtype)
 
 
 def gated_runs(
@@ -284,7 +295,7 @@ def gated_runs(
     *tensors, starts = as_floats(x, delta_2, A, B, C, D, skip, starts)
     inputs = dict(zip(GATED, tensors, strict=True)) | {"starts": starts, "begins": runs.begins}
     y = tensors[0].new_empty(x.shape)
-    run_forward(".selective", inputs, "forward_runs", gated=1, keep=0, y=y, states=None)
+    run_forward(".selective", inputs, "forward_runs", gated=1, keep=0, logs=0, y=y, states=None)
     return y.to(x.dtype)
 
 
@@ -302,6 +313,15 @@ def causal_conv_runs(
     """As `scan.runs.causal_conv_runs`, in float32: one kernel for all runs. Not differentiable."""
     starts = _as_dense(starts[..., 1:].transpose(1, 2))
     return _run_conv("forward_runs", x_in, weight, bias, activate, starts=starts, begins=runs.begins)
+
+
+def conv_update(x_in: Tensor, weight: Tensor, bias: Tensor | None, columns: Tensor) -> Tensor:
+    """As `dispatch.conv_update`, in float32: one kernel. Not differentiable."""
+    out, width = torch.empty_like(x_in, memory_format=torch.contiguous_format), x_in.shape[-1]
+    bias = x_in.new_zeros(width) if bias is None else bias
+    arrays = {"x_in": x_in[:, 0], "columns": columns, "weight": weight, "bias": bias, "out": out[:, 0]}
+    team.run(_kernels(".conv").update, team.pieces(len(x_in), -(-width // 4)), **arrays)
+    return out
 
 
 def _convolve(x_in: Tensor, weight: Tensor, bias: Tensor | None, before: Tensor | None, activate: bool) -> Tensor:

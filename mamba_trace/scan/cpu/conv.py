@@ -21,6 +21,14 @@ FORWARD = BlockLayout(
     out=Buffer("batch length width"),
 )
 RUNS = FORWARD.but("before", starts=Buffer("runs past width"), begins=Buffer("runs"))
+UPDATE = BlockLayout(
+    "",
+    x_in=Buffer("batch width", dense=1),
+    columns=Buffer("batch width taps"),
+    weight=Buffer("width taps"),
+    bias=Buffer("width"),
+    out=Buffer("batch width"),
+)
 
 
 @kernel(FORWARD)
@@ -68,3 +76,24 @@ def forward(data):  # type: ignore[no-untyped-def]
 
 
 forward_runs = Kernel(forward.function, RUNS, IN_RUNS=True)
+
+
+@kernel(UPDATE)
+def update(data):  # type: ignore[no-untyped-def]
+    """SiLU of the convolution of one position, in pieces of the rows. Results: out, and ``columns`` up to there."""
+    p = arguments_at(data)
+    row = np.empty(p.width, np.float32)
+    while True:
+        piece = next_piece(data)
+        if piece >= p.pieces:
+            break
+        for b in range(p.batch * piece // p.pieces, p.batch * (piece + 1) // p.pieces):
+            for e in range(p.width):
+                columns, total = p.columns[b, e], p.bias[e]
+                for k in range(p.taps - 1):
+                    columns[k] = columns[k + 1]
+                    total += p.weight[e, k] * columns[k]
+                columns[p.taps - 1] = p.x_in[b, e]
+                row[e] = total + p.weight[e, p.taps - 1] * p.x_in[b, e]
+            for e in range(p.width):
+                p.out[b, e] = silu(row[e])

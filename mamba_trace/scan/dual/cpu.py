@@ -68,6 +68,18 @@ def _gated(
     return y.to(x.dtype), results["h_last"]
 
 
+def gated_update(
+    x: Tensor, delta: Tensor, A_log: Tensor, B: Tensor, C: Tensor, D: Tensor, skip: Tensor, h: Tensor
+) -> Tensor:
+    """As `ScanFamily.gated_update`, in float32: the kernel of a few positions in the memory of h."""
+    A = -torch.exp(A_log.to(torch.float32))
+    given = as_floats(x, *reference.decay_and_scale(delta, A), B, C, D, skip)
+    inputs = dict(zip((*_NAMES, "D", "skip"), given, strict=True))
+    y = h.new_empty(x.shape)
+    run_forward(_LOOPS, inputs, gated=1, keep=0, states=None, y=y, h_start=h, h_last=h)
+    return y.to(x.dtype)
+
+
 def gated_runs(
     x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, skip: Tensor, starts: Tensor, runs: Runs
 ) -> Tensor:
