@@ -42,7 +42,7 @@ def inputs(family: str, rows: int, length: int = 1) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("rows", [1, 3])
-@pytest.mark.parametrize("length", [1, 4])
+@pytest.mark.parametrize("length", [1, 4, 40])
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 def test_an_update_is_the_gated_scan_in_the_memory_of_its_state(
@@ -59,6 +59,8 @@ def test_an_update_is_the_gated_scan_in_the_memory_of_its_state(
     near(state.double(), last, tolerance)
     assert (state.data_ptr(), actual.dtype) == (memory, dtype)
     assert state._version > version  # so that autograd refuses a backward pass through the state before
+    from_zero, _ = FAMILIES[family].gated_scan(x, delta, -A_log.exp(), *others, kernels="reference")
+    near(FAMILIES[family].gated_update(*given, None).double(), from_zero, tolerance)
 
 
 @pytest.mark.parametrize("family", ["selective", "dual"])

@@ -297,8 +297,8 @@ class HookableMixer(nn.Module):
         x, steps, B, C = self.by_head(x), parameters.steps(), parameters.B, parameters.C
         D, skip = self.D_of_scans(), self.by_head(skip)
         if isinstance(h, Lent):
-            A_log, h = parameters.A_log, h.state
-            gated = self.scans.gated_update(x, steps, A_log, B, C, D, skip, h, kernels=self.kernels)
+            A_log, state = parameters.A_log, h.state
+            gated = self.scans.gated_update(x, steps, A_log, B, C, D, skip, state, kernels=self.kernels)
             return self.by_channel(gated), None
         A = parameters.A
         if isinstance(h, Starts):
@@ -314,11 +314,14 @@ class HookableMixer(nn.Module):
     def initial_state(self, offer: Offers, x: Tensor, past: PastStates) -> Tensor | Starts | Lent | None:
         """The state before the first position [B,...,N], or ``None`` for zeros that nobody wants.
 
-        Where the rows are several runs, those before each of them. The cache's own where one kernel will do.
+        Where the rows are several runs, those before each of them. It is lent where one kernel will do.
         """
-        fused = not offer.open and not self.norm_first
-        if fused and not torch.is_grad_enabled() and (own := self.from_cache(past.lent_state())) is not None:
-            return Lent(own)
+        if not (offer.open or self.norm_first or torch.is_grad_enabled()) and past.fixed is None:  # one kernel will do
+            if past.cache is None:
+                return Lent(None)
+            like = x.new_empty(x.shape[0], *self.state_shape, dtype=accumulation_dtype(x))
+            if (own := self.from_cache(past.lent_state(self.to_cache(like)))) is not None:
+                return Lent(own)
         h = self.from_cache(past.state())
         if not offer.wants("h_start"):
             offer.pass_over("h_start")

@@ -149,17 +149,27 @@ class PastStates:
         own = None if self.cache.is_recording_past(self.layer) else self._columns()
         return own if own is not None and own.shape[-1] == self.kernel else None
 
-    def lent_state(self) -> Tensor | None:
-        """The cache's own state [B,...,N], which the caller has to overwrite with the next, or ``None``."""
-        own = self._own_state() if self._plain("update_recurrent_state") else None
+    def lent_state(self, like: Tensor | None) -> Tensor | None:
+        """The cache's own state [B,...,N], which the caller has to overwrite with the next; before all tokens, zeros.
+
+        ``None`` where the cache stores states in a way of its own.
+
+        Args:
+            like: a state as the cache has it, of which only the shape and the dtype matter.
+        """
+        if not self._plain("update_recurrent_state"):
+            return None
+        if self._own_state() is None and self._plain("lazy_initialization"):
+            self.cache.layers[self.layer].lazy_initialization(recurrent_states=like)
+        own = self._own_state()
         return own if own is not None and own.is_contiguous() else None
 
-    def _plain(self, update: str) -> bool:
-        # Whether the layer's cache does no more in an update than to store what it is given.
+    def _plain(self, method: str) -> bool:
+        # Whether the layer's cache does no more in a method than to store what it is given.
         if self.cache is None:
             return False
         layer = type(self.cache.layers[self.layer])
-        return getattr(layer, update, None) is getattr(LinearAttentionLayer, update)
+        return getattr(layer, method, None) is getattr(LinearAttentionLayer, method)
 
     def _own_state(self) -> Tensor | None:
         layer = None if self.cache is None else self.cache.layers[self.layer]

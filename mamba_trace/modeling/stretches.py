@@ -54,10 +54,10 @@ class Lent:
     """The state that a call starts from, in memory that is to hold its last state afterwards.
 
     Attributes:
-        state: [B,...,N].
+        state: [B,...,N]; ``None`` for zeros, where nobody needs the last state.
     """
 
-    state: Tensor
+    state: Tensor | None
 
 
 @dataclass

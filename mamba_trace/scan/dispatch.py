@@ -286,12 +286,13 @@ def changed(tensor: Tensor) -> None:
         torch.autograd.graph.increment_version(tensor)
 
 
-def overwritten(scan: Callable[..., tuple[Tensor, Tensor]], *inputs: Tensor, kernels: str = "auto") -> Tensor:
+def overwritten(scan: Callable[..., tuple[Tensor, Tensor]], *inputs: Any, kernels: str = "auto") -> Tensor:
     """`ScanFamily.gated_update` by the family's ``gated_scan``, which has memory of its own."""
     x, delta, A_log, *others, h = inputs
     A = -torch.exp(A_log.to(accumulation_dtype(A_log)))
     gated, h_last = scan(x, delta, A, *others, h, kernels=kernels)
-    h.copy_(h_last)
+    if h is not None:
+        h.copy_(h_last)
     return gated
 
 
@@ -305,13 +306,14 @@ def in_place(
         backends: the backends of the family.
     """
 
-    def run(*inputs: Tensor, kernels: str = "auto") -> Tensor:
+    def run(*inputs: Any, kernels: str = "auto") -> Tensor:
         x, _, _, _, C, *_, h = inputs
-        if not isinstance(x, FakeTensor) and x.numel() and in_floats(h):
+        if not isinstance(x, FakeTensor) and x.numel() and (h is None or in_floats(h)):
             chosen = choose(kernels, x.device, accumulation_dtype(*inputs), C.shape[-1], backends)
             if (fast := getattr(backends[chosen], "gated_update", None)) is not None:
                 note("gated_scan", chosen, x.shape[1])
-                changed(h)
+                if h is not None:
+                    changed(h)
                 return fast(*inputs)
         return overwritten(scan, *inputs, kernels=kernels)
 

@@ -279,10 +279,11 @@ def _gated(
 
 
 def gated_update(
-    x: Tensor, delta_2: Tensor, A_log: Tensor, B: Tensor, C: Tensor, D: Tensor, skip: Tensor, h: Tensor
+    x: Tensor, delta_2: Tensor, A_log: Tensor, B: Tensor, C: Tensor, D: Tensor, skip: Tensor, h: Tensor | None
 ) -> Tensor:
     """As `ScanFamily.gated_update`, in float32: `gated_scan` in the memory of h."""
     inputs = dict(zip(GATED, as_floats(x, delta_2, A_log, B, C, D, skip), strict=True))
+    h = starting_state(x, C.shape[-1]) if h is None else h
     y = h.new_empty(x.shape)
     run_forward(".selective", inputs, gated=1, keep=0, logs=1, y=y, h_start=h, h_last=h, states=None)
     return y.to(x.dtype)

@@ -52,32 +52,32 @@ def gated_scan(x: Tensor, delta: Tensor, *others: Tensor | None) -> tuple[Tensor
 def _gated(
     x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, skip: Tensor, *h_start: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    given = as_floats(x, *reference.decay_and_scale(delta, A), B, C, D, skip)
-    inputs = dict(zip((*_NAMES, "D", "skip"), given, strict=True))
-    y = inputs["x"].new_empty(x.shape)
-    results: Any = {"y": y, "h_last": y.new_empty(x.shape[0], *x.shape[2:], C.shape[-1])}
-    start, many = next(iter(h_start), None), x.shape[1] >= MANY
-    if start is None and many:
-        run_forward(_GATED, inputs, started=0, h_start=None, **results)
-        return y.to(x.dtype), results["h_last"]
-    inputs["h_start"] = starting_state(x, C.shape[-1], start)
-    if many:
-        run_forward(_GATED, inputs, started=1, **results)
-    else:
-        run_forward(_LOOPS, inputs, gated=1, keep=0, states=None, **results)
-    return y.to(x.dtype), results["h_last"]
+    h_last = torch.empty(x.shape[0], *x.shape[2:], C.shape[-1], device="cpu")
+    start = next(iter(h_start), None)
+    return _into(h_last, x, delta, A, B, C, D, skip, None if start is None else starting_state(x, C.shape[-1], start))
 
 
 def gated_update(
-    x: Tensor, delta: Tensor, A_log: Tensor, B: Tensor, C: Tensor, D: Tensor, skip: Tensor, h: Tensor
+    x: Tensor, delta: Tensor, A_log: Tensor, B: Tensor, C: Tensor, D: Tensor, skip: Tensor, h: Tensor | None
 ) -> Tensor:
-    """As `ScanFamily.gated_update`, in float32: the kernel of a few positions in the memory of h."""
-    A = -torch.exp(A_log.to(torch.float32))
+    """As `ScanFamily.gated_update`, in float32: `gated_scan` in the memory of h."""
+    h_last = torch.empty(x.shape[0], *x.shape[2:], C.shape[-1], device="cpu") if h is None else h
+    return _into(h_last, x, delta, -torch.exp(A_log.to(torch.float32)), B, C, D, skip, h)[0]
+
+
+def _into(
+    h_last: Tensor, x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, skip: Tensor, h: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    # The gated scan from the state h, which may be h_last, the memory of the last state.
     given = as_floats(x, *reference.decay_and_scale(delta, A), B, C, D, skip)
     inputs = dict(zip((*_NAMES, "D", "skip"), given, strict=True))
-    y = h.new_empty(x.shape)
-    run_forward(_LOOPS, inputs, gated=1, keep=0, states=None, y=y, h_start=h, h_last=h)
-    return y.to(x.dtype)
+    results: Any = {"y": h_last.new_empty(x.shape), "h_last": h_last}
+    if x.shape[1] >= MANY:
+        run_forward(_GATED, inputs, started=int(h is not None), h_start=h, **results)
+    else:
+        start = starting_state(x, C.shape[-1]) if h is None else h
+        run_forward(_LOOPS, inputs, gated=1, keep=0, states=None, h_start=start, **results)
+    return results["y"].to(x.dtype), h_last
 
 
 def gated_runs(
