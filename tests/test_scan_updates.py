@@ -25,7 +25,7 @@ FAMILIES = {"selective": SELECTIVE, "headed": HEADED, "dual": DUAL}
 
 
 def inputs(family: str, rows: int, length: int = 1) -> list[Tensor]:
-    """x, delta, A_log, B, C, D, skip and h in float64: 6 heads of 20 channels, or 40 channels."""
+    """x, delta, A, B, C, D, skip and h in float64: 6 heads of 20 channels, or 40 channels."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(*sizes: int) -> Tensor:
@@ -34,11 +34,11 @@ def inputs(family: str, rows: int, length: int = 1) -> list[Tensor]:
     if family == "dual":
         x, skip = draw(2, rows, length, 6, 20)
         B, C = draw(2, rows, length, 2, 5)
-        return [x, draw(rows, length, 6).exp(), draw(6), B, C, draw(6), skip, draw(rows, 6, 20, 5)]
+        return [x, draw(rows, length, 6).exp(), -draw(6).exp(), B, C, draw(6), skip, draw(rows, 6, 20, 5)]
     x, skip, delta = draw(3, rows, length, 40)
     heads = (2,) if family == "headed" else ()
     B, C = draw(2, rows, length, *heads, 5)
-    return [x, delta, draw(40, 5), B, C, draw(40), skip, draw(rows, 40, 5)]
+    return [x, delta, -draw(40, 5).exp(), B, C, draw(40), skip, draw(rows, 40, 5)]
 
 
 @pytest.mark.parametrize("rows", [1, 3])
@@ -48,8 +48,8 @@ def inputs(family: str, rows: int, length: int = 1) -> list[Tensor]:
 def test_an_update_is_the_gated_scan_in_the_memory_of_its_state(
     family: str, rows: int, length: int, dtype: torch.dtype
 ) -> None:
-    x, delta, A_log, *others, h = given = inputs(family, rows, length)
-    expected, last = FAMILIES[family].gated_scan(x, delta, -A_log.exp(), *others, h, kernels="reference")
+    x, delta, A, *others, h = given = inputs(family, rows, length)
+    expected, last = FAMILIES[family].gated_scan(x, delta, A, *others, h, kernels="reference")
     *given, state = [tensor.to(dtype) for tensor in given]
     state = h.to(torch.promote_types(dtype, torch.float32))
     version, memory = state._version, state.data_ptr()
@@ -59,7 +59,7 @@ def test_an_update_is_the_gated_scan_in_the_memory_of_its_state(
     near(state.double(), last, tolerance)
     assert (state.data_ptr(), actual.dtype) == (memory, dtype)
     assert state._version > version  # so that autograd refuses a backward pass through the state before
-    from_zero, _ = FAMILIES[family].gated_scan(x, delta, -A_log.exp(), *others, kernels="reference")
+    from_zero, _ = FAMILIES[family].gated_scan(x, delta, A, *others, kernels="reference")
     near(FAMILIES[family].gated_update(*given, None).double(), from_zero, tolerance)
 
 

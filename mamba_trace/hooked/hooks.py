@@ -8,6 +8,7 @@ gets there, so a hook that could never fire is an error instead of silently doin
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -91,7 +92,7 @@ class Extent:
             raise LayerError(f"start_at_layer={start} comes after stop_at_layer={stop}")
         return cls(n_layers, start, stop, only)
 
-    @property
+    @functools.cached_property
     def layers(self) -> list[int]:
         """The layers that the run goes through, in order: the layers of ``only`` that are in its range."""
         inside = range(self.start or 0, self.n_layers if self.stop is None else self.stop)

@@ -22,7 +22,7 @@ from ..errors import LayerError, PromptError, SiteValueError, UnknownSiteError
 from ..names import Place, public_path
 from ..sites import BY_NAME, STATE
 from ..tracing import ask_every_position, reading
-from ..tracing.edits import waiting_edits
+from ..tracing.edits import is_edited, waiting_edits
 from .extents import run_layers
 from .hooks import Extent, Hook, HookFunction, NameOrFilter, Order, key_of, resolve
 
@@ -169,7 +169,9 @@ class HookedRun:
             there = []
             for place in resolve(name, lambda: self.known, self.length, self.model._place):
                 key = key_of(place)
-                there.append(places.setdefault(key, PlaceActions(place, Hook(key, place.path))))
+                if key not in places:
+                    places[key] = PlaceActions(place, Hook(key, place.path))
+                there.append(places[key])
                 there[-1].named |= isinstance(name, str)
             return there
 
@@ -238,7 +240,8 @@ class HookedRun:
         if actions.bwd or (keeps and self.incl_bwd):
             self.watch(value, actions, keeps and self.incl_bwd)
         if keeps:
-            self.values[key] = copied(value, self.device)
+            site = actions.place.site
+            self.values[key] = self.kept(value, own=site is not None and site.module is None and key != LOGITS)
 
     def path_of(self, actions: PlaceActions) -> str:
         """The path to ask for. A predicate's position is counted from the end, where it is the same token in
@@ -253,9 +256,26 @@ class HookedRun:
         if not last:
             return
         with reading():
-            states = copied(self.model.layers[layer].ssm.h.output, self.device)  # [B,L,...,N]
+            states = self.kept(self.model.layers[layer].ssm.h.output, own=True)  # [B,L,...,N]
         for position in range(self.length):
             self.values[key_of(Place(BY_NAME[STATE], layer, position))] = states[:, position]
+
+    def kept(self, value: Tensor, own: bool) -> Tensor:
+        """A value for the cache: a copy, unless nobody can edit it in place.
+
+        Args:
+            value: what a place served.
+            own: whether it has memory of its own, as the values of sites do: see `modeling.offers`.
+        """
+        alone = own and not (self.fwd or self.bwd or value.requires_grad or self.edited)
+        if alone and value.untyped_storage().nbytes() == value.nbytes:
+            return value if self.device is None else value.to(self.device)
+        return copied(value, self.device)
+
+    @functools.cached_property
+    def edited(self) -> bool:
+        """Whether the model had lasting edits when the first value was kept, which may edit it later."""
+        return is_edited(self.model)
 
     def watch(self, value: Tensor, actions: PlaceActions, keep: bool) -> None:
         """Pass the gradient of ``value`` through the hooks once it exists; ``keep`` the result."""

@@ -39,12 +39,12 @@ class Discretisation(ABC):
     A_log: Tensor
     B: Tensor
     C: Tensor
+    A: Tensor = field(init=False)  # with a batch axis in front where invokes have made it differ
     A_bar: Tensor | None = field(init=False, default=None)
     B_bar: Tensor | None = field(init=False, default=None)
     write: Tensor | None = field(init=False, default=None)  # B_bar x
     edited: bool = field(init=False, default=False)  # whether one of these three was edited
     _delta: Tensor | None = field(init=False, default=None)
-    _A: Tensor | None = field(init=False, default=None)
 
     scans: ClassVar[ScanFamily]
 
@@ -52,21 +52,15 @@ class Discretisation(ABC):
         """Offer delta, A, A_bar, B, B_bar, C and write."""
         delta, _ = offer.optional("delta", lambda: self.delta)
         self._delta = self._delta if delta is None else delta
-        if offer.open or torch.is_grad_enabled():  # no sooner than here: gradients come back in the opposite order
-            self._A = offer("A", self.A)
+        # Made no sooner than here: gradients come back in the opposite order.
+        A = torch.exp(self.A_log.to(accumulation_dtype(self.A_log)))
+        self.A = offer("A", -A if A.requires_grad else A.neg_())
         self.A_bar, A_bar_edited = offer.optional("A_bar", self.make_A_bar)
         self.B = offer("B", self.B)
         self.B_bar, B_bar_edited = offer.optional("B_bar", self.make_B_bar)
         self.C = offer("C", self.C)
         self.write, write_edited = offer.optional("write", self.make_write)
         self.edited = A_bar_edited or B_bar_edited or write_edited
-
-    @property
-    def A(self) -> Tensor:
-        """-exp(A_log) in float32 or better, with a batch axis in front where invokes have made it differ."""
-        if self._A is None:
-            self._A = -torch.exp(self.A_log.to(accumulation_dtype(self.A_log)))
-        return self._A
 
     @property
     def delta(self) -> Tensor:
@@ -131,7 +125,7 @@ class SelectiveDiscretisation(Discretisation):
     def make_A_bar(self) -> Tensor:
         """exp(delta A) [B,L,E,N]."""
         A = rearrange(self.A, "b e n -> b 1 e n") if self.A.dim() == 3 else self.A
-        return unshared(torch.exp(rearrange(self.delta.to(A.dtype), "b l e -> b l e 1") * A))
+        return exponential(rearrange(self.delta.to(A.dtype), "b l e -> b l e 1") * A)
 
     def make_B_bar(self) -> Tensor:
         """delta B [B,L,E,N]."""
@@ -174,7 +168,7 @@ class DualDiscretisation(Discretisation):
     def make_A_bar(self) -> Tensor:
         """exp(delta A) [B,L,H]."""
         A = rearrange(self.A, "b h -> b 1 h") if self.A.dim() == 2 else self.A
-        return unshared(torch.exp(self.delta.to(A.dtype) * A))
+        return exponential(self.delta.to(A.dtype) * A)
 
     def make_B_bar(self) -> Tensor:
         """delta B [B,L,H,N]."""
@@ -189,6 +183,9 @@ class DualDiscretisation(Discretisation):
         return rearrange(B_bar, "b l h n -> b l h 1 n") * x
 
 
-def unshared(A_bar: Tensor) -> Tensor:
-    """The result of exp, or a copy: the backward pass reads the result, which an edit in place must not touch."""
-    return A_bar.clone() if A_bar.requires_grad else A_bar
+def exponential(exponent: Tensor) -> Tensor:
+    """exp of a tensor that nobody else needs, in its own memory where no gradient is asked for.
+
+    Where one is, the backward pass reads the result of exp, which an edit in place must not touch: it is copied.
+    """
+    return torch.exp(exponent).clone() if exponent.requires_grad else exponent.exp_()

@@ -294,13 +294,11 @@ class HookableMixer(nn.Module):
         self, x: Tensor, skip: Tensor, h: Tensor | Starts | Lent | None, parameters: Discretisation
     ) -> tuple[Tensor, Tensor | None]:
         """`scan` in one kernel."""
-        x, steps, B, C = self.by_head(x), parameters.steps(), parameters.B, parameters.C
-        D, skip = self.D_of_scans(), self.by_head(skip)
+        steps, A, B, C, D = parameters.steps(), parameters.A, parameters.B, parameters.C, self.D_of_scans()
+        x, skip = self.by_head(x), self.by_head(skip)
         if isinstance(h, Lent):
-            A_log, state = parameters.A_log, h.state
-            gated = self.scans.gated_update(x, steps, A_log, B, C, D, skip, state, kernels=self.kernels)
+            gated = self.scans.gated_update(x, steps, A, B, C, D, skip, h.state, kernels=self.kernels)
             return self.by_channel(gated), None
-        A = parameters.A
         if isinstance(h, Starts):
             gated = self.scans.gated_runs(x, steps, A, B, C, D, skip, h.states, h.runs, kernels=self.kernels)
             return self.by_channel(gated), None

@@ -114,7 +114,7 @@ class Offers:
         # Compared by its contents: PyTorch does not count an edit by way of ``.data`` or ``.numpy()``.
         before = value.clone() if self.visit.may_edit(name) else value
         served = self._serve(name, value)
-        if same_contents(before, served):
+        if served is before or same_contents(before, served):
             return served, False
         padding = BY_NAME[name].padding
         return (served if padding is None else masked(served, self.mask, padding)), True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -49,7 +50,7 @@ class Place:
             return f"layers[{self.layer}].ssm.{self.native}"
         return self.site.path(self.layer) + ("" if self.position is None else f"[{self.position}]")
 
-    @property
+    @functools.cached_property
     def hook_name(self) -> str:
         """The MambaLens name, or TransformerLens 4's. Raises `UnknownSiteError` where neither has one."""
         if self.site is None:

@@ -288,10 +288,8 @@ def changed(tensor: Tensor) -> None:
 
 def overwritten(scan: Callable[..., tuple[Tensor, Tensor]], *inputs: Any, kernels: str = "auto") -> Tensor:
     """`ScanFamily.gated_update` by the family's ``gated_scan``, which has memory of its own."""
-    x, delta, A_log, *others, h = inputs
-    A = -torch.exp(A_log.to(accumulation_dtype(A_log)))
-    gated, h_last = scan(x, delta, A, *others, h, kernels=kernels)
-    if h is not None:
+    gated, h_last = scan(*inputs, kernels=kernels)
+    if (h := inputs[-1]) is not None:
         h.copy_(h_last)
     return gated
 
@@ -307,8 +305,8 @@ def in_place(
     """
 
     def run(*inputs: Any, kernels: str = "auto") -> Tensor:
-        x, _, _, _, C, *_, h = inputs
-        if not isinstance(x, FakeTensor) and x.numel() and (h is None or in_floats(h)):
+        x, _, A, _, C, *_, h = inputs
+        if not isinstance(x, FakeTensor) and x.numel() and A.dim() < 3 and (h is None or in_floats(h)):
             chosen = choose(kernels, x.device, accumulation_dtype(*inputs), C.shape[-1], backends)
             if (fast := getattr(backends[chosen], "gated_update", None)) is not None:
                 note("gated_scan", chosen, x.shape[1])

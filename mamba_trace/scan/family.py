@@ -37,8 +37,8 @@ class ScanFamily:
         selective_states: the same with the state after each position in place of the last state.
         gated_scan: ``(x, delta, A, B, C, D, skip, h_start) -> (after_skip, h_last)``. Its step sizes are those
             before softplus in the selective family, and those after softplus and limits in the dual family.
-        gated_update: ``(x, delta, A_log, B, C, D, skip, h) -> after_skip``. The same without gradients, where A is
-            -exp(A_log) and h is overwritten with the last state.
+        gated_update: ``(x, delta, A, B, C, D, skip, h) -> after_skip``. The same without gradients; h is overwritten
+            with the last state, and may be ``None``, for zeros.
         gated_runs: ``(x, delta, A, B, C, D, skip, starts, runs) -> after_skip``. The same without gradients, for rows
             that are several `runs.Runs`; run r starts from ``starts[r]`` in every row.
         explicit_scan: ``(A_bar, B_bar, x, C, h_start) -> (y, h_last)``.

@@ -20,6 +20,11 @@ def waiting_edits(envoy: Any) -> Iterator[str]:
             yield edit.pending.provider
 
 
+def is_edited(envoy: Any) -> bool:
+    """In a trace of ``envoy``: whether an edit of it is not over yet."""
+    return any(edit.alive for edit in envoy._edits)
+
+
 def let_edits_go(envoy: Any) -> None:
     """In a trace of ``envoy`` that is about to stop: end every edit of it that still waits for something."""
     for edit in envoy._edits:

@@ -211,7 +211,6 @@ _selective: Any = operator(
     reference.selective_scan,
     reference.selective_states,
     gated=0,
-    logs=0,
     D=None,
     skip=None,
 )
@@ -274,18 +273,18 @@ def _gated(
     inputs = dict(zip(GATED, as_floats(x, delta_2, A, B, C, D, skip), strict=True))
     inputs["h_start"] = h = starting_state(x, A.shape[-1], *h_start)
     y, h_last = h.new_empty(x.shape), torch.empty_like(h)
-    run_forward(".selective", inputs, gated=1, keep=0, logs=0, y=y, h_last=h_last, states=None)
+    run_forward(".selective", inputs, gated=1, keep=0, y=y, h_last=h_last, states=None)
     return y.to(x.dtype), h_last
 
 
 def gated_update(
-    x: Tensor, delta_2: Tensor, A_log: Tensor, B: Tensor, C: Tensor, D: Tensor, skip: Tensor, h: Tensor | None
+    x: Tensor, delta_2: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, skip: Tensor, h: Tensor | None
 ) -> Tensor:
     """As `ScanFamily.gated_update`, in float32: `gated_scan` in the memory of h."""
-    inputs = dict(zip(GATED, as_floats(x, delta_2, A_log, B, C, D, skip), strict=True))
+    inputs = dict(zip(GATED, as_floats(x, delta_2, A, B, C, D, skip), strict=True))
     h = starting_state(x, C.shape[-1]) if h is None else h
     y = h.new_empty(x.shape)
-    run_forward(".selective", inputs, gated=1, keep=0, logs=1, y=y, h_start=h, h_last=h, states=None)
+    run_forward(".selective", inputs, gated=1, keep=0, y=y, h_start=h, h_last=h, states=None)
     return y.to(x.dtype)
 
 
@@ -296,7 +295,7 @@ def gated_runs(
     *tensors, starts = as_floats(x, delta_2, A, B, C, D, skip, starts)
     inputs = dict(zip(GATED, tensors, strict=True)) | {"starts": starts, "begins": runs.begins}
     y = tensors[0].new_empty(x.shape)
-    run_forward(".selective", inputs, "forward_runs", gated=1, keep=0, logs=0, y=y, states=None)
+    run_forward(".selective", inputs, "forward_runs", gated=1, keep=0, y=y, states=None)
     return y.to(x.dtype)
 
 

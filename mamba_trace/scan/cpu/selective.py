@@ -19,7 +19,7 @@ CHUNK = 64  # positions between the states that the backward pass keeps
 IN_RUNS = False  # whether a row is several runs, one behind the other
 
 FORWARD = BlockLayout(
-    "gated keep logs",
+    "gated keep",
     x=Buffer("batch length width", dense=1), delta=Buffer("batch length width", dense=1),
     B=Buffer("batch length n_state", dense=1), C=Buffer("batch length n_state", dense=1),
     skip=Buffer("batch length width", dense=1, when="gated"),
@@ -45,8 +45,8 @@ def forward(data):  # type: ignore[no-untyped-def]
     """Run pieces of the blocks (batch x channel blocks) over all positions. Results: y, h_last and states.
 
     ``gated``: whether to take softplus of delta before, and to add D x to y and gate it after; ``keep``:
-    whether to keep the states; ``logs``: whether A is given as log(-A). `IN_RUNS`: run r starts from the state
-    ``starts[r]`` at position ``begins[r]``, in every row; there is no h_last.
+    whether to keep the states. `IN_RUNS`: run r starts from the state ``starts[r]`` at position ``begins[r]``, in
+    every row; there is no h_last.
     """
     p = arguments_at(data)
     blocks = (p.width + WIDTH - 1) // WIDTH
@@ -67,9 +67,6 @@ def forward(data):  # type: ignore[no-untyped-def]
             for n in range(p.n_state):
                 for e in range(w):
                     a[n, e] = p.A[e0 + e, n] * LOG2E
-                if p.logs:
-                    for e in range(WIDTH):
-                        a[n, e] = -exp2(a[n, e]) * LOG2E
             for run in range(p.runs if IN_RUNS else 1):
                 if IN_RUNS:
                     begin, start = int(p.begins[run]), p.starts[run]

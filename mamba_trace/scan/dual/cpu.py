@@ -58,11 +58,11 @@ def _gated(
 
 
 def gated_update(
-    x: Tensor, delta: Tensor, A_log: Tensor, B: Tensor, C: Tensor, D: Tensor, skip: Tensor, h: Tensor | None
+    x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, skip: Tensor, h: Tensor | None
 ) -> Tensor:
     """As `ScanFamily.gated_update`, in float32: `gated_scan` in the memory of h."""
     h_last = torch.empty(x.shape[0], *x.shape[2:], C.shape[-1], device="cpu") if h is None else h
-    return _into(h_last, x, delta, -torch.exp(A_log.to(torch.float32)), B, C, D, skip, h)[0]
+    return _into(h_last, x, delta, A, B, C, D, skip, h)[0]
 
 
 def _into(
