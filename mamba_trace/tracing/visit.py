@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain
 from typing import Any
@@ -46,6 +47,12 @@ def take_note_of_prompt(interleaver: Any, inputs: Mapping[str, Any]) -> None:
     prompt = inputs.get("input_ids", inputs.get("inputs_embeds"))
     known = isinstance(prompt, Tensor) and prompt.dim() > 1
     interleaver.__dict__[FIRST_LENGTH] = prompt.shape[1] if known else None
+
+
+@functools.lru_cache(maxsize=4096)
+def locations_of(path: str, names: tuple[str, ...]) -> tuple[str, ...]:
+    """The locations of modules inside the module at ``path``: the same strings in every call of it."""
+    return tuple(f"{path}.{name}.{key}" for name in names for key in LOCATIONS)
 
 
 class Visit:
@@ -148,14 +155,15 @@ class Visit:
         return passed
 
     def pass_over(self, names: Iterable[str]) -> None:
-        """Count one visit of each site in ``names`` without offering a value."""
-        if self.interleaver is None:
+        """Count one visit of each site in ``names`` without offering a value.
+
+        Only workers ask for the counts, and each for those since its start.
+        """
+        if self.interleaver is None or not any(mediator.worker for mediator in self.interleaver.mediators):
             return
         counts = self.interleaver.counts
-        for name in names:
-            for key in LOCATIONS:
-                location = f"{self.path}.{name}.{key}"
-                counts[location] = counts.get(location, 0) + 1
+        for location in locations_of(self.path, tuple(names)):
+            counts[location] = counts.get(location, 0) + 1
 
     def serve_whole(self, module: Any, value: Tensor) -> Tensor:
         """Offer a value without a batch axis at ``module``: whole to each invoke, which may edit its copy.
