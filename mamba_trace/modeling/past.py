@@ -8,6 +8,7 @@ answer to a prompt never depends on how long the other prompts of its batch are.
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
@@ -79,10 +80,10 @@ class PastStates:
                 f"attention_mask is 1 on each token and 0 on padding, of the shape {[rows, length]} of the "
                 f"tokens (with a cache it may cover the tokens in it too), not {list(mask.shape)}"
             )
-        mask = mask[:, mask.shape[1] - length :]
+        mask = mask if mask.shape[1] == length else mask[:, mask.shape[1] - length :]
         # On a GPU a look at it would wait for the device.
         if mask.device.type == "cpu" and not isinstance(mask, FakeTensor):
-            if bool((mask == 1).all()):
+            if _whole.holds(mask, self.layer):
                 return None
             check_values(mask)
             check_gaps(mask)
@@ -174,6 +175,25 @@ class PastStates:
     def _own_state(self) -> Tensor | None:
         layer = None if self.cache is None else self.cache.layers[self.layer]
         return layer.recurrent_states[0] if layer is not None and layer.is_recurrent_states_initialized[0] else None
+
+
+class WholeMask:
+    """The last mask without padding: a run gives each of its layers the same, which is looked through once."""
+
+    def __init__(self) -> None:
+        self.last: tuple[weakref.ref[Tensor], int] | None = None  # the mask, and the last layer that was given it
+
+    def holds(self, mask: Tensor, layer: int) -> bool:
+        """Whether a mask on the CPU is 1 everywhere. It is looked through where it, or the run, is another one."""
+        last = self.last  # at once: another thread may run another model
+        again = last is not None and last[0]() is mask and last[1] < layer
+        if not again and not bool((mask == 1).all()):
+            return False
+        self.last = weakref.ref(mask), layer
+        return True
+
+
+_whole = WholeMask()
 
 
 def check_values(mask: Tensor) -> None:
