@@ -20,6 +20,7 @@ from ..modeling.mixer import HookableMixer
 from ..modeling.starting import StartingRuns, StartingStates, of_layer
 from ..scan.runs import Runs
 from ..sites import BY_NAME, STATE, Site
+from ..tracing.worker import reading
 from .question import PROMPT, SOURCE
 
 if TYPE_CHECKING:
@@ -101,7 +102,8 @@ class CellStarts:
         names = {*mixer.columns_in, STATE} if mixer is not None else set()
         names |= {site.name} if layout.has(site, layer) else set()
         in_order = sorted((BY_NAME[name] for name in names), key=kind.order)
-        at = {one.name: model.hook(one.path(layer)).output for one in in_order}  # [2,k,...] each
+        with reading():
+            at = {one.name: model.hook(one.path(layer)).output for one in in_order}  # [2,k,...] each
         columns = states = None
         if mixer is not None:
             whole, h = after(past, layer, [at[name] for name in mixer.columns_in], mixer), at[STATE]
