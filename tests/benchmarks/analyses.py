@@ -4,11 +4,13 @@
 every state h[p] of every layer. Beside it stands a forward and twice its matmuls. Hugging Face's own backward pass
 reaches the parameters and the residual streams alone.
 
-*Caches*: `run_with_cache` of every value there is. Beside it stand a forward and a copy of as many bytes.
+*Caches*: `run_with_cache` of every value there is. Beside it stand a forward and a copy of as many bytes, and, for
+Mamba-1, MambaLens's own, where it is installed in an environment of its own (`peer_mamba_lens`).
 
 The models are those of `forward`.
 
-    python tests/benchmarks/analyses.py --json tests/benchmarks/analyses.json
+    python tests/benchmarks/analyses.py --json tests/benchmarks/analyses.json \\
+        --mamba-lens .mamba_lens/bin/python
     python tests/benchmarks/analyses.py --architectures mamba2 --lengths 128
 """
 
@@ -22,7 +24,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from forward import PACKAGES, SHAPES, floor, in_words, models, prompt
+from forward import PACKAGES, SHAPES, floor, in_words, mamba_lens, models, prompt
+from peer_mamba_lens import MambaLens
 from timing import Contender, measure, summary, table
 from torch import Tensor
 
@@ -35,6 +38,7 @@ BESIDE = {
     "gradients of streams, deltas and states": "forward and its matmuls twice",
     "forward and a copy of its values": "forward and a copy of its values",
     "run_with_cache": "forward and a copy of its values",
+    "mambalens, run_with_cache": "run_with_cache",
 }
 
 
@@ -84,7 +88,7 @@ def gradients(plain: Any, model: MambaTrace, tokens: Tensor) -> dict[str, Conten
     }
 
 
-def caches(model: MambaTrace, tokens: Tensor) -> dict[str, Contender]:
+def caches(model: MambaTrace, tokens: Tensor, lens: MambaLens | None = None) -> dict[str, Contender]:
     """Every value of a run."""
 
     def cached() -> Any:
@@ -98,7 +102,8 @@ def caches(model: MambaTrace, tokens: Tensor) -> dict[str, Contender]:
             model._module(tokens)
             return [value.clone() for value in kept]
 
-    return {"forward and a copy of its values": least, "run_with_cache": cached}
+    theirs = {} if lens is None else {"mambalens, run_with_cache": lens.contender("cache", tokens.shape[1])}
+    return {"forward and a copy of its values": least, "run_with_cache": cached, **theirs}
 
 
 def main() -> None:
@@ -107,6 +112,7 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, nargs="+", default=[20, 128], help="tokens of the prompt")
     parser.add_argument("--threads", type=int, default=2, help="of PyTorch and of the scan")
     parser.add_argument("--repeats", type=int, default=5, help="timed runs of each contender")
+    parser.add_argument("--mamba-lens", metavar="PYTHON", help="the interpreter of MambaLens's environment")
     parser.add_argument("--json", type=Path, help="where to write the numbers")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -117,13 +123,16 @@ def main() -> None:
         torch.manual_seed(0)
         plain, model = models(architecture, SHAPES[architecture])
         found = results["architectures"][architecture] = {}
-        for length in options.lengths:
-            with torch.no_grad():
-                tokens = prompt(plain, model, length)
-            rows = summary(measure(gradients(plain, model, tokens), options.repeats), BESIDE)
-            rows |= summary(measure(caches(model, tokens), options.repeats), BESIDE)
-            print(table(f"{architecture}, L = {length}, {options.repeats} repeats", rows), flush=True)
-            found[length] = rows
+        with mamba_lens(options.mamba_lens if architecture == "mamba" else None, options.threads) as lens:
+            if lens is not None:
+                results["versions of mamba lens"] = lens.versions
+            for length in options.lengths:
+                with torch.no_grad():
+                    tokens = prompt(plain, model, length)
+                rows = summary(measure(gradients(plain, model, tokens), options.repeats), BESIDE)
+                rows |= summary(measure(caches(model, tokens, lens), options.repeats), BESIDE)
+                print(table(f"{architecture}, L = {length}, {options.repeats} repeats", rows), flush=True)
+                found[length] = rows
     if options.json is not None:
         options.json.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
 

@@ -7,6 +7,7 @@ one-line requests on its standard input, each answered by one line of JSON ({"ms
 
     forward 128     the forward of a prompt of 128 tokens
     edit 128        the same through run_with_hooks, with the state at the hook --hook set to zeros
+    cache 128       run_with_cache, which keeps everything
     grid FILE       the patching heatmap of hook_h by a forward for each cell, answered by {"ms", "values"};
                     FILE is what `torch.save` wrote of {"weights": its state dict, "prompt", "source":
                     tokens [1,L], "tokens": [plus, minus]}
@@ -66,7 +67,7 @@ class MambaLens:
         self.versions: dict[str, str] = self._answer()["versions"]
 
     def contender(self, kind: str, length: int) -> Contender:
-        """``kind`` ("forward" or "edit") at ``length`` tokens; it reports its own `Milliseconds`."""
+        """``kind`` ("forward", "edit" or "cache") at ``length`` tokens; it reports its own `Milliseconds`."""
 
         def run() -> Milliseconds:
             time.sleep(REST)
@@ -125,7 +126,7 @@ def hooked_mamba(shape: Mapping[str, int]) -> Any:
     return model
 
 
-def tasks(model: Any, hook: str, length: int) -> dict[str, Callable[[], Tensor]]:
+def tasks(model: Any, hook: str, length: int) -> dict[str, Callable[[], Any]]:
     """What can be asked for at one length; the hook is checked to change the logits."""
     vocabulary = model.embedding.num_embeddings
     tokens = torch.randint(0, vocabulary, (1, length), generator=torch.Generator().manual_seed(0))  # [1,L]
@@ -134,9 +135,10 @@ def tasks(model: Any, hook: str, length: int) -> dict[str, Callable[[], Tensor]]
         value[:] = 0
         return value
 
-    found: dict[str, Callable[[], Tensor]] = {
+    found: dict[str, Callable[[], Any]] = {
         "forward": lambda: model(tokens),
         "edit": lambda: model.run_with_hooks(tokens, fwd_hooks=[(hook, zero)]),
+        "cache": lambda: model.run_with_cache(tokens)[1],
     }
     if torch.equal(found["forward"](), found["edit"]()):
         raise ValueError(f"zeroing {hook} changes nothing at {length} tokens")
@@ -179,7 +181,7 @@ def main() -> None:
     model = hooked_mamba(arguments.shape)
     versions = {name: version(name) for name in PACKAGES}
     print(json.dumps({"versions": versions, "threads": torch.get_num_threads()}), file=answers, flush=True)
-    known: dict[int, dict[str, Callable[[], Tensor]]] = {}
+    known: dict[int, dict[str, Callable[[], Any]]] = {}
     for line in sys.stdin:
         kind, *rest = line.split()
         if kind == "quit":

@@ -88,12 +88,16 @@ def decode_table(results: dict[str, Any]) -> str:
 
 
 def analyses_table(results: dict[str, Any]) -> str:
-    """A row for each contender of ``analyses.json`` that is put beside another, a column for each architecture."""
-    found = {PURE_NAMES[name]: lengths["20"] for name, lengths in results["architectures"].items()}
-    lines = ["| L = 20 | beside | " + " | ".join(found) + " |", "|---" * (len(found) + 2) + "|"]
+    """A row for each contender of ``analyses.json`` that is put beside another, a column for each model and length."""
+    found = {
+        f"{PURE_NAMES[name]}, L = {length}": rows
+        for name, lengths in results["architectures"].items()
+        for length, rows in lengths.items()
+    }
+    lines = ["| | beside | " + " | ".join(found) + " |", "|---" * (len(found) + 2) + "|"]
     for name, row in next(iter(found.values())).items():
         if name != row["beside"]:
-            cells = [f"{rows[name]['ratio']:.2f}" for rows in found.values()]
+            cells = [f"{rows[name]['ratio']:.2f}" if name in rows else "" for rows in found.values()]
             lines.append(f"| {name} | {row['beside']} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

@@ -1,0 +1,156 @@
+"""What a run spends its time on beside its matmuls: the compiled kernels, handing tensors to them, and the rest.
+
+The same run is timed as it is, with kernels that are handed their tensors and do nothing, and with kernels that are not
+called at all. The rest is Python and PyTorch's small operations. The models are those of `forward`; a prompt is run
+untraced, and a generation as in `decode`. Of a grid, the shares are those of its three parts (`patching.phases`), and
+of a gradient those that PyTorch's profiler finds.
+
+    python tests/benchmarks/shares.py
+    python tests/benchmarks/shares.py --architectures mamba2 --lengths 128
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import time
+from collections.abc import Callable
+from statistics import median
+from typing import Any
+
+import torch
+from analyses import gradients
+from decode import LENGTH, STEPS
+from forward import SHAPES, floor, models, prompt
+from patching import model_of, prompts
+
+from mamba_trace.patching import logit_diff, patch_grid, phases
+from mamba_trace.scan.cpu import team
+
+PARTS = ("run_unpatched", "run_patched_layers", "run_to_the_end")
+#: The names of operations by what they are, as PyTorch's profiler has them.
+OPERATIONS = {"matmuls": ("aten::mm", "aten::addmm", "aten::bmm"), "scans": ("mamba_trace::",)}
+
+
+def seconds(run: Callable[[], Any]) -> float:
+    """How long a call takes."""
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def of_kernels(run: Callable[[], Any], matmuls: Callable[[], Any], repeats: int) -> dict[str, float]:
+    """The shares of a run, all in turn: matmuls, kernels, handing over, and the rest."""
+    own = team.run
+
+    def only_packs(kernel: Any, count: int, **given: Any) -> None:
+        kernel.layout.pack(count, given)
+
+    ways = {"all": own, "no kernels": only_packs, "no calls": lambda *_, **__: None}
+    found: dict[str, list[float]] = {"matmuls": []} | {way: [] for way in ways}
+    for _ in range(repeats):
+        found["matmuls"].append(seconds(matmuls))
+        for way, function in ways.items():
+            team.run = function
+            try:
+                found[way].append(seconds(run))
+            finally:
+                team.run = own
+    of = {name: median(times) for name, times in found.items()}
+    return {
+        "milliseconds": 1000 * of["all"],
+        "matmuls": of["matmuls"] / of["all"],
+        "kernels": 1 - of["no kernels"] / of["all"],
+        "handing over": (of["no kernels"] - of["no calls"]) / of["all"],
+        "rest": (of["no calls"] - of["matmuls"]) / of["all"],
+    }
+
+
+def of_a_generation(plain: Any, model: Any, repeats: int) -> dict[str, float]:
+    """The shares of `STEPS` new tokens after `LENGTH`."""
+    tokens = prompt(plain, model, LENGTH)
+    first, step = floor(plain, LENGTH, logits=1), floor(plain, 1)
+
+    def matmuls() -> None:
+        first()
+        for _ in range(STEPS - 1):
+            step()
+
+    settings = {"max_new_tokens": STEPS, "min_new_tokens": STEPS, "do_sample": False}
+    return of_kernels(lambda: model._module.generate(tokens, **settings), matmuls, repeats)
+
+
+def of_a_grid(architecture: str) -> dict[str, float]:
+    """The shares of the parts of a heatmap of h."""
+    model = model_of(architecture)
+    spent = dict.fromkeys(PARTS, 0.0)
+
+    def timed(name: str, part: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(part)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            start = time.perf_counter()
+            try:
+                return part(*args, **kwargs)
+            finally:
+                spent[name] += time.perf_counter() - start
+
+        return run
+
+    def grid() -> None:
+        patch_grid(model, *prompts(architecture)[0], "h", logit_diff(model, 5, 6), progress=False)
+
+    grid()
+    own = {name: getattr(phases, name) for name in PARTS}
+    for name, part in own.items():
+        setattr(phases, name, timed(name, part))
+    try:
+        whole = seconds(grid)
+    finally:
+        for name, part in own.items():
+            setattr(phases, name, part)
+    return {"milliseconds": 1000 * whole} | {name: taken / whole for name, taken in spent.items()}
+
+
+def of_a_gradient(plain: Any, model: Any, length: int) -> dict[str, float]:
+    """The shares of the gradients of streams, deltas and states, forward and backward."""
+    run = gradients(plain, model, prompt(plain, model, length))["gradients of streams, deltas and states"]
+    run()
+    with torch.autograd.profiler.profile() as profile:
+        run()
+    events = profile.key_averages()
+    whole = sum(event.self_cpu_time_total for event in events)
+    shares = {"milliseconds": whole / 1000}
+    for kind, names in OPERATIONS.items():
+        shares[kind] = sum(e.self_cpu_time_total for e in events if e.key.startswith(names)) / whole
+    return shares | {"rest": 1 - sum(shares[kind] for kind in OPERATIONS)}
+
+
+def show(title: str, shares: dict[str, float]) -> None:
+    """Print one line."""
+    parts = ", ".join(f"{name} {share:.0%}" for name, share in shares.items() if name != "milliseconds")
+    print(f"{title}: {shares['milliseconds']:.0f} ms; {parts}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--architectures", nargs="+", choices=list(SHAPES), default=list(SHAPES))
+    parser.add_argument("--lengths", type=int, nargs="+", default=[20, 128, 512], help="tokens of the prompt")
+    parser.add_argument("--threads", type=int, default=2, help="of PyTorch and of the scan")
+    parser.add_argument("--repeats", type=int, default=9, help="timed runs of each way")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    for architecture in options.architectures:
+        torch.manual_seed(0)
+        plain, model = models(architecture, SHAPES[architecture])
+        with torch.no_grad():
+            for length in options.lengths:
+                tokens = prompt(plain, model, length)
+                run = functools.partial(model._module, tokens)
+                show(f"{architecture}, L = {length}", of_kernels(run, floor(plain, length), options.repeats))
+            show(f"{architecture}, {STEPS} new tokens", of_a_generation(plain, model, options.repeats))
+            show(f"{architecture}, a grid of h", of_a_grid(architecture))
+        show(f"{architecture}, gradients, L = 20", of_a_gradient(plain, model, 20))
+
+
+if __name__ == "__main__":
+    main()
