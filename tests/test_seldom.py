@@ -183,7 +183,7 @@ def test_a_scan_without_numba_says_what_to_install(monkeypatch: pytest.MonkeyPat
         assert cpu.unavailable() == "it needs numba: pip install numba"
         cpu._broken.cache_clear()
         monkeypatch.undo()
-        monkeypatch.setattr(cpu, "_kernels", lambda module: 1 / 0)
+        monkeypatch.setattr(cpu, "kernels_in", lambda module: 1 / 0)
         assert "numba does not work here (ZeroDivisionError" in str(cpu.unavailable())
     finally:
         monkeypatch.undo()

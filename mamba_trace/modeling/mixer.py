@@ -52,8 +52,9 @@ def recorded(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
     @functools.wraps(forward)
     def wrapper(self: HookableMixer, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        self.last_run = self.report.begin(self.layer_idx, hidden_states.shape[1], Visit(self).trace)
-        with recording(self.last_run.calls, self.last_run.reasons):
+        run = self.report.begin(self.layer_idx, hidden_states.shape[1], Visit(self).trace)
+        self.__dict__["last_run"] = run  # PyTorch's setter would look for parameters and modules of that name
+        with recording(run.calls, run.reasons):
             return forward(self, hidden_states, *args, **kwargs)
 
     return wrapper

@@ -11,6 +11,7 @@ Source: activation patching as in Vig et al. (arXiv 2004.12265) and Meng et al. 
 from __future__ import annotations
 
 import os
+import reprlib
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypedDict, Unpack, overload
 
@@ -303,13 +304,17 @@ def integer(name: str, number: int) -> int:
 
 def begun_answers(model: MambaTrace, question: Question, begun: PatchGrid | Mapping[str, PatchGrid]) -> Answers:
     """What interrupted grids have. Raises `ArgumentError` if they are of another question."""
-    grids = begun if isinstance(begun, Mapping) else {getattr(begun, "metric", None): begun}
+    grids = {begun.metric: begun} if isinstance(begun, PatchGrid) else begun
+    if not (isinstance(grids, Mapping) and grids and all(isinstance(grid, PatchGrid) for grid in grids.values())):
+        raise ArgumentError(
+            f"resume= takes the grid of a call that was interrupted, its error.partial, or a dictionary of such grids "
+            f"by the names of their metrics, not {reprlib.repr(begun)}"
+        )
     source_tokens, tokens = (token_strings(model, row[None]) for row in question.tokens)
     wanted = {"site": question.site.name, "window": question.window, "layers": question.layers, "method": "patching"}
     wanted |= {"prompt_tokens": tokens, "source_tokens": source_tokens}
     for name in question.metrics:
-        grid = grids.get(name)
-        if not isinstance(grid, PatchGrid):
+        if (grid := grids.get(name)) is None:
             raise ArgumentError(f"resume= has no grid of the metric {name!r}: it has {', '.join(map(repr, grids))}")
         for key, value in wanted.items():
             if getattr(grid, key) != value:

@@ -190,8 +190,10 @@ class BlockLayout:
                 addresses += [0] * (1 + loose)
                 continue
             tensor = given[name]
-            if tensor is None or not tensor.is_cpu or tensor.dtype is not dtype or not buffer.without_gaps(tensor):
+            if tensor is None or not tensor.is_cpu or tensor.dtype is not dtype:
                 self._claim(given)  # which raises
+            if not (tensor.is_contiguous() or buffer.without_gaps(tensor)):
+                self._claim(given)
             shapes.append(tensor.shape)
             addresses.append(tensor.data_ptr())
             if loose:

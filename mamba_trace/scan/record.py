@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from contextvars import ContextVar
 from dataclasses import dataclass
 
@@ -26,14 +25,17 @@ class Call:
 _listening: ContextVar[tuple[list[Call], list[str]] | None] = ContextVar("mamba_trace_calls", default=None)
 
 
-@contextmanager
-def recording(calls: list[Call], reasons: list[str] | None = None) -> Iterator[None]:
+class recording:
     """Append a note to ``calls`` for every call made in the ``with`` block, to ``reasons`` why it was no faster one."""
-    token = _listening.set((calls, [] if reasons is None else reasons))
-    try:
-        yield
-    finally:
-        _listening.reset(token)
+
+    def __init__(self, calls: list[Call], reasons: list[str] | None = None) -> None:
+        self._listening = (calls, [] if reasons is None else reasons)
+
+    def __enter__(self) -> None:
+        self._token = _listening.set(self._listening)
+
+    def __exit__(self, *_: object) -> None:
+        _listening.reset(self._token)
 
 
 def note(function: str, backend: str, positions: int) -> None:

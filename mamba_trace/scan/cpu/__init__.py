@@ -3,9 +3,6 @@
 Each differentiable scan is registered with PyTorch as a custom operator, so that it also runs in compiled
 graphs; its second derivative is that of `reference`. Where no gradient is needed, softplus, D and the gate
 are computed in the loop of the scan, and SiLU in the loop of the convolution.
-
-The loops of a scan are a module with ``FORWARD`` and ``BACKWARD`` (`BlockLayout`), ``forward`` and ``backward``
-(kernels) and ``WIDTH``, the channels in a block: `selective` and `explicit` here, and those of `scan.dual`.
 """
 
 from __future__ import annotations
@@ -14,16 +11,16 @@ import functools
 import importlib
 import importlib.util
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import reference
-from ..recompute import gradients_of, recompute
+from ..recompute import recompute
 from ..runs import Runs
 from . import team
+from .operators import as_dense, as_floats, kernels_in, operator, run_forward, starting_state
 
 #: Whether the kernels are worth a call for a single position.
 TAKES_ONE_POSITION = True
@@ -57,151 +54,10 @@ def _broken() -> str | None:
     if importlib.util.find_spec("numba") is None:
         return "it needs numba: pip install numba"
     try:
-        _ = _kernels(".norm").forward.compiled  # of all kernels the one that is compiled fastest
+        _ = kernels_in(".norm").forward.compiled  # of all kernels the one that is compiled fastest
         return None
     except Exception as error:
         return f"numba does not work here ({type(error).__name__}: {error})"
-
-
-@functools.cache
-def _kernels(module: str) -> Any:
-    # Importing the module, whose name is relative, imports numba, which nothing needs before the first scan.
-    return importlib.import_module(module, __package__)
-
-
-# -- what the kernels take and return ------------------------------------------------------------------------
-
-
-def as_floats(*tensors: Tensor) -> list[Tensor]:
-    """The tensors in float32, with the last axis dense."""
-    return [t if t.dtype == torch.float32 and t.stride(-1) == 1 else _as_dense(t) for t in tensors]
-
-
-def _as_dense(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.float32).contiguous()
-
-
-def starting_state(x: Tensor, d_state: int, h: Tensor | None = None) -> Tensor:
-    """The state to begin at [B,...,N], dense in float32: ``h``, or zeros, for x [B,L,...]."""
-    if h is None:
-        return x.new_zeros(x.shape[0], *x.shape[2:], d_state, dtype=torch.float32)
-    return _as_dense(h)
-
-
-def _empty_results(x: Tensor, h: Tensor, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
-    # Room for y [B,L,...], h_last [B,...,N] and the states: [B,L,...,N], or [B,0,...,N] if they are not kept.
-    y, h_last = x.new_empty(x.shape), torch.empty_like(h, memory_format=torch.contiguous_format)
-    return y, h_last, x.new_empty(x.shape[0], x.shape[1] if keep else 0, *h.shape[1:])
-
-
-def _pieces(kernels: Any, inputs: dict[str, Tensor], **shares: int) -> int:
-    batch, length, *heads, width = inputs["x"].shape
-    blocks = batch * math.prod(heads) * -(-width // kernels.WIDTH)
-    return team.pieces(blocks, length * -(-inputs["C"].shape[-1] // team.D_STATE), **shares)
-
-
-# -- the scans as operators ----------------------------------------------------------------------------------
-
-
-def run_forward(module: str, inputs: dict[str, Tensor], kernel: str = "forward", **others: Any) -> None:
-    """Run a forward kernel of a module of loops.
-
-    Args:
-        module: its name, relative to this package.
-        inputs: the arrays that it reads, by name.
-        kernel: the kernel's name.
-        **others: the numbers that it takes, and the arrays that it writes, by name.
-    """
-    kernels = _kernels(module)
-    run = getattr(kernels, kernel)
-    buffers = run.layout.buffers
-    for name, tensor in inputs.items():
-        others[name] = tensor if buffers[name].without_gaps(tensor) else tensor.contiguous()
-    team.run(run, _pieces(kernels, inputs), **others)
-
-
-def _backward(module: str, inputs: dict[str, Tensor], **grads: Tensor) -> list[Tensor]:
-    # The gradient of each input. The kernel leaves some of them to be summed over a further first axis.
-    kernels = _kernels(module)
-    buffers = kernels.BACKWARD.buffers
-    inputs = {name: _as_dense(tensor) for name, tensor in inputs.items()}
-    given = inputs | {name: _as_dense(grad) for name, grad in grads.items()}
-    if "states" in buffers:
-        y, h_last, given["states"] = _empty_results(inputs["x"], inputs["h_start"], True)
-        run_forward(module, inputs, keep=1, y=y, h_last=h_last, states=given["states"])
-    x, count = inputs["x"], _pieces(kernels, inputs, shares=1)
-    sizes = {"pieces": count}
-    for name, tensor in inputs.items():
-        sizes.update(zip(buffers[name].names, tensor.shape, strict=True))
-    if hasattr(kernels, "summed"):
-        sizes |= kernels.summed(sizes)
-    results = {}
-    for name, tensor in inputs.items():
-        axes = buffers[f"g{name}"].names
-        make = x.new_zeros if len(axes) > tensor.dim() else x.new_empty
-        results[f"g{name}"] = make([sizes[axis] for axis in axes])
-    team.run(kernels.backward, count, keep=int(grads["gstates"].shape[1] > 0), **given, **results)
-    pairs = zip(results.values(), inputs.values(), strict=True)
-    return [grad.sum(0) if grad.dim() > tensor.dim() else grad for grad, tensor in pairs]
-
-
-def operator(
-    module: str, names: tuple[str, ...], scan: Callable[..., Any], states: Callable[..., Any], **others: Any
-) -> Any:
-    """Register a scan with PyTorch, as ``torch.ops.mamba_trace.{name of its definition}_cpu``.
-
-    Args:
-        module: the module with its loops, relative to this package.
-        names: what the inputs are called; ``x`` and ``h_start`` are among them.
-        scan: its definition, ``(*inputs) -> (y, h_last)``.
-        states: the definition with all states in place of h_last.
-        **others: what else the forward kernel takes.
-
-    Returns:
-        An operator ``(*inputs, keep) -> (y, h_last, states)``, whose ``states`` are empty unless ``keep``.
-    """
-    name = f"mamba_trace::{scan.__qualname__}_cpu"
-    gradient_names = ("gy", "gh_last", "gstates")
-
-    def run(*given: Any) -> tuple[Tensor, Tensor, Tensor]:
-        inputs, keep = dict(zip(names, given[:-1], strict=True)), given[-1]
-        y, h_last, states = results = _empty_results(inputs["x"], inputs["h_start"], keep)
-        run_forward(module, inputs, keep=int(keep), y=y, h_last=h_last, states=states, **others)
-        return results
-
-    def run_backward(*given: Tensor) -> list[Tensor]:
-        inputs, grads = given[: len(names)], given[len(names) :]
-        return _backward(module, dict(zip(names, inputs, strict=True)), **dict(zip(gradient_names, grads, strict=True)))
-
-    def keep_inputs(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.save_for_backward(*inputs[:-1])
-
-    def differentiate(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        if not torch.is_grad_enabled():
-            return (*backward(*ctx.saved_tensors, *grads), None)
-        if grads[-1].shape[1]:  # there are gradients of the states
-            return (*gradients_of(lambda *i: (*scan(*i), states(*i)[1]), ctx.saved_tensors, grads), None)
-        return (*gradients_of(scan, ctx.saved_tensors, grads), None)
-
-    arguments = ", ".join(f"Tensor {name}" for name in names)
-    more = ", ".join(f"Tensor {name}" for name in gradient_names)
-    operator: Any = torch.library.custom_op(
-        name,
-        run,
-        mutates_args=(),
-        schema=f"({arguments}, bool keep) -> (Tensor, Tensor, Tensor)",
-    )
-    backward: Any = torch.library.custom_op(
-        f"{name}_backward",
-        run_backward,
-        mutates_args=(),
-        schema=f"({arguments}, {more}) -> Tensor[]",
-    )
-    x, h = names.index("x"), names.index("h_start")
-    operator.register_fake(lambda *given: _empty_results(given[x], given[h], given[-1]))
-    operator.register_autograd(differentiate, setup_context=keep_inputs)
-    backward.register_fake(lambda *given: [tensor.new_empty(tensor.shape) for tensor in given[: len(names)]])
-    return operator
 
 
 GATED = ("x", "delta", "A", "B", "C", "D", "skip")  # the inputs of the gated scan in float32
@@ -311,7 +167,7 @@ def causal_conv_runs(
     x_in: Tensor, weight: Tensor, bias: Tensor | None, starts: Tensor, runs: Runs, *, activate: bool
 ) -> Tensor:
     """As `scan.runs.causal_conv_runs`, in float32: one kernel for all runs. Not differentiable."""
-    starts = _as_dense(starts[..., 1:].transpose(1, 2))
+    starts = as_dense(starts[..., 1:].transpose(1, 2))
     return _run_conv("forward_runs", x_in, weight, bias, activate, starts=starts, begins=runs.begins)
 
 
@@ -320,14 +176,14 @@ def conv_update(x_in: Tensor, weight: Tensor, bias: Tensor | None, columns: Tens
     out, width = torch.empty_like(x_in, memory_format=torch.contiguous_format), x_in.shape[-1]
     bias = x_in.new_zeros(width) if bias is None else bias
     arrays = {"x_in": x_in[:, 0], "columns": columns, "weight": weight, "bias": bias, "out": out[:, 0]}
-    team.run(_kernels(".conv").update, team.pieces(len(x_in), -(-width // 4)), **arrays)
+    team.run(kernels_in(".conv").update, team.pieces(len(x_in), -(-width // 4)), **arrays)
     return out
 
 
 def _convolve(x_in: Tensor, weight: Tensor, bias: Tensor | None, before: Tensor | None, activate: bool) -> Tensor:
     batch, _, width = x_in.shape
     history = x_in.new_zeros(batch, weight.shape[1] - 1, width) if before is None else before[..., 1:].transpose(1, 2)
-    return _run_conv("forward", x_in, weight, bias, activate, before=_as_dense(history))
+    return _run_conv("forward", x_in, weight, bias, activate, before=as_dense(history))
 
 
 def _run_conv(
@@ -338,13 +194,13 @@ def _run_conv(
     (given,) = as_floats(x_in)
     out = given.new_empty(given.shape)
     team.run(
-        getattr(_kernels(".conv"), kernel),
+        getattr(kernels_in(".conv"), kernel),
         team.pieces(batch * length, -(-width // 4)),  # far less work at a position than in a scan
         past=weight.shape[1] - 1,
         activate=int(activate),
         x_in=given,
-        weight=_as_dense(weight.t()),
-        bias=_as_dense(bias),
+        weight=as_dense(weight.t()),
+        bias=as_dense(bias),
         out=out,
         **others,
     )
@@ -360,7 +216,7 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float, group_size: int) -> Tens
     rows = x.reshape(-1, *groups.shape)
     out = torch.empty(x.shape, dtype=x.dtype, device="cpu")  # whatever the default device
     team.run(
-        _kernels(".norm").forward,
+        kernels_in(".norm").forward,
         team.pieces(len(rows), -(-x.shape[-1] // 64)),  # a step of a scan takes as long as 64 channels here
         epsilon=_bits(epsilon),
         x=rows if rows.is_contiguous() or rows[0].is_contiguous() else rows.contiguous(),

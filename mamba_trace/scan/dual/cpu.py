@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..cpu import as_floats, operator, run_forward, starting_state
 from ..cpu import unavailable as unavailable
+from ..cpu.operators import as_floats, operator, run_forward, starting_state
 from ..recompute import recompute
 from ..runs import Runs
 from . import reference
