@@ -23,11 +23,15 @@ from ..names import Place, public_path
 from ..sites import BY_NAME, STATE
 from ..tracing import ask_every_position, reading
 from ..tracing.edits import is_edited, waiting_edits
+from ..tracing.forwards import listened_to
 from .extents import run_layers
 from .hooks import Extent, Hook, HookFunction, NameOrFilter, Order, key_of, resolve
 
 #: The place whose value a run returns.
 LOGITS = BY_NAME["lm_head"].hook_name()
+
+
+LAST_INSIDE = BY_NAME["y"].index
 
 
 @dataclass
@@ -240,8 +244,7 @@ class HookedRun:
         if actions.bwd or (keeps and self.incl_bwd):
             self.watch(value, actions, keeps and self.incl_bwd)
         if keeps:
-            site = actions.place.site
-            self.values[key] = self.kept(value, own=site is not None and site.module is None and key != LOGITS)
+            self.values[key] = self.kept(value, actions.place, envoy)
 
     def path_of(self, actions: PlaceActions) -> str:
         """The path to ask for. A predicate's position is counted from the end, where it is the same token in
@@ -255,20 +258,26 @@ class HookedRun:
         """Cache the states of a layer after every position, edits of them included."""
         if not last:
             return
+        envoy = self.model.layers[layer].ssm.h
         with reading():
-            states = self.kept(self.model.layers[layer].ssm.h.output, own=True)  # [B,L,...,N]
+            states = self.kept(envoy.output, Place(BY_NAME[STATE], layer), envoy)  # [B,L,...,N]
         for position in range(self.length):
             self.values[key_of(Place(BY_NAME[STATE], layer, position))] = states[:, position]
 
-    def kept(self, value: Tensor, own: bool) -> Tensor:
+    def kept(self, value: Tensor, place: Place, envoy: Any) -> Tensor:
         """A value for the cache: a copy, unless nobody can edit it in place.
 
+        What lies inside of the scan, up to y, is made for whoever asks, and no module is given it.
+
         Args:
-            value: what a place served.
-            own: whether it has memory of its own, as the values of sites do: see `modeling.offers`.
+            value: what was served.
+            place: where.
+            envoy: of the site there.
         """
-        alone = own and not (self.fwd or self.bwd or value.requires_grad or self.edited)
-        if alone and value.untyped_storage().nbytes() == value.nbytes:
+        site = place.site
+        inside = site is not None and site.stage in ("scan", "states") and not site.alias and site.index <= LAST_INSIDE
+        alone = inside and not (self.fwd or self.bwd or value.requires_grad or self.edited)
+        if alone and not listened_to(envoy._module) and value.untyped_storage().nbytes() == value.nbytes:
             return value if self.device is None else value.to(self.device)
         return copied(value, self.device)
 

@@ -31,7 +31,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from transformers.activations import SiLUActivation
 
 from ..errors import SiteValueError
-from ..scan import ScanFamily, causal_conv, conv_update, convolution
+from ..scan import ScanFamily, causal_conv, convolution
+from ..scan.dispatch import conv_update
 from ..scan.recompute import differentiated
 from ..scan.record import note, recording
 from ..scan.reference import accumulation_dtype
@@ -229,6 +230,8 @@ class HookableMixer(nn.Module):
     def plain_conv1d(self, offer: Offers) -> nn.Conv1d | None:
         """conv1d if a kernel may read its weight [channels,1,K]: the convolution that the configuration says."""
         K, conv1d = self.conv_kernel_size, self.conv1d
+        if type(conv1d) is not nn.Conv1d:  # an adapter has none of the attributes
+            return None
         of_configuration = ((K,), (K - 1,), (1,), (1,), self.n_channels, "zeros")
         own = (conv1d.kernel_size, conv1d.padding, conv1d.stride, conv1d.dilation, conv1d.groups, conv1d.padding_mode)
         return offer.bypass("conv1d", nn.Conv1d) if own == of_configuration else None

@@ -157,11 +157,12 @@ class Visit:
     def pass_over(self, names: Iterable[str]) -> None:
         """Count one visit of each site in ``names`` without offering a value.
 
-        Only workers ask for the counts, and each for those since its start.
+        Only workers and caches ask for the counts, a worker for those since its start.
         """
-        if self.interleaver is None or not any(mediator.worker for mediator in self.interleaver.mediators):
+        running = self.interleaver
+        if running is None or not (running.observers or any(mediator.worker for mediator in running.mediators)):
             return
-        counts = self.interleaver.counts
+        counts = running.counts
         for location in locations_of(self.path, tuple(names)):
             counts[location] = counts.get(location, 0) + 1
 
