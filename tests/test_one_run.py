@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -274,8 +275,16 @@ def test_an_interrupt_while_waiting(tiny, tokens):
     holder = threading.Thread(target=hold)
     holder.start()
     entered.wait(60)
-    # A signal, as of Ctrl-C, ends the wait at once. `_thread.interrupt_main` would let it go on, and raise anywhere.
-    threading.Timer(0.5, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT)).start()
+
+    def interrupt() -> None:
+        main = threading.main_thread()
+        while main not in one_run._waiting:
+            time.sleep(0.01)
+        time.sleep(0.2)
+        # A signal, as of Ctrl-C, ends the wait at once. `_thread.interrupt_main` would let it go on, and raise anywhere.
+        signal.pthread_kill(main.ident, signal.SIGINT)
+
+    threading.Thread(target=interrupt, daemon=True).start()
     with pytest.raises(KeyboardInterrupt):
         edited_logits(tiny, tokens, 0.5)
     leave.set()
