@@ -281,7 +281,8 @@ def test_an_interrupt_while_waiting(tiny, tokens):
         while main not in one_run._waiting:
             time.sleep(0.01)
         time.sleep(0.2)
-        # A signal, as of Ctrl-C, ends the wait at once. `_thread.interrupt_main` would let it go on, and raise anywhere.
+        # A signal, as of Ctrl-C, ends the wait at once. `_thread.interrupt_main` would let it go on, and raise
+        # anywhere.
         signal.pthread_kill(main.ident, signal.SIGINT)
 
     threading.Thread(target=interrupt, daemon=True).start()
