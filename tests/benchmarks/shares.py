@@ -29,7 +29,7 @@ from mamba_trace.scan.cpu import team
 
 PARTS = ("run_unpatched", "run_patched_layers", "run_to_the_end")
 #: The names of operations by what they are, as PyTorch's profiler has them.
-OPERATIONS = {"matmuls": ("aten::mm", "aten::addmm", "aten::bmm"), "scans": ("mamba_trace::",)}
+OPERATIONS = {"matmuls": ("aten::mm", "aten::addmm", "aten::bmm"), "scans": ("Scan", "_Recomputed")}
 
 
 def seconds(run: Callable[[], Any]) -> float:
