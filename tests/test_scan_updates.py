@@ -123,6 +123,35 @@ def test_decoding_in_place_changes_no_number(kind: str, monkeypatch: pytest.Monk
         near(value, other, 1e-5)
 
 
+@pytest.mark.parametrize("kind", ["mamba", "mamba2", "zamba"])
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_step_without_gradients_is_in_place(kind: str, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is stored in the cache then: it is written where it lies. With gradients, or for a worker, it is."""
+    model = model_of(kind)
+    tokens, cache = draw_tokens(rows, seed=0), DynamicCache(config=model.config)
+    stored: list[str] = []
+
+    def counted(own: Any) -> Any:
+        def update(self: Any, *args: Any, **kwargs: Any) -> Any:
+            stored.append(own.__name__)
+            return own(self, *args, **kwargs)
+
+        return update
+
+    for name in ("update_conv_state", "update_recurrent_state"):
+        monkeypatch.setattr(LinearAttentionLayer, name, counted(getattr(LinearAttentionLayer, name)))
+
+    def step() -> int:
+        stored.clear()
+        model._module(tokens[:, -1:], cache=cache, use_cache=True)
+        return len(stored)
+
+    with torch.no_grad():
+        model._module(tokens, cache=cache, use_cache=True)
+        assert step() == 0
+    assert step() > 0
+
+
 class Counting(LinearAttentionLayer):
     """A layer of a cache with updates of its own."""
 

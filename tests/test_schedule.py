@@ -19,6 +19,7 @@ from torch import Tensor
 from mamba_trace import MambaTrace
 from mamba_trace.errors import LayerError
 from mamba_trace.hidden_attention import hidden_attention
+from mamba_trace.hooked import schedule
 from mamba_trace.hooked.losses import next_token_loss
 from mamba_trace.lenses import state_lens
 from mamba_trace.mamba_lens import HookedMamba
@@ -305,3 +306,14 @@ def test_a_gradient_that_a_hook_returns_stays_the_hooks(tiny: MambaTrace, tokens
     loss = tiny.run_with_hooks(tokens, bwd_hooks=hooks, return_type="loss")
     loss.backward()
     assert (ones[0] == 1).all()
+
+
+def test_what_was_made_for_a_cache_is_not_copied(tiny: MambaTrace, tokens: Tensor, monkeypatch: Any) -> None:
+    copies: list[int] = []
+    monkeypatch.setattr(schedule, "copied", lambda value, device: copies.append(value.dim()) or value.clone())
+    with torch.no_grad():
+        _, cache = tiny.run_with_cache(tokens)
+        assert 4 not in copies
+        assert cache["A_bar", 0].dim() == 4
+        tiny.run_with_cache(tokens, fwd_hooks=[("hook_embed", lambda value, hook: None)])
+    assert 4 in copies  # a hook may edit what it has seen

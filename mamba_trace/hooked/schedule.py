@@ -29,8 +29,7 @@ from .hooks import Extent, Hook, HookFunction, NameOrFilter, Order, key_of, reso
 
 #: The place whose value a run returns.
 LOGITS = BY_NAME["lm_head"].hook_name()
-
-
+#: How far the values reach that no module is given: the last of them.
 LAST_INSIDE = BY_NAME["y"].index
 
 

@@ -267,7 +267,11 @@ def conv_update(x_in: Tensor, weight: Tensor, bias: Tensor | None, columns: Tens
         backend: what runs it.
     """
     note("conv_silu", backend.__name__.rsplit(".", 1)[-1], 1)
-    if in_floats(x_in, weight, columns) and (fast := getattr(backend, "conv_update", None)) is not None:
+    if (
+        x_in.dtype == torch.float32
+        and in_floats(weight, columns)
+        and (fast := getattr(backend, "conv_update", None)) is not None
+    ):
         changed(columns)
         return fast(x_in, weight, bias, columns)
     convolved = backend.causal_conv(x_in, weight, bias, columns, activate=True)

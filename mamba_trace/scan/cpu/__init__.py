@@ -174,8 +174,8 @@ def causal_conv_runs(
 def conv_update(x_in: Tensor, weight: Tensor, bias: Tensor | None, columns: Tensor) -> Tensor:
     """As `dispatch.conv_update`, in float32: one kernel. Not differentiable."""
     out, width = torch.empty_like(x_in, memory_format=torch.contiguous_format), x_in.shape[-1]
-    bias = x_in.new_zeros(width) if bias is None else bias
-    arrays = {"x_in": x_in[:, 0], "columns": columns, "weight": weight, "bias": bias, "out": out[:, 0]}
+    x, bias = as_floats(x_in[:, 0], x_in.new_zeros(width) if bias is None else bias)
+    arrays = {"x_in": x, "columns": columns, "weight": weight, "bias": bias, "out": out[:, 0]}
     team.run(kernels_in(".conv").update, team.pieces(len(x_in), -(-width // 4)), **arrays)
     return out
 

@@ -91,7 +91,7 @@ class Kernel:
 @contextlib.contextmanager
 def _nothing_collected() -> Iterator[None]:
     # To compile makes objects by the hundred thousand, all of which are kept until the end. Python would look through
-    # them, and through all others in memory, again and again, which takes an eighth of the time.
+    # them, and through all others in memory, again and again.
     enabled = gc.isenabled()
     gc.disable()
     try:
