@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from ..scan.norm import rms_norm
-from ..scan.reference import accumulation_dtype
+from ..scan.reference import accumulation_dtype, in_dtype
 from ..sites import Kind
 from ..tracing import Visit, take_note_of_mask, uncompiled
 from .offers import Offers, add_sites
@@ -65,12 +65,15 @@ class Block(nn.Module):
     def part(self, name: str) -> Any:
         """A part of the block by the package's name of it, or ``None``."""
         path = self.parts_named.get(name)
-        module: Any = self
-        for step in path.split(".") if path else ():
-            module = module._modules.get(step) if module is not None else None
+        if path is None:
+            return None
+        module: Any = self._modules.get(path)
+        if module is None and "." in path:
+            module = self
+            for step in path.split("."):
+                module = None if module is None else module._modules.get(step)
         scope = PART_SCOPES.get(name)
-        fits = path and module is not None and (scope is None or getattr(module, "scope", None) == scope)
-        return module if fits else None
+        return module if scope is None or getattr(module, "scope", None) == scope else None
 
     @property
     @abstractmethod
@@ -79,7 +82,7 @@ class Block(nn.Module):
 
     def run(self, offer: Offers, name: str, value: Tensor, *args: Any, **kwargs: Any) -> Any:
         """What a part of the block returns for ``value``."""
-        return self.part(name)(offer.into(self.parts_named[name], value), *args, **kwargs)
+        return offer.called(self.part(name), self.parts_named[name], value, *args, **kwargs)
 
     def ended(self, offer: Offers, resid: Tensor) -> Any:
         """What the block returns, where ``resid`` [B,L,D] is the stream out of it."""
@@ -127,9 +130,9 @@ class HookableBlock(Block):
         offer = Offers(self)
         resid = offer("resid_pre", hidden_states)  # [B,L,D]
         layer_input = offer("layer_input", resid)  # [B,L,D]
-        normalized = self.run(offer, "norm", layer_input.to(self.part("norm").weight.dtype))  # [B,L,D]
+        normalized = self.run(offer, "norm", in_dtype(layer_input, self.part("norm").weight.dtype))  # [B,L,D]
         if self.residual_in_fp32:
-            resid = resid.to(accumulation_dtype(resid))
+            resid = in_dtype(resid, accumulation_dtype(resid))
         return self.ended(offer, resid + self.term(offer, normalized, cache, attention_mask, kwargs))
 
     def term(
@@ -264,13 +267,14 @@ class ZambaBlock(Block):
             transformer_hidden_states: what a shared transformer adds to the SSM's input.
             outer: the sites of the `SharedBlock` that this block stands in.
         """
-        offer = Offers(self)
-        sites = offer if outer is None else outer
-        resid = hidden_states if outer is not None else offer("resid_pre", hidden_states)
+        sites = Offers(self) if outer is None else outer
+        resid = hidden_states if outer is not None else sites("resid_pre", hidden_states)
         into_ssm = resid if transformer_hidden_states is None else resid + transformer_hidden_states
-        normalized = self.run(offer, "norm", sites("layer_input", into_ssm))
+        layer_input = sites("layer_input", into_ssm)
+        offer = sites if outer is None else Offers(self)  # made once a worker may have come from outside
+        normalized = self.run(offer, "norm", layer_input)
         resid = resid + self.run(offer, "ssm", normalized, cache=cache, attention_mask=attention_mask)
-        return self.ended(offer, resid) if outer is None else resid
+        return self.ended(sites, resid) if outer is None else resid
 
 
 class SharedBlock(Block):

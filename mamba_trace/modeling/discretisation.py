@@ -18,7 +18,7 @@ from einops import rearrange, repeat
 from torch import Tensor
 
 from ..scan import DUAL, HEADED, SELECTIVE, Explicit, Recurrence, ScanFamily, Selective, Watched
-from ..scan.reference import accumulation_dtype
+from ..scan.reference import accumulation_dtype, in_dtype
 from .offers import Offers
 from .past import masked
 
@@ -53,8 +53,7 @@ class Discretisation(ABC):
         delta, _ = offer.optional("delta", lambda: self.delta)
         self._delta = self._delta if delta is None else delta
         # Made no sooner than here: gradients come back in the opposite order.
-        A = torch.exp(self.A_log.to(accumulation_dtype(self.A_log)))
-        self.A = offer("A", -A if A.requires_grad else A.neg_())
+        self.A = offer("A", self.make_A())
         self.A_bar, A_bar_edited = offer.optional("A_bar", self.make_A_bar)
         self.B = offer("B", self.B)
         self.B_bar, B_bar_edited = offer.optional("B_bar", self.make_B_bar)
@@ -68,13 +67,18 @@ class Discretisation(ABC):
         if self._delta is None:
             assert self.delta_2 is not None
             dtype = accumulation_dtype(self.delta_2)
-            self._delta = masked(self.limited(F.softplus(self.delta_2.to(dtype))), self.mask)
+            self._delta = masked(self.limited(F.softplus(in_dtype(self.delta_2, dtype))), self.mask)
             self.delta_2 = None
         return self._delta
 
     def limited(self, delta: Tensor) -> Tensor:
         """delta within the limits of the mixer."""
         return delta
+
+    def make_A(self) -> Tensor:
+        """-exp(A_log) in float32 or better."""
+        A = torch.exp(in_dtype(self.A_log, accumulation_dtype(self.A_log)))
+        return -A if A.requires_grad else A.neg_()
 
     @abstractmethod
     def steps(self) -> Tensor:

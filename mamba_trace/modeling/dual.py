@@ -53,7 +53,8 @@ class DualMixer(HookableMixer):
     def split(self, columns: Tensor) -> Sequence[Tensor]:
         G, N = self.n_groups, self.ssm_state_size
         x, B, C = columns.split_with_sizes([self.intermediate_size, G * N, G * N], dim=-1)
-        return x, B.unflatten(-1, (G, N)), C.unflatten(-1, (G, N))
+        heads = (*columns.shape[:2], G, N)
+        return x, B.view(heads), C.view(heads)
 
     def discretisation(
         self, offer: Offers, x: Tensor, delta_1: Tensor | None, others: Sequence[Tensor]
@@ -64,7 +65,7 @@ class DualMixer(HookableMixer):
         return DualDiscretisation(self.by_head(x), delta_2, offer.mask, self.A_log, B, C, limit=(low, high))
 
     def by_head(self, value: Tensor) -> Tensor:
-        return value.unflatten(-1, (self.num_heads, self.head_dim))
+        return value.view(*value.shape[:-1], self.num_heads, self.head_dim)
 
     def by_channel(self, value: Tensor) -> Tensor:
         return value.flatten(-2)
@@ -73,7 +74,7 @@ class DualMixer(HookableMixer):
         return self.D.repeat_interleave(self.head_dim)
 
     def finished(self, offer: Offers, output: Tensor, skip: Tensor) -> Tensor:
-        return self.norm(offer.into("norm", super().finished(offer, output, skip)))
+        return offer.through("norm", super().finished(offer, output, skip))
 
 
 class HookableGatedRMSNorm(nn.Module):

@@ -28,35 +28,35 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
-from transformers.activations import SiLUActivation
 
 from ..errors import SiteValueError
 from ..scan import ScanFamily, causal_conv, convolution
-from ..scan.dispatch import conv_update
-from ..scan.recompute import differentiated
 from ..scan.record import note, recording
 from ..scan.reference import accumulation_dtype
 from ..sites import Family
-from ..tracing import Visit
+from ..tracing import Visit, is_itself
 from .discretisation import Discretisation
 from .offers import Offers
 from .past import PastStates, masked, seen_by
 from .run_report import LayerRun, RunReport
-from .stretches import Lent, Starts, Stretches
-
-#: The modules that stand for SiLU, which the kernels of the convolution apply.
-SILU = (nn.SiLU, SiLUActivation)
+from .stretches import Starts, Stretches
+from .unwatched import SILU, unwatched
 
 
 def recorded(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """A mixer's forward, which takes note in the model's report of what it runs."""
+    """A mixer's forward, run where somebody may look into it. The model's report takes note of what the mixer runs."""
 
     @functools.wraps(forward)
-    def wrapper(self: HookableMixer, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        run = self.report.begin(self.layer_idx, hidden_states.shape[1], Visit(self).trace)
+    def wrapper(
+        self: HookableMixer, hidden_states: Tensor, cache: Any = None, attention_mask: Any = None, **kwargs: Any
+    ) -> Tensor:
+        visit = Visit(self)
+        run = self.report.begin(self.layer_idx, hidden_states.shape[1], visit.trace)
         self.__dict__["last_run"] = run  # PyTorch's setter would look for parameters and modules of that name
+        if (out := unwatched(self, visit, run, hidden_states, cache, attention_mask)) is not None:
+            return out
         with recording(run.calls, run.reasons):
-            return forward(self, hidden_states, *args, **kwargs)
+            return forward(self, hidden_states, cache, attention_mask, **kwargs)
 
     return wrapper
 
@@ -214,12 +214,8 @@ class HookableMixer(nn.Module):
             silu = type(self.act) in SILU and offer.inside("conv") is None
             whole = silu and offer.bypass("act", type(self.act)) is not None
             weight, bias = conv1d.weight[:, 0], conv1d.bias  # [channels,K], [channels] or None
-            own = past.lent_columns(x_in) if whole else None
-            if own is not None and not differentiated(x_in, weight, bias, own):
-                conv = conv_update(x_in, weight, bias, own, backend=backend)
-            else:
-                x_in, before = past.convolution(x_in)  # [B,L,channels], [B,channels,K] or None
-                conv = causal_conv(x_in, weight, bias, before, activate=whole, backend=backend, runs=past.runs)
+            x_in, before = past.convolution(x_in)  # [B,L,channels], [B,channels,K] or None
+            conv = causal_conv(x_in, weight, bias, before, activate=whole, backend=backend, runs=past.runs)
             reason = "" if whole else "conv or its SiLU is wanted or hooked"
         self.last_run.reasons += [reason] if reason else []
         if whole:
@@ -228,13 +224,17 @@ class HookableMixer(nn.Module):
         return self.act(self.offered(offer, self.columns_out, conv))
 
     def plain_conv1d(self, offer: Offers) -> nn.Conv1d | None:
-        """conv1d if a kernel may read its weight [channels,1,K]: the convolution that the configuration says."""
-        K, conv1d = self.conv_kernel_size, self.conv1d
-        if type(conv1d) is not nn.Conv1d:  # an adapter has none of the attributes
-            return None
-        of_configuration = ((K,), (K - 1,), (1,), (1,), self.n_channels, "zeros")
+        """conv1d if a kernel may read its weight [channels,1,K]."""
+        return offer.bypass("conv1d", nn.Conv1d) if self.has_plain_conv1d() else None
+
+    def has_plain_conv1d(self) -> bool:
+        """Whether conv1d is the convolution that the configuration says, and nobody has changed or hooked it."""
+        K = self.conv_kernel_size
+        conv1d: Any = self._modules["conv1d"]
+        if not is_itself(conv1d, nn.Conv1d):  # an adapter has none of the attributes
+            return False
         own = (conv1d.kernel_size, conv1d.padding, conv1d.stride, conv1d.dilation, conv1d.groups, conv1d.padding_mode)
-        return offer.bypass("conv1d", nn.Conv1d) if own == of_configuration else None
+        return own == ((K,), (K - 1,), (1,), (1,), self.n_channels, "zeros")
 
     def conv_backend(self, x_in: Tensor) -> ModuleType | None:
         """What can convolve ``x_in`` faster than PyTorch, or ``None``."""
@@ -269,11 +269,11 @@ class HookableMixer(nn.Module):
     # -- the scan --------------------------------------------------------------------------------------
 
     def scan(
-        self, offer: Offers, x: Tensor, skip: Tensor, h: Tensor | Starts | Lent | None, parameters: Discretisation
+        self, offer: Offers, x: Tensor, skip: Tensor, h: Tensor | Starts | None, parameters: Discretisation
     ) -> tuple[Tensor, Tensor | None]:
         """The output of the SSM [B,L,E], gated if no norm comes before the gate, and its last state [B,...,N].
 
-        It takes as few kernels as will do. No state is returned where the rows are several runs, or where it was lent.
+        It takes as few kernels as will do. No state is returned where the rows are several runs.
         """
         parameters.offer(offer)
         wanted = offer.inside("scan", "states")
@@ -287,7 +287,6 @@ class HookableMixer(nn.Module):
         if isinstance(h, Starts):
             pieces, h = h.run(recurrence), None
         else:
-            assert not isinstance(h, Lent)
             pieces, h = Stretches(offer, recurrence, h).run()
         del parameters, recurrence  # and with them delta, which makes room for what follows
         # y has no name here, so that it is given up where ssm_output is made of it.
@@ -295,14 +294,11 @@ class HookableMixer(nn.Module):
         return ssm_output if self.norm_first else F.silu(skip.to(ssm_output.dtype)).mul_(ssm_output), h
 
     def fused(
-        self, x: Tensor, skip: Tensor, h: Tensor | Starts | Lent | None, parameters: Discretisation
+        self, x: Tensor, skip: Tensor, h: Tensor | Starts | None, parameters: Discretisation
     ) -> tuple[Tensor, Tensor | None]:
         """`scan` in one kernel."""
         steps, A, B, C, D = parameters.steps(), parameters.A, parameters.B, parameters.C, self.D_of_scans()
         x, skip = self.by_head(x), self.by_head(skip)
-        if isinstance(h, Lent):
-            gated = self.scans.gated_update(x, steps, A, B, C, D, skip, h.state, kernels=self.kernels)
-            return self.by_channel(gated), None
         if isinstance(h, Starts):
             gated = self.scans.gated_runs(x, steps, A, B, C, D, skip, h.states, h.runs, kernels=self.kernels)
             return self.by_channel(gated), None
@@ -313,17 +309,11 @@ class HookableMixer(nn.Module):
         """y + D x [B,L,E]."""
         return torch.addcmul(y, x.to(y.dtype), self.D_of_channels().to(y.dtype))
 
-    def initial_state(self, offer: Offers, x: Tensor, past: PastStates) -> Tensor | Starts | Lent | None:
+    def initial_state(self, offer: Offers, x: Tensor, past: PastStates) -> Tensor | Starts | None:
         """The state before the first position [B,...,N], or ``None`` for zeros that nobody wants.
 
-        Where the rows are several runs, those before each of them. It is lent where one kernel will do.
+        Where the rows are several runs, those before each of them.
         """
-        if not (offer.open or self.norm_first or torch.is_grad_enabled()) and past.fixed is None:  # one kernel will do
-            if past.cache is None:
-                return Lent(None)
-            like = x.new_empty(x.shape[0], *self.state_shape, dtype=accumulation_dtype(x))
-            if (own := self.from_cache(past.lent_state(self.to_cache(like)))) is not None:
-                return Lent(own)
         h = self.from_cache(past.state())
         if not offer.wants("h_start"):
             offer.pass_over("h_start")

@@ -137,6 +137,21 @@ class Offers:
         in-place edit of its input does not also change the site whose value this is."""
         return value.clone(memory_format=torch.contiguous_format) if self.wants(name) else value
 
+    def through(self, name: str, value: Tensor) -> Tensor:
+        """What the inner module ``name`` returns for ``value``."""
+        returned: Tensor = self.called(self.module._modules[name], name, value)
+        return returned
+
+    def called(self, inner: Any, name: str, value: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """What ``inner``, the inner module ``name``, returns for ``value`` and other arguments.
+
+        Where nothing is wanted its forward is run at once, if a call would do no more.
+        """
+        if not self.open and is_itself(inner, type(inner)):
+            self.visit.pass_over((name,))
+            return type(inner).forward(inner, value, *args, **kwargs)
+        return inner(self.into(name, value), *args, **kwargs)
+
     def result(self, value: Tensor) -> Tensor:
         """What the module returns: ``value``, or a copy where the output of the module itself is wanted."""
         return value.clone() if self.visit.wants_output() else value

@@ -17,7 +17,6 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
-from transformers.cache_utils import LinearAttentionLayer
 
 from ..errors import PromptError
 from ..scan.runs import Runs
@@ -134,43 +133,9 @@ class PastStates:
         return None if own is None else own.clone()
 
     def keep(self, h: Tensor | None) -> None:
-        """Store the state after the last token of this call, unless it is the cache's own already."""
+        """Store the state after the last token of this call."""
         if self.cache is not None and h is not None:
             self.cache.update_recurrent_state(h, self.layer)
-
-    # -- the cache's own memory ----------------------------------------------------------------------------
-
-    def lent_columns(self, x_in: Tensor) -> Tensor | None:
-        """The cache's own columns before a call of one column ``x_in`` [B,1,channels]: [B,channels,K].
-
-        The caller has to move them on by this column. ``None`` where the cache does that in a way of its own.
-        """
-        if x_in.shape[1] != 1 or self.mask is not None or not self._plain("update_conv_state"):
-            return None
-        own = None if self.cache.is_recording_past(self.layer) else self._columns()
-        return own if own is not None and own.shape[-1] == self.kernel else None
-
-    def lent_state(self, like: Tensor | None) -> Tensor | None:
-        """The cache's own state [B,...,N], which the caller has to overwrite with the next; before all tokens, zeros.
-
-        ``None`` where the cache stores states in a way of its own.
-
-        Args:
-            like: a state as the cache has it, of which only the shape and the dtype matter.
-        """
-        if not self._plain("update_recurrent_state"):
-            return None
-        if self._own_state() is None and self._plain("lazy_initialization"):
-            self.cache.layers[self.layer].lazy_initialization(recurrent_states=like)
-        own = self._own_state()
-        return own if own is not None and own.is_contiguous() else None
-
-    def _plain(self, method: str) -> bool:
-        # Whether the layer's cache does no more in a method than to store what it is given.
-        if self.cache is None:
-            return False
-        layer = type(self.cache.layers[self.layer])
-        return getattr(layer, method, None) is getattr(LinearAttentionLayer, method)
 
     def _own_state(self) -> Tensor | None:
         layer = None if self.cache is None else self.cache.layers[self.layer]

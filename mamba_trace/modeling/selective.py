@@ -48,14 +48,14 @@ class SelectiveMixer(HookableMixer):
         delta_1 = offer("delta_1", delta_1)  # [B,L,R]
         # The only reference to delta_2 [B,L,E], which is given up where delta takes its place.
         return SelectiveDiscretisation(
-            x, offer("delta_2", self.dt_proj(offer.into("dt_proj", delta_1))), offer.mask, self.A_log, B, C
+            x, offer("delta_2", offer.through("dt_proj", delta_1)), offer.mask, self.A_log, B, C
         )
 
     def selective_parameters(self, offer: Offers, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x_proj, split: delta_1 [B,L,R], B [B,L,N] and C [B,L,N]."""
         sizes = [self.time_step_rank, self.ssm_state_size, self.ssm_state_size]
         looked_at = offer.first_wanted("x_proj") is not None
-        projected = self.x_proj(offer.into("x_proj", x))  # [B,L,R+2N]
+        projected = offer.through("x_proj", x)  # [B,L,R+2N]
         delta_1, B, C = (masked(projected, offer.mask) if looked_at else projected).split_with_sizes(sizes, dim=-1)
         return delta_1, B, C
 
@@ -63,10 +63,6 @@ class SelectiveMixer(HookableMixer):
 class NormedSelectiveMixer(SelectiveMixer):
     """Completes those with a norm on each of dt, B and C: delta_1, B and C are what the norms return."""
 
-    dt_layernorm: Any
-    b_layernorm: Any
-    c_layernorm: Any
-
     def selective_parameters(self, offer: Offers, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         delta_1, B, C = super().selective_parameters(offer, x)
-        return self.dt_layernorm(delta_1), self.b_layernorm(B), self.c_layernorm(C)
+        return offer.through("dt_layernorm", delta_1), offer.through("b_layernorm", B), offer.through("c_layernorm", C)

@@ -49,17 +49,6 @@ class Starts:
         return [recurrence.run(span.start, span.stop, state)[0] for span, state in pairs]
 
 
-@dataclass(frozen=True)
-class Lent:
-    """The state that a call starts from, in memory that is to hold its last state afterwards.
-
-    Attributes:
-        state: [B,...,N]; ``None`` for zeros, where nobody needs the last state.
-    """
-
-    state: Tensor | None
-
-
 @dataclass
 class Stretches:
     """A recurrence of one mixer while it runs."""

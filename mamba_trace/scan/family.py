@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import dispatch, dual, reference
+from . import cpu, dispatch, dual, reference
 from .runs import gated_runs
 
 Scan = Callable[..., tuple[Tensor, Tensor]]
@@ -37,8 +37,8 @@ class ScanFamily:
         selective_states: the same with the state after each position in place of the last state.
         gated_scan: ``(x, delta, A, B, C, D, skip, h_start) -> (after_skip, h_last)``. Its step sizes are those
             before softplus in the selective family, and those after softplus and limits in the dual family.
-        gated_update: ``(x, delta, A, B, C, D, skip, h) -> after_skip``. The same without gradients; h is overwritten
-            with the last state, and may be ``None``, for zeros.
+        gated_update: ``(x, delta, A, B, C, D, skip, h) -> after_skip``. The same on a CPU in float32, without
+            gradients; h is overwritten with the last state, and may be ``None``, for zeros. ``None`` if there is none.
         gated_runs: ``(x, delta, A, B, C, D, skip, starts, runs) -> after_skip``. The same without gradients, for rows
             that are several `runs.Runs`; run r starts from ``starts[r]`` in every row.
         explicit_scan: ``(A_bar, B_bar, x, C, h_start) -> (y, h_last)``.
@@ -54,7 +54,7 @@ class ScanFamily:
     selective_scan: Scan
     selective_states: Scan
     gated_scan: Scan
-    gated_update: Callable[..., Tensor]
+    gated_update: Callable[..., Tensor] | None
     gated_runs: Callable[..., Tensor]
     explicit_scan: Scan
     explicit_states: Scan
@@ -67,7 +67,7 @@ SELECTIVE = ScanFamily(
     selective_scan=dispatch.selective_scan,
     selective_states=dispatch.selective_states,
     gated_scan=dispatch.gated_scan,
-    gated_update=dispatch.in_place(dispatch.gated_scan),
+    gated_update=cpu.gated_update,
     gated_runs=dispatch.in_runs(dispatch.gated_scan),
     explicit_scan=dispatch.explicit_scan,
     explicit_states=dispatch.explicit_states,
@@ -121,7 +121,7 @@ HEADED = ScanFamily(
     selective_scan=_headed(dispatch.selective_scan, "x delta A B C h_start"),
     selective_states=_headed(dispatch.selective_states, "x delta A B C h_start"),
     gated_scan=_headed_gated_scan,
-    gated_update=functools.partial(dispatch.overwritten, _headed_gated_scan),
+    gated_update=None,
     gated_runs=functools.partial(gated_runs, _headed_gated_scan),
     explicit_scan=_headed(dispatch.explicit_scan, "A_bar B_bar x C h_start"),
     explicit_states=_headed(dispatch.explicit_states, "A_bar B_bar x C h_start"),
@@ -140,7 +140,7 @@ DUAL = ScanFamily(
     selective_scan=_dual(dual.reference.selective_scan),
     selective_states=_dual(dual.reference.selective_states),
     gated_scan=_dual_gated_scan,
-    gated_update=dispatch.in_place(_dual_gated_scan, dual.BACKENDS),
+    gated_update=dual.cpu.gated_update,
     gated_runs=dispatch.in_runs(_dual_gated_scan, dual.BACKENDS),
     explicit_scan=_dual(dual.reference.explicit_scan),
     explicit_states=_dual(dual.reference.explicit_states),

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from . import cpu
-from .recompute import recompute, transformed
+from .recompute import differentiated, recompute, transformed
 from .reference import accumulation_dtype
 
 
@@ -51,10 +51,12 @@ def rms_norm(
         normed = (groups * torch.rsqrt(groups.square().mean(-1, keepdim=True) + epsilon)).flatten(-2)
         return (weight.to(normed.dtype) * normed).to(dtype) if wide_weight else weight * normed.to(dtype)
 
-    if takes(x, weight, dtype):
-        # With gradients as well, so that a run has the same numbers whether anybody asks for them.
-        return recompute(lambda x, weight: cpu.rms_norm(x, weight, epsilon, size), defined, x, weight)
-    return defined(x, weight)
+    if not takes(x, weight, dtype):
+        return defined(x, weight)
+    if not differentiated(x, weight):
+        return cpu.rms_norm(x, weight, epsilon, size)
+    # With gradients as well, so that a run has the same numbers whether anybody asks for them.
+    return recompute(lambda x, weight: cpu.rms_norm(x, weight, epsilon, size), defined, x, weight)
 
 
 def takes(x: Tensor, weight: Tensor, dtype: torch.dtype) -> bool:

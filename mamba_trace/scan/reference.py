@@ -22,6 +22,11 @@ def accumulation_dtype(*tensors: Tensor | None) -> torch.dtype:
     return dtype
 
 
+def in_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A tensor in a dtype: itself, without a call of PyTorch's dispatcher, where it is in that one."""
+    return tensor if tensor.dtype is dtype else tensor.to(dtype)
+
+
 def unavailable(
     device: torch.device | None = None, dtype: torch.dtype = torch.float32, d_state: int = 16
 ) -> str | None:

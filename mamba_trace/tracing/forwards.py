@@ -39,6 +39,10 @@ def hooks_of(module: nn.Module) -> tuple[Mapping[int, Any], ...]:
     return module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
 
 
+#: The compiler that looks at each function before it runs; ``None`` if none does. A release that cannot tell has one.
+_compiler_at_work = getattr(torch._C._dynamo.eval_frame, "get_eval_frame_callback", lambda: True)
+
+
 def uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """A function that ``torch.compile`` runs as it is, with all that it calls.
 
@@ -50,7 +54,9 @@ def uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> Any:
-        return (disabled() if "torch._dynamo" in sys.modules else function)(*args, **kwargs)
+        if "torch._dynamo" in sys.modules and (torch.compiler.is_compiling() or _compiler_at_work() is not None):
+            return disabled()(*args, **kwargs)
+        return function(*args, **kwargs)
 
     vars(run).update(_torchdynamo_disable=True, _torchdynamo_disable_msg="sites are asked for in each call")
     return run
@@ -104,12 +110,15 @@ def is_itself(module: nn.Module, plain: type[nn.Module]) -> bool:
     It does not if the module is of a subclass or was replaced (an adapter, a quantised layer), if it has
     hooks or another forward, or if accelerate keeps its weights elsewhere until the call.
     """
-    forward = module.__dict__.get("forward", plain.forward)
+    own = module.__dict__
+    forward = own.get("forward", plain.forward)
     if isinstance(forward, Controller):
         forward = forward.state.body
-    if type(module) is not plain or forward is not plain.forward or listened_to(module):
+    if type(module) is not plain or forward is not plain.forward or plain.__call__ is not nn.Module.__call__:
         return False
-    hook = module.__dict__.get("_hf_hook")
+    if any(hooks_of(module)) or has_global_hooks():
+        return False
+    hook = own.get("_hf_hook")
     return hook is None or (isinstance(hook, AlignDevicesHook) and not hook.offload)
 
 

@@ -52,7 +52,7 @@ class HookableFalconH1Mixer(DualMixer, FalconH1Mixer):
 
     def finished(self, offer: Offers, output: Tensor, skip: Tensor) -> Tensor:
         if self.norm_first:
-            return offer("after_skip", self.norm(offer.into("norm", output)) * F.silu(skip))
+            return offer("after_skip", offer.through("norm", output) * F.silu(skip))
         if self.lacks:
             return HookableMixer.finished(self, offer, output, skip)
         return super().finished(offer, output, skip)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .. import reference
 from ..recompute import recompute
+from ..reference import in_dtype
 from ..runs import Runs
 from . import team
 from .operators import as_dense, as_floats, kernels_in, operator, run_forward, starting_state
@@ -130,7 +131,7 @@ def _gated(
     inputs["h_start"] = h = starting_state(x, A.shape[-1], *h_start)
     y, h_last = h.new_empty(x.shape), torch.empty_like(h)
     run_forward(".selective", inputs, gated=1, keep=0, y=y, h_last=h_last, states=None)
-    return y.to(x.dtype), h_last
+    return in_dtype(y, x.dtype), h_last
 
 
 def gated_update(
@@ -141,7 +142,7 @@ def gated_update(
     h = starting_state(x, C.shape[-1]) if h is None else h
     y = h.new_empty(x.shape)
     run_forward(".selective", inputs, gated=1, keep=0, y=y, h_start=h, h_last=h, states=None)
-    return y.to(x.dtype)
+    return in_dtype(y, x.dtype)
 
 
 def gated_runs(
@@ -152,14 +153,14 @@ def gated_runs(
     inputs = dict(zip(GATED, tensors, strict=True)) | {"starts": starts, "begins": runs.begins}
     y = tensors[0].new_empty(x.shape)
     run_forward(".selective", inputs, "forward_runs", gated=1, keep=0, y=y, states=None)
-    return y.to(x.dtype)
+    return in_dtype(y, x.dtype)
 
 
 def causal_conv(
     x_in: Tensor, weight: Tensor, bias: Tensor | None, before: Tensor | None = None, *, activate: bool = False
 ) -> Tensor:
     """As `reference.causal_conv`, in float32."""
-    fast, slow = (functools.partial(run, activate=activate) for run in (_convolve, reference.causal_conv))
+    fast, slow = (functools.partial(run, activate=activate) for run in (convolved, reference.causal_conv))
     return recompute(fast, slow, x_in, weight, bias, before)
 
 
@@ -167,30 +168,53 @@ def causal_conv_runs(
     x_in: Tensor, weight: Tensor, bias: Tensor | None, starts: Tensor, runs: Runs, *, activate: bool
 ) -> Tensor:
     """As `scan.runs.causal_conv_runs`, in float32: one kernel for all runs. Not differentiable."""
-    starts = as_dense(starts[..., 1:].transpose(1, 2))
-    return _run_conv("forward_runs", x_in, weight, bias, activate, starts=starts, begins=runs.begins)
+    given: Any = {"starts": _history(starts), "begins": runs.begins}
+    return _run_conv("forward_runs", x_in, weight, bias, activate, started=1, kept=0, columns=None, **given)
 
 
 def conv_update(x_in: Tensor, weight: Tensor, bias: Tensor | None, columns: Tensor) -> Tensor:
-    """As `dispatch.conv_update`, in float32: one kernel. Not differentiable."""
+    """SiLU of the convolution of one position [B,1,channels], in float32: one kernel. Not differentiable.
+
+    Args:
+        x_in: [B,1,channels].
+        weight: [channels,K].
+        bias: [channels] or ``None``.
+        columns: those before [B,channels,K], which become those up to this position, in place.
+    """
     out, width = torch.empty_like(x_in, memory_format=torch.contiguous_format), x_in.shape[-1]
-    x, bias = as_floats(x_in[:, 0], x_in.new_zeros(width) if bias is None else bias)
-    arrays = {"x_in": x, "columns": columns, "weight": weight, "bias": bias, "out": out[:, 0]}
+    bias = x_in.new_zeros(width) if bias is None else as_dense(bias)
+    arrays = {"x_in": x_in[:, 0], "columns": columns, "weight": as_dense(weight), "bias": bias, "out": out[:, 0]}
     team.run(kernels_in(".conv").update, team.pieces(len(x_in), -(-width // 4)), **arrays)
     return out
 
 
-def _convolve(x_in: Tensor, weight: Tensor, bias: Tensor | None, before: Tensor | None, activate: bool) -> Tensor:
-    batch, _, width = x_in.shape
-    history = x_in.new_zeros(batch, weight.shape[1] - 1, width) if before is None else before[..., 1:].transpose(1, 2)
-    return _run_conv("forward", x_in, weight, bias, activate, before=as_dense(history))
-
-
-def _run_conv(
-    kernel: str, x_in: Tensor, weight: Tensor, bias: Tensor | None, activate: bool, **others: Tensor
+def convolved(
+    x_in: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    before: Tensor | None,
+    activate: bool,
+    columns: Tensor | None = None,
 ) -> Tensor:
+    """As `causal_conv`, but not differentiable: one kernel.
+
+    Args:
+        x_in, weight, bias, before, activate: as there.
+        columns: in float32 and dense [B,channels,K]. It is overwritten with the last columns of x_in; those of
+            ``before``, or zeros, come before them where x_in has fewer.
+    """
+    history = None if before is None else _history(before)
+    flags = {"started": int(before is not None), "kept": int(columns is not None)}
+    return _run_conv("forward", x_in, weight, bias, activate, before=history, columns=columns, **flags)
+
+
+def _history(before: Tensor) -> Tensor:
+    # The columns [B,channels,K] before a call as the kernel takes those that it reads [B,K-1,channels].
+    return as_dense(before[..., 1:].transpose(1, 2))
+
+
+def _run_conv(kernel: str, x_in: Tensor, weight: Tensor, bias: Tensor | None, activate: bool, **others: Any) -> Tensor:
     batch, length, width = x_in.shape
-    bias = x_in.new_zeros(width) if bias is None else bias
     (given,) = as_floats(x_in)
     out = given.new_empty(given.shape)
     team.run(
@@ -199,12 +223,12 @@ def _run_conv(
         past=weight.shape[1] - 1,
         activate=int(activate),
         x_in=given,
-        weight=as_dense(weight.t()),
-        bias=as_dense(bias),
+        weight=as_dense(weight),
+        bias=x_in.new_zeros(width, dtype=torch.float32) if bias is None else as_dense(bias),
         out=out,
         **others,
     )
-    return out.to(x_in.dtype)
+    return in_dtype(out, x_in.dtype)
 
 
 # -- the norm ------------------------------------------------------------------------------------------------
@@ -212,18 +236,20 @@ def _run_conv(
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float, group_size: int) -> Tensor:
     """`scan.norm.rms_norm` of values in float32 [...,E]; not differentiable."""
-    groups = weight.reshape(-1, group_size)
-    rows = x.reshape(-1, *groups.shape)
-    out = torch.empty(x.shape, dtype=x.dtype, device="cpu")  # whatever the default device
+    width = x.shape[-1]
+    rows = x if x.dim() == 3 else x.reshape(1, -1, width)
+    rows = rows if rows.stride(2) == 1 else rows.contiguous()
+    out = rows.new_empty(rows.shape)
     team.run(
         kernels_in(".norm").forward,
-        team.pieces(len(rows), -(-x.shape[-1] // 64)),  # a step of a scan takes as long as 64 channels here
+        team.pieces(rows.shape[0] * rows.shape[1], -(-width // 64)),  # a scan's step takes as long as 64 channels here
         epsilon=_bits(epsilon),
-        x=rows if rows.is_contiguous() or rows[0].is_contiguous() else rows.contiguous(),
-        weight=groups.contiguous(),
-        out=out.view(rows.shape),
+        groups=width // group_size,
+        x=rows,
+        weight=as_dense(weight),
+        out=out,
     )
-    return out
+    return out if x.dim() == 3 else out.view(x.shape)
 
 
 @functools.cache

@@ -13,12 +13,13 @@ from .compiled import Kernel, arguments_at, kernel, next_piece, silu
 
 IN_RUNS = False  # whether a row is several runs, one behind the other
 FORWARD = BlockLayout(
-    "past activate",
+    "past activate started kept",
     x_in=Buffer("batch length width", dense=1),
-    before=Buffer("batch past width"),
-    weight=Buffer("taps width"),
+    before=Buffer("batch past width", when="started"),
+    weight=Buffer("width taps"),
     bias=Buffer("width"),
     out=Buffer("batch length width"),
+    columns=Buffer("batch width taps", when="kept"),
 )
 RUNS = FORWARD.but("before", starts=Buffer("runs past width"), begins=Buffer("runs"))
 UPDATE = BlockLayout(
@@ -35,11 +36,16 @@ UPDATE = BlockLayout(
 def forward(data):  # type: ignore[no-untyped-def]
     """Convolve pieces of the rows (batch x positions). Result: out.
 
-    ``taps``: K; ``past``: K - 1, the number of columns ``before`` x_in; ``activate``: whether to apply SiLU. `IN_RUNS`:
-    before the column ``begins[r]`` come ``starts[r]``, in all rows.
+    ``taps``: K; ``past``: K - 1, the number of columns ``before`` x_in; ``started``: whether there are any, or zeros;
+    ``activate``: whether to apply SiLU; ``kept``: whether to put the last K columns, those before x_in included, into
+    ``columns``. `IN_RUNS`: before the column ``begins[r]`` come ``starts[r]``, in all rows; none are kept.
     """
     p = arguments_at(data)
     row = np.empty(p.width, np.float32)
+    weight = np.empty((p.taps, p.width), np.float32)
+    for e in range(p.width):
+        for k in range(p.taps):
+            weight[k, e] = p.weight[e, k]
     while True:
         piece = next_piece(data)
         if piece >= p.pieces:
@@ -55,7 +61,7 @@ def forward(data):  # type: ignore[no-untyped-def]
             else:
                 first, before = 0, p.before[b]
             if p.taps == 4 and t - first >= 3:  # the usual case in one pass
-                w0, w1, w2, w3 = p.weight[0], p.weight[1], p.weight[2], p.weight[3]
+                w0, w1, w2, w3 = weight[0], weight[1], weight[2], weight[3]
                 for e in range(p.width):
                     total = p.bias[e] + w0[e] * x[t - 3, e] + w1[e] * x[t - 2, e]
                     row[e] = total + w2[e] * x[t - 1, e] + w3[e] * x[t, e]
@@ -64,15 +70,25 @@ def forward(data):  # type: ignore[no-untyped-def]
                     row[e] = p.bias[e]
                 for k in range(p.taps):
                     source = t - p.past + k
-                    column = x[source] if source >= first else before[p.past + source - first]
-                    for e in range(p.width):
-                        row[e] += p.weight[k, e] * column[e]
+                    if source >= first or p.started:
+                        column = x[source] if source >= first else before[p.past + source - first]
+                        for e in range(p.width):
+                            row[e] += weight[k, e] * column[e]
             if p.activate:
                 for e in range(p.width):
                     y[e] = silu(row[e])
             else:
                 for e in range(p.width):
                     y[e] = row[e]
+            if p.kept and t == p.length - 1:
+                for k in range(p.taps):
+                    source = t - p.past + k
+                    if source >= 0:
+                        for e in range(p.width):
+                            p.columns[b, e, k] = x[source, e]
+                    else:
+                        for e in range(p.width):
+                            p.columns[b, e, k] = before[p.past + source, e] if p.started else np.float32(0.0)
 
 
 forward_runs = Kernel(forward.function, RUNS, IN_RUNS=True)

@@ -11,30 +11,32 @@ from ..buffers import BlockLayout, Buffer
 from .compiled import arguments_at, as_float, kernel, next_piece
 
 FORWARD = BlockLayout(
-    "epsilon",
-    x=Buffer("rows groups width", dense=2),
-    weight=Buffer("groups width"),
-    out=Buffer("rows groups width"),
+    "epsilon groups",
+    x=Buffer("batch length width", dense=1),
+    weight=Buffer("width"),
+    out=Buffer("batch length width"),
 )
 
 
 @kernel(FORWARD)
 def forward(data):  # type: ignore[no-untyped-def]
-    """Norm pieces of the rows, each group by itself. Result: out.
+    """Norm pieces of the rows (batch x positions), each of the ``groups`` of channels by itself. Result: out.
 
     ``epsilon``: the bits of the float32 that is added to the mean of the squares.
     """
     p = arguments_at(data)
-    epsilon, count = as_float(np.int32(p.epsilon)), np.float32(p.width)
+    size = p.width // p.groups
+    epsilon, count = as_float(np.int32(p.epsilon)), np.float32(size)
     while True:
         piece = next_piece(data)
         if piece >= p.pieces:
             break
-        for r in range(p.rows * piece // p.pieces, p.rows * (piece + 1) // p.pieces):
+        for line in range(p.batch * p.length * piece // p.pieces, p.batch * p.length * (piece + 1) // p.pieces):
+            x, out = p.x[line // p.length, line % p.length], p.out[line // p.length, line % p.length]
             for g in range(p.groups):
                 total = np.float32(0.0)
-                for c in range(p.width):
-                    total += p.x[r, g, c] * p.x[r, g, c]
+                for c in range(g * size, (g + 1) * size):
+                    total += x[c] * x[c]
                 scale = np.float32(1.0) / np.sqrt(total / count + epsilon)
-                for c in range(p.width):
-                    p.out[r, g, c] = p.weight[g, c] * (p.x[r, g, c] * scale)
+                for c in range(g * size, (g + 1) * size):
+                    out[c] = p.weight[c] * (x[c] * scale)

@@ -35,6 +35,8 @@ def as_floats(*tensors: Tensor) -> list[Tensor]:
 
 def as_dense(tensor: Tensor) -> Tensor:
     """The tensor in float32 without gaps."""
+    if tensor.dtype == torch.float32 and tensor.is_contiguous():
+        return tensor  # without a call of PyTorch's dispatcher
     return tensor.to(torch.float32).contiguous()
 
 

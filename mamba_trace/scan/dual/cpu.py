@@ -10,6 +10,7 @@ from torch import Tensor
 from ..cpu import unavailable as unavailable
 from ..cpu.operators import as_floats, operator, run_forward, starting_state
 from ..recompute import recompute
+from ..reference import in_dtype
 from ..runs import Runs
 from . import reference
 from .linear import LinearScans
@@ -77,7 +78,7 @@ def _into(
     else:
         start = starting_state(x, C.shape[-1]) if h is None else h
         run_forward(_LOOPS, inputs, gated=1, keep=0, states=None, h_start=start, **results)
-    return results["y"].to(x.dtype), h_last
+    return in_dtype(results["y"], x.dtype), h_last
 
 
 def gated_runs(
@@ -99,4 +100,4 @@ def gated_runs(
     longest = max(runs.lengths)
     inputs |= {"read": read, "begins": runs.begins}
     run_forward(_RUNS, inputs, longest=longest, y=y)
-    return y.to(x.dtype)
+    return in_dtype(y, x.dtype)

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from einops import einsum, rearrange
 from torch import Tensor
 
-from ..reference import accumulation_dtype
+from ..reference import accumulation_dtype, in_dtype
 from ..reference import unavailable as unavailable
 
 
@@ -148,7 +148,7 @@ def read_out(h: Tensor, C: Tensor) -> Tensor:
 def decay_and_scale(delta: Tensor, A: Tensor, *others: Tensor | None) -> tuple[Tensor, Tensor]:
     """exp(delta A) and delta [B,L,H], in the dtype that a scan of these tensors accumulates in."""
     dtype = accumulation_dtype(delta, A, *others)
-    delta, A = delta.to(dtype), A.to(dtype)
+    delta, A = in_dtype(delta, dtype), in_dtype(A, dtype)
     return torch.exp(delta * (A if A.dim() == 1 else A[:, None])), delta
 
 
