@@ -92,7 +92,8 @@ class Stretches:
         if after is not copy or after.requires_grad or not same_contents(state, after):
             if self.offer.mask is not None:  # no edit changes the state on padding
                 after = torch.where(self.offer.mask[:, at].view(-1, *[1] * (state.dim() - 1)), after, state)
-            y = torch.cat((y[:, :-1], self.recurrence.read(after, at)[:, None]), dim=1)
+            read = self.recurrence.read(after, at)[:, None]
+            y = torch.cat((y[:, :-1], read), dim=1) if y.shape[1] > 1 else read
         self.done.append(Stretch(self.start, at + 1, self.h, y, after))
         self.start, self.h = at + 1, after
 

@@ -20,9 +20,33 @@ import torch
 from torch import Tensor
 
 from .family import SELECTIVE, ScanFamily
-from .recompute import recompute
+from .recompute import differentiated, recompute
 
 Pair = tuple[Tensor, Tensor]
+
+#: Of how many short stretches each may be cut out of a tensor by itself, where gradients are recorded.
+FEW = 8
+
+
+class Cut:
+    """A tensor [B,L,...] that is cut into stretches of positions.
+
+    The backward pass of a stretch that is cut out by itself fills a tensor of all L positions with zeros. So where
+    gradients are recorded, the tensor is cut into single positions at once as soon as a few stretches have been taken.
+    """
+
+    def __init__(self, whole: Tensor) -> None:
+        self.whole, self.taken = whole, 0
+        self.single: tuple[Tensor, ...] = ()
+
+    def __call__(self, start: int, stop: int) -> Tensor:
+        """The positions ``start`` to ``stop - 1``."""
+        few = self.taken < FEW or (stop - start) * FEW >= self.whole.shape[1]
+        if few or not differentiated(self.whole):
+            self.taken += 1
+            return self.whole[:, start:stop]
+        self.single = self.single or self.whole.split(1, dim=1)
+        return self.single[start] if stop - start == 1 else torch.cat(self.single[start:stop], dim=1)
 
 
 @dataclass
@@ -40,6 +64,13 @@ class Recurrence(ABC):
     C: Tensor
     family: ScanFamily = field(default=SELECTIVE, kw_only=True)
     kernels: str = field(default="auto", kw_only=True)
+    cuts: dict[str, Cut] = field(default_factory=dict, init=False, repr=False)
+
+    def cut(self, name: str, start: int, stop: int) -> Tensor:
+        """Positions ``start`` to ``stop - 1`` of one of its tensors [B,L,...], by its name."""
+        if name not in self.cuts:
+            self.cuts[name] = Cut(getattr(self, name))
+        return self.cuts[name](start, stop)
 
     @abstractmethod
     def run(self, start: int, stop: int, h: Tensor | None) -> Pair:
@@ -50,8 +81,9 @@ class Recurrence(ABC):
         """Run them and keep the state after each position: ``(y [B,l,E], states [B,l,E,N])``."""
 
     def read(self, h: Tensor, position: int | slice = slice(None)) -> Tensor:
-        """Compute y from states: h [B,E,N] at one position, or [B,L,E,N] at all positions."""
-        return self.family.read_out(h, self.C[:, position])
+        """Compute y from states: h [B,E,N] at one position, or [B,l,E,N] at several."""
+        C = self.C[:, position] if isinstance(position, slice) else self.cut("C", position, position + 1)[:, 0]
+        return self.family.read_out(h, C)
 
 
 @dataclass
@@ -69,8 +101,8 @@ class Selective(Recurrence):
         return self.family.selective_states(*self._stretch(start, stop), h, kernels=self.kernels)
 
     def _stretch(self, start: int, stop: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        span = slice(start, stop)
-        return self.x[:, span], self.delta[:, span], self.A, self.B[:, span], self.C[:, span]
+        x, delta, B, C = (self.cut(name, start, stop) for name in ("x", "delta", "B", "C"))
+        return x, delta, self.A, B, C
 
 
 @dataclass
@@ -87,8 +119,8 @@ class Explicit(Recurrence):
         return self.family.explicit_states(*self._matrices(start, stop), h, kernels=self.kernels)
 
     def _matrices(self, start: int, stop: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        span = slice(start, stop)
-        return self.A_bar[:, span], self.B_bar[:, span], self.x[:, span], self.C[:, span]
+        A_bar, B_bar, x, C = (self.cut(name, start, stop) for name in ("A_bar", "B_bar", "x", "C"))
+        return A_bar, B_bar, x, C
 
 
 @dataclass

@@ -1,8 +1,8 @@
 """What gradients and caches cost: beside Hugging Face, and beside what no implementation can do without.
 
-*Gradients*: of one logit, to the parameters, the residual stream into every layer, every delta and, one by one,
-every state h[p] of every layer. Beside it stands a forward and twice its matmuls. Hugging Face's own backward pass
-reaches the parameters and the residual streams alone.
+*Gradients*: of one logit, to the residual stream into every layer, every delta and, one by one, every state h[p] of
+every layer; and to all parameters besides. Beside it stands a forward and twice its matmuls. Hugging Face's own
+backward pass reaches the parameters and the residual streams alone.
 
 *Caches*: `run_with_cache` of every value there is. Beside it stand a forward and a copy of as many bytes, and, for
 Mamba-1, MambaLens's own, where it is installed in an environment of its own (`peer_mamba_lens`).
@@ -33,9 +33,11 @@ from mamba_trace import MambaTrace
 
 BESIDE = {
     "forward and its matmuls twice": "forward and its matmuls twice",
-    "hugging face, gradients": "forward and its matmuls twice",
+    "hugging face, gradients of the streams": "forward and its matmuls twice",
+    "hugging face, and of all parameters": "forward and its matmuls twice",
     "gradients of the streams": "forward and its matmuls twice",
     "gradients of streams, deltas and states": "forward and its matmuls twice",
+    "gradients of those and of all parameters": "forward and its matmuls twice",
     "forward and a copy of its values": "forward and a copy of its values",
     "run_with_cache": "forward and a copy of its values",
     "mambalens, run_with_cache": "run_with_cache",
@@ -52,21 +54,19 @@ def gradients(plain: Any, model: MambaTrace, tokens: Tensor) -> dict[str, Conten
             for _ in range(2):
                 matmuls()
 
-    def theirs() -> list[Tensor]:
+    def theirs(parameters: bool) -> list[Tensor]:
         streams: list[Tensor] = []
 
         def keep(module: Any, given: Any) -> None:
-            given[0].retain_grad()
             streams.append(given[0])
 
         handles = [block.register_forward_pre_hook(keep) for block in plain.backbone.layers]
-        plain(tokens, use_cache=False).logits[0, -1, 5].backward()
+        logit = plain(tokens, use_cache=False).logits[0, -1, 5]
         for handle in handles:
             handle.remove()
-        plain.zero_grad()
-        return [stream.grad for stream in streams]
+        return list(torch.autograd.grad(logit, [*streams, *(plain.parameters() if parameters else ())]))
 
-    def ours(inside: bool) -> list[Tensor]:
+    def ours(inside: bool, parameters: bool = False) -> list[Tensor]:
         with model.trace(tokens, use_cache=False):
             values = [].save()
             for layer in model.layers:
@@ -76,15 +76,15 @@ def gradients(plain: Any, model: MambaTrace, tokens: Tensor) -> dict[str, Conten
                     for position in range(length):
                         values.append(layer.ssm.h[position].output)
             logit = model.logits.output[0, -1, 5].save()
-        found = torch.autograd.grad(logit, [*values, *model._module.parameters()], allow_unused=True)
-        assert all(each is not None for each in found[: len(values)])
-        return list(found)
+        return list(torch.autograd.grad(logit, [*values, *(model._module.parameters() if parameters else ())]))
 
     return {
         "forward and its matmuls twice": least,
-        "hugging face, gradients": theirs,
+        "hugging face, gradients of the streams": lambda: theirs(False),
+        "hugging face, and of all parameters": lambda: theirs(True),
         "gradients of the streams": lambda: ours(False),
         "gradients of streams, deltas and states": lambda: ours(True),
+        "gradients of those and of all parameters": lambda: ours(True, parameters=True),
     }
 
 

@@ -101,7 +101,12 @@ def _backward(module: str, inputs: dict[str, Tensor], **grads: Tensor) -> list[T
         results[f"g{name}"] = make([sizes[axis] for axis in axes])
     team.run(kernels.backward, count, keep=int(grads["gstates"].shape[1] > 0), **given, **results)
     pairs = zip(results.values(), inputs.values(), strict=True)
-    return [grad.sum(0) if grad.dim() > tensor.dim() else grad for grad, tensor in pairs]
+    return [summed(grad) if grad.dim() > tensor.dim() else grad for grad, tensor in pairs]
+
+
+def summed(parts: Tensor) -> Tensor:
+    """The sum over the first axis."""
+    return parts[0] if len(parts) == 1 else parts.sum(0)
 
 
 def operator(
