@@ -28,7 +28,7 @@ Pair = tuple[Tensor, Tensor]
 FEW = 8
 
 
-class Cut:
+class Stretched:
     """A tensor [B,L,...] that is cut into stretches of positions.
 
     The backward pass of a stretch that is cut out by itself fills a tensor of all L positions with zeros. So where
@@ -42,7 +42,7 @@ class Cut:
     def __call__(self, start: int, stop: int) -> Tensor:
         """The positions ``start`` to ``stop - 1``."""
         few = self.taken < FEW or (stop - start) * FEW >= self.whole.shape[1]
-        if few or not differentiated(self.whole):
+        if few or start == stop or not differentiated(self.whole):
             self.taken += 1
             return self.whole[:, start:stop]
         self.single = self.single or self.whole.split(1, dim=1)
@@ -64,12 +64,12 @@ class Recurrence(ABC):
     C: Tensor
     family: ScanFamily = field(default=SELECTIVE, kw_only=True)
     kernels: str = field(default="auto", kw_only=True)
-    cuts: dict[str, Cut] = field(default_factory=dict, init=False, repr=False)
+    cuts: dict[str, Stretched] = field(default_factory=dict, init=False, repr=False)
 
     def cut(self, name: str, start: int, stop: int) -> Tensor:
         """Positions ``start`` to ``stop - 1`` of one of its tensors [B,L,...], by its name."""
         if name not in self.cuts:
-            self.cuts[name] = Cut(getattr(self, name))
+            self.cuts[name] = Stretched(getattr(self, name))
         return self.cuts[name](start, stop)
 
     @abstractmethod

@@ -1,7 +1,8 @@
 """Running the compiled loops, and the scans as operators that PyTorch can differentiate and compile.
 
 The loops of a scan are a module with ``FORWARD`` and ``BACKWARD`` (`BlockLayout`), ``forward`` and ``backward``
-(kernels) and ``WIDTH``, the channels in a block: `selective` and `explicit` here, and those of `scan.dual`.
+(kernels) and ``WIDTH``, the channels in a block: `selective` and `explicit` here, and those of `scan.dual`. It may have
+``ENDS``: how many positions' time a block takes besides those that it runs.
 """
 
 from __future__ import annotations
@@ -56,7 +57,8 @@ def _empty_results(x: Tensor, h: Tensor, keep: bool) -> tuple[Tensor, Tensor, Te
 def _pieces(kernels: Any, inputs: dict[str, Tensor], **shares: int) -> int:
     batch, length, *heads, width = inputs["x"].shape
     blocks = batch * math.prod(heads) * -(-width // kernels.WIDTH)
-    return team.pieces(blocks, length * -(-inputs["C"].shape[-1] // team.D_STATE), **shares)
+    steps = (length + getattr(kernels, "ENDS", 0)) * -(-inputs["C"].shape[-1] // team.D_STATE)
+    return team.pieces(blocks, steps, **shares)
 
 
 # -- the scans as operators ----------------------------------------------------------------------------------

@@ -13,9 +13,11 @@ from numba import njit
 
 from ..buffers import BlockLayout, Buffer
 from .compiled import LOG2E, OPTIONS, Kernel, arguments_at, exp2, kernel, next_piece, silu, softplus
+from .vectors import LANES, transpose
 
-WIDTH = 16  # channels in a block
+WIDTH = LANES  # channels in a block
 CHUNK = 64  # positions between the states that the backward pass keeps
+ENDS = 5  # how many positions' time it takes to turn a block's states around and back
 IN_RUNS = False  # whether a row is several runs, one behind the other
 
 FORWARD = BlockLayout(
@@ -38,6 +40,30 @@ BACKWARD = BlockLayout(
     gB=Buffer("pieces batch length n_state"), gC=Buffer("pieces batch length n_state"),
     gh_start=Buffer("batch width n_state"),
 )  # fmt: skip
+
+
+@njit(**OPTIONS)
+def turn_in(rows, e0, block, w, n_state):  # type: ignore[no-untyped-def]
+    """Put ``w`` channels of dense rows [width,n_state], from the channel ``e0`` on, into a block [n_state,WIDTH]."""
+    if w == WIDTH and n_state % WIDTH == 0:
+        for n in range(0, n_state, WIDTH):
+            transpose(rows, e0 * n_state + n, n_state, block, n * WIDTH, WIDTH)
+    else:
+        for n in range(n_state):
+            for e in range(w):
+                block[n, e] = rows[e0 + e, n]
+
+
+@njit(**OPTIONS)
+def turn_out(block, rows, e0, w, n_state):  # type: ignore[no-untyped-def]
+    """The inverse of `turn_in`."""
+    if w == WIDTH and n_state % WIDTH == 0:
+        for n in range(0, n_state, WIDTH):
+            transpose(block, n * WIDTH, WIDTH, rows, e0 * n_state + n, n_state)
+    else:
+        for n in range(n_state):
+            for e in range(w):
+                rows[e0 + e, n] = block[n, e]
 
 
 @kernel(FORWARD)
@@ -64,18 +90,17 @@ def forward(data):  # type: ignore[no-untyped-def]
         for block in range(p.batch * blocks * piece // p.pieces, p.batch * blocks * (piece + 1) // p.pieces):
             b, e0 = block // blocks, (block % blocks) * WIDTH
             w = min(WIDTH, p.width - e0)
+            turn_in(p.A, e0, a, w, p.n_state)
             for n in range(p.n_state):
-                for e in range(w):
-                    a[n, e] = p.A[e0 + e, n] * LOG2E
+                for e in range(WIDTH):
+                    a[n, e] *= LOG2E
             for run in range(p.runs if IN_RUNS else 1):
                 if IN_RUNS:
                     begin, start = int(p.begins[run]), p.starts[run]
                     end = int(p.begins[run + 1]) if run + 1 < p.runs else p.length
                 else:
                     begin, end, start = 0, p.length, p.h_start[b]
-                for n in range(p.n_state):
-                    for e in range(w):
-                        h[n, e] = start[e0 + e, n]
+                turn_in(start, e0, h, w, p.n_state)
                 for t in range(begin, end):
                     for e in range(w):
                         xs[e] = p.x[b, t, e0 + e]
@@ -106,9 +131,7 @@ def forward(data):  # type: ignore[no-untyped-def]
                             for n in range(p.n_state):
                                 p.states[b, t, e0 + e, n] = h[n, e]
             if not IN_RUNS:
-                for n in range(p.n_state):
-                    for e in range(w):
-                        p.h_last[b, e0 + e, n] = h[n, e]
+                turn_out(h, p.h_last[b], e0, w, p.n_state)
 
 
 forward_runs = Kernel(forward.function, RUNS, IN_RUNS=True)
@@ -167,13 +190,14 @@ def backward(data):  # type: ignore[no-untyped-def]
                 d[e], xs[e], go[e] = np.float32(0.0), np.float32(0.0), np.float32(0.0)
             for n in range(p.n_state):
                 for e in range(WIDTH):
-                    raw[n, e], a[n, e], starts[0, n, e] = np.float32(0.0), np.float32(0.0), np.float32(0.0)
+                    raw[n, e], starts[0, n, e] = np.float32(0.0), np.float32(0.0)
                     g[n, e], ga[n, e] = np.float32(0.0), np.float32(0.0)
-                for e in range(w):
-                    raw[n, e] = p.A[e0 + e, n]
-                    a[n, e] = p.A[e0 + e, n] * LOG2E
-                    starts[0, n, e] = p.h_start[b, e0 + e, n]
-                    g[n, e] = p.gh_last[b, e0 + e, n]
+            turn_in(p.A, e0, raw, w, p.n_state)
+            turn_in(p.h_start[b], e0, starts[0], w, p.n_state)
+            turn_in(p.gh_last[b], e0, g, w, p.n_state)
+            for n in range(p.n_state):
+                for e in range(WIDTH):
+                    a[n, e] = raw[n, e] * LOG2E
             for c in range(chunks - 1):  # the last chunk is run below
                 begin, end = c * CHUNK, (c + 1) * CHUNK
                 run_chunk(p.x, p.delta, p.B, a, starts[c], states, decays, b, e0, w, begin, end)
@@ -213,7 +237,5 @@ def backward(data):  # type: ignore[no-untyped-def]
                     for e in range(w):
                         p.gx[b, t, e0 + e] = d[e] * through_b[e]
                         p.gdelta[b, t, e0 + e] = xs[e] * through_b[e] + through_a[e]
-            for n in range(p.n_state):
-                for e in range(w):
-                    p.gA[b, e0 + e, n] = ga[n, e]
-                    p.gh_start[b, e0 + e, n] = g[n, e]
+            turn_out(ga, p.gA[b], e0, w, p.n_state)
+            turn_out(g, p.gh_start[b], e0, w, p.n_state)

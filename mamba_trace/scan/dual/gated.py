@@ -19,8 +19,9 @@ from numba import njit
 
 from ..buffers import BlockLayout, Buffer
 from ..cpu.compiled import OPTIONS, arguments_at, kernel, next_piece, silu
+from ..cpu.vectors import LANES, fetch, transpose
 from .loops import INPUTS
-from .vectors import CHUNK, LANES, chunk_step, fetch, gate_vector, transpose, write_vector
+from .steps import CHUNK, chunk_step, gate_vector, write_vector
 
 WIDTH = 2 * LANES  # channels in a block
 AHEAD = 4 * CHUNK

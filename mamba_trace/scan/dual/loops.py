@@ -2,7 +2,7 @@
 
 Both kernels run h_p = decay_p h_{p-1} + (scale_p x_p) B_p with y_p = C_p h_p, which has one decay and one scale
 for each head. A block is 64 channels of one head: its state [64,N] stays in the first levels of cache. What happens
-to it at a position is written in vector instructions (`vectors`), eight channels at a time.
+to it at a position is written in vector instructions (`steps`), eight channels at a time.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ import numpy as np
 
 from ..buffers import BlockLayout, Buffer
 from ..cpu.compiled import arguments_at, kernel, next_piece, silu
-from .vectors import LANES, backward_step, fetch, forward_step
+from ..cpu.vectors import LANES, fetch
+from .steps import backward_step, forward_step
 
 WIDTH = 64  # channels in a block
 GROUP = 8  # channels in a step

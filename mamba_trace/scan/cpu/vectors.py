@@ -1,0 +1,195 @@
+"""Vector instructions for the compiled loops, where the compiler does not make good code by itself.
+
+It cannot know that the arrays of a loop do not overlap, so it keeps sums in memory or compares addresses before each
+short loop, which costs as much as the loop. Here the vectors and what stays in registers are spelt out.
+
+Each function with a vector in it is one that Numba's loops call. Of its arrays only the address of the first number is
+looked at. A processor whose vectors are shorter takes several for each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, SupportsFloat
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from .compiled import EXP2, LOG2E
+
+LANES = 16  # numbers in a vector
+FAST = ("contract", "reassoc", "nsz")
+FLOAT, INDEX, SHORT = ir.FloatType(), ir.IntType(64), ir.IntType(32)
+
+
+class Vectors:
+    """Writes instructions on vectors of ``lanes`` numbers, or on single numbers where ``lanes`` is 1."""
+
+    def __init__(self, builder: Any, lanes: int = LANES) -> None:
+        self.builder = builder
+        self.lanes = lanes
+        self.type = FLOAT if lanes == 1 else ir.VectorType(FLOAT, lanes)
+
+    def address(self, start: Any, index: Any) -> Any:
+        """Where the vector stands that begins at a number of an array."""
+        place = self.builder.gep(start, [index])
+        return place if self.lanes == 1 else self.builder.bitcast(place, self.type.as_pointer())
+
+    def load(self, start: Any, index: Any) -> Any:
+        """The vector that begins at a number of an array."""
+        return self.builder.load(self.address(start, index), align=4)
+
+    def store(self, value: Any, start: Any, index: Any) -> None:
+        """Write a vector that begins at a number of an array."""
+        self.builder.store(value, self.address(start, index), align=4)
+
+    def filled(self, number: Any) -> Any:
+        """The vector with this number in all lanes."""
+        if self.lanes == 1:
+            return number
+        first = self.builder.insert_element(ir.Constant(self.type, ir.Undefined), number, SHORT(0))
+        return self.shuffled(first, first, [0] * self.lanes)
+
+    def shuffled(self, one: Any, other: Any, lanes: list[int]) -> Any:
+        """The vector of these lanes; those of ``other`` are counted after those of ``one``."""
+        return self.builder.shuffle_vector(one, other, ir.Constant(ir.VectorType(SHORT, len(lanes)), lanes))
+
+    def added(self, one: Any, other: Any) -> Any:
+        """The sum."""
+        return self.builder.fadd(one, other, flags=FAST)
+
+    def times(self, one: Any, other: Any) -> Any:
+        """The product."""
+        return self.builder.fmul(one, other, flags=FAST)
+
+    def same(self, number: SupportsFloat) -> Any:
+        """The constant vector of one number."""
+        return ir.Constant(self.type, [float(number)] * self.lanes)
+
+    def silu(self, v: Any) -> Any:
+        """v sigmoid(v), as `compiled.silu` has it, for whole vectors."""
+        e = self.exp2(self.times(v, self.same(-LOG2E)))
+        return self.builder.fdiv(v, self.added(e, self.same(1.0)), flags=FAST)
+
+    def exp2(self, v: Any) -> Any:
+        """2**v, as `compiled.exp2` has it, for whole vectors."""
+        b = self.builder
+        for beyond, bound in (("<", self.same(-127.0)), (">", self.same(128.0))):
+            v = b.select(b.fcmp_ordered(beyond, v, bound), bound, v)  # which keeps what is no number
+        kind = ir.FunctionType(self.type, [self.type])
+        floor = cgutils.get_or_insert_function(b.module, kind, f"llvm.floor.v{self.lanes}f32")
+        whole = b.call(floor, [self.added(v, self.same(0.5))])
+        fraction, power = b.fsub(v, whole, flags=FAST), self.same(EXP2[-1])
+        for coefficient in reversed(EXP2[:-1]):
+            power = self.added(self.times(power, fraction), self.same(coefficient))
+        counts = ir.VectorType(SHORT, self.lanes)
+        exponent = b.add(b.fptosi(whole, counts), ir.Constant(counts, [127] * self.lanes))
+        scale = b.bitcast(b.shl(exponent, ir.Constant(counts, [23] * self.lanes)), self.type)
+        return self.times(power, scale)
+
+
+class Total:
+    """A vector that a loop adds to, which ends up in a register."""
+
+    def __init__(self, builder: Any) -> None:
+        self.builder = builder
+        whole = Vectors(builder)
+        self.place = cgutils.alloca_once(builder, whole.type)
+        builder.store(ir.Constant(whole.type, [0.0] * LANES), self.place)
+
+    def add(self, vectors: Vectors, value: Any) -> None:
+        """Add a vector, or a single number to the first lane."""
+        total = self.builder.load(self.place)
+        if vectors.lanes > 1:
+            total = vectors.added(total, value)
+        else:
+            first = vectors.added(self.builder.extract_element(total, SHORT(0)), value)
+            total = self.builder.insert_element(total, first, SHORT(0))
+        self.builder.store(total, self.place)
+
+
+def store_totals(builder: Any, sums: list[Total], start: Any, index: Any) -> None:
+    """Add up the lanes of each sum, and write the totals to an array beginning at a number.
+
+    Two sums are halved and put side by side in one vector, two of these likewise, until all totals of up to
+    `LANES` sums stand in one vector: that takes fewer instructions than each sum by itself.
+    """
+    vectors = Vectors(builder)
+    values = [builder.load(each.place) for each in sums]
+    block = LANES  # lanes that belong to one sum
+    while block > 1:
+        low = [lane for lane in range(LANES) if lane % block < block // 2]
+        low += [LANES + lane for lane in low]
+        high = [lane + block // 2 for lane in low]
+        pairs = list(zip(values[::2], values[1::2], strict=True)) if len(values) > 1 else [(values[0], values[0])]
+        values = [vectors.added(vectors.shuffled(*pair, low), vectors.shuffled(*pair, high)) for pair in pairs]
+        block //= 2
+    count = len(sums)
+    totals = vectors.shuffled(values[0], values[0], list(range(count)))
+    if count == 1:
+        totals = builder.extract_element(totals, SHORT(0))
+    Vectors(builder, count).store(totals, start, index)
+
+
+def parts(builder: Any, n_state: Any) -> Iterator[tuple[Vectors, Any]]:
+    """Loop over the state: yields what writes the instructions, and the index of the first of its numbers.
+
+    The body is written twice: for whole vectors, and for what is left, number by number.
+    """
+    whole = builder.and_(n_state, INDEX(-LANES))
+    for lanes, start, stop in ((LANES, INDEX(0), whole), (1, whole, n_state)):
+        vectors = Vectors(builder, lanes)
+        with cgutils.for_range_slice(builder, start, stop, INDEX(lanes)) as (n, _):
+            yield vectors, n
+
+
+def addresses(context: Any, builder: Any, kinds: Any, arrays: Any) -> list[Any]:
+    return [context.make_array(kind)(context, builder, value=a).data for kind, a in zip(kinds, arrays, strict=True)]
+
+
+@intrinsic
+def fetch(typingctx, array, index):  # type: ignore[no-untyped-def]
+    """Ask for a number of an array to be brought into the cache, from a place that no processor foresees."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        (start,) = addresses(context, builder, signature.args[:1], args[:1])
+        place = builder.bitcast(builder.gep(start, [args[1]]), ir.IntType(8).as_pointer())
+        kind = ir.FunctionType(ir.VoidType(), [place.type, SHORT, SHORT, SHORT])
+        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        builder.call(function, [place, SHORT(0), SHORT(3), SHORT(1)])
+        return context.get_dummy_value()
+
+    return types.void(array, types.int64), codegen
+
+
+@intrinsic
+def transpose(typingctx, source, first, step, target, to, to_step):  # type: ignore[no-untyped-def]
+    """Write a square of `LANES` x `LANES` numbers with its axes exchanged.
+
+    It begins at number ``first`` of ``source``, where its rows are ``step`` numbers apart; ``to`` and ``to_step`` say
+    the same of ``target``. In each round the corners of ever smaller squares change places.
+    """
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        starts = addresses(context, builder, signature.args[::3], args[::3])
+        vectors, every = Vectors(builder), range(LANES)
+
+        def row(at: int, k: int) -> Any:
+            return builder.add(args[at], builder.mul(INDEX(k), args[at + 1]))
+
+        rows = [vectors.load(starts[0], row(1, k)) for k in every]
+        side = LANES // 2
+        while side:
+            upper = [lane if not lane & side else LANES + lane - side for lane in every]
+            lower = [lane + side if not lane & side else LANES + lane for lane in every]
+            for k in (k for k in every if not k & side):
+                pair = rows[k], rows[k + side]
+                rows[k], rows[k + side] = vectors.shuffled(*pair, upper), vectors.shuffled(*pair, lower)
+            side //= 2
+        for k in every:
+            vectors.store(rows[k], starts[1], row(4, k))
+        return context.get_dummy_value()
+
+    return types.void(source, types.int64, types.int64, target, types.int64, types.int64), codegen
