@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, Mamba2Config, MambaConfig
 
 from mamba_trace import MambaTrace
-from mamba_trace.modeling.past import PastStates
+from mamba_trace.modeling import mixer as mixers
 from mamba_trace.patching import PatchGrid, logit, logit_diff, patch_grid
 
 WINDOWED = [("mamba", site) for site in ("h", "resid_pre", "conv", "B_bar", "resid_post", "write")]
@@ -134,13 +134,13 @@ def test_a_cell_is_what_a_trace_of_its_own_gives(
 def rows_run(tiny: MambaTrace, monkeypatch: pytest.MonkeyPatch) -> list[list[tuple[int, ...]]]:
     """The shapes [B,l] that every layer runs, in order; PyTorch hooks would make cells run whole."""
     seen: list[list[tuple[int, ...]]] = [[] for _ in tiny.layers]
-    convolution = PastStates.convolution
+    own = mixers.unwatched
 
-    def noted(self: PastStates, x_in: Tensor, *args: Any) -> Any:
-        seen[self.mixer.layer_idx].append((*x_in.shape[:2],))
-        return convolution(self, x_in, *args)
+    def noted(mixer: Any, visit: Any, run: Any, hidden_states: Tensor, *others: Any) -> Any:
+        seen[mixer.layer_idx].append((*hidden_states.shape[:2],))
+        return own(mixer, visit, run, hidden_states, *others)
 
-    monkeypatch.setattr(PastStates, "convolution", noted)
+    monkeypatch.setattr(mixers, "unwatched", noted)
     return seen
 
 

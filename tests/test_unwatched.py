@@ -293,7 +293,7 @@ def test_visits_are_counted_for_a_worker_that_asks_later(kind: str) -> None:
     model, tokens = model_of(kind), draw_tokens(1, seed=0)
     for name in ("ssm.h.-1", "ssm.conv", "ssm.in_proj", "ssm.out_proj", "ssm.A_bar", "norm", "ssm"):
         with torch.no_grad(), model.generate(tokens, max_new_tokens=4, min_new_tokens=4) as tracer:
-            with tracer.iter[2]:
+            for _ in tracer.iter[2:3]:
                 late = model.layers[1].get(name).output.save()
             out = tracer.result.save()
         with torch.no_grad(), model.trace(out[:, : tokens.shape[1] + 2]):

@@ -22,7 +22,7 @@ from ..scan.reference import accumulation_dtype, in_dtype
 from ..sites import Kind
 from ..tracing import Visit, take_note_of_mask, uncompiled
 from .offers import Offers, add_sites
-from .starting import Starting
+from .starting import Starting, columns_read
 
 
 class HookableRMSNorm(nn.Module):
@@ -80,6 +80,11 @@ class Block(nn.Module):
     def kind(self) -> Kind:
         """What stands in this layer."""
 
+    @property
+    def reads_on(self) -> bool:
+        """Whether it returns no more than the columns that are read behind it (`starting.columns_read`)."""
+        return False
+
     def run(self, offer: Offers, name: str, value: Tensor, *args: Any, **kwargs: Any) -> Any:
         """What a part of the block returns for ``value``."""
         return offer.called(self.part(name), self.parts_named[name], value, *args, **kwargs)
@@ -133,7 +138,13 @@ class HookableBlock(Block):
         normalized = self.run(offer, "norm", in_dtype(layer_input, self.part("norm").weight.dtype))  # [B,L,D]
         if self.residual_in_fp32:
             resid = in_dtype(resid, accumulation_dtype(resid))
+        if self.reads_on:
+            resid = columns_read(cache, resid, self.part("ssm").layer_idx)
         return self.ended(offer, resid + self.term(offer, normalized, cache, attention_mask, kwargs))
+
+    @property
+    def reads_on(self) -> bool:
+        return self.part("ssm") is not None
 
     def term(
         self, offer: Offers, normalized: Tensor, cache: Any, attention_mask: Tensor | None, kwargs: dict[str, Any]
@@ -243,6 +254,8 @@ class ZambaBlock(Block):
 
     parts_named: ClassVar[dict[str, str]] = {"norm": "input_layernorm", "ssm": "mamba"}
 
+    reads_on = True
+
     @property
     def kind(self) -> Kind:
         return ssm_kind(self.part("ssm"))
@@ -273,7 +286,8 @@ class ZambaBlock(Block):
         layer_input = sites("layer_input", into_ssm)
         offer = sites if outer is None else Offers(self)  # made once a worker may have come from outside
         normalized = self.run(offer, "norm", layer_input)
-        resid = resid + self.run(offer, "ssm", normalized, cache=cache, attention_mask=attention_mask)
+        term = self.run(offer, "ssm", normalized, cache=cache, attention_mask=attention_mask)
+        resid = columns_read(cache, resid, self.part("ssm").layer_idx) + term
         return self.ended(sites, resid) if outer is None else resid
 
 
@@ -288,6 +302,7 @@ class SharedBlock(Block):
     """
 
     shared = "shared_transf"
+    reads_on = True
     linear: nn.Linear
     mamba_decoder: Any
 

@@ -39,6 +39,7 @@ from .discretisation import Discretisation
 from .offers import Offers
 from .past import PastStates, masked, seen_by
 from .run_report import LayerRun, RunReport
+from .starting import columns_read
 from .stretches import Starts, Stretches
 from .unwatched import SILU, unwatched
 
@@ -186,6 +187,7 @@ class HookableMixer(nn.Module):
         h = self.initial_state(offer, x, past)
         output, h = self.scan(offer, x, skip, h, self.discretisation(offer, x, delta_1, others))
         past.keep(self.to_cache(h))
+        output, skip = (columns_read(past.fixed, value, self.layer_idx) for value in (output, skip))
         after = self.finished(offer, output.to(hidden_states.dtype), skip)  # [B,L,E]
         out = self.out_proj(offer.into("out_proj", after))  # [B,L,D]
         offer.close()

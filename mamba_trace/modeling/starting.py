@@ -11,6 +11,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from ..scan.room import Room
 from ..scan.runs import Runs
 
 
@@ -155,10 +156,19 @@ class StartingRuns(Starting):
     Attributes:
         starts: where the runs start, a place for each, which is the same in all rows.
         runs: where they are in a row.
+        read: the columns of the call behind the last layer that anybody reads, one by one; ``None`` for all of them.
+        room: memory for what layers make that nobody looks into.
     """
 
     starts: StartingStates
     runs: Runs
+    read: Tensor | None = None
+    room: Room | None = None
+
+    def columns_read(self, value: Tensor, layer: int) -> Tensor:
+        """Of a value in a layer [B,L,...] the columns that are read behind it."""
+        last = len(self.starts.columns) - 1
+        return value if self.read is None or layer != last else value[:, self.read.to(value.device)]
 
     @property
     def length(self) -> int:  # type: ignore[override]
@@ -177,6 +187,11 @@ class StartingRuns(Starting):
 
     def original(self, layer: int, given: Tensor, rows: int) -> Tensor:
         return torch.cat([start.original(layer, given[:, span], rows) for span, start in self.parts], dim=1)
+
+
+def columns_read(cache: Any, value: Tensor, layer: int) -> Tensor:
+    """Of a value in a layer [B,L,...] the columns that are read behind it: all, where a cache says nothing else."""
+    return cache.columns_read(value, layer) if isinstance(cache, StartingRuns) else value
 
 
 def of_layer(value: Tensor | None) -> Tensor:

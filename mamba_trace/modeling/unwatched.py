@@ -9,7 +9,6 @@ still stands in the mixer alone, which is handed `Nobody` in place of its `Offer
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,10 +21,12 @@ from ..scan import cpu
 from ..scan.dispatch import SUITABLE
 from ..scan.recompute import transformed
 from ..scan.record import Call
+from ..scan.room import Room
 from ..tracing import Visit, is_itself
 from .offers import SITE_HOOKS, SITE_NAMES
 from .past import PastStates
 from .run_report import LayerRun
+from .starting import StartingRuns
 
 #: The modules that stand for SiLU, which the kernels of the convolution apply.
 SILU = (nn.SiLU, SiLUActivation)
@@ -40,8 +41,9 @@ class Nobody:
 
     mask = None
 
-    def __init__(self, mixer: nn.Module) -> None:
+    def __init__(self, mixer: nn.Module, room: Room | None) -> None:
         self.modules: Any = mixer._modules
+        self.room = room
         self.passed_by = ["conv1d", "act"]
 
     def __call__(self, name: str, value: Tensor) -> Tensor:
@@ -60,53 +62,102 @@ class Nobody:
             returned: Tensor = module(value)
             return returned
         self.passed_by.append(name)
-        return type(module).forward(module, value)
+        if self.room is None or type(module) is not nn.Linear or name == "out_proj":
+            return type(module).forward(module, value)
+        out = self.room.take(name, (*value.shape[:-1], module.out_features), len(value))
+        rows, weight = value.flatten(0, 1), module.weight.t()
+        if module.bias is None:
+            torch.mm(rows, weight, out=out.flatten(0, 1))
+        else:
+            torch.addmm(module.bias, rows, weight, out=out.flatten(0, 1))
+        return out
 
 
-class Lent:
-    """The memory that a cache has for one layer, which an unwatched mixer reads and overwrites where it lies."""
+class Anew:
+    """What came before a call that starts from nothing."""
 
-    def __init__(self, layer: Any) -> None:
-        self.layer = layer
+    room: Room | None = None  # for the values that are made after it
+
+    def convolved(self, columns: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """SiLU of the convolution of ``columns`` [B,L,channels] behind those that came before."""
+        return cpu.convolved(columns, weight, bias, None, activate=True)
+
+    def gated(self, mixer: Any, *inputs: Tensor) -> Tensor:
+        """What `ScanFamily.gated_scan` returns for a mixer's ``inputs``, after what came before."""
+        gated: Tensor = mixer.scans.gated_update(*inputs, None)
+        return gated
+
+
+class Lent(Anew):
+    """The memory that a cache has for one layer, which an unwatched mixer reads and overwrites where it lies.
+
+    Args:
+        columns: the last columns [B,channels,K].
+        state: the last state, as the cache has it.
+        begun: whether a call came before. If not, the columns may hold anything, and the state is zeros.
+    """
+
+    def __init__(self, columns: Tensor, state: Tensor, begun: bool) -> None:
+        self.columns, self.state, self.begun = columns, state, begun
 
     @classmethod
-    def of(cls, cache: Any, index: int) -> Lent | None:
-        """That of a layer, if the cache does no more than to store, in float32, what it is given; else ``None``."""
+    def of(cls, cache: Any, mixer: Any, value: Tensor) -> Lent | None:
+        """That of a mixer's layer for its input ``value`` [B,L,D].
+
+        ``None`` if the cache does more than to store, in float32, what it is given.
+        """
         if not isinstance(cache, Cache) or not same_methods(type(cache), Cache, OF_CACHE):
             return None
-        layer: Any = cache.layers[index]
+        layer: Any = cache.layers[mixer.layer_idx]
         theirs = type(layer).__module__ == LinearAttentionLayer.__module__  # they differ in how memory is made
         if not theirs or not same_methods(type(layer), LinearAttentionLayer, OF_LAYER) or layer.record_past:
             return None
-        states = (layer.conv_states[0], layer.recurrent_states[0])
-        return cls(layer) if all(state is None or in_floats(state) for state in states) else None
-
-    def state(self, make: Callable[[], Tensor]) -> Tensor:
-        """The last state, which the caller overwrites with the next; before all tokens, zeros.
-
-        Args:
-            make: makes a tensor of its shape and dtype.
-        """
-        if not self.layer.is_recurrent_states_initialized[0]:
-            self.layer.lazy_initialization(recurrent_states=make())
-        state: Tensor = self.layer.recurrent_states[0]
+        rows, K = len(value), mixer.conv_kernel_size
+        if not layer.is_conv_states_initialized[0]:
+            layer.lazy_initialization(conv_states=value.new_empty(rows, mixer.n_channels, K), conv_kernel_size=K)
+        if not layer.is_recurrent_states_initialized[0]:
+            layer.lazy_initialization(recurrent_states=mixer.to_cache(value.new_empty(rows, *mixer.state_shape)))
+        columns, state, begun = layer.conv_states[0], layer.recurrent_states[0], layer.has_previous_state[0]
+        if not (in_floats(columns) and in_floats(state)):
+            return None
+        changed(columns)
         changed(state)
-        return state
+        layer.has_previous_state[0] = True
+        return cls(columns, state, begun)
 
     def convolved(self, columns: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """SiLU of the convolution of ``columns`` [B,L,channels] behind the last ones, which become the last ones."""
-        layer = self.layer
-        if not layer.is_conv_states_initialized[0]:
-            layer.lazy_initialization(conv_states=columns.transpose(1, 2), conv_kernel_size=weight.shape[1])
-        own: Tensor = layer.conv_states[0]  # [B,channels,K]
-        changed(own)
-        if not layer.has_previous_state[0]:
-            convolved = cpu.convolved(columns, weight, bias, None, activate=True, columns=own)
-            layer.has_previous_state[0] = True
-            return convolved
+        if not self.begun:
+            return cpu.convolved(columns, weight, bias, None, activate=True, columns=self.columns)
         if columns.shape[1] == 1:
-            return cpu.conv_update(columns, weight, bias, own)
-        return cpu.convolved(columns, weight, bias, own.clone(), activate=True, columns=own)
+            return cpu.conv_update(columns, weight, bias, self.columns)
+        return cpu.convolved(columns, weight, bias, self.columns.clone(), activate=True, columns=self.columns)
+
+    def gated(self, mixer: Any, *inputs: Tensor) -> Tensor:
+        gated: Tensor = mixer.scans.gated_update(*inputs, mixer.from_cache(self.state))
+        return gated
+
+
+class InRuns(Anew):
+    """Where the runs of a sweep start, which are the same in all rows.
+
+    Args:
+        cache: of the sweep.
+        layer: the mixer's.
+    """
+
+    def __init__(self, cache: StartingRuns, layer: int) -> None:
+        self.cache, self.layer, self.room = cache, layer, cache.room
+
+    def convolved(self, columns: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        before = self.cache.convolution(self.layer, len(columns))
+        runs, room = self.cache.runs, self.room
+        return cpu.causal_conv_runs(columns, weight, bias, before, runs, activate=True, room=room)
+
+    def gated(self, mixer: Any, *inputs: Tensor) -> Tensor:
+        states = self.cache.state(self.layer, len(inputs[0]))
+        runs, how = self.cache.runs, {"kernels": mixer.kernels, "room": self.room}
+        gated: Tensor = mixer.scans.gated_runs(*inputs, states, runs, **how)
+        return self.cache.columns_read(gated, self.layer)
 
 
 #: What a cache and its layer must not do in ways of their own.
@@ -143,17 +194,23 @@ def unwatched(
         return None
     if visit.inside(mixer.__dict__[SITE_HOOKS]) or not is_plain(mixer):
         return None
-    lent = None if cache is None else Lent.of(cache, mixer.layer_idx)
-    if cache is not None and lent is None:
-        return None
     if attention_mask is not None and PastStates(mixer, cache, attention_mask, hidden_states).mask is not None:
         return None
-    nobody = Nobody(mixer)
-    out = output(mixer, nobody, hidden_states, lent)
-    length = hidden_states.shape[1]
+    past = what_came_before(mixer, cache, hidden_states)
+    if past is None:
+        return None
+    nobody = Nobody(mixer, past.room)
+    out, length = output(mixer, nobody, hidden_states, past), hidden_states.shape[1]
     run.calls += (Call("conv_silu", "cpu", length), Call("gated_scan", "cpu", length))
     visit.pass_over((*nobody.passed_by, *mixer.__dict__[SITE_NAMES]))
     return out
+
+
+def what_came_before(mixer: Any, cache: Any, value: Tensor) -> Anew | None:
+    """What came before a call of a mixer with the input ``value``; ``None`` where a kernel cannot start from it."""
+    if cache is None:
+        return Anew()
+    return InRuns(cache, mixer.layer_idx) if isinstance(cache, StartingRuns) else Lent.of(cache, mixer, value)
 
 
 def suits(mixer: Any, value: Tensor) -> bool:
@@ -173,21 +230,15 @@ def is_plain(mixer: Any) -> bool:
     return type(act) in SILU and is_itself(act, type(act)) and mixer.has_plain_conv1d()
 
 
-def output(mixer: Any, nobody: Any, hidden_states: Tensor, lent: Lent | None) -> Tensor:
-    """What an unwatched mixer returns [B,L,D]. The cache that lends its memory is brought up to date."""
+def output(mixer: Any, nobody: Any, hidden_states: Tensor, past: Anew) -> Tensor:
+    """What an unwatched mixer returns [B,L,D], after what came before."""
     skip, columns, delta_1 = mixer.divided(nobody.through("in_proj", mixer.entered(hidden_states)))
     conv1d = nobody.modules["conv1d"]
-    weight, bias = conv1d.weight.squeeze(1), conv1d.bias  # [channels,K], [channels] or None
-    h: Tensor | None = None
-    if lent is None:
-        conv = cpu.convolved(columns, weight, bias, None, activate=True)
-    else:
-        conv = lent.convolved(columns, weight, bias)
-        h = mixer.from_cache(lent.state(lambda: mixer.to_cache(conv.new_empty(len(conv), *mixer.state_shape))))
-    x, *others = mixer.split(conv)
+    # [channels,K], [channels] or None
+    x, *others = mixer.split(past.convolved(columns, conv1d.weight.squeeze(1), conv1d.bias))
     parameters = mixer.discretisation(nobody, x, delta_1, others)
     steps, A, B, C = parameters.steps(), parameters.make_A(), parameters.B, parameters.C
-    gated = mixer.scans.gated_update(mixer.by_head(x), steps, A, B, C, mixer.D_of_scans(), mixer.by_head(skip), h)
+    gated = past.gated(mixer, mixer.by_head(x), steps, A, B, C, mixer.D_of_scans(), mixer.by_head(skip))
     return nobody.through("out_proj", mixer.finished(nobody, mixer.by_channel(gated), skip))
 
 

@@ -20,6 +20,7 @@ import torch
 from einops import rearrange, repeat
 from torch import Tensor
 
+from ..scan.runs import Runs
 from ..sites import STATE
 from .plan import Job, Limits, Plan
 from .question import PROMPT, SOURCE, Question
@@ -175,14 +176,17 @@ def run_to_the_end(
     """
     n_layers, positions = len(model.layers), torch.tensor(job.positions, device="cpu")
     behind = [question.windows[row].stop for row in job.rows]
-    past = starts.start_runs(job.positions, question.stop, unpatched.attended)
+    runs = Runs(tuple(question.stop - position for position in job.positions))
 
     def joining(layer: int) -> list[Tensor]:
         return [stream for stream, stop in zip(streams, behind, strict=True) if stop == layer]
 
     looked_at = torch.tensor(question.looked_at, device="cpu")
-    starts_of_runs = torch.tensor([span.start for span in past.runs.spans], device="cpu")
+    starts_of_runs = torch.tensor([span.start for span in runs.spans], device="cpu")
     ends = starts_of_runs[:, None] + (looked_at - positions[:, None]).clamp(min=0)  # [k,m]: where these positions are
+    read = ends.flatten()
+    reads_on = model.layers[-1]._module.reads_on and len(read) < sum(runs.lengths)
+    past = starts.start_runs(job.positions, runs, unpatched.attended, read if reads_on else None, len(streams))
     first = behind[0]
     with model.trace(inputs_embeds=torch.cat(joining(first)), cache=past, use_cache=False):
         for layer in range(n_layers):
@@ -191,8 +195,11 @@ def run_to_the_end(
                 block.skip(block.input)
             elif joining(layer):
                 block.input = joined([*([block.input] if layer > first else []), *joining(layer)])  # [row,L,D]
-        stream = joined([*([model.norm_f.input] if first < n_layers else []), *joining(n_layers)])
-        model.norm_f.input = stream[:, ends].flatten(0, 1)  # [(row k),m,D]
+        streams_read = [stream[:, read] for stream in joining(n_layers)]  # [1,(k m),D]
+        if first < n_layers:
+            stream = model.norm_f.input
+            streams_read.insert(0, stream if reads_on else stream[:, read.to(stream.device)])
+        model.norm_f.input = joined(streams_read).unflatten(1, ends.shape).flatten(0, 1)  # [(row k),m,D]
         logits = model.hook("logits").output.save()  # [(row k),m,V]
     before = looked_at < positions[:, None]  # [k,m]: before the run begins, logits are the unpatched run's
     if not before.any():

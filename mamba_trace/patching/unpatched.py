@@ -18,6 +18,7 @@ from transformers import DynamicCache
 
 from ..modeling.mixer import HookableMixer
 from ..modeling.starting import StartingRuns, StartingStates, of_layer
+from ..scan.room import Room
 from ..scan.runs import Runs
 from ..sites import BY_NAME, STATE, Site
 from ..tracing.worker import reading
@@ -123,8 +124,14 @@ class CellStarts:
         kept = (prompt.keys, prompt.values)
         return StartingStates(self.columns, self.states, there, *kept, at, before, attended.length, prompt.embeddings)
 
-    def start_runs(self, positions: range, stop: int, attended: Attended) -> StartingRuns:
-        """Start rows each of which is several runs: from each of ``positions`` up to ``stop``."""
+    def start_runs(
+        self, positions: range, runs: Runs, attended: Attended, read: Tensor | None, rows: int
+    ) -> StartingRuns:
+        """Start rows each of which is several ``runs``, one from each of ``positions`` on.
+
+        Behind the last layer they are read in the columns ``read``; in all of them if ``None``. No layer has more
+        than so many ``rows``.
+        """
         at = range(positions.start - self.positions.start, positions.stop - self.positions.start)
         of_cells = CellStarts(
             positions,
@@ -134,7 +141,7 @@ class CellStarts:
         )
         places = torch.arange(len(positions), device="cpu")
         starts = of_cells.start([places] * len(self.devices), attended)
-        return StartingRuns(starts, Runs(tuple(stop - position for position in positions)))
+        return StartingRuns(starts, runs, read, Room(rows))
 
 
 def run_unpatched(

@@ -27,6 +27,7 @@ from . import cpu, cuda, dual, outline, reference, triton
 from .recompute import differentiated, transformed
 from .record import note, pass_over
 from .reference import accumulation_dtype
+from .room import Room
 from .rows import by_rows
 from .runs import Runs, causal_conv_runs, gated_runs
 
@@ -267,14 +268,14 @@ def in_runs(
             than its ``LONGEST_RUN``.
     """
 
-    def run(*inputs: Any, kernels: str = "auto") -> Tensor:
+    def run(*inputs: Any, kernels: str = "auto", room: Room | None = None) -> Tensor:
         *tensors, runs = inputs
         x, _, A, _, C, *_ = tensors
         if not (isinstance(x, FakeTensor) or x.numel() == 0 or A.dim() == 3 or differentiated(*tensors)):
             chosen = choose(kernels, x.device, accumulation_dtype(*tensors), C.shape[-1], backends)
             if max(runs.lengths) <= getattr(backends[chosen], "LONGEST_RUN", 0):
                 note("gated_scan", chosen, x.shape[1])
-                return backends[chosen].gated_runs(*inputs)
+                return backends[chosen].gated_runs(*inputs, room)
         return gated_runs(scan, *inputs, kernels=kernels)
 
     return run

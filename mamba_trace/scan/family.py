@@ -40,7 +40,8 @@ class ScanFamily:
         gated_update: ``(x, delta, A, B, C, D, skip, h) -> after_skip``. The same on a CPU in float32, without
             gradients; h is overwritten with the last state, and may be ``None``, for zeros. ``None`` if there is none.
         gated_runs: ``(x, delta, A, B, C, D, skip, starts, runs) -> after_skip``. The same without gradients, for rows
-            that are several `runs.Runs`; run r starts from ``starts[r]`` in every row.
+            that are several `runs.Runs`; run r starts from ``starts[r]`` in every row. ``room=`` is a `room.Room` that
+            the result may be made in.
         explicit_scan: ``(A_bar, B_bar, x, C, h_start) -> (y, h_last)``.
         explicit_states: the same with the state after each position.
         read_out: ``(states, C) -> y``.

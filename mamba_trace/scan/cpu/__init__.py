@@ -19,6 +19,7 @@ from torch import Tensor
 from .. import reference
 from ..recompute import recompute
 from ..reference import in_dtype
+from ..room import Room
 from ..runs import Runs
 from . import team
 from .operators import as_dense, as_floats, kernels_in, operator, run_forward, starting_state
@@ -146,12 +147,21 @@ def gated_update(
 
 
 def gated_runs(
-    x: Tensor, delta_2: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, skip: Tensor, starts: Tensor, runs: Runs
+    x: Tensor,
+    delta_2: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    skip: Tensor,
+    starts: Tensor,
+    runs: Runs,
+    room: Room | None = None,
 ) -> Tensor:
     """As `ScanFamily.gated_runs`, in float32: one kernel for all runs."""
     *tensors, starts = as_floats(x, delta_2, A, B, C, D, skip, starts)
     inputs = dict(zip(GATED, tensors, strict=True)) | {"starts": starts, "begins": runs.begins}
-    y = tensors[0].new_empty(x.shape)
+    y = tensors[0].new_empty(x.shape) if room is None else room.take("y", x.shape, len(x))
     run_forward(".selective", inputs, "forward_runs", gated=1, keep=0, y=y, states=None)
     return in_dtype(y, x.dtype)
 
@@ -165,10 +175,21 @@ def causal_conv(
 
 
 def causal_conv_runs(
-    x_in: Tensor, weight: Tensor, bias: Tensor | None, starts: Tensor, runs: Runs, *, activate: bool
+    x_in: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    starts: Tensor,
+    runs: Runs,
+    *,
+    activate: bool,
+    room: Room | None = None,
 ) -> Tensor:
-    """As `scan.runs.causal_conv_runs`, in float32: one kernel for all runs. Not differentiable."""
+    """As `scan.runs.causal_conv_runs`, in float32: one kernel for all runs. Not differentiable.
+
+    The result is made in ``room``, if there is any.
+    """
     given: Any = {"starts": _history(starts), "begins": runs.begins}
+    given["out"] = None if room is None else room.take("conv", x_in.shape, len(x_in))
     return _run_conv("forward_runs", x_in, weight, bias, activate, started=1, kept=0, columns=None, **given)
 
 
@@ -204,7 +225,7 @@ def convolved(
             ``before``, or zeros, come before them where x_in has fewer.
     """
     history = None if before is None else _history(before)
-    flags = {"started": int(before is not None), "kept": int(columns is not None)}
+    flags: Any = {"started": int(before is not None), "kept": int(columns is not None)}
     return _run_conv("forward", x_in, weight, bias, activate, before=history, columns=columns, **flags)
 
 
@@ -213,10 +234,18 @@ def _history(before: Tensor) -> Tensor:
     return as_dense(before[..., 1:].transpose(1, 2))
 
 
-def _run_conv(kernel: str, x_in: Tensor, weight: Tensor, bias: Tensor | None, activate: bool, **others: Any) -> Tensor:
+def _run_conv(
+    kernel: str,
+    x_in: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activate: bool,
+    out: Tensor | None = None,
+    **others: Any,
+) -> Tensor:
     batch, length, width = x_in.shape
     (given,) = as_floats(x_in)
-    out = given.new_empty(given.shape)
+    out = given.new_empty(given.shape) if out is None else out
     team.run(
         getattr(kernels_in(".conv"), kernel),
         team.pieces(batch * length, -(-width // 4)),  # far less work at a position than in a scan

@@ -11,6 +11,7 @@ from ..cpu import unavailable as unavailable
 from ..cpu.operators import as_floats, operator, run_forward, starting_state
 from ..recompute import recompute
 from ..reference import in_dtype
+from ..room import Room
 from ..runs import Runs
 from . import reference
 from .linear import LinearScans
@@ -82,7 +83,16 @@ def _into(
 
 
 def gated_runs(
-    x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, skip: Tensor, starts: Tensor, runs: Runs
+    x: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    skip: Tensor,
+    starts: Tensor,
+    runs: Runs,
+    room: Room | None = None,
 ) -> Tensor:
     """As `ScanFamily.gated_runs`, in float32: a matmul for what each run reads of its start, and one kernel."""
     given = as_floats(x, *reference.decay_and_scale(delta, A), B, C, D, skip)
@@ -90,13 +100,14 @@ def gated_runs(
     (starts,) = as_floats(starts)
     rows, groups = len(x), C.shape[2]
     states = starts.view(len(starts), groups, -1, starts.shape[-1])  # [runs,G,channels,N]
-    read = states.new_empty(groups, rows * x.shape[1], states.shape[2])
+    room = Room(rows) if room is None else room
+    read = room.take("read", (groups, rows * x.shape[1], states.shape[2]), rows)
     for span, state in zip(runs.spans, states, strict=True):
         lines = slice(rows * span.start, rows * span.stop)
         for group in range(groups):
             C_of_run = inputs["C"][:, span, group].reshape(-1, C.shape[-1])  # [B l,N]
             torch.mm(C_of_run, state[group].t(), out=read[group, lines])
-    y = read.new_empty(x.shape)
+    y = room.take("y", x.shape, rows)
     longest = max(runs.lengths)
     inputs |= {"read": read, "begins": runs.begins}
     run_forward(_RUNS, inputs, longest=longest, y=y)
