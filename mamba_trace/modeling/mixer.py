@@ -2,10 +2,10 @@
 
 `HookableMixer` is what the mixers of both families share; `selective` and `dual` complete it. The forward is
 the table of `sites` written out. Where nothing inside is wanted, no site is called and no
-value is made that the plain computation does not need. The parameters keep their names, and inner modules are
-called, so that quantised, adapted, hooked and offloaded ones do what they do in Hugging Face's own model.
-There is one exception: a kernel reads the weight of conv1d, and applies SiLU, where conv1d and the activation
-are still the plain modules and nobody has hooked, changed or looked into them.
+value is made that the plain computation does not need. The parameters keep their names, and inner modules that are
+quantised, adapted, hooked, offloaded or looked into are called, so that they do what they do in Hugging Face's own
+model. Of those that are still the plain modules a kernel may read the weight; and a mixer that nobody looks into need
+not run its forward at all (`unwatched`).
 
 Differences from Hugging Face 5, all of them on purpose:
 

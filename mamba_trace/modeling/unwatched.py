@@ -91,14 +91,15 @@ class Anew:
 class Lent(Anew):
     """The memory that a cache has for one layer, which an unwatched mixer reads and overwrites where it lies.
 
-    Args:
-        columns: the last columns [B,channels,K].
-        state: the last state, as the cache has it.
-        begun: whether a call came before. If not, the columns may hold anything, and the state is zeros.
+    Attributes:
+        columns: the last columns [B,channels,K]; anything where no call came before.
+        state: the last state, as the cache has it; zeros where no call came before.
     """
 
-    def __init__(self, columns: Tensor, state: Tensor, begun: bool) -> None:
-        self.columns, self.state, self.begun = columns, state, begun
+    def __init__(self, layer: Any) -> None:
+        self.layer = layer
+        self.columns: Tensor = layer.conv_states[0]
+        self.state: Tensor = layer.recurrent_states[0]
 
     @classmethod
     def of(cls, cache: Any, mixer: Any, value: Tensor) -> Lent | None:
@@ -117,22 +118,21 @@ class Lent(Anew):
             layer.lazy_initialization(conv_states=value.new_empty(rows, mixer.n_channels, K), conv_kernel_size=K)
         if not layer.is_recurrent_states_initialized[0]:
             layer.lazy_initialization(recurrent_states=mixer.to_cache(value.new_empty(rows, *mixer.state_shape)))
-        columns, state, begun = layer.conv_states[0], layer.recurrent_states[0], layer.has_previous_state[0]
-        if not (in_floats(columns) and in_floats(state)):
-            return None
-        changed(columns)
-        changed(state)
-        layer.has_previous_state[0] = True
-        return cls(columns, state, begun)
+        lent = cls(layer)
+        return lent if in_floats(lent.columns) and in_floats(lent.state) else None
 
     def convolved(self, columns: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        if not self.begun:
-            return cpu.convolved(columns, weight, bias, None, activate=True, columns=self.columns)
-        if columns.shape[1] == 1:
+        changed(self.columns)
+        begun = self.layer.has_previous_state
+        if begun[0] and columns.shape[1] == 1:
             return cpu.conv_update(columns, weight, bias, self.columns)
-        return cpu.convolved(columns, weight, bias, self.columns.clone(), activate=True, columns=self.columns)
+        before = self.columns.clone() if begun[0] else None
+        convolved = cpu.convolved(columns, weight, bias, before, activate=True, columns=self.columns)
+        begun[0] = True
+        return convolved
 
     def gated(self, mixer: Any, *inputs: Tensor) -> Tensor:
+        changed(self.state)
         gated: Tensor = mixer.scans.gated_update(*inputs, mixer.from_cache(self.state))
         return gated
 
@@ -234,7 +234,6 @@ def output(mixer: Any, nobody: Any, hidden_states: Tensor, past: Anew) -> Tensor
     """What an unwatched mixer returns [B,L,D], after what came before."""
     skip, columns, delta_1 = mixer.divided(nobody.through("in_proj", mixer.entered(hidden_states)))
     conv1d = nobody.modules["conv1d"]
-    # [channels,K], [channels] or None
     x, *others = mixer.split(past.convolved(columns, conv1d.weight.squeeze(1), conv1d.bias))
     parameters = mixer.discretisation(nobody, x, delta_1, others)
     steps, A, B, C = parameters.steps(), parameters.make_A(), parameters.B, parameters.C
