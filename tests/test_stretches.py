@@ -5,10 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from by_hand import by_hand, change, same
-from conftest import both_families
+from conftest import both_families, make_hf, near
+from hybrid_models import PLAIN, make_hybrid
+from subjects import draw_tokens
 from torch import Tensor
 
 from mamba_trace import MambaTrace
+from mamba_trace.scan import recurrence
 
 
 def stretches(model: MambaTrace) -> list[list[int]]:
@@ -128,3 +131,64 @@ def test_a_state_replaced_by_an_equal_constant_takes_no_gradient(tiny: MambaTrac
             gradient = x.grad.save()
     assert not gradient[:, :4].any()
     assert gradient[:, 4:].any()
+
+
+ONE_BY_ONE = ["mamba", "mamba2", "zamba"]
+
+
+def model_and_tokens(kind: str) -> tuple[MambaTrace, Tensor]:
+    """A tiny model in float32, and two rows of 23 tokens."""
+    return MambaTrace(make_hybrid(kind) if kind in PLAIN else make_hf(model_type=kind)), draw_tokens(2, 0, length=23)
+
+
+@pytest.mark.parametrize("edited", [None, 0, 2, 9, 22])
+@pytest.mark.parametrize("kind", ONE_BY_ONE)
+def test_states_read_one_by_one_are_run_ahead_of(kind: str, edited: int | None) -> None:
+    """Where all are only read, and where one of them is edited."""
+    model, tokens = model_and_tokens(kind)
+    with torch.no_grad():
+        with model.trace(tokens):
+            found = [].save()
+            for position in range(23):
+                state = model.layers[0].ssm.h[position].output
+                if position == edited:
+                    state[:] = state * 2
+                found.append(state.clone())
+            logits = model.logits.output.save()
+        for position in (0, 3, 8, 10, 22):  # each in a trace of its own
+            with model.trace(tokens):
+                first = position if edited is None else min(position, edited)
+                state = model.layers[0].ssm.h[first].output
+                if first == edited:
+                    state[:] = state * 2
+                if position > first:
+                    state = model.layers[0].ssm.h[position].output
+                alone = state.clone().save()
+            near(found[position], alone, 1e-6)
+        with model.trace(tokens):
+            if edited is not None:
+                model.layers[0].ssm.h[edited].output[:] *= 2
+            expected = model.logits.output.save()
+    near(logits, expected, 1e-6)
+
+
+@pytest.mark.parametrize("site", [None, "A_bar"])
+@pytest.mark.parametrize("kind", ONE_BY_ONE)
+def test_gradients_of_many_positions_are_those_of_slices(
+    kind: str, site: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tokens = model_and_tokens(kind)
+    found = []
+    for few in (2, 10**6):
+        monkeypatch.setattr(recurrence, "FEW", few)
+        with model.trace(tokens):
+            values = [model.layers[0].resid_pre.output].save()
+            if site is not None:
+                values.append(model.layers[0].ssm.get(site).output)
+            for position in range(23):
+                if position != 11:  # the rest of a stretch of two
+                    values.append(model.layers[0].ssm.h[position].output)
+            logit = model.logits.output[:, -1, 3].sum().save()
+        found.append(torch.autograd.grad(logit, values))
+    for one, other in zip(*found, strict=True):
+        near(one, other, 1e-5)

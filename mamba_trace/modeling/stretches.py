@@ -49,6 +49,28 @@ class Starts:
         return [recurrence.run(span.start, span.stop, state)[0] for span, state in pairs]
 
 
+@dataclass(frozen=True)
+class Ahead:
+    """Positions that were run in one go, in the hope that the state after each of them will only be read."""
+
+    start: int
+    y: Tensor  # their outputs [B,l,...]
+    states: Tensor  # the state after each of them [B,l,...,N]
+
+    def has(self, position: int) -> bool:
+        """Whether a position is one of them."""
+        return 0 <= position - self.start < self.y.shape[1]
+
+    def at(self, position: int) -> tuple[Tensor, Tensor]:
+        """y [B,1,...] at a position, and the state after it [B,...,N]."""
+        place = position - self.start
+        return self.y[:, place : place + 1], self.states[:, place]
+
+
+#: How many numbers the states of `Ahead` may have.
+MUCH = 1 << 23
+
+
 @dataclass
 class Stretches:
     """A recurrence of one mixer while it runs."""
@@ -58,6 +80,8 @@ class Stretches:
     h: Tensor | None  # the state [B,...,N] that the next position starts from, None for zeros
     start: int = 0  # the next position
     done: list[Stretch] = field(default_factory=list)
+    ahead: Ahead | None = None
+    read_in_a_row: int = 0  # how many single positions in a row were only read
 
     @property
     def length(self) -> int:
@@ -84,7 +108,7 @@ class Stretches:
 
     def _run_to(self, at: int) -> None:
         """Run up to position ``at``, offer the state there, and read y from what came back."""
-        y, state = self.recurrence.run(self.start, at + 1, self.h)
+        y, state = self._state_after(at)
         # A copy, since the backward pass of y reads the original, which an edit in place must not touch.
         copy = state.clone(memory_format=torch.contiguous_format)
         after = self.offer.visit.serve_position(STATE, at, self.length, copy)
@@ -94,8 +118,24 @@ class Stretches:
                 after = torch.where(self.offer.mask[:, at].view(-1, *[1] * (state.dim() - 1)), after, state)
             read = self.recurrence.read(after, at)[:, None]
             y = torch.cat((y[:, :-1], read), dim=1) if y.shape[1] > 1 else read
+            self.ahead, self.read_in_a_row = None, 0
+        else:
+            self.read_in_a_row = self.read_in_a_row + 1 if at == self.start else 0
         self.done.append(Stretch(self.start, at + 1, self.h, y, after))
         self.start, self.h = at + 1, after
+
+    def _state_after(self, at: int) -> tuple[Tensor, Tensor]:
+        """y [B,l,...] of the positions up to ``at``, and the state after it [B,...,N].
+
+        Where one position after the other is only read, twice as many are run at once as were read before.
+        """
+        if at > self.start or self.read_in_a_row < 2 or torch.is_grad_enabled():
+            return self.recurrence.run(self.start, at + 1, self.h)
+        if self.ahead is None or not self.ahead.has(at):
+            assert self.h is not None
+            stop = min(self.length, at + 2 * self.read_in_a_row, at + 1 + MUCH // max(1, self.h.numel()))
+            self.ahead = Ahead(at, *self.recurrence.states(at, stop, self.h))
+        return self.ahead.at(at)
 
     def _serve_states(self) -> tuple[list[Tensor], Tensor]:
         """Run the rest, offer the trajectory, and read y from what came back."""

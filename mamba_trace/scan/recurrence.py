@@ -15,6 +15,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,8 +46,22 @@ class Stretched:
         if few or start == stop or not differentiated(self.whole):
             self.taken += 1
             return self.whole[:, start:stop]
-        self.single = self.single or self.whole.split(1, dim=1)
+        self.single = self.single or _Singles.apply(self.whole)
         return self.single[start] if stop - start == 1 else torch.cat(self.single[start:stop], dim=1)
+
+
+class _Singles(torch.autograd.Function):
+    """A tensor [B,L,...] as its L positions [B,1,...], the gradients of which need not all be there."""
+
+    @staticmethod
+    def forward(ctx: Any, whole: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        return whole.split(1, dim=1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> Tensor | None:
+        some = next((grad for grad in grads if grad is not None), None)
+        return None if some is None else torch.cat([some.new_zeros(some.shape) if g is None else g for g in grads], 1)
 
 
 @dataclass

@@ -54,7 +54,7 @@ def gated_scan(x: Tensor, delta: Tensor, *others: Tensor | None) -> tuple[Tensor
 def _gated(
     x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, skip: Tensor, *h_start: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    h_last = torch.empty(x.shape[0], *x.shape[2:], C.shape[-1], device="cpu")
+    h_last = torch.empty(x.shape[0], *x.shape[2:], C.shape[-1], dtype=torch.float32, device="cpu")
     start = next(iter(h_start), None)
     return _into(h_last, x, delta, A, B, C, D, skip, None if start is None else starting_state(x, C.shape[-1], start))
 
@@ -63,7 +63,7 @@ def gated_update(
     x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, skip: Tensor, h: Tensor | None
 ) -> Tensor:
     """As `ScanFamily.gated_update`, in float32: `gated_scan` in the memory of h."""
-    h_last = torch.empty(x.shape[0], *x.shape[2:], C.shape[-1], device="cpu") if h is None else h
+    h_last = torch.empty(x.shape[0], *x.shape[2:], C.shape[-1], dtype=torch.float32, device="cpu") if h is None else h
     return _into(h_last, x, delta, A, B, C, D, skip, h)[0]
 
 
