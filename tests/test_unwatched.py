@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +19,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import LinearAttentionLayer
 
 from mamba_trace import MambaTrace
+from mamba_trace.errors import PromptError
 from mamba_trace.modeling import mixer as mixers
 from mamba_trace.modeling.mixer import HookableMixer
 from mamba_trace.scan import DUAL, SELECTIVE, cpu, reference
@@ -299,6 +301,51 @@ def test_visits_are_counted_for_a_worker_that_asks_later(kind: str) -> None:
         with torch.no_grad(), model.trace(out[:, : tokens.shape[1] + 2]):
             whole = model.layers[1].get(name).output.save()
         near(late, whole if name == "ssm.h.-1" else whole[:, -1:], 1e-5)
+
+
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("kind", ["mamba", "mamba2"])
+def test_the_default_dtype_does_not_matter(kind: str, default: torch.dtype) -> None:
+    model, tokens = model_of(kind), draw_tokens(2, seed=0, length=40)
+
+    def logits() -> list[Tensor]:
+        ways = itertools.product((4, 40), (False, True))
+        return [model._module(tokens[:, :length], use_cache=cached).logits for length, cached in ways]
+
+    with torch.no_grad():
+        expected = logits()
+        torch.set_default_dtype(default)
+        try:
+            actual = [
+                model._module(tokens[:, :n], use_cache=cached).logits for n in (4, 40) for cached in (False, True)
+            ]
+        finally:
+            torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(one, other) for one, other in zip(actual, expected, strict=True))
+
+
+@pytest.mark.parametrize("length", [1, 4])
+@pytest.mark.parametrize("kind", ["mamba", "mamba2"])
+def test_a_cache_of_other_rows_is_refused_in_words(kind: str, length: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokens = model_of(kind), draw_tokens(3, seed=0)
+    for context in (contextlib.nullcontext(), watched(monkeypatch)):
+        cache = DynamicCache(config=model.config)
+        with torch.no_grad(), context:
+            model._module(tokens[:1], cache=cache, use_cache=True)
+            with pytest.raises(PromptError, match="the cache holds 1 rows, and this call has 3"):
+                model._module(tokens[:, :length], cache=cache, use_cache=True)
+
+
+def test_a_hook_is_seen_after_all_hooks_were_taken_off_by_a_new_dictionary() -> None:
+    model, calls = MambaTrace(make_hf()), list[str]()
+    for module in model._module.modules():
+        module._forward_hooks = OrderedDict()
+    for name in ("ssm.y", "ssm.in_proj", "resid_pre"):
+        module = model.layers[1].get(name)._module
+        module.register_forward_hook(lambda *_, name=name: calls.append(name))
+    with torch.no_grad():
+        model._module(draw_tokens(1, seed=0))
+    assert sorted(calls) == ["resid_pre", "ssm.in_proj", "ssm.y"]
 
 
 class CountingCache(DynamicCache):

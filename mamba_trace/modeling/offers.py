@@ -22,6 +22,9 @@ from ..sites import BY_NAME, SITES, Family, Site, Stage
 from ..tracing import Visit, hooks_of, is_itself
 from .past import masked
 
+#: Where PyTorch keeps the hooks of a module that `hooks_of` knows.
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
 
 class SiteModule(nn.Module):
     """A place where a value can be read or replaced: returns its input.
@@ -39,6 +42,15 @@ class SiteModule(nn.Module):
 
     def forward(self, value: Tensor) -> Tensor:
         return value
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # People take all hooks off by a new dictionary. They stay where `add_sites` has noted that they are.
+        if name in HOOKS and name in self.__dict__:
+            own = self.__dict__[name]
+            own.clear()
+            own.update(value)
+        else:
+            super().__setattr__(name, value)
 
     def _get_name(self) -> str:
         return "Site"

@@ -105,6 +105,7 @@ class PastStates:
         if self.cache is None:
             return next_to_the_past(x_in, self.mask, before)
         if before is not None:
+            check_rows(before, self.rows)
             before = before[..., -self.kernel :].clone()  # the cache overwrites its tensors in place
         x_in, before = next_to_the_past(x_in, self.mask, before)
         if self.cache.is_recording_past(self.layer):
@@ -159,6 +160,14 @@ class WholeMask:
 
 
 _whole = WholeMask()
+
+
+def check_rows(columns: Tensor, rows: int) -> None:
+    """Raise `PromptError` where a call has another number of rows than the ``columns`` [B,channels,K] of its cache."""
+    if len(columns) != rows:
+        raise PromptError(
+            f"the cache holds {len(columns)} rows, and this call has {rows}: a call goes on from a cache of its own rows"
+        )
 
 
 def check_values(mask: Tensor) -> None:

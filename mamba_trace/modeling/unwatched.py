@@ -24,7 +24,7 @@ from ..scan.record import Call
 from ..scan.room import Room
 from ..tracing import Visit, is_itself
 from .offers import SITE_HOOKS, SITE_NAMES
-from .past import PastStates
+from .past import PastStates, check_rows
 from .run_report import LayerRun
 from .starting import StartingRuns
 
@@ -119,6 +119,7 @@ class Lent(Anew):
         if not layer.is_recurrent_states_initialized[0]:
             layer.lazy_initialization(recurrent_states=mixer.to_cache(value.new_empty(rows, *mixer.state_shape)))
         lent = cls(layer)
+        check_rows(lent.columns, rows)
         return lent if in_floats(lent.columns) and in_floats(lent.state) else None
 
     def convolved(self, columns: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -188,7 +189,7 @@ def unwatched(
         cache, attention_mask: as the mixer was given them.
 
     Raises:
-        PromptError: if the mask is wrong: see `PastStates`.
+        PromptError: if the mask is wrong (see `PastStates`), or the cache has other rows.
     """
     if torch.is_grad_enabled() or not suits(mixer, hidden_states):
         return None

@@ -323,7 +323,8 @@ def begun_answers(model: MambaTrace, question: Question, begun: PatchGrid | Mapp
                     f"{value!r}"
                 )
     asked = [grids[name] for name in question.metrics]
-    source, prompt = (torch.tensor([getattr(grid, f"{run}_metric") for grid in asked]) for run in ("source", "prompt"))
+    runs = ([getattr(grid, f"{run}_metric") for grid in asked] for run in ("source", "prompt"))
+    source, prompt = (torch.tensor(numbers, dtype=torch.float64, device="cpu") for numbers in runs)
     return Answers(torch.stack([grid.values for grid in asked]), source, prompt)
 
 
