@@ -133,3 +133,14 @@ def test_only_a_grid_of_the_same_question_is_gone_on_from(tiny: MambaTrace, tiny
     ):
         with pytest.raises(ArgumentError, match=said):
             call()
+
+
+def test_a_grid_goes_on_whatever_the_default_dtype_is(tiny: MambaTrace) -> None:
+    metric = logit(tiny, 3)
+    grid = grid_of(tiny, metric=metric)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        again = grid_of(tiny, metric=metric, resume=grid)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert (again.source_metric, again.prompt_metric) == (grid.source_metric, grid.prompt_metric)

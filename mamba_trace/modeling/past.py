@@ -166,7 +166,7 @@ def check_rows(columns: Tensor, rows: int) -> None:
     """Raise `PromptError` where a call has another number of rows than the ``columns`` [B,channels,K] of its cache."""
     if len(columns) != rows:
         raise PromptError(
-            f"the cache holds {len(columns)} rows, and this call has {rows}: a call goes on from a cache of its own rows"
+            f"the cache holds {len(columns)} rows, and this call has {rows}: its rows go on from those of the cache"
         )
 
 
