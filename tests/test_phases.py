@@ -14,7 +14,9 @@ from transformers import AutoModelForCausalLM, Mamba2Config, MambaConfig
 
 from mamba_trace import MambaTrace
 from mamba_trace.modeling import mixer as mixers
+from mamba_trace.modeling import unwatched
 from mamba_trace.patching import PatchGrid, logit, logit_diff, patch_grid
+from mamba_trace.scan.room import Room
 
 WINDOWED = [("mamba", site) for site in ("h", "resid_pre", "conv", "B_bar", "resid_post", "write")]
 WINDOWED += [("falcon_mamba", site) for site in ("h", "B")]
@@ -153,6 +155,32 @@ def test_no_layer_and_no_position_before_a_patch_runs_again(
     for layer, shapes in enumerate(rows_run):
         after = [(layer, sum(6 - position for position in range(differ, 6)))]
         assert shapes == [(2, 6), (4, 4), *(after if layer else [])], "unpatched, patched together, and to the end"
+
+
+def test_layers_share_memory_and_the_last_one_projects_what_is_read(
+    tiny: MambaTrace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shapes: dict[int, list[tuple[int, ...]]] = {}
+    taken: list[tuple[str, int]] = []
+    output, take = unwatched.output, Room.take
+
+    def noted(mixer: Any, nobody: Any, *others: Any) -> Tensor:
+        out = output(mixer, nobody, *others)
+        if nobody.room is not None:
+            shapes.setdefault(mixer.layer_idx, []).append((*out.shape[:2],))
+        return out
+
+    def seen(self: Room, name: str, *others: Any) -> Tensor:
+        value = take(self, name, *others)
+        taken.append((name, value.data_ptr()))
+        return value
+
+    monkeypatch.setattr(unwatched, "output", noted)
+    monkeypatch.setattr(Room, "take", seen)
+    patch_grid(tiny, OURS, THEIRS, metric=logit(tiny, 3), progress=False)
+    assert shapes == {1: [(1, 4 + 3 + 2 + 1)], 2: [(2, 4)]}, "four cells a row, each read at its last position"
+    assert sorted(set(taken)) == sorted(dict(taken).items()), "one place for each value"
+    assert {name for name, _ in taken} == {"in_proj", "conv", "x_proj", "dt_proj", "y"}
 
 
 def test_a_forward_has_as_many_cells_as_the_user_permits(

@@ -172,13 +172,23 @@ def test_states_read_one_by_one_are_run_ahead_of(kind: str, edited: int | None) 
     near(logits, expected, 1e-6)
 
 
+@pytest.mark.parametrize("kind", ["mamba", "mamba2"])
+def test_reading_every_state_takes_a_few_scans(kind: str) -> None:
+    model, tokens = model_and_tokens(kind)
+    with torch.no_grad(), model.trace(tokens):
+        for position in range(23):
+            model.layers[0].ssm.h[position].output.save()
+    assert stretches(model)[0] == [1, 1, 4, 12, 5]
+
+
 @pytest.mark.parametrize("site", [None, "A_bar"])
 @pytest.mark.parametrize("kind", ONE_BY_ONE)
 def test_gradients_of_many_positions_are_those_of_slices(
     kind: str, site: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, tokens = model_and_tokens(kind)
-    found = []
+    found, at_once, apply = [], list[int](), recurrence._Singles.apply
+    monkeypatch.setattr(recurrence._Singles, "apply", lambda whole: at_once.append(len(found)) or apply(whole))
     for few in (2, 10**6):
         monkeypatch.setattr(recurrence, "FEW", few)
         with model.trace(tokens):
@@ -192,3 +202,4 @@ def test_gradients_of_many_positions_are_those_of_slices(
         found.append(torch.autograd.grad(logit, values))
     for one, other in zip(*found, strict=True):
         near(one, other, 1e-5)
+    assert set(at_once) == {0}, "in the first of the two runs alone"

@@ -348,43 +348,32 @@ def test_a_hook_is_seen_after_all_hooks_were_taken_off_by_a_new_dictionary() -> 
     assert sorted(calls) == ["resid_pre", "ssm.in_proj", "ssm.y"]
 
 
-class CountingCache(DynamicCache):
-    """A cache with updates of its own."""
+def counting(theirs: Any, updates: list[str]) -> Any:
+    """A class of a cache, or of a layer of one, with updates of its own, which are counted."""
 
-    def update_conv_state(self, *args: Any, **kwargs: Any) -> Any:
-        Counting.updates += 1
-        return super().update_conv_state(*args, **kwargs)
+    class Counting(theirs):
+        def update_conv_state(self, *args: Any, **kwargs: Any) -> Any:
+            updates.append("columns")
+            return super().update_conv_state(*args, **kwargs)
 
-    def update_recurrent_state(self, *args: Any, **kwargs: Any) -> Any:
-        Counting.updates += 1
-        return super().update_recurrent_state(*args, **kwargs)
+        def update_recurrent_state(self, *args: Any, **kwargs: Any) -> Any:
+            updates.append("state")
+            return super().update_recurrent_state(*args, **kwargs)
 
-
-class Counting(LinearAttentionLayer):
-    """A layer of a cache with updates of its own."""
-
-    updates = 0
-
-    def update_conv_state(self, *args: Any, **kwargs: Any) -> Any:
-        Counting.updates += 1
-        return super().update_conv_state(*args, **kwargs)
-
-    def update_recurrent_state(self, *args: Any, **kwargs: Any) -> Any:
-        Counting.updates += 1
-        return super().update_recurrent_state(*args, **kwargs)
+    return Counting
 
 
 @pytest.mark.parametrize("whole", [False, True])
 @pytest.mark.parametrize("kind", ["mamba", "mamba2"])
 def test_a_cache_with_updates_of_its_own_is_given_them(kind: str, whole: bool) -> None:
     model = model_of(kind)
-    cache, own = DynamicCache(config=model.config), (CountingCache if whole else DynamicCache)(config=model.config)
-    for layer in () if whole else own.layers:
-        layer.__class__ = Counting
+    updates = list[str]()
+    cache, own = DynamicCache(config=model.config), DynamicCache(config=model.config)
+    for each in (own,) if whole else own.layers:
+        each.__class__ = counting(type(each), updates)
     with torch.no_grad():
-        expected, before = decoded(model, cache), Counting.updates
-        actual = decoded(model, own)
-    assert Counting.updates - before == 2 * 7 * len(own.layers)
+        expected, actual = decoded(model, cache), decoded(model, own)
+    assert len(updates) == 2 * 7 * len(own.layers)
     for value, other in zip(actual, expected, strict=True):
         near(value, other, 1e-5)
 

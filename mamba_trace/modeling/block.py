@@ -12,6 +12,7 @@ A class of a block says by `parts_named` what Hugging Face calls its parts.
 
 from __future__ import annotations
 
+import functools
 from abc import abstractmethod
 from typing import Any, ClassVar
 
@@ -35,6 +36,12 @@ class HookableRMSNorm(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         return rms_norm(hidden_states, self.weight, self.variance_epsilon, wide_weight=self.wide_weight)
+
+
+@functools.cache
+def steps_of(path: str) -> tuple[str, ...]:
+    """The names on the way to a module."""
+    return tuple(path.split("."))
 
 
 class Block(nn.Module):
@@ -65,13 +72,9 @@ class Block(nn.Module):
     def part(self, name: str) -> Any:
         """A part of the block by the package's name of it, or ``None``."""
         path = self.parts_named.get(name)
-        if path is None:
-            return None
-        module: Any = self._modules.get(path)
-        if module is None and "." in path:
-            module = self
-            for step in path.split("."):
-                module = None if module is None else module._modules.get(step)
+        module: Any = self if path else None
+        for step in steps_of(path) if path else ():
+            module = None if module is None else module._modules.get(step)
         scope = PART_SCOPES.get(name)
         return module if scope is None or getattr(module, "scope", None) == scope else None
 

@@ -19,11 +19,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from ..sites import BY_NAME, SITES, Family, Site, Stage
-from ..tracing import Visit, hooks_of, is_itself
+from ..tracing import HOOKS, Visit, hooks_of, is_itself
 from .past import masked
-
-#: Where PyTorch keeps the hooks of a module that `hooks_of` knows.
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 class SiteModule(nn.Module):

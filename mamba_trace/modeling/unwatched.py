@@ -1,10 +1,10 @@
 """A mixer that nobody looks into: what its forward returns, in as few calls as that takes.
 
-Around the kernels of a short prompt, the calls of Python and PyTorch take longer than the kernels: the matmuls between
-them have emptied the caches of the processor, and each operation of PyTorch costs ten microseconds. So where no site,
-no inner module and no gradient is wanted, `unwatched` runs a mixer on the CPU's kernels at once: it reads the weights
-of inner modules without calling them, and writes a cache where it lies. What the parameters of the scan are made of
-still stands in the mixer alone, which is handed `Nobody` in place of its `Offers`.
+The calls of Python and PyTorch around the kernels cost time, most of all on a short prompt: the matmuls between them
+have emptied the caches of the processor. So where no site, no inner module and no gradient is wanted, `unwatched` runs
+a mixer on the CPU's kernels at once: it reads the weights of inner modules without calling them, and writes a cache
+where it lies. What the parameters of the scan are made of still stands in the mixer alone, which is handed `Nobody` in
+place of its `Offers`.
 """
 
 from __future__ import annotations

@@ -11,8 +11,7 @@ from torch import Tensor
 class Room:
     """Memory for the values of a layer, which those of the next layer overwrite.
 
-    Where a value has tens of megabytes, the operating system gives and takes back its memory each time, page by page,
-    which takes longer than some kernels.
+    Where a value has tens of megabytes, the operating system gives and takes back its memory each time, page by page.
 
     Args:
         rows: the largest batch. Layers may have fewer rows.

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .room import Room
+
 #: The inputs of `ScanFamily.gated_scan` before h_start that have positions.
 _POSITIONS = (True, True, False, True, True, False, True)
 #: How many rows a kernel that knows of no runs is given at once, if a call has fewer: each run is then a row.
@@ -98,8 +100,10 @@ class AsRows:
             yield part[:, : span.stop - span.start]
 
 
-def gated_runs(scan: Callable[..., tuple[Tensor, Tensor]], *inputs: Any, kernels: str = "auto") -> Tensor:
-    """`ScanFamily.gated_runs` by the family's ``gated_scan``, which knows of no runs."""
+def gated_runs(
+    scan: Callable[..., tuple[Tensor, Tensor]], *inputs: Any, kernels: str = "auto", room: Room | None = None
+) -> Tensor:
+    """`ScanFamily.gated_runs` by the family's ``gated_scan``, which knows of no runs, nor of ``room``."""
     *of_rows, starts, runs = inputs
     rows = len(of_rows[0])
 

@@ -44,6 +44,7 @@ accelerate in tests/test_devices.py, about copies in tests/test_copies.py and te
   path, and its other name is an alias; ``rename=`` binds its aliases only when an envoy is made.
 """
 
+from .forwards import HOOKS as HOOKS
 from .forwards import hooks_of as hooks_of
 from .forwards import is_itself as is_itself
 from .forwards import listened_to as listened_to

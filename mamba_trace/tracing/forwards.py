@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import operator
 import sys
 import threading
 import weakref
@@ -34,9 +35,10 @@ def has_hooks_of_its_own(module: nn.Module) -> bool:
     return any(hooks_of(module))
 
 
-def hooks_of(module: nn.Module) -> tuple[Mapping[int, Any], ...]:
-    """Where PyTorch keeps the hooks of a module: dictionaries that are the same as long as it lives."""
-    return module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+#: Under these names a module has the dictionaries of its hooks.
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+#: These dictionaries of a module.
+hooks_of: Callable[[nn.Module], tuple[Mapping[int, Any], ...]] = operator.attrgetter(*HOOKS)
 
 
 #: The compiler that looks at each function before it runs; ``None`` if none does. A release that cannot tell has one.

@@ -128,21 +128,25 @@ def _gated(
     skip: Tensor,
     *h_start: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    inputs = dict(zip(GATED, as_floats(x, delta_2, A, B, C, D, skip), strict=True))
-    inputs["h_start"] = h = starting_state(x, A.shape[-1], *h_start)
-    y, h_last = h.new_empty(x.shape), torch.empty_like(h)
-    run_forward(".selective", inputs, gated=1, keep=0, y=y, h_last=h_last, states=None)
-    return in_dtype(y, x.dtype), h_last
+    h = starting_state(x, A.shape[-1], *h_start)
+    h_last = torch.empty_like(h)
+    return _into(h_last, x, delta_2, A, B, C, D, skip, h), h_last
 
 
 def gated_update(
     x: Tensor, delta_2: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, skip: Tensor, h: Tensor | None
 ) -> Tensor:
     """As `ScanFamily.gated_update`, in float32: `gated_scan` in the memory of h."""
-    inputs = dict(zip(GATED, as_floats(x, delta_2, A, B, C, D, skip), strict=True))
     h = starting_state(x, C.shape[-1]) if h is None else h
+    return _into(h, x, delta_2, A, B, C, D, skip, h)
+
+
+def _into(h_last: Tensor, x: Tensor, *others: Tensor) -> Tensor:
+    # The gated scan from the state h, the last of the inputs, which may be h_last, the memory of the last state.
+    *rest, h = others
+    inputs = dict(zip(GATED, as_floats(x, *rest), strict=True))
     y = h.new_empty(x.shape)
-    run_forward(".selective", inputs, gated=1, keep=0, y=y, h_start=h, h_last=h, states=None)
+    run_forward(".selective", inputs, gated=1, keep=0, y=y, h_start=h, h_last=h_last, states=None)
     return in_dtype(y, x.dtype)
 
 
@@ -161,7 +165,7 @@ def gated_runs(
     """As `ScanFamily.gated_runs`, in float32: one kernel for all runs."""
     *tensors, starts = as_floats(x, delta_2, A, B, C, D, skip, starts)
     inputs = dict(zip(GATED, tensors, strict=True)) | {"starts": starts, "begins": runs.begins}
-    y = tensors[0].new_empty(x.shape) if room is None else room.take("y", x.shape, len(x))
+    y = (room or Room(len(x))).take("y", x.shape, len(x))
     run_forward(".selective", inputs, "forward_runs", gated=1, keep=0, y=y, states=None)
     return in_dtype(y, x.dtype)
 

@@ -17,7 +17,7 @@ from .vectors import LANES, transpose
 
 WIDTH = LANES  # channels in a block
 CHUNK = 64  # positions between the states that the backward pass keeps
-ENDS = 5  # how many positions' time it takes to turn a block's states around and back
+ENDS = 5  # how many positions' time it takes to turn a block's states around and back, an estimate
 IN_RUNS = False  # whether a row is several runs, one behind the other
 
 FORWARD = BlockLayout(

@@ -100,7 +100,7 @@ def gated_runs(
     (starts,) = as_floats(starts)
     rows, groups = len(x), C.shape[2]
     states = starts.view(len(starts), groups, -1, starts.shape[-1])  # [runs,G,channels,N]
-    room = Room(rows) if room is None else room
+    room = room or Room(rows)
     read = room.take("read", (groups, rows * x.shape[1], states.shape[2]), rows)
     for span, state in zip(runs.spans, states, strict=True):
         lines = slice(rows * span.start, rows * span.stop)
