@@ -31,7 +31,7 @@ ACCELERATE = (
 )
 #: Every process saves its grid; with a number of calls as the last argument, process 1 dies after so many.
 PROGRAM = """
-import os, sys
+import atexit, os, sys
 import torch
 from mamba_trace import MambaTrace
 from mamba_trace.cli import PROMPT, SOURCE
@@ -40,6 +40,8 @@ from mamba_trace.patching import logit_diff, patch_grid
 
 folder, calls = sys.argv[1], int(sys.argv[2])
 rank = int(os.environ["RANK"])
+# What is registered first runs last.
+atexit.register(lambda: print(f"<{rank} is connected at the end: {torch.distributed.is_initialized()}>", flush=True))
 model = MambaTrace.demo()
 plain = logit_diff(model, " Emma", " Shelby")
 
@@ -124,6 +126,7 @@ def test_a_killed_process_loses_its_own_cells_and_the_next_run_goes_on(tmp_path:
         assert PatchGrid.load(tmp_path / f"alone-{rank}.json").site == ["y", "conv"][rank]
         refused = f"<{rank}: 2 processes share this grid, but process 1 asks for site 'conv' and process 0 for 'y'"
         assert refused in done.stdout
+        assert f"<{rank} is connected at the end: False>" in done.stdout
     assert "patching h on 2 processes: 100%" in done.stderr
     assert "120/120" in done.stderr
 

@@ -211,6 +211,7 @@ for path in files:
 # batches = list(enumerate(range(0, len(texts), BATCH)))
 # for number, start in batches[state.process_index :: state.num_processes]:
 #     write_batch(number, texts[start : start + BATCH])
+# state.destroy_process_group()
 # ```
 #
 # To read them, go from file to file, so that no more than one is in memory. Here is the mean of the stream over all

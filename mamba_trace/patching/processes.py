@@ -8,6 +8,7 @@ last bit.
 
 from __future__ import annotations
 
+import atexit
 import itertools
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -39,9 +40,15 @@ class Processes:
 
     @classmethod
     def here(cls, device: torch.device) -> Processes:
-        """The launched processes, connected through accelerate; ``device`` is where the model runs."""
+        """The launched processes, connected through accelerate; ``device`` is where the model runs.
+
+        Whoever connects them disconnects them as the program ends: with the threads of a connection
+        still at work, Python's own end may abort the process (SIGABRT) after its results are there.
+        """
         if not launched():
             return cls()
+        if not _connected():
+            atexit.register(_disconnect)
         state = PartialState(cpu=device.type == "cpu")
         return cls(state.process_index, state.num_processes)
 
@@ -91,8 +98,16 @@ def in_the_first_process() -> Iterator[bool]:
     try:
         yield not launched() or PartialState().is_main_process
     finally:
-        if launched():
-            PartialState().destroy_process_group()
+        _disconnect()
+
+
+def _connected() -> bool:
+    return distributed.is_available() and distributed.is_initialized()
+
+
+def _disconnect() -> None:
+    if _connected():
+        distributed.destroy_process_group()
 
 
 def own_device() -> str | None:
@@ -105,6 +120,6 @@ def own_device() -> str | None:
 
 def launched() -> bool:
     """Whether a launcher started several processes, or somebody connected them already."""
-    if distributed.is_available() and distributed.is_initialized():
+    if _connected():
         return distributed.get_world_size() > 1
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
