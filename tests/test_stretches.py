@@ -178,7 +178,7 @@ def test_reading_every_state_takes_a_few_scans(kind: str) -> None:
     with torch.no_grad(), model.trace(tokens):
         for position in range(23):
             model.layers[0].ssm.h[position].output.save()
-    assert stretches(model)[0] == [1, 1, 4, 12, 5]
+    assert stretches(model)[0] == [1, 1, 8, 13]
 
 
 @pytest.mark.parametrize("site", [None, "A_bar"])
@@ -203,3 +203,134 @@ def test_gradients_of_many_positions_are_those_of_slices(
     for one, other in zip(*found, strict=True):
         near(one, other, 1e-5)
     assert set(at_once) == {0}, "in the first of the two runs alone"
+
+
+def states_one_by_one(model: MambaTrace, tokens: Tensor, what: str) -> tuple[list[Tensor], Tensor, Tensor]:
+    """Values that lead to a logit, the logit, and a sum over states, in a run in which every state is taken."""
+    layer = model.layers[0]
+    mask = torch.ones_like(tokens)
+    if what == "padded":
+        mask[0, :6] = mask[1, :1] = 0
+    with model.trace(tokens, attention_mask=mask, use_cache=False):
+        values = [layer.resid_pre.output].save()
+        if what in ("delta", "A_bar", "B_bar", "write"):
+            values.append(layer.ssm.get(what).output)
+        elif what == "edited A_bar":
+            layer.ssm.A_bar.output = layer.ssm.A_bar.output * 0.9
+        for position in range(23):
+            state = layer.ssm.h[position].output
+            if position == 9 and what == "in place":
+                state *= 2
+            elif position == 9 and what == "assigned":
+                state = layer.ssm.h[9].output = state.sin()
+            elif position == 9 and what == "detached":
+                layer.ssm.h[9].output = state.detach()
+            if position != 11 or what != "one left out":
+                values.append(state)
+        if what == "the trajectory too":
+            values.append(layer.ssm.h.output)
+        logit = model.logits.output[:, -1, 3].sum().save()
+    return values, logit, sum(state.sin().sum() for state in values[-12:-4])
+
+
+KINDS_OF_STATES = [
+    "delta",
+    "A_bar",
+    "B_bar",
+    "write",
+    "edited A_bar",
+    "in place",
+    "assigned",
+    "detached",
+    "one left out",
+]
+
+
+@pytest.mark.parametrize("what", ["nothing", *KINDS_OF_STATES, "the trajectory too", "padded"])
+@pytest.mark.parametrize("kind", ONE_BY_ONE)
+def test_gradients_through_states_that_are_run_ahead(kind: str, what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are those of states that are run one by one, to the second derivative."""
+    model, tokens = model_and_tokens(kind)
+    model._module.double()
+    parameters = [p for name, p in model._module.named_parameters() if "layers.0.mixer" in name or "mamba" in name]
+    found, calls = [], []
+    for ahead in (True, False):
+        if not ahead:
+            monkeypatch.setattr(recurrence.Recurrence, "links", lambda *_: None)
+        values, logit, of_states = states_one_by_one(model, tokens, what)
+        calls.append(len(stretches(model)[0]))
+        grads = [values, [logit], torch.autograd.grad(logit, values, retain_graph=True, allow_unused=True)]
+        grads.append(torch.autograd.grad(logit, parameters, retain_graph=True, allow_unused=True))
+        grads.append(torch.autograd.grad(of_states, [*values, *parameters], retain_graph=True, allow_unused=True))
+        first = torch.autograd.grad(of_states, [values[0], values[-9]], create_graph=True)
+        again = sum(each.square().sum() for each in first)
+        grads.append(torch.autograd.grad(again, [values[0], *values[-12:], *parameters], allow_unused=True))
+        found.append([each for group in grads for each in group])
+    assert len(found[0]) == len(found[1])
+    for one, other in zip(*found, strict=True):
+        assert (one is None) == (other is None)
+        if one is not None:
+            near(one, other, 1e-9)
+    assert what == "padded" or calls[0] < calls[1]
+
+
+@pytest.mark.parametrize("kind", ONE_BY_ONE)
+def test_gradients_through_states_where_rows_differ_in_A(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokens = model_and_tokens(kind)
+    ssm, found = model.layers[0].ssm, []
+    for ahead in (True, False):
+        if not ahead:
+            monkeypatch.setattr(recurrence.Recurrence, "links", lambda *_: None)
+        with model.trace(use_cache=False) as tracer:
+            with tracer.invoke(tokens[:1]):
+                ssm.A.output *= 1.5
+                for position in range(23):
+                    ssm.h[position].output.save()
+            with tracer.invoke(tokens[1:]):
+                ssm.h[4].output.save()
+                logit = model.logits.output[:, -1, 3].sum().save()
+            with tracer.invoke():
+                logits = model.logits.output.sum().save()
+        found.append(torch.autograd.grad(logits + logit, [*ssm._module.parameters()]))
+    for one, other in zip(*found, strict=True):
+        near(one, other, 1e-5)
+
+
+@pytest.mark.parametrize("kind", ["mamba", "mamba2"])
+def test_only_what_is_asked_for_takes_gradients(kind: str) -> None:
+    """With frozen weights, from the first state on for which somebody asks, and by way of C alone."""
+    model, tokens = model_and_tokens(kind)
+    model._module.requires_grad_(False)
+    ssm = model.layers[0].ssm
+    with model.trace(tokens, use_cache=False):
+        states = [].save()
+        for position in range(23):
+            state = ssm.h[position].output
+            if position == 5:
+                state.requires_grad_()
+            states.append(state)
+        logit = model.logits.output[:, -1, 3].sum().save()
+    assert [state.requires_grad for state in states] == [False] * 5 + [True] * 18
+    ahead = torch.autograd.grad(logit, states[5:])
+    with model.trace(tokens, use_cache=False):
+        state = ssm.h[5].output
+        state.requires_grad_()
+        logit = model.logits.output[:, -1, 3].sum().save()
+        with logit.backward():
+            alone = state.grad.save()
+    near(ahead[0], alone, 1e-5)
+    with model.trace(tokens, use_cache=False):
+        C = ssm.C.output
+        C.requires_grad_()
+        for position in range(23):
+            ssm.h[position].output.save()
+        logit = model.logits.output[:, -1, 3].sum().save()
+        with logit.backward():
+            one_by_one = C.grad.save()
+    with model.trace(tokens, use_cache=False):
+        C = ssm.C.output
+        C.requires_grad_()
+        logit = model.logits.output[:, -1, 3].sum().save()
+        with logit.backward():
+            at_once = C.grad.save()
+    near(one_by_one, at_once, 1e-5)

@@ -84,9 +84,9 @@ class Discretisation(ABC):
     def steps(self) -> Tensor:
         """What `ScanFamily.gated_scan` takes for its step sizes."""
 
-    @abstractmethod
     def make_A_bar(self) -> Tensor:
         """exp(delta A)."""
+        return exponential(self.scans.exponent(self.delta, self.A))
 
     @abstractmethod
     def make_B_bar(self) -> Tensor:
@@ -126,11 +126,6 @@ class SelectiveDiscretisation(Discretisation):
         assert self.delta_2 is not None
         return masked(self.delta_2, self.mask, NO_TIME)
 
-    def make_A_bar(self) -> Tensor:
-        """exp(delta A) [B,L,E,N]."""
-        A = rearrange(self.A, "b e n -> b 1 e n") if self.A.dim() == 3 else self.A
-        return exponential(rearrange(self.delta.to(A.dtype), "b l e -> b l e 1") * A)
-
     def make_B_bar(self) -> Tensor:
         """delta B [B,L,E,N]."""
         delta, B = self.delta.to(self.A.dtype), self.B.to(self.A.dtype)
@@ -168,11 +163,6 @@ class DualDiscretisation(Discretisation):
     def steps(self) -> Tensor:
         """delta [B,L,H]."""
         return self.delta
-
-    def make_A_bar(self) -> Tensor:
-        """exp(delta A) [B,L,H]."""
-        A = rearrange(self.A, "b h -> b 1 h") if self.A.dim() == 2 else self.A
-        return exponential(self.delta.to(A.dtype) * A)
 
     def make_B_bar(self) -> Tensor:
         """delta B [B,L,H,N]."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from ..scan import Recurrence
+from ..scan import Links, Recurrence
+from ..scan.recompute import differentiated
 from ..scan.runs import Runs
 from ..sites import STATE
 from .offers import Offers, same_contents
@@ -22,6 +24,7 @@ class Stretch:
     before: Tensor | None  # the state before them [B,...,N], None for zeros
     y: Tensor  # their outputs [B,l,...]
     after: Tensor  # the state handed on after the last of them, edited or not [B,...,N]
+    unread: bool = False  # whether y is still to be read from ``after``, for its gradients alone
 
     def states(self, recurrence: Recurrence) -> tuple[Tensor, Tensor]:
         """y [B,l,...] and the state after each position [B,l,...,N], an edit of the last one included."""
@@ -56,19 +59,26 @@ class Ahead:
     start: int
     y: Tensor  # their outputs [B,l,...]
     states: Tensor  # the state after each of them [B,l,...,N]
+    links: Links | None = None  # how the states depend on each other, where gradients are recorded
 
     def has(self, position: int) -> bool:
         """Whether a position is one of them."""
         return 0 <= position - self.start < self.y.shape[1]
 
-    def at(self, position: int) -> tuple[Tensor, Tensor]:
-        """y [B,1,...] at a position, and the state after it [B,...,N]."""
+    def at(self, position: int, before: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """y [B,1,...] at a position, the state after it [B,...,N], and a copy for others, given the state before it."""
         place = position - self.start
-        return self.y[:, place : place + 1], self.states[:, place]
+        y, state = self.y[:, place : place + 1], self.states[:, place]
+        return y, state, copied(state) if self.links is None else self.links.state(place, before)
 
 
-#: How many numbers the states of `Ahead` may have.
-MUCH = 1 << 23
+def copied(state: Tensor) -> Tensor:
+    """A copy for others: the backward pass of y reads the original, which an edit in place must not touch."""
+    return state.clone(memory_format=torch.contiguous_format)
+
+
+#: How many times as many positions are run ahead as were only read before, and how many numbers their states may have.
+AHEAD, MUCH = 4, 1 << 23
 
 
 @dataclass
@@ -104,38 +114,60 @@ class Stretches:
         if self.start < self.length or not self.done:
             y, h = self.recurrence.run(self.start, self.length, self.h)
             self.done.append(Stretch(self.start, self.length, self.h, y, h))
-        return [stretch.y for stretch in self.done], self.done[-1].after
+        return self._outputs(), self.done[-1].after
+
+    def _outputs(self) -> list[Tensor]:
+        """y [B,l,...] of all stretches; those that are still to be read are read together."""
+        outputs: list[Tensor] = []
+        for unread, stretches in itertools.groupby(self.done, lambda stretch: stretch.unread):
+            group = [*stretches]
+            ys = [stretch.y for stretch in group]
+            start, states = group[0].start, [stretch.after for stretch in group]
+            outputs += [self.recurrence.read_each(start, ys, states)] if unread else ys
+        return outputs
 
     def _run_to(self, at: int) -> None:
         """Run up to position ``at``, offer the state there, and read y from what came back."""
-        y, state = self._state_after(at)
-        # A copy, since the backward pass of y reads the original, which an edit in place must not touch.
-        copy = state.clone(memory_format=torch.contiguous_format)
+        y, state, copy = self._state_after(at)
         after = self.offer.visit.serve_position(STATE, at, self.length, copy)
         # An assigned tensor counts even where its contents are the same: it may be detached.
-        if after is not copy or after.requires_grad or not same_contents(state, after):
+        only_read = after is copy and same_contents(state, after)
+        padded = self.offer.mask is not None and not self.offer.mask[:, at].all()
+        linked = self.ahead is not None and self.ahead.links is not None
+        unread = only_read and not padded and at == self.start and (linked or after.requires_grad)
+        if not unread and (after.requires_grad or not only_read):
             if self.offer.mask is not None:  # no edit changes the state on padding
                 after = torch.where(self.offer.mask[:, at].view(-1, *[1] * (state.dim() - 1)), after, state)
             read = self.recurrence.read(after, at)[:, None]
             y = torch.cat((y[:, :-1], read), dim=1) if y.shape[1] > 1 else read
-            self.ahead, self.read_in_a_row = None, 0
-        else:
-            self.read_in_a_row = self.read_in_a_row + 1 if at == self.start else 0
-        self.done.append(Stretch(self.start, at + 1, self.h, y, after))
+            only_read = False
+        self.read_in_a_row = self.read_in_a_row + 1 if only_read and at == self.start else 0
+        if not only_read or (after.requires_grad and not linked):
+            self.ahead = None
+        self.done.append(Stretch(self.start, at + 1, self.h, y, after, unread))
         self.start, self.h = at + 1, after
 
-    def _state_after(self, at: int) -> tuple[Tensor, Tensor]:
-        """y [B,l,...] of the positions up to ``at``, and the state after it [B,...,N].
+    def _state_after(self, at: int) -> tuple[Tensor, Tensor, Tensor]:
+        """y [B,l,...] of the positions up to ``at``, the state after it [B,...,N], and a copy of that for others.
 
-        Where one position after the other is only read, twice as many are run at once as were read before.
+        Where one position after the other is only read, `AHEAD` times as many are run at once as were read before.
         """
-        if at > self.start or self.read_in_a_row < 2 or torch.is_grad_enabled():
-            return self.recurrence.run(self.start, at + 1, self.h)
-        if self.ahead is None or not self.ahead.has(at):
-            assert self.h is not None
-            stop = min(self.length, at + 2 * self.read_in_a_row, at + 1 + MUCH // max(1, self.h.numel()))
-            self.ahead = Ahead(at, *self.recurrence.states(at, stop, self.h))
-        return self.ahead.at(at)
+        if at == self.start and self.read_in_a_row >= 2:
+            if self.ahead is None or not self.ahead.has(at):
+                self.ahead = self._run_ahead(at)
+            if self.ahead is not None:
+                assert self.h is not None
+                return self.ahead.at(at, self.h)
+        y, state = self.recurrence.run(self.start, at + 1, self.h)
+        return y, state, copied(state)
+
+    def _run_ahead(self, at: int) -> Ahead | None:
+        assert self.h is not None
+        stop = min(self.length, at + AHEAD * self.read_in_a_row, at + 1 + MUCH // max(1, self.h.numel()))
+        if not differentiated(self.h, *self.recurrence.tensors):
+            return Ahead(at, *self.recurrence.states(at, stop, self.h))
+        links = self.recurrence.links(at, stop, self.h)
+        return None if links is None else Ahead(at, links.y, links.states, links)
 
     def _serve_states(self) -> tuple[list[Tensor], Tensor]:
         """Run the rest, offer the trajectory, and read y from what came back."""

@@ -27,6 +27,7 @@ from .dispatch import (
     selective_states,
 )
 from .family import DUAL, HEADED, SELECTIVE, ScanFamily
+from .links import Links
 from .recurrence import Explicit, Recurrence, Selective, Watched
 
 __all__ = [
@@ -36,6 +37,7 @@ __all__ = [
     "SELECTIVE",
     "Availability",
     "Explicit",
+    "Links",
     "Recurrence",
     "ScanFamily",
     "Selective",

@@ -45,6 +45,7 @@ class ScanFamily:
         explicit_scan: ``(A_bar, B_bar, x, C, h_start) -> (y, h_last)``.
         explicit_states: the same with the state after each position.
         read_out: ``(states, C) -> y``.
+        exponent: ``(delta, A) -> delta A``, of which A_bar is exp.
 
     Example::
 
@@ -60,6 +61,7 @@ class ScanFamily:
     explicit_scan: Scan
     explicit_states: Scan
     read_out: Callable[[Tensor, Tensor], Tensor]
+    exponent: Callable[[Tensor, Tensor], Tensor]
 
 
 #: The scans of Mamba-1.
@@ -73,6 +75,7 @@ SELECTIVE = ScanFamily(
     explicit_scan=dispatch.explicit_scan,
     explicit_states=dispatch.explicit_states,
     read_out=reference.read_out,
+    exponent=reference.exponent,
 )
 
 
@@ -127,6 +130,7 @@ HEADED = ScanFamily(
     explicit_scan=_headed(dispatch.explicit_scan, "A_bar B_bar x C h_start"),
     explicit_states=_headed(dispatch.explicit_states, "A_bar B_bar x C h_start"),
     read_out=_headed_read_out,
+    exponent=reference.exponent,
 )
 
 
@@ -146,4 +150,5 @@ DUAL = ScanFamily(
     explicit_scan=_dual(dual.reference.explicit_scan),
     explicit_states=_dual(dual.reference.explicit_states),
     read_out=dual.reference.read_out,
+    exponent=dual.reference.exponent,
 )

@@ -12,16 +12,18 @@ of the dual family stand in its `reference`.
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from .family import SELECTIVE, ScanFamily
-from .recompute import differentiated, recompute
+from .links import Links
+from .recompute import differentiated, recompute, transformed
 
 Pair = tuple[Tensor, Tensor]
 
@@ -81,6 +83,42 @@ class Recurrence(ABC):
     kernels: str = field(default="auto", kw_only=True)
     cuts: dict[str, Stretched] = field(default_factory=dict, init=False, repr=False)
 
+    #: The arguments of `scan` but for the state, in its order.
+    INPUTS: ClassVar[tuple[str, ...]]
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The `INPUTS` of all positions."""
+        return tuple(getattr(self, name) for name in self.INPUTS)
+
+    def inputs(self, start: int, stop: int) -> tuple[Tensor, ...]:
+        """The `INPUTS` of positions ``start`` to ``stop - 1``."""
+        return tuple(getattr(self, name) if name == "A" else self.cut(name, start, stop) for name in self.INPUTS)
+
+    @property
+    @abstractmethod
+    def scan(self) -> Callable[..., Pair]:
+        """``(*INPUTS, h) -> (y, h_last)``, differentiable in all of them."""
+
+    @torch.no_grad()
+    def decays(self, start: int, stop: int, axes: int) -> Tensor:
+        """A_bar of positions ``start`` to ``stop - 1``, with as many axes as states [B,l,...,N] have."""
+        A_bar = self._A_bar(start, stop)
+        return A_bar.view(*A_bar.shape, *[1] * (axes - A_bar.dim()))
+
+    @abstractmethod
+    def _A_bar(self, start: int, stop: int) -> Tensor: ...
+
+    def links(self, start: int, stop: int, h: Tensor) -> Links | None:
+        """Run them where gradients are recorded and each state is handed out; ``None`` where that is not possible."""
+        if transformed():
+            return None
+        pairs = zip(self.INPUTS, self.inputs(start, stop), strict=True)
+        columns = ([t] * (stop - start) if name == "A" else t.split(1, dim=1) for name, t in pairs)
+        y, states = self.states(start, stop, h.detach())
+        inputs = [*zip(*columns, strict=True)]
+        return Links(self.scan, inputs, y, states, lambda: self.decays(start, stop, states.dim()))
+
     def cut(self, name: str, start: int, stop: int) -> Tensor:
         """Positions ``start`` to ``stop - 1`` of one of its tensors [B,L,...], by its name."""
         if name not in self.cuts:
@@ -100,6 +138,21 @@ class Recurrence(ABC):
         C = self.C[:, position] if isinstance(position, slice) else self.cut("C", position, position + 1)[:, 0]
         return self.family.read_out(h, C)
 
+    def read_each(self, start: int, y: Sequence[Tensor], states: Sequence[Tensor]) -> Tensor:
+        """y [B,l,...] of single positions from ``start`` on, with the gradients of their states, of which it was read.
+
+        Args:
+            start: the first of them.
+            y: of each [B,1,...].
+            states: of each [B,...,N].
+        """
+
+        def read(C: Tensor, *states: Tensor) -> Tensor:
+            return self.family.read_out(torch.stack(states, dim=1), C)
+
+        C = self.C[:, start : start + len(states)]
+        return recompute(lambda *_: torch.cat([*y], dim=1), read, C, *states)
+
 
 @dataclass
 class Selective(Recurrence):
@@ -109,15 +162,20 @@ class Selective(Recurrence):
     A: Tensor
     B: Tensor
 
+    INPUTS = ("x", "delta", "A", "B", "C")
+
     def run(self, start: int, stop: int, h: Tensor | None) -> Pair:
-        return self.family.selective_scan(*self._stretch(start, stop), h, kernels=self.kernels)
+        return self.scan(*self.inputs(start, stop), h)
 
     def states(self, start: int, stop: int, h: Tensor | None) -> Pair:
-        return self.family.selective_states(*self._stretch(start, stop), h, kernels=self.kernels)
+        return self.family.selective_states(*self.inputs(start, stop), h, kernels=self.kernels)
 
-    def _stretch(self, start: int, stop: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        x, delta, B, C = (self.cut(name, start, stop) for name in ("x", "delta", "B", "C"))
-        return x, delta, self.A, B, C
+    @property
+    def scan(self) -> Callable[..., Pair]:
+        return functools.partial(self.family.selective_scan, kernels=self.kernels)
+
+    def _A_bar(self, start: int, stop: int) -> Tensor:
+        return self.family.exponent(self.delta[:, start:stop], self.A).exp_()
 
 
 @dataclass
@@ -127,15 +185,20 @@ class Explicit(Recurrence):
     A_bar: Tensor
     B_bar: Tensor
 
+    INPUTS = ("A_bar", "B_bar", "x", "C")
+
     def run(self, start: int, stop: int, h: Tensor | None) -> Pair:
-        return self.family.explicit_scan(*self._matrices(start, stop), h, kernels=self.kernels)
+        return self.scan(*self.inputs(start, stop), h)
 
     def states(self, start: int, stop: int, h: Tensor | None) -> Pair:
-        return self.family.explicit_states(*self._matrices(start, stop), h, kernels=self.kernels)
+        return self.family.explicit_states(*self.inputs(start, stop), h, kernels=self.kernels)
 
-    def _matrices(self, start: int, stop: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        A_bar, B_bar, x, C = (self.cut(name, start, stop) for name in ("A_bar", "B_bar", "x", "C"))
-        return A_bar, B_bar, x, C
+    @property
+    def scan(self) -> Callable[..., Pair]:
+        return functools.partial(self.family.explicit_scan, kernels=self.kernels)
+
+    def _A_bar(self, start: int, stop: int) -> Tensor:
+        return self.A_bar[:, start:stop]
 
 
 @dataclass
@@ -160,5 +223,5 @@ class Watched(Explicit):
         return recompute(
             torch.no_grad()(lambda *matrices: fast(start, stop, matrices[-1])),
             lambda *matrices: slow(*matrices, kernels=self.kernels),
-            *(*self._matrices(start, stop), h),
+            *(*self.inputs(start, stop), h),
         )

@@ -191,6 +191,11 @@ def causal_conv(
     return F.silu(conv) if activate else conv
 
 
+def exponent(delta: Tensor, A: Tensor) -> Tensor:
+    """delta A, of which A_bar is exp: delta [B,L,E] and A [E,N], or [B,E,N] -> [B,L,E,N], in the dtype of A."""
+    return delta.to(A.dtype)[..., None] * (A if A.dim() == 2 else A[:, None])
+
+
 def read_out(h: Tensor, C: Tensor) -> Tensor:
     """y = C h: state [...,E,N] and C [...,N] -> [...,E]."""
     return torch.einsum("...en,...n->...e", h, C.to(h.dtype))

@@ -135,6 +135,11 @@ def explicit_states(
     return linear_states(x, A_bar, torch.ones_like(A_bar), B_bar, C, h_start)
 
 
+def exponent(delta: Tensor, A: Tensor) -> Tensor:
+    """delta A, of which A_bar is exp: delta [B,L,H] and A [H], or [B,H] -> [B,L,H], in the dtype of A."""
+    return in_dtype(delta, A.dtype) * (A if A.dim() == 1 else A[:, None])
+
+
 def read_out(h: Tensor, C: Tensor) -> Tensor:
     """y = C h: states [...,H,P,N] and C [...,G,N] -> [...,H,P]."""
     groups = rearrange(h, "... (g e) p n -> ... g e p n", g=C.shape[-2])
@@ -148,8 +153,7 @@ def read_out(h: Tensor, C: Tensor) -> Tensor:
 def decay_and_scale(delta: Tensor, A: Tensor, *others: Tensor | None) -> tuple[Tensor, Tensor]:
     """exp(delta A) and delta [B,L,H], in the dtype that a scan of these tensors accumulates in."""
     dtype = accumulation_dtype(delta, A, *others)
-    delta, A = in_dtype(delta, dtype), in_dtype(A, dtype)
-    return torch.exp(delta * (A if A.dim() == 1 else A[:, None])), delta
+    return torch.exp(exponent(delta, in_dtype(A, dtype))), in_dtype(delta, dtype)
 
 
 def linear_scan(
