@@ -132,9 +132,8 @@ class Stretches:
         after = self.offer.visit.serve_position(STATE, at, self.length, copy)
         # An assigned tensor counts even where its contents are the same: it may be detached.
         only_read = after is copy and same_contents(state, after)
-        padded = self.offer.mask is not None and not self.offer.mask[:, at].all()
         linked = self.ahead is not None and self.ahead.links is not None
-        unread = only_read and not padded and at == self.start and (linked or after.requires_grad)
+        unread = only_read and at == self.start and (linked or after.requires_grad) and not self._padded(at)
         if not unread and (after.requires_grad or not only_read):
             if self.offer.mask is not None:  # no edit changes the state on padding
                 after = torch.where(self.offer.mask[:, at].view(-1, *[1] * (state.dim() - 1)), after, state)
@@ -146,6 +145,9 @@ class Stretches:
             self.ahead = None
         self.done.append(Stretch(self.start, at + 1, self.h, y, after, unread))
         self.start, self.h = at + 1, after
+
+    def _padded(self, at: int) -> bool:
+        return self.offer.mask is not None and not bool(self.offer.mask[:, at].all())
 
     def _state_after(self, at: int) -> tuple[Tensor, Tensor, Tensor]:
         """y [B,l,...] of the positions up to ``at``, the state after it [B,...,N], and a copy of that for others.

@@ -121,13 +121,11 @@ class PositionEnvoy(NotAValue):
     source, trace, edit = map(absent_attribute, ("source", "trace", "edit"))
 
     def __init__(self, state: StateEnvoy, position: int) -> None:
-        # Not Envoy.__init__, which would install a controller and register this as the envoy of the module.
-        self._parent = None
-        self._site, self.position = state, position
-        self._edits: list[Any] = []
-        self._children: list[Envoy] = []
-        self._child_map: dict[str, Envoy] = {}
-        self._aliases: dict[str, str] = {}
+        # Not Envoy.__init__, which would install a controller and register this as the envoy of the module; and not
+        # by assignment, which asks of each name what it may mean.
+        self.__dict__.update(
+            _parent=None, _site=state, position=position, _edits=[], _children=[], _child_map={}, _aliases={}
+        )
 
     @property
     def _axes(self) -> str:

@@ -8,6 +8,7 @@ the position (`worker.expect_position`) or is served it (`Visit.next_position`).
 
 from __future__ import annotations
 
+import functools
 import re
 import warnings
 
@@ -31,6 +32,7 @@ EVERY_POSITION = "_mamba_trace_every_position"
 WARNED = "_mamba_trace_warned"
 
 
+@functools.lru_cache(maxsize=4096)
 def position_of(location: str, prefix: str) -> int | None:
     """The p of ``"<prefix><p>.output"``, or ``None`` for any other location."""
     if not location.startswith(prefix):
@@ -39,6 +41,7 @@ def position_of(location: str, prefix: str) -> int | None:
     return None if match is None else int(match[1])
 
 
+@functools.lru_cache(maxsize=4096)
 def site_of_position(location: str) -> str | None:
     """The location of the site that a position belongs to, or ``None`` for any other location."""
     match = re.fullmatch(rf"(.+\.{STATE})\.-?\d+\.output", location)

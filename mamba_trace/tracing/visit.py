@@ -262,10 +262,10 @@ class Visit:
 
     def _asks(self, mediator: Mediator, names: list[str]) -> bool:
         # Whether a worker waits for this visit of a place that has several names.
-        self._count_positions()
         pending = mediator.pending
         if pending is None or pending.provider not in names:
             return False
+        self._count_position(mediator)
         return bool(pending.iteration == mediator.occurrence(pending.provider))
 
     @contextlib.contextmanager
@@ -282,18 +282,19 @@ class Visit:
 
     def _count_positions(self) -> None:
         # A position below this module was visited as often as its site, whichever mixer that is in.
-        counts = self.interleaver.counts
         for waiting in self.interleaver.mediators:
             location = None if waiting.pending is None else waiting.pending.provider
-            if location is None or not location.startswith(f"{self.path}."):
-                continue
-            whole = site_of_position(location)
-            if whole is None:
-                continue
-            counts[location] = counts.get(whole, 0)
+            if location is not None and location.startswith(f"{self.path}."):
+                self._count_position(waiting)
+
+    def _count_position(self, waiting: Mediator) -> None:
+        # The same of what one worker waits for.
+        location = waiting.pending.provider
+        whole = site_of_position(location)
+        if whole is not None:
+            self.interleaver.counts[location] = self.interleaver.counts.get(whole, 0)
             # For a worker in NDIF's sandbox, another process, which cannot do it in `expect_position`.
-            for mediator in self.interleaver.mediators:
-                mediator.counts_at_start[location] = mediator.counts_at_start.get(whole, 0)
+            waiting.counts_at_start[location] = waiting.counts_at_start.get(whole, 0)
 
     def _refuse(self, mediator: Mediator, error: Exception) -> None:
         # Raise `error` at the line where the worker waits. If its block catches the error, it goes on.
