@@ -48,7 +48,7 @@ from .tables import html_table
 from .tracing import placement
 from .tracing.forwards import reinstate_controllers
 from .tracing.root import RootEnvoy
-from .tracing.tree import follow, is_current
+from .tracing.tree import branches_of, follow, is_current
 from .tracing.visit import take_note_of_prompt
 
 #: This package's names for modules of Hugging Face's, by path.
@@ -318,7 +318,7 @@ class MambaTrace(Places, HookedRuns, LensViews, Tokens, Loading, RootEnvoy):
         Raises:
             CheckpointError: if a block or mixer was replaced by something that has no sites.
         """
-        reinstate_controllers(self.interleaver)
+        reinstate_controllers(branches_of(self))
         if not is_current(self):
             make_hookable(self._module, kernels_of(self._module) or self._kernels)
             follow(self)
@@ -338,7 +338,7 @@ class MambaTrace(Places, HookedRuns, LensViews, Tokens, Loading, RootEnvoy):
         check_lengths(self, invokes)
         self._follow()
         if self.dispatched and detect_fake_mode() is None:
-            placement.check_weights(self._module)
+            placement.check_weights(self._module, branches_of(self))
         extra = getattr(self.interleaver.batcher, "extra_kwargs", {})
         batch = padding.Batch(self.tokenizer, invokes, extra, fn)
         with batch.padded(), torch.device("cpu"):  # prompts start on the CPU whatever the default device

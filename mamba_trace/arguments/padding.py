@@ -114,10 +114,12 @@ def likely_mask(tokens: Any, tokenizer: Any) -> Tensor | None:
             return None
         if ids.dim() not in (1, 2):
             return None
-        is_pad = (ids if ids.dim() == 2 else ids[None]) == pad
-        if not bool(is_pad[:, :1].any()) and not bool(is_pad[:, -1:].any()):
+        rows = ids if ids.dim() == 2 else ids[None]
+        length = rows.shape[1]
+        if pad not in rows[:, :: max(1, length - 1)].flatten().tolist():  # the first column and the last
             return None
-        length, sides = is_pad.shape[1], ends(is_pad)
+        is_pad = rows == pad
+        sides = ends(is_pad)
         whole = sides[0] == length
         if bool(whole.all()):
             return None

@@ -14,7 +14,7 @@ import operator
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -141,7 +141,7 @@ def rebind_forward(module: nn.Module) -> None:
         module._old_forward = type(module).forward.__get__(module)
 
 
-def reinstate_controllers(interleaver: Any) -> None:
+def reinstate_controllers(modules: Iterable[nn.Module]) -> None:
     """Put nnsight's controller back on every module of a tree where accelerate has taken its place.
 
     A module that was wrapped first and dispatched later would run accelerate's hook twice: around the
@@ -150,10 +150,9 @@ def reinstate_controllers(interleaver: Any) -> None:
     there is left alone.
 
     Args:
-        interleaver: the interleaver of the tree, which knows the envoy of every module.
+        modules: of the tree; those that no envoy stands for are passed over.
     """
-    for envoy in list(interleaver.envoys.values()):
-        module = envoy._module
+    for module in modules:
         own = module.__dict__
         state = own.get(CONTROLLER_STATE)
         if state is None or isinstance(own.get("forward"), Controller):

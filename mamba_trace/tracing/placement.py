@@ -13,7 +13,7 @@ where the inputs of a run go; `check_weights` refuses weights that nothing loads
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import CodeType
 from typing import Any
 
@@ -171,9 +171,17 @@ def input_device(model: nn.Module) -> torch.device:
     return torch.device("cpu")
 
 
-def check_weights(model: nn.Module) -> None:
-    """Refuse to run with weights on the meta device that no hook loads. Raises `CheckpointError`."""
-    if not _on_meta(model):
+def check_weights(model: nn.Module, modules: Iterable[nn.Module] | None = None) -> None:
+    """Refuse to run with weights on the meta device that no hook loads.
+
+    Args:
+        model: that will run.
+        modules: those of its modules that may have weights; all of them by default.
+
+    Raises:
+        CheckpointError: with the name of a weight.
+    """
+    if not _on_meta(model.modules() if modules is None else modules):
         return
     if absent := list(_absent(model, "", False)):
         raise CheckpointError(
@@ -184,18 +192,12 @@ def check_weights(model: nn.Module) -> None:
         )
 
 
-def _on_meta(model: nn.Module) -> bool:
+def _on_meta(modules: Iterable[nn.Module]) -> bool:
     # Called in every trace, so it is written without generators.
-    stack: list[nn.Module | None] = [model]
-    while stack:
-        module = stack.pop()
-        if module is None:
-            continue
+    for module in modules:
         for tensor in module._parameters.values():
             if tensor is not None and tensor.is_meta:
                 return True
-        if module._modules:
-            stack.extend(module._modules.values())
     return False
 
 
@@ -255,7 +257,7 @@ def as_shapes(model: nn.Module) -> Iterator[None]:
 
     accelerate cannot load weights under fake tensors, and a scan needs no numbers.
     """
-    if not _on_meta(model):
+    if not _on_meta(model.modules()):
         yield
         return
     before: list[tuple[dict[str, Any], dict[str, Any]]] = []  # a module's __dict__, and what it had there

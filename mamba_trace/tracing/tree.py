@@ -30,12 +30,14 @@ class SiteInterleaver(OneThreadInterleaver):
     Attributes:
         known: the modules that the tree mirrored when it was last brought up to date: the submodules of each
             module, as collections that change with the module, and all of them as they were then.
+        branches: those of them that are not known to be leaves, such as sites.
         copied: whether this is a copy, or was read from a file.
     """
 
     def __init__(self) -> None:
         super().__init__(fragments=TPFragments())
         self.known: tuple[list[Iterable[Any]], list[Any]] = ([], [None])  # of no tree
+        self.branches: list[nn.Module] = []
         self.copied = False
 
     def __reduce__(self) -> tuple:
@@ -76,6 +78,13 @@ def is_current(root: Envoy) -> bool:
     return [*chain.from_iterable(places)] == modules
 
 
+def branches_of(root: Envoy) -> list[nn.Module]:
+    """The modules of a tree that is current, without those that are known to be leaves: sites have no weights."""
+    if isinstance(root.interleaver, SiteInterleaver):
+        return root.interleaver.branches
+    return [envoy._module for envoy in root.modules()]
+
+
 def remember(root: Envoy, leaves: tuple[type[nn.Module], ...]) -> None:
     """Take note of the modules as they are, for `is_current`.
 
@@ -83,9 +92,9 @@ def remember(root: Envoy, leaves: tuple[type[nn.Module], ...]) -> None:
         root: the model's envoy.
         leaves: classes of modules that are known to have no submodules.
     """
-    modules = root._module.modules()
-    places: list[Iterable[Any]] = [(root._module,)]
-    places += [module._modules.values() for module in modules if not isinstance(module, leaves)]
+    branches = [module for module in root._module.modules() if not isinstance(module, leaves)]
+    places: list[Iterable[Any]] = [(root._module,), *(module._modules.values() for module in branches)]
+    root.interleaver.branches = branches
     root.interleaver.known = (places, [*chain.from_iterable(places)])
 
 
