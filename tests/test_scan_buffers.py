@@ -263,6 +263,12 @@ def add_up(data: Any) -> None:
             p.out[r] += p.scale * p.x[r, c]
 
 
+def take_one(data: Any) -> None:
+    p = arguments_at(data)
+    for _ in range(p.one):
+        p.out[0] = p.x[2, 1, 3]
+
+
 def unknown_name(data: Any) -> None:
     p = arguments_at(data)
     p.out[0] = p.factor
@@ -298,6 +304,17 @@ def test_compiled_code_for_other_places_is_not_run(monkeypatch: pytest.MonkeyPat
         agree(out, 2 * x.sum(1))
         hits.append(kernel.compiled.cache_hits)
     assert hits == [0, 1, 0]
+
+
+def test_layouts_that_differ_in_strides_alone_are_not_taken_for_each_other() -> None:
+    """All have the same places. Numba takes two types of one name for the same."""
+    x = torch.rand(3, 2, 4)
+    for buffer in (Buffer("rows columns inner"), Buffer("inner columns rows")):
+        layout = BlockLayout("rows columns inner", x=buffer, out=Buffer("one"))
+        out = torch.empty(1)
+        sizes = dict(zip(buffer.names, x.shape, strict=True))
+        team.run(compiled.Kernel(take_one, layout), 1, x=x, out=out, **sizes)
+        assert out == x[2, 1, 3]
 
 
 FACTOR = 2

@@ -2,7 +2,7 @@
 
 A kernel is a C function of one argument: the address of a block of int64 numbers, which `BlockLayout.pack` fills
 with sizes, flags, and the addresses and strides of float32 arrays. `arguments_at` is compiled from the same
-`BlockLayout`: it gives a named tuple of everything in the block, so that a kernel writes ``p.width`` and
+`BlockLayout`: it gives everything in the block as attributes, so that a kernel writes ``p.width`` and
 ``p.x[b, t, e]`` and no place is counted by hand. A name that the layout lacks, or too many or too few
 indices, do not compile.
 
@@ -11,7 +11,7 @@ interpreter. The work is cut into pieces. Every thread takes the next piece unti
 make up for a thread that starts late or never.
 
 Numba compiles a kernel when it first runs and keeps the result on disk. It turns the inner loops into vector
-instructions, exponentials included: those are polynomials here, because a call into libm keeps a loop scalar.
+instructions, exponentials included: those are polynomials (`vectors`), because a call into libm keeps a loop scalar.
 """
 
 from __future__ import annotations
@@ -19,28 +19,19 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
-import math
-from collections import namedtuple
 from collections.abc import Callable, Iterator
 from types import CellType, FunctionType
 from typing import Any
 
-import numpy as np
-from llvmlite import ir
-from numba import carray, cfunc, njit, types
-from numba.core import cgutils
-from numba.extending import intrinsic
+from numba import cfunc, types
+from numba.core.typing.templates import AttributeTemplate
+from numba.extending import infer_getattr, intrinsic, lower_getattr_generic, models, register_model
 from numba.np.arrayobj import populate_array
 
 from ..buffers import BlockLayout
+from .vectors import FAST, FLOAT, INDEX
 
-LOG2E = np.float32(math.log2(math.e))
-#: Taylor coefficients of 2**f, lowest first; on [-1/2, 1/2] their error is below float32's.
-EXP2 = tuple(np.float32(math.log(2) ** k / math.factorial(k)) for k in range(8))
-#: Coefficients of log(1 + u) = 2 artanh(s) in odd powers of s = u / (2 + u), which is at most 1/3.
-ARTANH = tuple(np.float32(2 / (2 * k + 1)) for k in range(8))
-FAST = {"contract", "reassoc", "nsz", "arcp"}
-OPTIONS: dict[str, Any] = {"fastmath": FAST, "error_model": "numpy"}  # a division raises nothing
+OPTIONS: dict[str, Any] = {"fastmath": {*FAST}, "error_model": "numpy"}  # a division raises nothing
 
 #: A size that Numba may be told of the axes of an array. It adds the size to an index below 0. With a size of
 #: 0 or this one, which times 4 bytes is 0 modulo 2^64, the compiler drops the addition, and with it a
@@ -76,7 +67,7 @@ class Kernel:
         """Numba's compiled function, which is kept on disk where there is a folder to write to."""
         # Numba's cache asks whether the file and the closure of a function have changed. The layout's places and
         # the constants are compiled in as well, so they are put into the closure: no other code is ever run.
-        own = CellType(f"{_unpacking(self.layout)}\n{self.constants}")
+        own = CellType(f"{_described(self.layout)}\n{self.constants}")
         code = self.function.__code__.replace(co_freevars=("own",))
         globals_ = self.function.__globals__ | self.constants | {"arguments_at": _arguments_of(self.layout)}
         function = FunctionType(code, globals_, self.function.__name__, closure=(own,))
@@ -107,58 +98,77 @@ def kernel(layout: BlockLayout) -> Callable[[Callable[[Any], None]], Kernel]:
 
 
 def arguments_at(data: Any) -> Any:
-    """A named tuple of all numbers and arrays of the layout of the kernel that calls this, which stand at ``data``."""
+    """What stands at the address ``data`` that a kernel was given: its numbers and arrays, as attributes."""
     raise NotImplementedError("only a compiled kernel has arguments")  # each kernel is compiled with its own
 
 
+class Arguments(types.Opaque):
+    """Numba's type of a block. Its attributes are the numbers and the arrays of the layout."""
+
+    def __init__(self, layout: BlockLayout) -> None:
+        super().__init__(_described(layout))  # types of one name are the same
+        self.layout = layout
+
+
+register_model(Arguments)(models.OpaqueModel)
+
+
+def _described(layout: BlockLayout) -> str:
+    # All that is compiled into a kernel of its layout.
+    return f"Arguments({layout.places}, {layout.buffers})"
+
+
 def _arguments_of(layout: BlockLayout) -> Any:
-    names = [*layout.places]
-    scope = {"parameters": _parameters, "view": _view, "Arguments": namedtuple("Arguments", names)}
-    exec(_unpacking(layout), scope)
-    return njit(inline="always", **OPTIONS)(scope["unpack"])
+    @intrinsic
+    def arguments_at(typingctx: Any, data: Any) -> Any:
+        return Arguments(layout)(types.voidptr), lambda context, builder, signature, args: args[0]
+
+    return arguments_at
 
 
-def _unpacking(layout: BlockLayout) -> str:
-    # The source of the function of `_arguments_of`.
-    fields = []
-    for name, place in layout.places.items():
-        if (buffer := layout.buffers.get(name)) is None:
-            fields.append(f"{name}=p[{place}]")
-            continue
-        strides = [f"p[{place + 1 + axis}]" for axis in range(buffer.loose)]
+def _floats(rank: int) -> Any:
+    return types.Array(types.float32, rank, "A")
+
+
+@infer_getattr
+class _Attributes(AttributeTemplate):
+    key = Arguments
+
+    def generic_resolve(self, block: Arguments, name: str) -> Any:  # type: ignore[override]
+        if name not in block.layout.places:
+            return None
+        buffer = block.layout.buffers.get(name)
+        return types.int64 if buffer is None else _floats(buffer.rank)
+
+
+@lower_getattr_generic(Arguments)
+def _attribute(context: Any, builder: Any, block: Arguments, value: Any, name: str) -> Any:
+    # It is read where the kernel begins, so that no loop reads it again.
+    with builder.goto_entry_block():
+        (data,) = context.call_conv.get_arguments(builder.function)
+        numbers = builder.bitcast(data, INDEX.as_pointer())
+
+        def number(place: int) -> Any:
+            return builder.load(builder.gep(numbers, [INDEX(place)]))
+
+        places = block.layout.places
+        if (buffer := block.layout.buffers.get(name)) is None:
+            return number(places[name])
+        address, *strides = (number(places[name] + k) for k in range(1 + buffer.loose))
         for axis in range(buffer.loose, buffer.rank):
-            sizes = [f"p[{layout.places[inner]}]" for inner in buffer.names[axis + 1 :]]
-            strides.append(" * ".join(sizes) or "1")
+            sizes = (number(places[inner]) for inner in buffer.names[axis + 1 :])
+            strides.append(functools.reduce(builder.mul, sizes, INDEX(1)))
         size = BOUNDLESS if buffer.loose else 0  # measured: the fastest of the ways that drop the comparison
-        fields.append(f"{name}=view(p[{place}], ({', '.join(strides)},), {size})")
-    block = f"parameters(data, {layout.length})"
-    return f"def unpack(data):\n    p = {block}\n    return Arguments({', '.join(fields)})"
-
-
-@intrinsic
-def _view(typingctx: Any, address: Any, strides: Any, size: Any) -> Any:
-    """The float32 array at an address, with the strides in elements and the same size for every axis."""
-    kind = types.Array(types.float32, len(strides), "A")
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        array = context.make_array(kind)(context, builder)
+        array = context.make_array(_floats(buffer.rank))(context, builder)
         populate_array(
             array,
-            data=builder.inttoptr(args[0], ir.FloatType().as_pointer()),
-            shape=[args[2]] * len(strides),
-            strides=[builder.mul(each, each.type(4)) for each in cgutils.unpack_tuple(builder, args[1])],
-            itemsize=context.get_constant(types.intp, 4),
+            data=builder.inttoptr(address, FLOAT.as_pointer()),
+            shape=[INDEX(size)] * buffer.rank,
+            strides=[builder.mul(stride, INDEX(4)) for stride in strides],
+            itemsize=INDEX(4),
             meminfo=None,
         )
         return array._getvalue()
-
-    return kind(types.int64, strides, types.int64), codegen
-
-
-@njit(inline="always", **OPTIONS)
-def _parameters(data, length):  # type: ignore[no-untyped-def]
-    """The numbers at an address."""
-    return carray(data, length, np.int64)
 
 
 @intrinsic
@@ -166,7 +176,7 @@ def as_float(typingctx: Any, bits: Any) -> Any:
     """The float32 that has the bits of an int32."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.bitcast(args[0], ir.FloatType())
+        return builder.bitcast(args[0], FLOAT)
 
     return types.float32(types.int32), codegen
 
@@ -176,47 +186,7 @@ def next_piece(typingctx: Any, data: Any) -> Any:
     """The number of a piece that no thread has taken yet: the first number at ``data``, counted up by one."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        place = builder.bitcast(args[0], ir.IntType(64).as_pointer())
-        return builder.atomic_rmw("add", place, ir.Constant(ir.IntType(64), 1), "monotonic")
+        place = builder.bitcast(args[0], INDEX.as_pointer())
+        return builder.atomic_rmw("add", place, INDEX(1), "monotonic")
 
     return types.int64(types.voidptr), codegen
-
-
-@njit(inline="always", **OPTIONS)
-def exp2(v):  # type: ignore[no-untyped-def]
-    """2**v; 0 below the smallest normal number and infinity above the largest."""
-    v = min(max(v, np.float32(-127.0)), np.float32(128.0))
-    whole = np.floor(v + np.float32(0.5))
-    f = v - whole
-    p = EXP2[7]
-    p = p * f + EXP2[6]
-    p = p * f + EXP2[5]
-    p = p * f + EXP2[4]
-    p = p * f + EXP2[3]
-    p = p * f + EXP2[2]
-    p = p * f + EXP2[1]
-    p = p * f + EXP2[0]
-    return p * as_float(np.int32(np.int32(whole) + np.int32(127)) << np.int32(23))
-
-
-@njit(inline="always", **OPTIONS)
-def softplus(v):  # type: ignore[no-untyped-def]
-    """log(1 + exp(v)), to float32's precision of its own value however small that is."""
-    u = exp2(-abs(v) * LOG2E)
-    s = u / (u + np.float32(2.0))
-    q = s * s
-    p = ARTANH[7]
-    p = p * q + ARTANH[6]
-    p = p * q + ARTANH[5]
-    p = p * q + ARTANH[4]
-    p = p * q + ARTANH[3]
-    p = p * q + ARTANH[2]
-    p = p * q + ARTANH[1]
-    p = p * q + ARTANH[0]
-    return max(v, np.float32(0.0)) + p * s
-
-
-@njit(inline="always", **OPTIONS)
-def silu(v):  # type: ignore[no-untyped-def]
-    """v sigmoid(v)."""
-    return v / (np.float32(1.0) + exp2(-v * LOG2E))

@@ -9,7 +9,8 @@ from __future__ import annotations
 import numpy as np
 
 from ..buffers import BlockLayout, Buffer
-from .compiled import Kernel, arguments_at, kernel, next_piece, silu
+from .compiled import Kernel, arguments_at, kernel, next_piece
+from .vectors import silu
 
 IN_RUNS = False  # whether a row is several runs, one behind the other
 FORWARD = BlockLayout(
@@ -83,12 +84,13 @@ def forward(data):  # type: ignore[no-untyped-def]
             if p.kept and t == p.length - 1:
                 for k in range(p.taps):
                     source = t - p.past + k
-                    if source >= 0:
+                    if source >= 0 or p.started:
+                        column = x[source] if source >= 0 else before[p.past + source]
                         for e in range(p.width):
-                            p.columns[b, e, k] = x[source, e]
+                            p.columns[b, e, k] = column[e]
                     else:
                         for e in range(p.width):
-                            p.columns[b, e, k] = before[p.past + source, e] if p.started else np.float32(0.0)
+                            p.columns[b, e, k] = np.float32(0.0)
 
 
 forward_runs = Kernel(forward.function, RUNS, IN_RUNS=True)

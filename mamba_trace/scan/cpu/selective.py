@@ -12,8 +12,8 @@ import numpy as np
 from numba import njit
 
 from ..buffers import BlockLayout, Buffer
-from .compiled import LOG2E, OPTIONS, Kernel, arguments_at, exp2, kernel, next_piece, silu, softplus
-from .vectors import LANES, transpose
+from .compiled import OPTIONS, Kernel, arguments_at, kernel, next_piece
+from .vectors import LANES, LOG2E, exp2, silu, softplus, transpose
 
 WIDTH = LANES  # channels in a block
 CHUNK = 64  # positions between the states that the backward pass keeps

@@ -1,7 +1,8 @@
 """Vector instructions for the compiled loops, where the compiler does not make good code by itself.
 
 It cannot know that the arrays of a loop do not overlap, so it keeps sums in memory or compares addresses before each
-short loop, which costs as much as the loop. Here the vectors and what stays in registers are spelt out.
+short loop, which costs as much as the loop. Here the vectors and what stays in registers are spelt out. So are the
+exponentials, for vectors and for single numbers: Numba takes far longer to compile a function of many lines.
 
 Each function with a vector in it is one that Numba's loops call. Of its arrays only the address of the first number is
 looked at. A processor whose vectors are shorter takes several for each.
@@ -9,18 +10,23 @@ looked at. A processor whose vectors are shorter takes several for each.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from typing import Any, SupportsFloat
 
+import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from .compiled import EXP2, LOG2E
-
 LANES = 16  # numbers in a vector
-FAST = ("contract", "reassoc", "nsz")
+FAST = ("contract", "reassoc", "nsz", "arcp")
+LOG2E = np.float32(math.log2(math.e))
+#: Taylor coefficients of 2**f, lowest first; on [-1/2, 1/2] their error is below float32's.
+EXP2 = tuple(np.float32(math.log(2) ** k / math.factorial(k)) for k in range(8))
+#: Coefficients of log(1 + u) = 2 artanh(s) in odd powers of s = u / (2 + u), which is at most 1/3.
+ARTANH = tuple(np.float32(2 / (2 * k + 1)) for k in range(8))
 FLOAT, INDEX, SHORT = ir.FloatType(), ir.IntType(64), ir.IntType(32)
 
 
@@ -64,30 +70,70 @@ class Vectors:
         """The product."""
         return self.builder.fmul(one, other, flags=FAST)
 
+    def over(self, one: Any, other: Any) -> Any:
+        """The quotient."""
+        return self.builder.fdiv(one, other, flags=FAST)
+
     def same(self, number: SupportsFloat) -> Any:
         """The constant vector of one number."""
-        return ir.Constant(self.type, [float(number)] * self.lanes)
+        return self._same(self.type, float(number))
+
+    def _same(self, kind: Any, number: float) -> Any:
+        return ir.Constant(kind, number if self.lanes == 1 else [number] * self.lanes)
+
+    def _called(self, name: str, v: Any) -> Any:
+        # A function that LLVM has for numbers of each kind.
+        kind = ir.FunctionType(self.type, [self.type])
+        name = f"llvm.{name}.f32" if self.lanes == 1 else f"llvm.{name}.v{self.lanes}f32"
+        return self.builder.call(cgutils.get_or_insert_function(self.builder.module, kind, name), [v])
+
+    def _within(self, v: Any, beyond: str, bound: float) -> Any:
+        # The bound where v is beyond it. What is no number stays.
+        there = self.builder.fcmp_ordered(beyond, v, self.same(bound))
+        return self.builder.select(there, self.same(bound), v)
+
+    def _polynomial(self, coefficients: tuple[Any, ...], v: Any) -> Any:
+        total = self.same(coefficients[-1])
+        for coefficient in reversed(coefficients[:-1]):
+            total = self.added(self.times(total, v), self.same(coefficient))
+        return total
 
     def silu(self, v: Any) -> Any:
-        """v sigmoid(v), as `compiled.silu` has it, for whole vectors."""
+        """v sigmoid(v)."""
         e = self.exp2(self.times(v, self.same(-LOG2E)))
-        return self.builder.fdiv(v, self.added(e, self.same(1.0)), flags=FAST)
+        return self.over(v, self.added(e, self.same(1.0)))
+
+    def softplus(self, v: Any) -> Any:
+        """log(1 + exp(v)), to float32's precision of its own value however small that is."""
+        u = self.exp2(self.times(self._called("fabs", v), self.same(-LOG2E)))
+        s = self.over(u, self.added(u, self.same(2.0)))
+        log = self.times(self._polynomial(ARTANH, self.times(s, s)), s)
+        return self.added(self._within(v, "<", 0.0), log)
 
     def exp2(self, v: Any) -> Any:
-        """2**v, as `compiled.exp2` has it, for whole vectors."""
+        """2**v; 0 below the smallest normal number and infinity above the largest."""
         b = self.builder
-        for beyond, bound in (("<", self.same(-127.0)), (">", self.same(128.0))):
-            v = b.select(b.fcmp_ordered(beyond, v, bound), bound, v)  # which keeps what is no number
-        kind = ir.FunctionType(self.type, [self.type])
-        floor = cgutils.get_or_insert_function(b.module, kind, f"llvm.floor.v{self.lanes}f32")
-        whole = b.call(floor, [self.added(v, self.same(0.5))])
-        fraction, power = b.fsub(v, whole, flags=FAST), self.same(EXP2[-1])
-        for coefficient in reversed(EXP2[:-1]):
-            power = self.added(self.times(power, fraction), self.same(coefficient))
-        counts = ir.VectorType(SHORT, self.lanes)
-        exponent = b.add(b.fptosi(whole, counts), ir.Constant(counts, [127] * self.lanes))
-        scale = b.bitcast(b.shl(exponent, ir.Constant(counts, [23] * self.lanes)), self.type)
-        return self.times(power, scale)
+        v = self._within(self._within(v, "<", -127.0), ">", 128.0)
+        whole = self._called("floor", self.added(v, self.same(0.5)))
+        power = self._polynomial(EXP2, b.fsub(v, whole, flags=FAST))
+        counts = SHORT if self.lanes == 1 else ir.VectorType(SHORT, self.lanes)
+        exponent = b.add(b.fptosi(whole, counts), self._same(counts, 127))
+        return self.times(power, b.bitcast(b.shl(exponent, self._same(counts, 23)), self.type))
+
+
+def _of_numbers(written: Callable[[Vectors, Any], Any]) -> Any:
+    # A function of `Vectors` for single numbers. The compiler makes vectors of them in a loop.
+    @intrinsic
+    def function(typingctx, v):  # type: ignore[no-untyped-def]
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            return written(Vectors(builder, 1), *args)
+
+        return types.float32(types.float32), codegen
+
+    return function
+
+
+exp2, silu, softplus = _of_numbers(Vectors.exp2), _of_numbers(Vectors.silu), _of_numbers(Vectors.softplus)
 
 
 class Total:

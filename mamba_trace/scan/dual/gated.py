@@ -18,8 +18,8 @@ import numpy as np
 from numba import njit
 
 from ..buffers import BlockLayout, Buffer
-from ..cpu.compiled import OPTIONS, arguments_at, kernel, next_piece, silu
-from ..cpu.vectors import LANES, fetch, transpose
+from ..cpu.compiled import OPTIONS, arguments_at, kernel, next_piece
+from ..cpu.vectors import LANES, fetch, silu, transpose
 from .loops import INPUTS
 from .steps import CHUNK, chunk_step, gate_vector, write_vector
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 import numpy as np
 
 from ..buffers import BlockLayout, Buffer
-from ..cpu.compiled import arguments_at, kernel, next_piece, silu
-from ..cpu.vectors import LANES, fetch
+from ..cpu.compiled import arguments_at, kernel, next_piece
+from ..cpu.vectors import LANES, fetch, silu
 from .steps import backward_step, forward_step
 
 WIDTH = 64  # channels in a block

@@ -14,7 +14,8 @@ from __future__ import annotations
 import numpy as np
 
 from ..buffers import BlockLayout, Buffer
-from ..cpu.compiled import arguments_at, kernel, next_piece, silu
+from ..cpu.compiled import arguments_at, kernel, next_piece
+from ..cpu.vectors import silu
 
 WIDTH = 64  # channels that count as a block
 FORWARD = BlockLayout(
