@@ -25,6 +25,7 @@ class Stretch:
     y: Tensor  # their outputs [B,l,...]
     after: Tensor  # the state handed on after the last of them, edited or not [B,...,N]
     unread: bool = False  # whether y is still to be read from ``after``, for its gradients alone
+    ahead: Ahead | None = None  # from which ``after`` is, unedited, where it was run ahead
 
     def states(self, recurrence: Recurrence) -> tuple[Tensor, Tensor]:
         """y [B,l,...] and the state after each position [B,l,...,N], an edit of the last one included."""
@@ -52,7 +53,7 @@ class Starts:
         return [recurrence.run(span.start, span.stop, state)[0] for span, state in pairs]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Ahead:
     """Positions that were run in one go, in the hope that the state after each of them will only be read."""
 
@@ -64,6 +65,10 @@ class Ahead:
     def has(self, position: int) -> bool:
         """Whether a position is one of them."""
         return 0 <= position - self.start < self.y.shape[1]
+
+    def of(self, start: int, count: int) -> Tensor:
+        """The state after each of ``count`` positions [B,l,...,N]."""
+        return self.states[:, start - self.start :][:, :count]
 
     def at(self, position: int, before: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """y [B,1,...] at a position, the state after it [B,...,N], and a copy for others, given the state before it."""
@@ -119,11 +124,15 @@ class Stretches:
     def _outputs(self) -> list[Tensor]:
         """y [B,l,...] of all stretches; those that are still to be read are read together."""
         outputs: list[Tensor] = []
-        for unread, stretches in itertools.groupby(self.done, lambda stretch: stretch.unread):
+        for (unread, ahead), stretches in itertools.groupby(self.done, lambda stretch: (stretch.unread, stretch.ahead)):
             group = [*stretches]
             ys = [stretch.y for stretch in group]
+            if not unread:
+                outputs += ys
+                continue
             start, states = group[0].start, [stretch.after for stretch in group]
-            outputs += [self.recurrence.read_each(start, ys, states)] if unread else ys
+            whole = None if ahead is None else ahead.of(start, len(group))
+            outputs.append(self.recurrence.read_each(start, ys, states, whole))
         return outputs
 
     def _run_to(self, at: int) -> None:
@@ -143,7 +152,7 @@ class Stretches:
         self.read_in_a_row = self.read_in_a_row + 1 if only_read and at == self.start else 0
         if not only_read or (after.requires_grad and not linked):
             self.ahead = None
-        self.done.append(Stretch(self.start, at + 1, self.h, y, after, unread))
+        self.done.append(Stretch(self.start, at + 1, self.h, y, after, unread, self.ahead if linked else None))
         self.start, self.h = at + 1, after
 
     def _padded(self, at: int) -> bool:
@@ -160,6 +169,7 @@ class Stretches:
             if self.ahead is not None:
                 assert self.h is not None
                 return self.ahead.at(at, self.h)
+        self.ahead = None
         y, state = self.recurrence.run(self.start, at + 1, self.h)
         return y, state, copied(state)
 

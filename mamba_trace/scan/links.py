@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .recompute import gradients_of
+from .recompute import differentiated, gradients_of, transformed
 
 Decays = Callable[[], Tensor]
 
@@ -38,26 +38,74 @@ class Links:
     ) -> None:
         self.y, self.states = y.detach(), states.detach()
         self._scan, self._inputs, self._decays = scan, inputs, functools.cache(decays)
-        self._own = _Own.apply(states, self._decays).unbind(1)
+        self._own = _Own.apply(states, self._decays)
 
     def state(self, place: int, before: Tensor) -> Tensor:
         """The state after one of the positions [B,...,N], which anybody may write to, given the one before it."""
         return _Link.apply(self._scan, self._decays, place, self._own[place], before, *self._inputs[place])
 
 
+def read_each(
+    read: Callable[[Tensor, Tensor], Tensor], C: Tensor, y: Tensor, states: Sequence[Tensor], whole: Tensor | None
+) -> Tensor:
+    """y [B,l,...] of single positions, with the gradients of ``read(states, C)``.
+
+    Args:
+        read: `ScanFamily.read_out`.
+        C: of the positions [B,l,...,N].
+        y: that of the same values.
+        states: after each position [B,...,N].
+        whole: the same values in one tensor [B,l,...,N], where there is one.
+    """
+
+    def read_now(C: Tensor, *states: Tensor) -> Tensor:
+        return read(torch.stack(states, dim=1), C)
+
+    if transformed():
+        return read_now(C, *states)
+    return _Read.apply(read, read_now, y, whole, C, *states) if differentiated(C, *states) else y
+
+
+class _Read(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, read: Any, read_now: Any, y: Tensor, whole: Any, C: Tensor, *states: Tensor) -> Tensor:
+        ctx.read, ctx.read_now, ctx.whole = read, read_now, whole
+        ctx.save_for_backward(C, *states)
+        return y.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        C, *states = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return (None, None, None, None, *gradients_of(ctx.read_now, (C, *states), grads))
+        whole = torch.stack(states, dim=1) if ctx.whole is None else ctx.whole
+        of_states, of_C = gradients_of(ctx.read, (whole.detach().requires_grad_(), C), grads)
+        assert of_states is not None
+        return (None, None, None, None, of_C, *of_states.unbind(1))
+
+
 class _Own(torch.autograd.Function):
-    """States [B,l,...,N] that take gradients in which those of the states after them are counted already."""
+    """States [B,l,...,N], by position, that take gradients in which those of the states after them are counted."""
 
     @staticmethod
-    def forward(ctx: Any, states: Tensor, decays: Decays) -> Tensor:
-        ctx.decays = decays
-        return states.view_as(states)
+    def forward(ctx: Any, states: Tensor, decays: Decays) -> tuple[Tensor, ...]:
+        ctx.decays, ctx.shape = decays, states.shape
+        ctx.set_materialize_grads(False)
+        return states.unbind(1)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        (grad,) = grads
-        alone = grad.clone()
-        alone[:, :-1].addcmul_(ctx.decays()[:, 1:], grad[:, 1:], value=-1)
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None]:
+        some = next((grad for grad in grads if grad is not None), None)
+        if some is None:
+            return None, None
+        alone, decays = some.new_empty(ctx.shape), ctx.decays()
+        for place, (grad, after) in enumerate(zip(grads, (*grads[1:], None), strict=True)):
+            own = alone[:, place]
+            if after is not None:
+                grad = torch.zeros_like(after) if grad is None else grad
+                torch.addcmul(grad, decays[:, place + 1], after, value=-1, out=own)
+            else:
+                own.zero_() if grad is None else own.copy_(grad)
         return alone, None
 
 

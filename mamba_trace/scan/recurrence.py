@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from .family import SELECTIVE, ScanFamily
-from .links import Links
+from .links import Links, read_each
 from .recompute import differentiated, recompute, transformed
 
 Pair = tuple[Tensor, Tensor]
@@ -138,20 +138,19 @@ class Recurrence(ABC):
         C = self.C[:, position] if isinstance(position, slice) else self.cut("C", position, position + 1)[:, 0]
         return self.family.read_out(h, C)
 
-    def read_each(self, start: int, y: Sequence[Tensor], states: Sequence[Tensor]) -> Tensor:
-        """y [B,l,...] of single positions from ``start`` on, with the gradients of their states, of which it was read.
+    def read_each(
+        self, start: int, y: Sequence[Tensor], states: Sequence[Tensor], whole: Tensor | None = None
+    ) -> Tensor:
+        """y [B,l,...] of single positions from ``start`` on, with the gradients of their states.
 
         Args:
             start: the first of them.
             y: of each [B,1,...].
-            states: of each [B,...,N].
+            states: after each [B,...,N].
+            whole: the same values in one tensor [B,l,...,N], where there is one.
         """
-
-        def read(C: Tensor, *states: Tensor) -> Tensor:
-            return self.family.read_out(torch.stack(states, dim=1), C)
-
         C = self.C[:, start : start + len(states)]
-        return recompute(lambda *_: torch.cat([*y], dim=1), read, C, *states)
+        return read_each(self.family.read_out, C, torch.cat([*y], dim=1), states, whole)
 
 
 @dataclass
