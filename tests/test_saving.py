@@ -5,8 +5,10 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import warnings
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -611,3 +613,33 @@ def test_nothing_is_warned_of_where_nothing_is_lost(tiny: MambaTrace, tokens: Te
             with tiny.trace(tokens):
                 again = logits.sum().save()
     assert total == again == logits.sum()
+
+
+@pytest.mark.parametrize("within", ["trace", "session", "generate"])
+def test_what_was_saved_is_freed_with_the_users_last_name_for_it(tiny: MambaTrace, tokens: Tensor, within: str) -> None:
+    """Without a next trace, and without a search for circles."""
+
+    def saved() -> list[weakref.ref[Tensor]]:
+        with torch.no_grad():
+            if within == "session":
+                with tiny.session():
+                    values = [].save()
+                    with tiny.trace(tokens):
+                        values.append(tiny.layers[0].ssm.h[2].output)
+            elif within == "generate":
+                with tiny.generate(tokens, max_new_tokens=2):
+                    values = [].save()
+                    values.append(tiny.layers[0].ssm.h[2].output)
+            else:
+                with tiny.trace(tokens):
+                    values = [].save()
+                    for position in range(9):
+                        values.append(tiny.layers[0].ssm.h[position].output)
+        return [weakref.ref(value) for value in values]
+
+    gc.collect()
+    gc.disable()
+    try:
+        assert [reference() for reference in saved()] == [None] * (9 if within == "trace" else 1)
+    finally:
+        gc.enable()

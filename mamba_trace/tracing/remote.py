@@ -32,7 +32,7 @@ from torch import Tensor
 from .._version import __version__
 from ..errors import CheckpointError, VersionError
 from .frames import UsersErrors
-from .saving import is_saved
+from .saving import ForgettingTracer, is_saved
 from .served import nnsight_mark
 
 PACKAGE = __name__.split(".")[0]
@@ -215,7 +215,7 @@ class SmallResults(Tracer):
             scope.update({name: nnsight_mark(compact(value)) for name, value in saved.items()})
 
 
-class SessionTracer(UsersErrors, SmallResults):
+class SessionTracer(UsersErrors, SmallResults, ForgettingTracer):
     """What ``with model.session(...)`` binds."""
 
 

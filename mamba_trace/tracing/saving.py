@@ -37,6 +37,7 @@ from nnsight.intervention.envoy import Envoy
 from nnsight.intervention.interleaver import Mediator
 from nnsight.intervention.tracer import InterleavingTracer
 from nnsight.tracing import tracer as nnsight_tracer
+from nnsight.tracing.tracer import Tracer
 from nnsight.util import apply
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
@@ -198,7 +199,17 @@ def assigned(location: str) -> None:
         guard_if_needed(mediator)
 
 
-class GuardedTracer(InterleavingTracer):
+class ForgettingTracer(Tracer):
+    """A tracer after which whoever saved a list or a dictionary is alone in holding it."""
+
+    def __exit__(self, *raised: Any) -> bool:
+        try:
+            return super().__exit__(*raised)
+        finally:
+            saved_containers()
+
+
+class GuardedTracer(ForgettingTracer, InterleavingTracer):
     """nnsight's tracer, which also deactivates guards that its workers left active where they ended."""
 
     def execute(self, code: CodeType) -> None:
