@@ -334,3 +334,23 @@ def test_only_what_is_asked_for_takes_gradients(kind: str) -> None:
         with logit.backward():
             at_once = C.grad.save()
     near(one_by_one, at_once, 1e-5)
+
+
+@pytest.mark.parametrize("kind", ONE_BY_ONE)
+def test_gradients_pass_padding_that_is_run_ahead(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The state after padding on the right is the one before it."""
+    model, tokens = model_and_tokens(kind)
+    model._module.double()
+    mask, found = torch.ones_like(tokens), []
+    mask[0, -6:] = 0
+    for ahead in (True, False):
+        if not ahead:
+            monkeypatch.setattr(recurrence.Recurrence, "links", lambda *_: None)
+        with model.trace(tokens, attention_mask=mask, use_cache=False):
+            values = [model.layers[0].resid_pre.output].save()
+            for position in range(23):
+                values.append(model.layers[0].ssm.h[position].output)
+        found.append(torch.autograd.grad(values[-1].sin().sum(), values[:-6]))
+    assert found[0][0][0].any()
+    for one, other in zip(*found, strict=True):
+        near(one, other, 1e-9)

@@ -145,6 +145,9 @@ class Stretches:
         unread = only_read and at == self.start and (linked or after.requires_grad) and not self._padded(at)
         if not unread and (after.requires_grad or not only_read):
             if self.offer.mask is not None:  # no edit changes the state on padding
+                if self.ahead is not None and self.ahead.links is not None:  # there it keeps its gradients, too
+                    assert self.h is not None
+                    state = self.ahead.links.state(at - self.ahead.start, self.h)
                 after = torch.where(self.offer.mask[:, at].view(-1, *[1] * (state.dim() - 1)), after, state)
             read = self.recurrence.read(after, at)[:, None]
             y = torch.cat((y[:, :-1], read), dim=1) if y.shape[1] > 1 else read
