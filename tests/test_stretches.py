@@ -354,3 +354,23 @@ def test_gradients_pass_padding_that_is_run_ahead(kind: str, monkeypatch: pytest
     assert found[0][0][0].any()
     for one, other in zip(*found, strict=True):
         near(one, other, 1e-9)
+
+
+@pytest.mark.parametrize("what", ["hook", "detached"])
+@pytest.mark.parametrize("kind", ONE_BY_ONE)
+def test_a_gradient_that_ends_at_a_state_ends_there_exactly(kind: str, what: str) -> None:
+    """Behind a hook that stops even what is no number, and behind a state that is detached in place."""
+    model, tokens = model_and_tokens(kind)
+    with model.trace(tokens, use_cache=False):
+        states = [].save()
+        for position in range(23):
+            state = model.layers[0].ssm.h[position].output
+            if position == 9 and what == "hook":
+                state.register_hook(torch.zeros_like)
+            elif position == 9:
+                state.detach_()
+            states.append(state)
+        last = (states[-1].sum() * (torch.nan if what == "hook" else 1)).save()
+    before, after = torch.autograd.grad(last, [states[6], states[12]], allow_unused=True)
+    assert before is None or not before.any()
+    assert after.any()

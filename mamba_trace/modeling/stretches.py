@@ -138,16 +138,15 @@ class Stretches:
     def _run_to(self, at: int) -> None:
         """Run up to position ``at``, offer the state there, and read y from what came back."""
         y, state, copy = self._state_after(at)
+        recorded = copy.requires_grad
         after = self.offer.visit.serve_position(STATE, at, self.length, copy)
-        # An assigned tensor counts even where its contents are the same: it may be detached.
-        only_read = after is copy and same_contents(state, after)
+        # A tensor that was assigned or detached counts even where its contents are the same.
+        only_read = after is copy and after.requires_grad >= recorded and same_contents(state, after)
         linked = self.ahead is not None and self.ahead.links is not None
-        unread = only_read and at == self.start and (linked or after.requires_grad) and not self._padded(at)
+        read_later = at == self.start and (linked or after.requires_grad) and not self._padded(at, at + 1)
+        unread = only_read and read_later
         if not unread and (after.requires_grad or not only_read):
             if self.offer.mask is not None:  # no edit changes the state on padding
-                if self.ahead is not None and self.ahead.links is not None:  # there it keeps its gradients, too
-                    assert self.h is not None
-                    state = self.ahead.links.state(at - self.ahead.start, self.h)
                 after = torch.where(self.offer.mask[:, at].view(-1, *[1] * (state.dim() - 1)), after, state)
             read = self.recurrence.read(after, at)[:, None]
             y = torch.cat((y[:, :-1], read), dim=1) if y.shape[1] > 1 else read
@@ -158,8 +157,8 @@ class Stretches:
         self.done.append(Stretch(self.start, at + 1, self.h, y, after, unread, self.ahead if linked else None))
         self.start, self.h = at + 1, after
 
-    def _padded(self, at: int) -> bool:
-        return self.offer.mask is not None and not bool(self.offer.mask[:, at].all())
+    def _padded(self, start: int, stop: int) -> bool:
+        return self.offer.mask is not None and not bool(self.offer.mask[:, start:stop].all())
 
     def _state_after(self, at: int) -> tuple[Tensor, Tensor, Tensor]:
         """y [B,l,...] of the positions up to ``at``, the state after it [B,...,N], and a copy of that for others.
@@ -181,7 +180,7 @@ class Stretches:
         stop = min(self.length, at + AHEAD * self.read_in_a_row, at + 1 + MUCH // max(1, self.h.numel()))
         if not differentiated(self.h, *self.recurrence.tensors):
             return Ahead(at, *self.recurrence.states(at, stop, self.h))
-        links = self.recurrence.links(at, stop, self.h)
+        links = None if self._padded(at, stop) else self.recurrence.links(at, stop, self.h)
         return None if links is None else Ahead(at, links.y, links.states, links)
 
     def _serve_states(self) -> tuple[list[Tensor], Tensor]:

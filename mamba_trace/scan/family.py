@@ -46,6 +46,7 @@ class ScanFamily:
         explicit_states: the same with the state after each position.
         read_out: ``(states, C) -> y``.
         exponent: ``(delta, A) -> delta A``, of which A_bar is exp.
+        axes_of_A: how many A has where all rows have the same.
 
     Example::
 
@@ -62,6 +63,7 @@ class ScanFamily:
     explicit_states: Scan
     read_out: Callable[[Tensor, Tensor], Tensor]
     exponent: Callable[[Tensor, Tensor], Tensor]
+    axes_of_A: int
 
 
 #: The scans of Mamba-1.
@@ -76,6 +78,7 @@ SELECTIVE = ScanFamily(
     explicit_states=dispatch.explicit_states,
     read_out=reference.read_out,
     exponent=reference.exponent,
+    axes_of_A=2,
 )
 
 
@@ -131,6 +134,7 @@ HEADED = ScanFamily(
     explicit_states=_headed(dispatch.explicit_states, "A_bar B_bar x C h_start"),
     read_out=_headed_read_out,
     exponent=reference.exponent,
+    axes_of_A=2,
 )
 
 
@@ -151,4 +155,5 @@ DUAL = ScanFamily(
     explicit_states=_dual(dual.reference.explicit_states),
     read_out=dual.reference.read_out,
     exponent=dual.reference.exponent,
+    axes_of_A=1,
 )

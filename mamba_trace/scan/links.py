@@ -1,8 +1,8 @@
 """States that are handed out one by one where gradients are recorded, of positions that are run in one go.
 
 The gradient of h_p is what reaches it from whoever holds it, from y_p, and A_bar_{p+1} times the gradient of h_{p+1}.
-That product is all that is left for each position by itself. What follows for x, delta, A and B is found for all
-positions at once, by the backward pass of one scan.
+That product is all that is left for each position by itself. What follows from these gradients for x, delta, A and B
+is found for all positions at once.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Links:
         scan: ``(*inputs, h) -> (y, h_last)``, differentiable in all of them.
         inputs: of each position by itself.
         y: their outputs [B,l,...].
-        states: the state after each of them [B,l,...,N], with the gradients of all but the state before the first.
+        states: the state after each of them [B,l,...,N], with the gradients of what the position itself adds to it.
         decays: gives what the state before each is multiplied by, with as many axes as ``states``.
 
     Attributes:
@@ -38,7 +38,7 @@ class Links:
     ) -> None:
         self.y, self.states = y.detach(), states.detach()
         self._scan, self._inputs, self._decays = scan, inputs, functools.cache(decays)
-        self._own = _Own.apply(states, self._decays)
+        self._own = states.unbind(1)
 
     def state(self, place: int, before: Tensor) -> Tensor:
         """The state after one of the positions [B,...,N], which anybody may write to, given the one before it."""
@@ -82,31 +82,6 @@ class _Read(torch.autograd.Function):
         of_states, of_C = gradients_of(ctx.read, (whole.detach().requires_grad_(), C), grads)
         assert of_states is not None
         return (None, None, None, None, of_C, *of_states.unbind(1))
-
-
-class _Own(torch.autograd.Function):
-    """States [B,l,...,N], by position, that take gradients in which those of the states after them are counted."""
-
-    @staticmethod
-    def forward(ctx: Any, states: Tensor, decays: Decays) -> tuple[Tensor, ...]:
-        ctx.decays, ctx.shape = decays, states.shape
-        ctx.set_materialize_grads(False)
-        return states.unbind(1)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None]:
-        some = next((grad for grad in grads if grad is not None), None)
-        if some is None:
-            return None, None
-        alone, decays = some.new_empty(ctx.shape), ctx.decays()
-        for place, (grad, after) in enumerate(zip(grads, (*grads[1:], None), strict=True)):
-            own = alone[:, place]
-            if after is not None:
-                grad = torch.zeros_like(after) if grad is None else grad
-                torch.addcmul(grad, decays[:, place + 1], after, value=-1, out=own)
-            else:
-                own.zero_() if grad is None else own.copy_(grad)
-        return alone, None
 
 
 class _Link(torch.autograd.Function):

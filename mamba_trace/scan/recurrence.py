@@ -111,13 +111,24 @@ class Recurrence(ABC):
 
     def links(self, start: int, stop: int, h: Tensor) -> Links | None:
         """Run them where gradients are recorded and each state is handed out; ``None`` where that is not possible."""
-        if transformed():
+        if transformed() or not self._one_A():
             return None
-        pairs = zip(self.INPUTS, self.inputs(start, stop), strict=True)
+        h, inputs = h.detach(), self.inputs(start, stop)
+        with torch.no_grad():
+            y, found = self.states(start, stop, h)
+
+        def one_by_one(*inputs: Tensor) -> Tensor:  # each position as a row, which begins at the state before it
+            before = torch.cat((h[:, None], found[:, :-1]), dim=1).flatten(0, 1)
+            rows = (t if name == "A" else t.flatten(0, 1)[:, None] for name, t in zip(self.INPUTS, inputs, strict=True))
+            return self.scan(*rows, before)[1].view_as(found)
+
+        states = recompute(lambda *_: found.view_as(found), one_by_one, *inputs)
+        pairs = zip(self.INPUTS, inputs, strict=True)
         columns = ([t] * (stop - start) if name == "A" else t.split(1, dim=1) for name, t in pairs)
-        y, states = self.states(start, stop, h.detach())
-        inputs = [*zip(*columns, strict=True)]
-        return Links(self.scan, inputs, y, states, lambda: self.decays(start, stop, states.dim()))
+        return Links(self.scan, [*zip(*columns, strict=True)], y, states, lambda: self.decays(start, stop, h.dim() + 1))
+
+    def _one_A(self) -> bool:
+        return True
 
     def cut(self, name: str, start: int, stop: int) -> Tensor:
         """Positions ``start`` to ``stop - 1`` of one of its tensors [B,L,...], by its name."""
@@ -172,6 +183,9 @@ class Selective(Recurrence):
     @property
     def scan(self) -> Callable[..., Pair]:
         return functools.partial(self.family.selective_scan, kernels=self.kernels)
+
+    def _one_A(self) -> bool:
+        return self.A.dim() == self.family.axes_of_A
 
     def _A_bar(self, start: int, stop: int) -> Tensor:
         return self.family.exponent(self.delta[:, start:stop], self.A).exp_()
