@@ -25,11 +25,13 @@ COLUMNS = {
 
 
 def forward_table(results: dict[str, Any]) -> str:
-    """A row for each length of ``forward.json``: ms of the matmuls, then each contender's ratio."""
-    lines = ["| L | matmuls | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 2) + "|"]
+    """A row for each length of a record of `forward`: ms of the matmuls, then each contender's ratio."""
+    first = next(iter(results["lengths"].values()))["contenders"]
+    columns = {column: name for column, name in COLUMNS.items() if name in first}
+    lines = ["| L | matmuls | " + " | ".join(columns) + " |", "|---" * (len(columns) + 2) + "|"]
     for length, found in results["lengths"].items():
         contenders = found["contenders"]
-        ratios = [f"{contenders[name]['ratio']:.2f}" for name in COLUMNS.values()]
+        ratios = [f"{contenders[name]['ratio']:.2f}" for name in columns.values()]
         lines.append(f"| {length} | {contenders['floor']['ms']:.0f} ms | " + " | ".join(ratios) + " |")
     return "\n".join(lines)
 
@@ -84,6 +86,24 @@ def decode_table(results: dict[str, Any]) -> str:
         for threads, rows in found.items():
             cells = [f"{rows[name]['ratio']:.2f}" for name in columns]
             lines.append(f"| {PURE_NAMES[model_type]} | {threads} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+#: What the page says of a first use -> in which interpreter, and what of it.
+FIRST_USE = {
+    "import of PyTorch, transformers and nnsight": ("compiled before", "import"),
+    "first forward of an installation": ("nothing compiled yet", "forward, first"),
+    "first forward and backward after it": ("nothing compiled yet", "forward and backward, first"),
+    "first forward of a later process": ("compiled before", "forward, first"),
+}
+
+
+def first_use_table(results: dict[str, Any]) -> str:
+    """Seconds by architecture, of ``first_use.json``."""
+    lines = ["| | Mamba-1 | Mamba-2 |", "|---|---|---|"]
+    for words, (where, what) in FIRST_USE.items():
+        cells = [f"{results[family][where][what]:.1f} s" for family in PURE_NAMES]
+        lines.append(f"| {words} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
