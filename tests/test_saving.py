@@ -528,9 +528,10 @@ def test_no_guard_is_left_by_what_ends_a_block(tiny, tokens):
         _ = tiny.layers[0].resid_post.output.save()
         _ = 1 / 0
     assert torch._C._len_torch_function_stack() == 0
-    with torch.no_grad(), tiny.scan(tokens):
-        shape = tiny.layers[0].ssm.h[2].output.save().shape
-        _ = nnsight.save(tuple(shape))
+    for grad in (False, True):
+        with torch.set_grad_enabled(grad), tiny.scan(tokens):
+            shape = tiny.layers[0].ssm.h[0].output.save().shape
+            _ = nnsight.save(tuple(shape))
 
 
 def test_a_saved_value_stays_in_every_step_of_generate(tiny, tokens):

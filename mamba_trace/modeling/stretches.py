@@ -143,8 +143,8 @@ class Stretches:
         # A tensor that was assigned or detached counts even where its contents are the same.
         only_read = after is copy and after.requires_grad >= recorded and same_contents(state, after)
         linked = self.ahead is not None and self.ahead.links is not None
-        read_later = at == self.start and (linked or after.requires_grad) and not self._padded(at, at + 1)
-        unread = only_read and read_later
+        unread = only_read and at == self.start and (linked or after.requires_grad)
+        unread = unread and not self._padded(at, at + 1)
         if not unread and (after.requires_grad or not only_read):
             if self.offer.mask is not None:  # no edit changes the state on padding
                 after = torch.where(self.offer.mask[:, at].view(-1, *[1] * (state.dim() - 1)), after, state)
