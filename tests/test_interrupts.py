@@ -52,7 +52,7 @@ RUNS: dict[str, tuple[Callable[[MambaTrace], Any], int]] = {
     "trace": (traced, 499),
     "run_with_cache": (lambda model: model.run_with_cache(IDS), 3001),
     "run_with_hooks": (hooked, 499),
-    "generate": (lambda model: model.generate(IDS, max_new_tokens=1, do_sample=False), 401),
+    "generate": (lambda model: model.generate(IDS, max_new_tokens=1, do_sample=False), 307),
 }
 
 

@@ -159,9 +159,13 @@ def move_on(mediator: Mediator) -> None:
     guard, served = mediator.__dict__.get(GUARD), served_to(mediator)
     if guard is not None and guard.busy:  # the guard's own requests leave it active
         return
-    if served is not None:
-        served.check_forms()
     end_guard(mediator)
+    if served is not None:
+        try:
+            served.check_forms()
+        except BaseException:  # the block may catch it, and go on
+            guard_if_needed(mediator)
+            raise
     type(mediator).flush(mediator)
 
 

@@ -14,11 +14,11 @@ Form = tuple[torch.Size, torch.dtype, bool]
 
 def form_of(tensor: Tensor) -> Form:
     """The form of a tensor, which editing its numbers in place does not change."""
+    if not has_memory(tensor) or not tensor.numel():
+        return tensor.shape, tensor.dtype, True
     with torch._C.DisableTorchFunction():  # a `Guard` would take this for an attempt to write to the memory
-        if not has_memory(tensor) or not tensor.numel():
-            return tensor.shape, tensor.dtype, True
         there = tensor.untyped_storage().nbytes()
-        return tensor.shape, tensor.dtype, bool((span(tensor)[1] + 1) * tensor.itemsize <= there)
+    return tensor.shape, tensor.dtype, bool((span(tensor)[1] + 1) * tensor.itemsize <= there)
 
 
 def tensors_of(value: Any) -> list[Tensor]:
