@@ -84,6 +84,9 @@ def copied(state: Tensor) -> Tensor:
 
 #: How many times as many positions are run ahead as were only read before, and how many numbers their states may have.
 AHEAD, MUCH = 4, 1 << 23
+#: How many numbers the states of all positions of a call may have that are run ahead with gradients: these are kept
+#: beside what is handed out, which costs more than it saves where both are hundreds of megabytes in every layer.
+IN_ALL = 1 << 24
 
 
 @dataclass
@@ -180,7 +183,9 @@ class Stretches:
         stop = min(self.length, at + AHEAD * self.read_in_a_row, at + 1 + MUCH // max(1, self.h.numel()))
         if not differentiated(self.h, *self.recurrence.tensors):
             return Ahead(at, *self.recurrence.states(at, stop, self.h))
-        links = None if self._padded(at, stop) else self.recurrence.links(at, stop, self.h)
+        if self._padded(at, stop) or self.length * self.h.numel() > IN_ALL:
+            return None
+        links = self.recurrence.links(at, stop, self.h)
         return None if links is None else Ahead(at, links.y, links.states, links)
 
     def _serve_states(self) -> tuple[list[Tensor], Tensor]:
