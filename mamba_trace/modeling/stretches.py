@@ -84,8 +84,8 @@ def copied(state: Tensor) -> Tensor:
 
 #: How many times as many positions are run ahead as were only read before, and how many numbers their states may have.
 AHEAD, MUCH = 4, 1 << 23
-#: How many numbers the states of all positions of a call may have that are run ahead with gradients: these are kept
-#: beside what is handed out, which costs more than it saves where both are hundreds of megabytes in every layer.
+#: How many numbers the states of all positions of a call may have that are run ahead, or read together, with gradients:
+#: these are kept beside what is handed out, which costs more than it saves where both are 100 MB in every layer.
 IN_ALL = 1 << 24
 
 
@@ -147,7 +147,7 @@ class Stretches:
         only_read = after is copy and after.requires_grad >= recorded and same_contents(state, after)
         linked = self.ahead is not None and self.ahead.links is not None
         unread = only_read and at == self.start and (linked or after.requires_grad)
-        unread = unread and not self._padded(at, at + 1)
+        unread = unread and self._few(after) and not self._padded(at, at + 1)
         if not unread and (after.requires_grad or not only_read):
             if self.offer.mask is not None:  # no edit changes the state on padding
                 after = torch.where(self.offer.mask[:, at].view(-1, *[1] * (state.dim() - 1)), after, state)
@@ -159,6 +159,9 @@ class Stretches:
             self.ahead = None
         self.done.append(Stretch(self.start, at + 1, self.h, y, after, unread, self.ahead if linked else None))
         self.start, self.h = at + 1, after
+
+    def _few(self, state: Tensor) -> bool:
+        return self.length * state.numel() <= IN_ALL
 
     def _padded(self, start: int, stop: int) -> bool:
         return self.offer.mask is not None and not bool(self.offer.mask[:, start:stop].all())
@@ -183,7 +186,7 @@ class Stretches:
         stop = min(self.length, at + AHEAD * self.read_in_a_row, at + 1 + MUCH // max(1, self.h.numel()))
         if not differentiated(self.h, *self.recurrence.tensors):
             return Ahead(at, *self.recurrence.states(at, stop, self.h))
-        if self._padded(at, stop) or self.length * self.h.numel() > IN_ALL:
+        if self._padded(at, stop) or not self._few(self.h):
             return None
         links = self.recurrence.links(at, stop, self.h)
         return None if links is None else Ahead(at, links.y, links.states, links)
