@@ -85,7 +85,7 @@ def copied(state: Tensor) -> Tensor:
 #: How many times as many positions are run ahead as were only read before, and how many numbers their states may have.
 AHEAD, MUCH = 4, 1 << 23
 #: How many numbers the states of all positions of a call may have that are run ahead, or read together, with gradients:
-#: these are kept beside what is handed out, which costs more than it saves where both are 100 MB in every layer.
+#: these are kept beside what is handed out, and where both fill memory, filling it takes all the time there is.
 IN_ALL = 1 << 24
 
 
