@@ -33,6 +33,15 @@ def test_a_layer_that_did_not_run_is_not_reported(tiny: MambaTrace, tokens: Tens
         assert layers_that_ran(tiny) == [1, 2]
 
 
+def test_two_traces_are_never_taken_for_one(tiny: MambaTrace, tokens: Tensor) -> None:
+    """Not even where the objects of one come to stand in memory where those of another stood."""
+    traces = []
+    for _ in range(100):
+        tiny.run_with_hooks(tokens, stop_at_layer=1)
+        traces.append(tiny.last_run.trace)
+    assert len(set(traces)) == len(traces)
+
+
 def test_a_layer_in_words() -> None:
     run = LayerRun(3, 9, [Call("causal_conv", "PyTorch", 9)], ["h is wanted", "conv is wanted"])
     run.calls += [Call("selective_scan", "cpu", 6), Call("selective_scan", "cpu", 3), Call("its_own", "cuda", 9)]

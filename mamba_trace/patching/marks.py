@@ -97,7 +97,7 @@ class _Content:
     """What values hold, as bytes; each function and object once, since they may refer to themselves."""
 
     def __init__(self) -> None:
-        self.seen: set[int] = set()
+        self.seen: dict[int, Any] = {}  # by id, kept so that no id is given out again
 
     def of_code(self, code: CodeType, scope: Mapping[str, Any]) -> Iterator[bytes]:
         """The instructions and constants of code, and what its names stand for."""
@@ -134,7 +134,7 @@ class _Content:
         yield qualified(value).encode() if not isinstance(value, FunctionType) else b"function"
         if id(value) in self.seen:
             return
-        self.seen.add(id(value))
+        self.seen[id(value)] = value
         if isinstance(value, FunctionType):
             yield from self.of_code(value.__code__, {**_referred(value), **_closure(value)})
             yield from self.of([value.__defaults__, value.__kwdefaults__])

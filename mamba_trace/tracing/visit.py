@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 from collections.abc import Iterable, Iterator, Mapping
-from itertools import chain
 from typing import Any
 
 from greenlet import getcurrent
@@ -28,6 +28,10 @@ CALL_MASK, FIRST_LENGTH = "_mamba_trace_mask", "_mamba_trace_first_length"
 
 #: Set on a worker while it only reads what it asks for.
 READING = "_mamba_trace_reading"
+
+#: Set on the first worker of a trace: the number of the trace. An ``id`` will not do, as it is given out again.
+NUMBER = "_mamba_trace_number"
+_numbers = itertools.count()
 
 
 def take_note_of_mask(interleaver: Any, mask: Any) -> None:
@@ -77,8 +81,12 @@ class Visit:
 
     @property
     def trace(self) -> int | None:
-        """A number that identifies the running trace; ``None`` outside of traces."""
-        return None if self.interleaver is None else id(self.interleaver.mediators[0].worker)
+        """The number of the running trace, which no other trace of the program has; ``None`` outside of traces."""
+        if self.interleaver is None:
+            return None
+        first: dict[str, Any] = self.interleaver.mediators[0].worker.__dict__
+        number: int = first.setdefault(NUMBER, next(_numbers))
+        return number
 
     @property
     def batching(self) -> bool:
@@ -128,7 +136,7 @@ class Visit:
         prefix = f"{self.path}.{below}"
         parked = (location for _, location in self._parked(below))
         observed = (location for location in self.interleaver.observers if location.startswith(prefix))
-        return any(location not in besides for location in chain(parked, observed))
+        return any(location not in besides for location in itertools.chain(parked, observed))
 
     def _parked(self, below: str) -> Iterator[tuple[Mediator, str]]:
         # The workers that wait for a location which begins so, at this visit of it, and what they wait for.
