@@ -6,6 +6,7 @@ A buffer that is made without a dtype or a device has the process's default ones
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -289,6 +290,18 @@ def test_a_kernel_finds_its_arguments_by_name() -> None:
 def test_a_name_or_a_rank_that_a_layout_lacks_does_not_compile(function: Any, reason: str) -> None:
     with pytest.raises(TypingError, match=reason):
         _ = compiled.Kernel(function, SUM).compiled
+
+
+def test_compiled_code_of_other_files_is_not_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A kernel is made of several files, and Numba asks about one: all of them are part of the key."""
+    monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path))
+    hits = []
+    for sources in ("one release", "one release", "another"):
+        monkeypatch.setattr(compiled, "_sources", lambda sources=sources: sources)
+        hits.append(compiled.Kernel(add_up, SUM).compiled.cache_hits)
+    assert hits == [0, 1, 0]
+    monkeypatch.undo()
+    assert compiled._sources() != hashlib.sha256().hexdigest()
 
 
 def test_compiled_code_for_other_places_is_not_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

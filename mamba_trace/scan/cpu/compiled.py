@@ -19,7 +19,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
+import hashlib
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import CellType, FunctionType
 from typing import Any
 
@@ -65,9 +67,10 @@ class Kernel:
     @functools.cached_property
     def compiled(self) -> Any:
         """Numba's compiled function, which is kept on disk where there is a folder to write to."""
-        # Numba's cache asks whether the file and the closure of a function have changed. The layout's places and
-        # the constants are compiled in as well, so they are put into the closure: no other code is ever run.
-        own = CellType(f"{_described(self.layout)}\n{self.constants}")
+        # Numba's cache asks whether the file and the closure of a function have changed. The layout's places, the
+        # constants and what other files define are compiled in as well, so they are put into the closure: no other
+        # code is ever run.
+        own = CellType(f"{_described(self.layout)}\n{self.constants}\n{_sources()}")
         code = self.function.__code__.replace(co_freevars=("own",))
         globals_ = self.function.__globals__ | self.constants | {"arguments_at": _arguments_of(self.layout)}
         function = FunctionType(code, globals_, self.function.__name__, closure=(own,))
@@ -77,6 +80,14 @@ class Kernel:
                 return cfunc(signature, cache=True, **OPTIONS)(function)
             except RuntimeError:  # Numba found no such folder
                 return cfunc(signature, **OPTIONS)(function)
+
+
+@functools.cache
+def _sources() -> str:
+    # What tells the files that kernels are written in from those of another release.
+    here = Path(__file__).parent
+    files = sorted(file for folder in (here, here.parent / "dual") for file in folder.glob("*.py"))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
 @contextlib.contextmanager

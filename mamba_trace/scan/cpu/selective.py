@@ -13,9 +13,10 @@ from numba import njit
 
 from ..buffers import BlockLayout, Buffer
 from .compiled import OPTIONS, Kernel, arguments_at, kernel, next_piece
-from .vectors import LANES, LOG2E, exp2, silu, softplus, transpose
+from .vectors import LANES, LOG2E, exp2, fetch, silu, softplus, transpose
 
 WIDTH = LANES  # channels in a block
+AHEAD = 4  # positions from the one at which its memory is asked for
 CHUNK = 64  # positions between the states that the backward pass keeps
 ENDS = 5  # how many positions' time it takes to turn a block's states around and back, an estimate
 IN_RUNS = False  # whether a row is several runs, one behind the other
@@ -102,6 +103,12 @@ def forward(data):  # type: ignore[no-untyped-def]
                     begin, end, start = 0, p.length, p.h_start[b]
                 turn_in(start, e0, h, w, p.n_state)
                 for t in range(begin, end):
+                    if t + AHEAD < end:
+                        fetch(p.x[b, t + AHEAD], e0)
+                        fetch(p.delta[b, t + AHEAD], e0)
+                        fetch(p.y[b, t + AHEAD], e0)
+                        if p.gated:
+                            fetch(p.skip[b, t + AHEAD], e0)
                     for e in range(w):
                         xs[e] = p.x[b, t, e0 + e]
                     for e in range(w):
