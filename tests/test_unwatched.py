@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import itertools
 from collections import OrderedDict
@@ -52,11 +53,12 @@ def test_an_update_is_the_gated_scan_in_the_memory_of_its_state(family: str, row
     expected, last = scans.gated_scan(x, delta, A, *others, h, kernels="reference")
     given, state = [tensor.float() for tensor in (x, delta, A, *others)], h.float()
     memory = state.data_ptr()
-    near(scans.gated_update(*given, state).double(), expected, 1e-6)
+    near(scans.gated_update(*given, state)[0].double(), expected, 1e-6)
     near(state.double(), last, 1e-6)
     assert state.data_ptr() == memory
-    from_zero, _ = scans.gated_scan(x, delta, A, *others, kernels="reference")
-    near(scans.gated_update(*given, None).double(), from_zero, 1e-6)
+    from_zero = scans.gated_scan(x, delta, A, *others, kernels="reference")
+    for found, right in zip(scans.gated_update(*given, None), from_zero, strict=True):
+        near(found.double(), right, 1e-6)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -65,7 +67,7 @@ def test_an_update_takes_any_layout_of_its_inputs(family: str) -> None:
     apart = [t.new_zeros(*t.shape, 2)[..., 0].copy_(t) for t in given]
     first, second = h.clone(), h.clone()
     update: Any = FAMILIES[family].gated_update
-    agree(update(*apart, second), update(*given, first))
+    agree(update(*apart, second)[0], update(*given, first)[0])
     agree(second, first)
 
 
@@ -148,6 +150,24 @@ def test_the_numbers_and_the_cache_are_those_of_a_watched_model(
     assert bool(layers) == (kind in UNWATCHED)
     for value, other in zip([*actual, actual[0]], [*expected, whole], strict=True):
         near(value, other, 1e-5)
+
+
+@pytest.mark.parametrize("kind", ["mamba", "mamba2"])
+def test_a_scan_that_fails_leaves_its_layer_of_a_new_cache_empty(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(*inputs: Any) -> Any:
+        raise KeyboardInterrupt
+
+    model, cache = model_of(kind), DynamicCache(config=model_of(kind).config)
+    mixer: Any = model.layers[1].ssm._module
+    with torch.no_grad(), monkeypatch.context() as patch:
+        patch.setattr(mixer, "scans", dataclasses.replace(mixer.scans, gated_update=failing), raising=False)
+        with pytest.raises(KeyboardInterrupt):
+            model._module(draw_tokens(2, seed=0), cache=cache, use_cache=True)
+    first, second = cache.layers[:2]
+    assert first.has_previous_state[0]
+    assert not second.has_previous_state[0]
+    assert not second.is_conv_states_initialized[0]
+    assert not second.is_recurrent_states_initialized[0]
 
 
 @pytest.mark.parametrize("kind", UNWATCHED)

@@ -84,7 +84,34 @@ class Anew:
 
     def gated(self, mixer: Any, *inputs: Tensor) -> Tensor:
         """What `ScanFamily.gated_scan` returns for a mixer's ``inputs``, after what came before."""
-        gated: Tensor = mixer.scans.gated_update(*inputs, None)
+        gated: Tensor = mixer.scans.gated_update(*inputs, None)[0]
+        return gated
+
+
+#: What a new layer of a cache is made with: no zeros to fill, since a kernel fills the memory that it is given then.
+NO_NUMBERS = torch.empty(0, dtype=torch.float32, device="cpu")
+
+
+class Begun(Anew):
+    """A layer of a cache that holds nothing yet, which an unwatched mixer gives its memory, with the values in it."""
+
+    columns: Tensor  # the last columns [B,channels,K]
+
+    def __init__(self, layer: Any, kernel: int) -> None:
+        self.layer, self.kernel = layer, kernel
+
+    def convolved(self, columns: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        rows, _, channels = columns.shape
+        self.columns = columns.new_empty(rows, channels, self.kernel)
+        return cpu.convolved(columns, weight, bias, None, activate=True, columns=self.columns)
+
+    def gated(self, mixer: Any, *inputs: Tensor) -> Tensor:
+        gated: Tensor
+        gated, state = mixer.scans.gated_update(*inputs, None)
+        layer = self.layer
+        layer.lazy_initialization(conv_states=NO_NUMBERS, recurrent_states=NO_NUMBERS, conv_kernel_size=self.kernel)
+        layer.conv_states[0], layer.recurrent_states[0] = self.columns, mixer.to_cache(state)
+        layer.has_previous_state[0] = True
         return gated
 
 
@@ -102,8 +129,8 @@ class Lent(Anew):
         self.state: Tensor = layer.recurrent_states[0]
 
     @classmethod
-    def of(cls, cache: Any, mixer: Any, value: Tensor) -> Lent | None:
-        """That of a mixer's layer for its input ``value`` [B,L,D].
+    def of(cls, cache: Any, mixer: Any, value: Tensor) -> Anew | None:
+        """That of a mixer's layer for its input ``value`` [B,L,D], or `Begun` where there is none yet.
 
         ``None`` if the cache does more than to store, in float32, what it is given.
         """
@@ -113,13 +140,11 @@ class Lent(Anew):
         theirs = type(layer).__module__ == LinearAttentionLayer.__module__  # they differ in how memory is made
         if not theirs or not same_methods(type(layer), LinearAttentionLayer, OF_LAYER) or layer.record_past:
             return None
-        rows, K = len(value), mixer.conv_kernel_size
-        if not layer.is_conv_states_initialized[0]:
-            layer.lazy_initialization(conv_states=value.new_empty(rows, mixer.n_channels, K), conv_kernel_size=K)
-        if not layer.is_recurrent_states_initialized[0]:
-            layer.lazy_initialization(recurrent_states=mixer.to_cache(value.new_empty(rows, *mixer.state_shape)))
+        made = layer.is_conv_states_initialized[0], layer.is_recurrent_states_initialized[0]
+        if not all(made):
+            return None if any(made) else Begun(layer, mixer.conv_kernel_size)
         lent = cls(layer)
-        check_rows(lent.columns, rows)
+        check_rows(lent.columns, len(value))
         return lent if in_floats(lent.columns) and in_floats(lent.state) else None
 
     def convolved(self, columns: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -134,7 +159,7 @@ class Lent(Anew):
 
     def gated(self, mixer: Any, *inputs: Tensor) -> Tensor:
         changed(self.state)
-        gated: Tensor = mixer.scans.gated_update(*inputs, mixer.from_cache(self.state))
+        gated: Tensor = mixer.scans.gated_update(*inputs, mixer.from_cache(self.state))[0]
         return gated
 
 

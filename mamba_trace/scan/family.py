@@ -37,8 +37,9 @@ class ScanFamily:
         selective_states: the same with the state after each position in place of the last state.
         gated_scan: ``(x, delta, A, B, C, D, skip, h_start) -> (after_skip, h_last)``. Its step sizes are those
             before softplus in the selective family, and those after softplus and limits in the dual family.
-        gated_update: ``(x, delta, A, B, C, D, skip, h) -> after_skip``. The same on a CPU in float32, without
-            gradients; h is overwritten with the last state, and may be ``None``, for zeros. ``None`` if there is none.
+        gated_update: ``(x, delta, A, B, C, D, skip, h) -> (after_skip, h)``. The same on a CPU in float32, without
+            gradients; h is overwritten with the last state. It may be ``None``, for zeros; the last state is in new
+            memory then. ``None`` if there is no such function.
         gated_runs: ``(x, delta, A, B, C, D, skip, starts, runs) -> after_skip``. The same without gradients, for rows
             that are several `runs.Runs`; run r starts from ``starts[r]`` in every row. ``room=`` is a `room.Room` that
             the result may be made in.
@@ -57,7 +58,7 @@ class ScanFamily:
     selective_scan: Scan
     selective_states: Scan
     gated_scan: Scan
-    gated_update: Callable[..., Tensor] | None
+    gated_update: Callable[..., tuple[Tensor, Tensor]] | None
     gated_runs: Callable[..., Tensor]
     explicit_scan: Scan
     explicit_states: Scan

@@ -22,7 +22,7 @@ from ..reference import in_dtype
 from ..room import Room
 from ..runs import Runs
 from . import team
-from .operators import as_dense, as_floats, kernels_in, operator, run_forward, starting_state
+from .operators import as_dense, as_floats, ended_state, kernels_in, operator, run_forward, starting_state
 
 #: Whether the kernels are worth a call for a single position.
 TAKES_ONE_POSITION = True
@@ -68,6 +68,7 @@ _selective: Any = operator(
     ("x", "delta", "A", "B", "C", "h_start"),
     reference.selective_scan,
     reference.selective_states,
+    started=1,
     gated=0,
     D=None,
     skip=None,
@@ -128,26 +129,25 @@ def _gated(
     skip: Tensor,
     *h_start: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    h = starting_state(x, A.shape[-1], *h_start)
-    h_last = torch.empty_like(h)
-    return _into(h_last, x, delta_2, A, B, C, D, skip, h), h_last
+    start = next(iter(h_start), None)
+    start = None if start is None else as_dense(start)
+    return _into(ended_state(x, A.shape[-1]), x, delta_2, A, B, C, D, skip, start)
 
 
 def gated_update(
     x: Tensor, delta_2: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, skip: Tensor, h: Tensor | None
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """As `ScanFamily.gated_update`, in float32: `gated_scan` in the memory of h."""
-    h = starting_state(x, C.shape[-1]) if h is None else h
-    return _into(h, x, delta_2, A, B, C, D, skip, h)
+    return _into(ended_state(x, C.shape[-1]) if h is None else h, x, delta_2, A, B, C, D, skip, h)
 
 
-def _into(h_last: Tensor, x: Tensor, *others: Tensor) -> Tensor:
+def _into(h_last: Tensor, x: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
     # The gated scan from the state h, the last of the inputs, which may be h_last, the memory of the last state.
     *rest, h = others
     inputs = dict(zip(GATED, as_floats(x, *rest), strict=True))
-    y = h.new_empty(x.shape)
-    run_forward(".selective", inputs, gated=1, keep=0, y=y, h_start=h, h_last=h_last, states=None)
-    return in_dtype(y, x.dtype)
+    y, started = h_last.new_empty(x.shape), int(h is not None)
+    run_forward(".selective", inputs, started=started, gated=1, keep=0, y=y, h_start=h, h_last=h_last, states=None)
+    return in_dtype(y, x.dtype), h_last
 
 
 def gated_runs(
@@ -166,7 +166,7 @@ def gated_runs(
     *tensors, starts = as_floats(x, delta_2, A, B, C, D, skip, starts)
     inputs = dict(zip(GATED, tensors, strict=True)) | {"starts": starts, "begins": runs.begins}
     y = (room or Room(len(x))).take("y", x.shape, len(x))
-    run_forward(".selective", inputs, "forward_runs", gated=1, keep=0, y=y, states=None)
+    run_forward(".selective", inputs, "forward_runs", started=1, gated=1, keep=0, y=y, states=None)
     return in_dtype(y, x.dtype)
 
 

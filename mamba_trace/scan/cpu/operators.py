@@ -48,6 +48,11 @@ def starting_state(x: Tensor, d_state: int, h: Tensor | None = None) -> Tensor:
     return as_dense(h)
 
 
+def ended_state(x: Tensor, d_state: int) -> Tensor:
+    """Memory for the state after the last position [B,...,N], dense in float32, for x [B,L,...]."""
+    return x.new_empty(x.shape[0], *x.shape[2:], d_state, dtype=torch.float32)
+
+
 def _empty_results(x: Tensor, h: Tensor, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
     # Room for y [B,L,...], h_last [B,...,N] and the states: [B,L,...,N], or [B,0,...,N] if they are not kept.
     y, h_last = x.new_empty(x.shape), torch.empty_like(h, memory_format=torch.contiguous_format)

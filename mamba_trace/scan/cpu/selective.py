@@ -22,11 +22,12 @@ ENDS = 5  # how many positions' time it takes to turn a block's states around an
 IN_RUNS = False  # whether a row is several runs, one behind the other
 
 FORWARD = BlockLayout(
-    "gated keep",
+    "started gated keep",
     x=Buffer("batch length width", dense=1), delta=Buffer("batch length width", dense=1),
     B=Buffer("batch length n_state", dense=1), C=Buffer("batch length n_state", dense=1),
     skip=Buffer("batch length width", dense=1, when="gated"),
-    A=Buffer("width n_state"), D=Buffer("width", when="gated"), h_start=Buffer("batch width n_state"),
+    A=Buffer("width n_state"), D=Buffer("width", when="gated"),
+    h_start=Buffer("batch width n_state", when="started"),
     y=Buffer("batch length width"), h_last=Buffer("batch width n_state"),
     states=Buffer("batch length width n_state", when="keep"),
 )  # fmt: skip
@@ -71,9 +72,9 @@ def turn_out(block, rows, e0, w, n_state):  # type: ignore[no-untyped-def]
 def forward(data):  # type: ignore[no-untyped-def]
     """Run pieces of the blocks (batch x channel blocks) over all positions. Results: y, h_last and states.
 
-    ``gated``: whether to take softplus of delta before, and to add D x to y and gate it after; ``keep``:
-    whether to keep the states. `IN_RUNS`: run r starts from the state ``starts[r]`` at position ``begins[r]``, in
-    every row; there is no h_last.
+    ``started``: whether there is a state to start from, otherwise it is zero; ``gated``: whether to take softplus
+    of delta before, and to add D x to y and gate it after; ``keep``: whether to keep the states. `IN_RUNS`: run r
+    starts from the state ``starts[r]`` at position ``begins[r]``, in every row; there is no h_last.
     """
     p = arguments_at(data)
     blocks = (p.width + WIDTH - 1) // WIDTH
@@ -101,7 +102,10 @@ def forward(data):  # type: ignore[no-untyped-def]
                     end = int(p.begins[run + 1]) if run + 1 < p.runs else p.length
                 else:
                     begin, end, start = 0, p.length, p.h_start[b]
-                turn_in(start, e0, h, w, p.n_state)
+                if p.started:
+                    turn_in(start, e0, h, w, p.n_state)
+                else:
+                    h[:] = np.float32(0.0)
                 for t in range(begin, end):
                     if t + AHEAD < end:
                         fetch(p.x[b, t + AHEAD], e0)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..cpu import unavailable as unavailable
-from ..cpu.operators import as_floats, operator, run_forward, starting_state
+from ..cpu.operators import as_dense, as_floats, ended_state, operator, run_forward, starting_state
 from ..recompute import recompute
 from ..reference import in_dtype
 from ..room import Room
@@ -30,7 +30,7 @@ _linear: Any = operator(
     (*_NAMES, "h_start"),
     reference.linear_scan,
     reference.linear_states,
-    **{"gated": 0, "D": None, "skip": None},
+    **{"started": 1, "gated": 0, "D": None, "skip": None},
 )
 
 
@@ -54,17 +54,16 @@ def gated_scan(x: Tensor, delta: Tensor, *others: Tensor | None) -> tuple[Tensor
 def _gated(
     x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, skip: Tensor, *h_start: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    h_last = torch.empty(x.shape[0], *x.shape[2:], C.shape[-1], dtype=torch.float32, device="cpu")
     start = next(iter(h_start), None)
-    return _into(h_last, x, delta, A, B, C, D, skip, None if start is None else starting_state(x, C.shape[-1], start))
+    start = None if start is None else as_dense(start)
+    return _into(ended_state(x, C.shape[-1]), x, delta, A, B, C, D, skip, start)
 
 
 def gated_update(
     x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, skip: Tensor, h: Tensor | None
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """As `ScanFamily.gated_update`, in float32: `gated_scan` in the memory of h."""
-    h_last = torch.empty(x.shape[0], *x.shape[2:], C.shape[-1], dtype=torch.float32, device="cpu") if h is None else h
-    return _into(h_last, x, delta, A, B, C, D, skip, h)[0]
+    return _into(ended_state(x, C.shape[-1]) if h is None else h, x, delta, A, B, C, D, skip, h)
 
 
 def _into(
@@ -74,11 +73,11 @@ def _into(
     given = as_floats(x, *reference.decay_and_scale(delta, A), B, C, D, skip)
     inputs = dict(zip((*_NAMES, "D", "skip"), given, strict=True))
     results: Any = {"y": h_last.new_empty(x.shape), "h_last": h_last}
+    results |= {"started": int(h is not None), "h_start": h}
     if x.shape[1] >= MANY:
-        run_forward(_GATED, inputs, started=int(h is not None), h_start=h, **results)
+        run_forward(_GATED, inputs, **results)
     else:
-        start = starting_state(x, C.shape[-1]) if h is None else h
-        run_forward(_LOOPS, inputs, gated=1, keep=0, states=None, h_start=start, **results)
+        run_forward(_LOOPS, inputs, gated=1, keep=0, states=None, **results)
     return in_dtype(results["y"], x.dtype), h_last
 
 

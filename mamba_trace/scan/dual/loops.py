@@ -28,8 +28,9 @@ INPUTS = {
     "h_start": Buffer("batch heads width n_state"),
 }  # fmt: skip
 FORWARD = BlockLayout(
-    "gated keep",
-    **INPUTS, D=Buffer("heads", when="gated"), skip=Buffer("batch length heads width", dense=2, when="gated"),
+    "started gated keep",
+    **INPUTS | {"h_start": Buffer("batch heads width n_state", when="started")},
+    D=Buffer("heads", when="gated"), skip=Buffer("batch length heads width", dense=2, when="gated"),
     y=Buffer("batch length heads width"), h_last=Buffer("batch heads width n_state"),
     states=Buffer("batch length heads width n_state", when="keep"),
 )  # fmt: skip
@@ -53,7 +54,8 @@ def summed(sizes: dict[str, int]) -> dict[str, int]:
 def forward(data):  # type: ignore[no-untyped-def]
     """Run pieces of the blocks (batch x heads x channel blocks) over all positions. Results: y, h_last and states.
 
-    ``gated``: whether to add D x to y and gate it after; ``keep``: whether to keep the states.
+    ``started``: whether there is a state to start from, otherwise it is zero; ``gated``: whether to add D x to y and
+    gate it after; ``keep``: whether to keep the states.
     """
     p = arguments_at(data)
     of_head = (p.width + WIDTH - 1) // WIDTH
@@ -68,6 +70,11 @@ def forward(data):  # type: ignore[no-untyped-def]
             end = min(c0 + WIDTH, p.width)
             group_B, group_C = head * p.groups_B // p.heads, head * p.groups_C // p.heads
             before, after = p.h_start[b, head], p.h_last[b, head]
+            if not p.started:
+                before = after
+                for c in range(c0, end):
+                    for n in range(p.n_state):
+                        before[c, n] = 0.0
             for t in range(p.length):
                 a, s = p.decay[b, t, head], p.scale[b, t, head]
                 x, y = p.x[b, t, head], p.y[b, t, head]
