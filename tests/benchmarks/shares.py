@@ -2,8 +2,8 @@
 
 The same run is timed as it is, with kernels that are handed their tensors and do nothing, and with kernels that are not
 called at all. The rest is Python and PyTorch's small operations. The models are those of `forward`; a prompt is run
-untraced, and a generation as in `decode`. Of a grid, the shares are those of its three parts (`patching.phases`), and
-of a gradient those that PyTorch's profiler finds.
+untraced, and a generation as in `decode`. Of a grid, the shares are those of its three parts (`patching.phases`), of
+reads and a cache those of what a read consists of, and of a gradient those that PyTorch's profiler finds.
 
     python tests/benchmarks/shares.py
     python tests/benchmarks/shares.py --architectures mamba2 --lengths 128
@@ -21,13 +21,21 @@ from typing import Any
 import torch
 from analyses import gradients
 from decode import LENGTH, STEPS
-from forward import SHAPES, floor, models, prompt
+from forward import SHAPES, floor, models, prompt, traces
 from patching import model_of, prompts
 
+from mamba_trace.modeling import stretches
 from mamba_trace.patching import logit_diff, patch_grid, phases
 from mamba_trace.scan.cpu import team
+from mamba_trace.scan.recurrence import Selective
 
 PARTS = ("run_unpatched", "run_patched_layers", "run_to_the_end")
+#: What a read of a state consists of, beside the calls of nnsight and Python around it.
+READS: dict[str, tuple[Any, str]] = {
+    "copies": (stretches, "copied"),
+    "comparisons": (stretches, "same_contents"),
+    "scans with states": (Selective, "states"),
+}
 #: The names of operations by what they are, as PyTorch's profiler has them.
 OPERATIONS = {"matmuls": ("aten::mm", "aten::addmm", "aten::bmm"), "scans": ("Scan", "_Recomputed")}
 
@@ -80,35 +88,47 @@ def of_a_generation(plain: Any, model: Any, repeats: int) -> dict[str, float]:
     return of_kernels(lambda: model._module.generate(tokens, **settings), matmuls, repeats)
 
 
-def of_a_grid(architecture: str) -> dict[str, float]:
-    """The shares of the parts of a heatmap of h."""
-    model = model_of(architecture)
-    spent = dict.fromkeys(PARTS, 0.0)
+def spent_in(parts: dict[str, tuple[Any, str]], run: Callable[[], Any]) -> dict[str, float]:
+    """The shares of a second run that are spent in functions, each an attribute of an object."""
+    run()
+    spent = dict.fromkeys(parts, 0.0)
 
     def timed(name: str, part: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(part)
-        def run(*args: Any, **kwargs: Any) -> Any:
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
             start = time.perf_counter()
             try:
                 return part(*args, **kwargs)
             finally:
                 spent[name] += time.perf_counter() - start
 
-        return run
+        return wrapper
 
-    def grid() -> None:
-        patch_grid(model, *prompts(architecture)[0], "h", logit_diff(model, 5, 6), progress=False)
-
-    grid()
-    own = {name: getattr(phases, name) for name in PARTS}
-    for name, part in own.items():
-        setattr(phases, name, timed(name, part))
+    own = {name: getattr(*where) for name, where in parts.items()}
+    for name, where in parts.items():
+        setattr(*where, timed(name, own[name]))
     try:
-        whole = seconds(grid)
+        whole = seconds(run)
     finally:
-        for name, part in own.items():
-            setattr(phases, name, part)
+        for name, where in parts.items():
+            setattr(*where, own[name])
     return {"milliseconds": 1000 * whole} | {name: taken / whole for name, taken in spent.items()}
+
+
+def of_a_grid(architecture: str) -> dict[str, float]:
+    """The shares of the parts of a heatmap of h."""
+    model = model_of(architecture)
+    metric = logit_diff(model, 5, 6)
+    parts = {name: (phases, name) for name in PARTS}
+    return spent_in(parts, lambda: patch_grid(model, *prompts(architecture)[0], "h", metric, progress=False))
+
+
+def of_reads(model: Any, tokens: Any, run: Callable[[], Any]) -> dict[str, float]:
+    """The shares of a run that reads states one by one: a forward of its own, what its reads cost, and the rest."""
+    shares = spent_in(READS, run)
+    forward = 1000 * min(seconds(lambda: model._module(tokens)) for _ in range(3))
+    shares["a forward"] = forward / shares["milliseconds"]
+    return shares | {"rest": 1 - sum(share for name, share in shares.items() if name != "milliseconds")}
 
 
 def of_a_gradient(plain: Any, model: Any, length: int) -> dict[str, float]:
@@ -147,6 +167,11 @@ def main() -> None:
                 tokens = prompt(plain, model, length)
                 run = functools.partial(model._module, tokens)
                 show(f"{architecture}, L = {length}", of_kernels(run, floor(plain, length), options.repeats))
+                read = traces(model, tokens)["trace, read every h[p]"]
+                show(f"{architecture}, every h[p], L = {length}", of_reads(model, tokens, read))
+            tokens = prompt(plain, model, 128)
+            everything = functools.partial(model.run_with_cache, tokens)
+            show(f"{architecture}, a cache of all, L = 128", of_reads(model, tokens, everything))
             show(f"{architecture}, {STEPS} new tokens", of_a_generation(plain, model, options.repeats))
             show(f"{architecture}, a grid of h", of_a_grid(architecture))
         show(f"{architecture}, gradients, L = 20", of_a_gradient(plain, model, 20))
