@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from conftest import layers_that_ran
-from torch import Tensor
+from torch import Tensor, nn
 
 from mamba_trace import MambaTrace
 from mamba_trace.errors import LayerError
 from mamba_trace.modeling.run_report import LayerRun, RunReport
 from mamba_trace.scan.record import Call
+from mamba_trace.tracing import Visit
 
 
 def test_a_layer_that_did_not_run_is_not_reported(tiny: MambaTrace, tokens: Tensor) -> None:
@@ -40,6 +43,16 @@ def test_two_traces_are_never_taken_for_one(tiny: MambaTrace, tokens: Tensor) ->
         tiny.run_with_hooks(tokens, stop_at_layer=1)
         traces.append(tiny.last_run.trace)
     assert len(set(traces)) == len(traces)
+
+
+def test_a_trace_whose_workers_are_in_another_process_has_a_number() -> None:
+    """On NDIF's host the mediators of a run stand for the workers of a sandbox."""
+    visit, numbers = Visit(nn.Identity()), []
+    for _ in range(2):
+        visit.interleaver = SimpleNamespace(mediators=[SimpleNamespace(worker=None)])
+        numbers.append(visit.trace)
+        assert visit.trace == numbers[-1]
+    assert numbers[0] != numbers[1]
 
 
 def test_a_layer_in_words() -> None:

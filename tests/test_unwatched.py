@@ -170,6 +170,21 @@ def test_a_scan_that_fails_leaves_its_layer_of_a_new_cache_empty(kind: str, monk
     assert not second.is_recurrent_states_initialized[0]
 
 
+def test_an_interrupt_while_a_new_cache_gets_its_memory_leaves_it_usable(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(layer: Any, **given: Any) -> None:
+        own(layer, **given)
+        raise KeyboardInterrupt
+
+    model, own = model_of("mamba"), LinearAttentionLayer.lazy_initialization
+    cache, tokens = DynamicCache(config=model.config), draw_tokens(2, seed=0)
+    with torch.no_grad():
+        with monkeypatch.context() as patch:
+            patch.setattr(LinearAttentionLayer, "lazy_initialization", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                model._module(tokens, cache=cache, use_cache=True)
+        assert torch.equal(model._module(tokens, cache=cache, use_cache=True).logits, model._module(tokens).logits)
+
+
 @pytest.mark.parametrize("kind", UNWATCHED)
 def test_a_prompt_has_the_very_bits_of_a_watched_one(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, tokens = model_of(kind), draw_tokens(2, seed=0, length=40)

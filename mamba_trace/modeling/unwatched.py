@@ -108,10 +108,17 @@ class Begun(Anew):
     def gated(self, mixer: Any, *inputs: Tensor) -> Tensor:
         gated: Tensor
         gated, state = mixer.scans.gated_update(*inputs, None)
-        layer = self.layer
-        layer.lazy_initialization(conv_states=NO_NUMBERS, recurrent_states=NO_NUMBERS, conv_kernel_size=self.kernel)
-        layer.conv_states[0], layer.recurrent_states[0] = self.columns, mixer.to_cache(state)
-        layer.has_previous_state[0] = True
+        layer, state = self.layer, mixer.to_cache(state)
+        new = {"conv_states": NO_NUMBERS, "recurrent_states": NO_NUMBERS}
+        try:
+            layer.lazy_initialization(**new, conv_kernel_size=self.kernel)
+            layer.conv_states[0], layer.recurrent_states[0] = self.columns, state
+            layer.has_previous_state[0] = True
+        except BaseException:  # an interrupt, too
+            flags = (layer.is_conv_states_initialized, layer.is_recurrent_states_initialized, layer.has_previous_state)
+            for flag in flags:
+                flag[0] = False
+            raise
         return gated
 
 

@@ -29,7 +29,8 @@ CALL_MASK, FIRST_LENGTH = "_mamba_trace_mask", "_mamba_trace_first_length"
 #: Set on a worker while it only reads what it asks for.
 READING = "_mamba_trace_reading"
 
-#: Set on the first worker of a trace: the number of the trace. An ``id`` will not do, as it is given out again.
+#: Set on the first worker of a trace: the number of the trace. An ``id`` is given out again and will not do, nor will
+#: the worker's mediator, which a lasting edit brings to one trace after the other.
 NUMBER = "_mamba_trace_number"
 _numbers = itertools.count()
 
@@ -84,8 +85,9 @@ class Visit:
         """The number of the running trace, which no other trace of the program has; ``None`` outside of traces."""
         if self.interleaver is None:
             return None
-        first: dict[str, Any] = self.interleaver.mediators[0].worker.__dict__
-        number: int = first.setdefault(NUMBER, next(_numbers))
+        first = self.interleaver.mediators[0]
+        runs = first if first.worker is None else first.worker  # on NDIF's host there is no worker
+        number: int = runs.__dict__.setdefault(NUMBER, next(_numbers))
         return number
 
     @property

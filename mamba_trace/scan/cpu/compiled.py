@@ -70,7 +70,7 @@ class Kernel:
         # Numba's cache asks whether the file and the closure of a function have changed. The layout's places, the
         # constants and what other files define are compiled in as well, so they are put into the closure: no other
         # code is ever run.
-        own = CellType(f"{_described(self.layout)}\n{self.constants}\n{_sources()}")
+        own = CellType(f"{_described(self.layout)}\n{self.constants}\n{SOURCES}")
         code = self.function.__code__.replace(co_freevars=("own",))
         globals_ = self.function.__globals__ | self.constants | {"arguments_at": _arguments_of(self.layout)}
         function = FunctionType(code, globals_, self.function.__name__, closure=(own,))
@@ -82,12 +82,14 @@ class Kernel:
                 return cfunc(signature, **OPTIONS)(function)
 
 
-@functools.cache
 def _sources() -> str:
-    # What tells the files that kernels are written in from those of another release.
     here = Path(__file__).parent
     files = sorted(file for folder in (here, here.parent / "dual") for file in folder.glob("*.py"))
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+
+
+#: What tells the files that kernels are written in from those of another release, read as they are imported.
+SOURCES = _sources()
 
 
 @contextlib.contextmanager
