@@ -19,6 +19,7 @@ from mamba_trace.errors import BackendError
 from mamba_trace.scan import cpu, reference
 from mamba_trace.scan.cpu import compiled as _compiled
 from mamba_trace.scan.cpu import conv, team
+from mamba_trace.scan.cpu.vectors import EXP2
 
 TOLERANCE = 1e-5  # of a tensor's largest value
 NAMES = ("x", "delta", "A", "B", "C", "h_start")
@@ -581,3 +582,9 @@ def test_the_convolution_is_pytorch_s(L: int, K: int, before: bool, bias: bool, 
         close(one, other, what="a gradient")
     with torch.no_grad():
         assert torch.equal(cpu.causal_conv(*given, activate=activate), actual)
+
+
+def test_the_polynomial_of_the_exponential_is_closer_than_a_float32() -> None:
+    f = torch.linspace(-0.5, 0.5, 100_001, dtype=torch.float64)
+    power = sum(float(coefficient) * f**k for k, coefficient in enumerate(EXP2))
+    assert float((power / torch.exp2(f) - 1).abs().max()) < 2e-8
