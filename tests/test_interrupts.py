@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dis
+import functools
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from types import FrameType
+from types import CodeType, FrameType
 from typing import Any
 
 import greenlet
@@ -56,6 +58,18 @@ RUNS: dict[str, tuple[Callable[[MambaTrace], Any], int]] = {
 }
 
 
+@functools.cache
+def ends_of_blocks(code: CodeType) -> set[int]:
+    """Where a ``with`` calls ``__exit__(None, None, None)``: no signal comes between its block and that call."""
+    found = list(dis.get_instructions(code))
+    return {
+        instruction.offset
+        for place, instruction in enumerate(found)
+        if all(each.opname == "LOAD_CONST" and each.argval is None for each in found[place : place + 3])
+        and found[place + 3].opname in ("PRECALL", "CALL")
+    }
+
+
 class Interrupt:
     """A trace function that raises at the n-th line; ``raised`` says whether it came to that."""
 
@@ -70,7 +84,7 @@ class Interrupt:
         return self.at_line if any(name in frame.f_code.co_filename for name in PACKAGES) else None
 
     def at_line(self, frame: FrameType, event: str, argument: Any) -> Any:
-        if event == "line":
+        if event == "line" and frame.f_lasti not in ends_of_blocks(frame.f_code):
             self.lines += 1
             if self.lines == self.line:
                 self.raised = True
