@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from ..sites import BY_NAME, SITES, Family, Site, Stage
-from ..tracing import HOOKS, Visit, hooks_of, is_itself
+from ..tracing import HOOKS, Visit, forward_of, hooks_of, is_itself
 from .past import masked
 
 
@@ -156,9 +156,9 @@ class Offers:
 
         Where nothing is wanted its forward is run at once, if a call would do no more.
         """
-        if not self.open and is_itself(inner, type(inner)):
+        if not self.open and (forward := forward_of(inner, type(inner))) is not None:
             self.visit.pass_over((name,))
-            return type(inner).forward(inner, value, *args, **kwargs)
+            return forward(inner, value, *args, **kwargs)
         return inner(self.into(name, value), *args, **kwargs)
 
     def result(self, value: Tensor) -> Tensor:

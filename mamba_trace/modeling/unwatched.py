@@ -19,10 +19,11 @@ from transformers.cache_utils import LinearAttentionLayer
 
 from ..scan import cpu
 from ..scan.dispatch import SUITABLE
+from ..scan.linear import takes
 from ..scan.recompute import transformed
 from ..scan.record import Call
 from ..scan.room import Room
-from ..tracing import Visit, is_itself
+from ..tracing import Visit, forward_of, is_itself
 from .offers import SITE_HOOKS, SITE_NAMES
 from .past import PastStates, check_rows
 from .run_report import LayerRun
@@ -58,13 +59,16 @@ class Nobody:
     def through(self, name: str, value: Tensor) -> Tensor:
         """What the inner module ``name`` returns."""
         module = self.modules[name]
-        if not is_itself(module, type(module)):
+        forward = forward_of(module, type(module))
+        if forward is None:
             returned: Tensor = module(value)
             return returned
         self.passed_by.append(name)
-        if self.room is None or type(module) is not nn.Linear or name == "out_proj":
-            return type(module).forward(module, value)
-        out = self.room.take(name, (*value.shape[:-1], module.out_features), len(value))
+        room = self.room if type(module) is nn.Linear and name != "out_proj" else None
+        if room is None or takes(value, module.weight, module.bias):
+            run: Tensor = forward(module, value)
+            return run
+        out = room.take(name, (*value.shape[:-1], module.out_features), len(value))
         rows, weight = value.flatten(0, 1), module.weight.t()
         if module.bias is None:
             torch.mm(rows, weight, out=out.flatten(0, 1))

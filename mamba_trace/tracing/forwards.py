@@ -21,8 +21,10 @@ import torch
 from accelerate.hooks import AlignDevicesHook
 from nnsight.intervention.source import STATE as CONTROLLER_STATE
 from nnsight.intervention.source import Controller
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook as has_global_hooks
+
+from ..scan.linear import linear
 
 
 def listened_to(module: nn.Module | None) -> bool:
@@ -106,22 +108,48 @@ def as_written() -> Iterator[None]:
                 _compiler.stance = None
 
 
+def linear_forward(self: nn.Linear, input: Tensor) -> Tensor:
+    """The forward of ``nn.Linear``, multiplied as `scan.linear.linear` does it."""
+    return linear(input, self.weight, self.bias)
+
+
+#: The forward of a class -> one that does the same in less time.
+QUICKER: dict[Callable[..., Any], Callable[..., Any]] = {nn.Linear.forward: linear_forward}
+
+
+def quicken(modules: Iterable[nn.Module]) -> None:
+    """Let nnsight's controllers run what is `QUICKER` than the forward of a module's class.
+
+    A module that is looked into by ``.source`` runs as it was written, and a copy does until it is wrapped.
+    """
+    for module in modules:
+        state = module.__dict__.get(CONTROLLER_STATE)
+        if state is not None and state.body is type(module).forward:
+            state.body = QUICKER.get(state.body, state.body)
+
+
 def is_itself(module: nn.Module, plain: type[nn.Module]) -> bool:
     """Whether calling ``module`` does what its class ``plain`` does with its weights, and nothing else.
 
     It does not if the module is of a subclass or was replaced (an adapter, a quantised layer), if it has
     hooks or another forward, or if accelerate keeps its weights elsewhere until the call.
     """
-    own = module.__dict__
-    forward = own.get("forward", plain.forward)
-    if isinstance(forward, Controller):
-        forward = forward.state.body
-    if type(module) is not plain or forward is not plain.forward or plain.__call__ is not nn.Module.__call__:
-        return False
-    if any(hooks_of(module)) or has_global_hooks():
-        return False
+    return forward_of(module, plain) is not None
+
+
+def forward_of(module: nn.Module, plain: type[nn.Module]) -> Callable[..., Any] | None:
+    """What calling ``module`` runs, a function of the module and its arguments; ``None`` if not `is_itself`."""
+    own, forward = module.__dict__, plain.forward
+    quicker = QUICKER.get(forward, forward)
+    runs = own.get("forward", forward)
+    if isinstance(runs, Controller):
+        runs = runs.state.body
+    if type(module) is not plain or not (runs is forward or runs is quicker):
+        return None
+    if any(hooks_of(module)) or has_global_hooks() or plain.__call__ is not nn.Module.__call__:
+        return None
     hook = own.get("_hf_hook")
-    return hook is None or (isinstance(hook, AlignDevicesHook) and not hook.offload)
+    return quicker if hook is None or (isinstance(hook, AlignDevicesHook) and not hook.offload) else None
 
 
 def runs_its_own_forward(module: nn.Module) -> bool:

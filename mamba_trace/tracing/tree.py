@@ -20,6 +20,7 @@ from nnsight.intervention.envoy import Envoy
 from nnsight.modeling.tp import TPFragments
 from torch import nn
 
+from .forwards import quicken
 from .one_run import OneThreadInterleaver
 from .positions import CURSOR
 
@@ -94,6 +95,7 @@ def remember(root: Envoy, leaves: tuple[type[nn.Module], ...]) -> None:
     """
     branches = [module for module in root._module.modules() if not isinstance(module, leaves)]
     places: list[Iterable[Any]] = [(root._module,), *(module._modules.values() for module in branches)]
+    quicken(branches)
     root.interleaver.branches = branches
     root.interleaver.known = (places, [*chain.from_iterable(places)])
 

@@ -1,8 +1,8 @@
 """What a token of a generation costs, beside its bare matmuls and beside Hugging Face, on one thread and on two.
 
 Each contender generates `STEPS` tokens after a prompt of `LENGTH`; the *floor* is the matmuls of that: of the prompt
-once, and of one token `STEPS` - 1 times. A token's matmuls read every weight for one vector, so memory decides. The
-models are those of `forward`.
+once, and of one token `STEPS` - 1 times; it and the *lower floor* are as in `forward`. A token's matmuls read every
+weight for one vector, so memory decides. The models are those of `forward`.
 
     python tests/benchmarks/decode.py --json tests/benchmarks/decode.json
     python tests/benchmarks/decode.py --architectures mamba2 --threads 1
@@ -18,14 +18,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from forward import LAYER, PACKAGES, SHAPES, floor, in_words, models, prompt
+import torch.nn.functional as F
+from forward import LAYER, PACKAGES, SHAPES, Multiply, floor, in_words, models, prompt
 from timing import Contender, measure, summary, table
 
 from mamba_trace import MambaTrace
+from mamba_trace.scan.linear import linear
 
 LENGTH, STEPS = 8, 17
 BESIDE = {
     "floor": "floor",
+    "lower floor": "floor",
     "hugging face": "floor",
     "untraced": "floor",
     "trace, empty": "floor",
@@ -33,16 +36,22 @@ BESIDE = {
 }
 
 
+def matmuls_of_a_generation(plain: Any, multiply: Multiply = F.linear) -> Contender:
+    """Those of the prompt once, and of one token for each that is generated but the last."""
+    first, step = floor(plain, LENGTH, logits=1, multiply=multiply), floor(plain, 1, multiply=multiply)
+
+    def run() -> None:
+        first()
+        for _ in range(STEPS - 1):
+            step()
+
+    return run
+
+
 def contenders(plain: Any, model: MambaTrace) -> dict[str, Contender]:
     """All that are timed with one number of threads."""
     tokens = prompt(plain, model, LENGTH)
     settings = {"max_new_tokens": STEPS, "min_new_tokens": STEPS, "do_sample": False}
-    first, step = floor(plain, LENGTH, logits=1), floor(plain, 1)
-
-    def matmuls() -> None:
-        first()
-        for _ in range(STEPS - 1):
-            step()
 
     def empty() -> None:
         with model.generate(tokens, **settings):
@@ -54,7 +63,8 @@ def contenders(plain: Any, model: MambaTrace) -> dict[str, Contender]:
                 model.layers[LAYER].ssm.h[-1].output[:] *= 0.5
 
     return {
-        "floor": matmuls,
+        "floor": matmuls_of_a_generation(plain),
+        "lower floor": matmuls_of_a_generation(plain, linear),
         "hugging face": lambda: plain.generate(tokens, **settings),
         "untraced": lambda: model._module.generate(tokens, **settings),
         "trace, empty": empty,

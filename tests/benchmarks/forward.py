@@ -2,8 +2,9 @@
 
 Every contender runs in turn within each repeat, and what counts is the ratio of their medians (`timing` says
 why). The *floor* is the bare matmuls of the model (in_proj, x_proj, dt_proj and out_proj of every layer, and
-lm_head): no implementation can be faster than 1.0 of it. Hugging Face runs on our weights in this process;
-MambaLens, where it is installed in an environment of its own, in one beside it (`peer_mamba_lens`).
+lm_head) by PyTorch's own linear layers: nothing that calls those can be faster than 1.0 of it. The *lower floor* is
+the same matmuls as `scan.linear` computes them, by oneDNN where that is faster. Hugging Face runs on our weights in
+this process; MambaLens, where it is installed in an environment of its own, in one beside it (`peer_mamba_lens`).
 
 The model has the shape of mamba-130m, or with ``--architecture mamba2`` that of mamba2-130m, random weights in
 float32, batch 1. One mixer of it is timed alone, beside its own matmuls, and a decode step. A second model is so
@@ -20,6 +21,7 @@ import argparse
 import contextlib
 import json
 import platform
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from importlib.metadata import version
 from pathlib import Path
@@ -36,6 +38,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedModel, PreTrainedTokenizerFast
 
 from mamba_trace import MambaTrace
+from mamba_trace.scan.linear import linear
 
 SHAPES: dict[str, dict[str, Any]] = {
     "mamba": {"num_hidden_layers": 24, "hidden_size": 768, "state_size": 16, "vocab_size": 50280},
@@ -56,9 +59,13 @@ TINY: dict[str, dict[str, Any]] = {
 TINY_LENGTH, TINY_REPEATS = 8, 20  # a trace of it takes a millisecond or two: repeats of it in each repeat
 PACKAGES = ("mamba_trace", "torch", "nnsight", "transformers", "numba")
 
+#: What multiplies vectors by a weight.
+Multiply = Callable[[Tensor, Tensor], Tensor]
+
 #: What each contender's time is divided by, and what that says.
 BESIDE = {
     "floor": "floor",
+    "lower floor": "floor",
     "mamba lens": "floor",
     "mamba lens, edit h[5]": "mamba lens",
     "hugging face": "floor",
@@ -68,6 +75,7 @@ BESIDE = {
     "trace, read every h[p]": "untraced",
     "trace, read h": "untraced",
     "mixer's floor": "mixer's floor",
+    "mixer's lower floor": "mixer's floor",
     "hugging face's mixer": "mixer's floor",
     "mixer": "mixer's floor",
     "hugging face, decode step": "hugging face, decode step",
@@ -102,10 +110,11 @@ def prompt(plain: PreTrainedModel, model: MambaTrace, length: int) -> Tensor:
     return tokens
 
 
-def floor(module: Any, length: int, logits: int | None = None) -> Contender:
+def floor(module: Any, length: int, logits: int | None = None, multiply: Multiply = F.linear) -> Contender:
     """The matmuls of a forward over ``length`` tokens, of which ``logits`` get logits, and nothing else."""
     mixers = [block.mixer for block in module.backbone.layers]
-    return matmuls([(linear, length) for linear in linears(*mixers)] + [(module.lm_head, logits or length)])
+    layers = [(layer, length) for layer in linears(*mixers)] + [(module.lm_head, logits or length)]
+    return matmuls(layers, multiply)
 
 
 def linears(*mixers: Any) -> list[Any]:
@@ -114,13 +123,13 @@ def linears(*mixers: Any) -> list[Any]:
     return [getattr(mixer, name) for mixer in mixers for name in names if hasattr(mixer, name)]
 
 
-def matmuls(layers: list[tuple[Any, int]]) -> Contender:
+def matmuls(layers: list[tuple[Any, int]], multiply: Multiply = F.linear) -> Contender:
     """Each linear layer on random vectors, as many as stand beside it."""
-    steps = [(torch.randn(1, length, linear.in_features), linear.weight) for linear, length in layers]
+    steps = [(torch.randn(1, length, layer.in_features), layer.weight) for layer, length in layers]
 
     def run() -> None:
         for x, weight in steps:
-            F.linear(x, weight)
+            multiply(x, weight)
 
     return run
 
@@ -164,12 +173,14 @@ def parts(plain: Any, model: MambaTrace, tokens: Tensor) -> dict[str, Contender]
     theirs, ours = plain.backbone.layers[LAYER].mixer, model._module.backbone.layers[LAYER].mixer
     length = tokens.shape[1]
     stream = torch.randn(1, length, plain.config.hidden_size)
+    inner = [(layer, length) for layer in linears(ours)]
     caches = []
     for module in (plain, model._module):
         caches.append(DynamicCache(config=plain.config))
         module(tokens, cache=caches[-1], use_cache=True)
     return {
-        "mixer's floor": matmuls([(linear, length) for linear in linears(ours)]),
+        "mixer's floor": matmuls(inner),
+        "mixer's lower floor": matmuls(inner, linear),
         "hugging face's mixer": lambda: theirs(stream),
         "mixer": lambda: ours(stream),
         "hugging face, decode step": lambda: plain(tokens[:, -1:], cache=caches[0], use_cache=True),
@@ -180,7 +191,7 @@ def parts(plain: Any, model: MambaTrace, tokens: Tensor) -> dict[str, Contender]
 def contenders(plain: PreTrainedModel, model: MambaTrace, lens: MambaLens | None, length: int) -> dict[str, Contender]:
     """All that are timed at one length, in the order in which they run."""
     tokens = prompt(plain, model, length)
-    runs: dict[str, Contender] = {"floor": floor(plain, length)}
+    runs = {"floor": floor(plain, length), "lower floor": floor(plain, length, multiply=linear)}
     if lens is not None:
         runs["mamba lens"] = lens.contender("forward", length)
         runs["mamba lens, edit h[5]"] = lens.contender("edit", length)

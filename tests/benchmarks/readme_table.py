@@ -13,6 +13,7 @@ from typing import Any
 HERE = Path(__file__).parent
 #: Column of the table -> contender of `forward`.
 COLUMNS = {
+    "lower floor": "lower floor",
     "Hugging Face": "hugging face",
     "MambaLens": "mamba lens",
     "untraced": "untraced",
@@ -28,11 +29,22 @@ def forward_table(results: dict[str, Any]) -> str:
     """A row for each length of a record of `forward`: ms of the matmuls, then each contender's ratio."""
     first = next(iter(results["lengths"].values()))["contenders"]
     columns = {column: name for column, name in COLUMNS.items() if name in first}
-    lines = ["| L | matmuls | " + " | ".join(columns) + " |", "|---" * (len(columns) + 2) + "|"]
+    lines = ["| L | PyTorch's matmuls | " + " | ".join(columns) + " |", "|---" * (len(columns) + 2) + "|"]
     for length, found in results["lengths"].items():
         contenders = found["contenders"]
         ratios = [f"{contenders[name]['ratio']:.2f}" for name in columns.values()]
         lines.append(f"| {length} | {contenders['floor']['ms']:.0f} ms | " + " | ".join(ratios) + " |")
+    return "\n".join(lines)
+
+
+def linear_table(results: dict[str, Any]) -> str:
+    """oneDNN beside PyTorch: a row for each size of ``linear.json``, a column for each number of rows."""
+    sizes = results["sizes"]
+    lines = ["| inputs -> outputs | " + " | ".join(f"{rows} rows" for rows in next(iter(sizes.values()))) + " |"]
+    lines.append("|---" * (len(next(iter(sizes.values()))) + 1) + "|")
+    for size, found in sizes.items():
+        cells = [f"{ways['onednn']['ratio']:.2f}" for ways in found.values()]
+        lines.append(f"| {size} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -163,7 +175,7 @@ def speed_in_short(recorded: Callable[[str], dict[str, Any]]) -> str:
     second = recorded("forward_mamba2")["lengths"]["128"]["contenders"]
     sweep = recorded("patching")["first difference"]["0"]
     ms = {name: row["ms"] for name, row in sweep["contenders"].items()}
-    lines = ["| | mamba_trace | MambaLens | Hugging Face | matmuls alone |", "|---|---|---|---|---|"]
+    lines = ["| | mamba_trace | MambaLens | Hugging Face | PyTorch's matmuls alone |", "|---|---|---|---|---|"]
     lines.append(
         "| a forward, L = 128 | "
         + " | ".join(f"{rows[name]['ms']:.0f} ms" for name in ("untraced", "mamba lens", "hugging face", "floor"))

@@ -20,13 +20,14 @@ from typing import Any
 
 import torch
 from analyses import gradients
-from decode import LENGTH, STEPS
+from decode import LENGTH, STEPS, matmuls_of_a_generation
 from forward import SHAPES, floor, models, prompt, traces
 from patching import model_of, prompts
 
 from mamba_trace.modeling import stretches
 from mamba_trace.patching import logit_diff, patch_grid, phases
 from mamba_trace.scan.cpu import team
+from mamba_trace.scan.linear import linear
 from mamba_trace.scan.recurrence import Selective
 
 PARTS = ("run_unpatched", "run_patched_layers", "run_to_the_end")
@@ -37,7 +38,10 @@ READS: dict[str, tuple[Any, str]] = {
     "scans with states": (Selective, "states"),
 }
 #: The names of operations by what they are, as PyTorch's profiler has them.
-OPERATIONS = {"matmuls": ("aten::mm", "aten::addmm", "aten::bmm"), "scans": ("Scan", "_Recomputed")}
+OPERATIONS = {
+    "matmuls": ("aten::mm", "aten::addmm", "aten::bmm", "mkldnn::_linear_pointwise"),
+    "scans": ("Scan", "_Recomputed"),
+}
 
 
 def seconds(run: Callable[[], Any]) -> float:
@@ -77,14 +81,8 @@ def of_kernels(run: Callable[[], Any], matmuls: Callable[[], Any], repeats: int)
 def of_a_generation(plain: Any, model: Any, repeats: int) -> dict[str, float]:
     """The shares of `STEPS` new tokens after `LENGTH`."""
     tokens = prompt(plain, model, LENGTH)
-    first, step = floor(plain, LENGTH, logits=1), floor(plain, 1)
-
-    def matmuls() -> None:
-        first()
-        for _ in range(STEPS - 1):
-            step()
-
     settings = {"max_new_tokens": STEPS, "min_new_tokens": STEPS, "do_sample": False}
+    matmuls = matmuls_of_a_generation(plain, linear)
     return of_kernels(lambda: model._module.generate(tokens, **settings), matmuls, repeats)
 
 
@@ -166,7 +164,10 @@ def main() -> None:
             for length in options.lengths:
                 tokens = prompt(plain, model, length)
                 run = functools.partial(model._module, tokens)
-                show(f"{architecture}, L = {length}", of_kernels(run, floor(plain, length), options.repeats))
+                show(
+                    f"{architecture}, L = {length}",
+                    of_kernels(run, floor(plain, length, multiply=linear), options.repeats),
+                )
                 read = traces(model, tokens)["trace, read every h[p]"]
                 show(f"{architecture}, every h[p], L = {length}", of_reads(model, tokens, read))
             tokens = prompt(plain, model, 128)

@@ -1,0 +1,100 @@
+"""A linear layer on a CPU, in float32: multiplied by oneDNN where that is faster than what PyTorch would choose.
+
+PyTorch multiplies float32 by MKL wherever it has MKL. That is Intel's, and on a processor of AMD it takes up to three
+times as long as oneDNN, which PyTorch also has and uses for the other dtypes (`tests/benchmarks/linear.py`). Both
+compute in float32, and add the products up in different orders.
+"""
+
+from __future__ import annotations
+
+import functools
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .recompute import differentiated, transformed
+
+#: How many numbers a weight has at least that oneDNN multiplies by: for a smaller one, calling it takes too long.
+LARGE = 2**17
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``x weight^T + bias`` [...,M], as ``torch.nn.functional.linear``: for x [...,K], weight [M,K], bias [M].
+
+    Example::
+
+        linear(torch.rand(1, 9, 512), torch.rand(1024, 512))  # [1,9,1024]
+    """
+    if not takes(x, weight, bias):
+        return F.linear(x, weight, bias)
+    product: Tensor = (_Linear.apply if differentiated(x, weight, bias) else by_onednn)(x, weight, bias)
+    return product
+
+
+def by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`linear` by oneDNN, for tensors that have memory of their own, on a CPU; not differentiable."""
+    product: Tensor = torch.ops.mkldnn._linear_pointwise(x.flatten(0, -2), weight, bias, "none", [], "")
+    # Not a view, which autograd would not let anybody edit in place.
+    return product if x.dim() == 2 else torch.ops.aten._unsafe_view(product, (*x.shape[:-1], len(weight)))
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return by_onednn(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (x, weight), wanted = ctx.saved_tensors, ctx.needs_input_grad
+        rows = grad.flatten(0, -2)
+        return (
+            linear(grad, weight.t()) if wanted[0] else None,
+            rows.t() @ x.flatten(0, -2) if wanted[1] else None,
+            rows.sum(0) if wanted[2] else None,
+        )
+
+
+def takes(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether `linear` multiplies by oneDNN."""
+    if torch.compiler.is_compiling() or weight.numel() < LARGE or not faster():
+        return False
+    if not (plain(x) and plain(weight) and (bias is None or plain(bias))) or transformed():
+        return False
+    # What does not fit is PyTorch's to refuse: oneDNN would not say so.
+    if x.dim() < 2 or x.numel() == 0 or weight.dim() != 2 or x.shape[-1] != weight.shape[1]:
+        return False
+    if not (bias is None or bias.shape == weight.shape[:1]):
+        return False
+    if not (weight.is_contiguous() or weight.t().is_contiguous()):
+        return False
+    # Autocast would round, a mode of the dispatcher may count operations, and oneDNN can be switched off.
+    if torch.is_autocast_enabled("cpu") or torch._C._len_torch_dispatch_stack():
+        return False
+    return bool(torch.backends.mkldnn.enabled)
+
+
+def plain(tensor: Tensor) -> bool:
+    """Whether a tensor has memory of its own, on a CPU, in float32."""
+    return type(tensor) in (Tensor, nn.Parameter) and tensor.dtype is torch.float32 and tensor.is_cpu
+
+
+@functools.cache
+def faster() -> bool:
+    """Whether oneDNN is here, and faster than what PyTorch multiplies float32 by."""
+    if not (torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()):
+        return False
+    return hasattr(torch.ops.mkldnn, "_linear_pointwise") and made_by_amd()
+
+
+def made_by_amd() -> bool:
+    """Whether the processor says that AMD made it."""
+    try:
+        told = Path("/proc/cpuinfo").read_text(errors="replace")
+    except OSError:
+        told = platform.processor()
+    return "AuthenticAMD" in told

@@ -1,0 +1,332 @@
+"""Linear layers: multiplied by oneDNN and by what PyTorch chooses, against float64, and what asks for which."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
+from conftest import TINY, make_hf, near
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from mamba_trace import MambaTrace
+from mamba_trace.scan import linear as room
+from mamba_trace.scan.linear import linear
+
+needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="PyTorch was built without oneDNN")
+pytestmark = needs_onednn
+
+#: The shape of x, and the number of outputs.
+SIZES = [((1, 7), 3), ((1, 1, 64), 96), ((3, 9, 24), 17), ((2, 3, 5, 8), 8), ((1, 300, 96), 40)]
+
+
+@pytest.fixture
+def multiplied(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """The shapes of what oneDNN was given, which is thought to be faster whatever the size and the machine."""
+    shapes: list[tuple[int, ...]] = []
+    run = room.by_onednn
+
+    def watched(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        shapes.append(tuple(x.shape))
+        return run(x, weight, bias)
+
+    monkeypatch.setattr(room, "by_onednn", watched)
+    monkeypatch.setattr(room, "LARGE", 0)
+    monkeypatch.setattr(room, "faster", lambda: True)
+    return shapes
+
+
+def arguments(shape: tuple[int, ...], outputs: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
+    """x, a weight and a bias."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = (shape, (outputs, shape[-1]), (outputs,))
+    return tuple(torch.randn(size, generator=generator, dtype=torch.float64).to(dtype) for size in sizes)
+
+
+@pytest.mark.parametrize("biased", [False, True], ids=["plain", "bias"])
+@pytest.mark.parametrize(("shape", "outputs"), SIZES, ids=str)
+def test_each_number_and_each_gradient_is_that_of_float64(shape, outputs, biased, multiplied) -> None:
+    given = [tensor.requires_grad_() for tensor in arguments(shape, outputs)[: 2 + biased]]
+    exact = [tensor.detach().double().requires_grad_() for tensor in given]
+    with torch.no_grad():
+        alone = linear(*given)
+    found, expected = linear(*given), F.linear(*exact)
+    assert multiplied == [shape, shape]
+    assert torch.equal(alone, found), "the numbers do not depend on whether a gradient is wanted"
+    near(found, expected, 1e-6)
+    grad = torch.randn(found.shape, generator=torch.Generator().manual_seed(1))
+    gradients = torch.autograd.grad(found, given, grad, create_graph=True)
+    wanted = torch.autograd.grad(expected, exact, grad.double(), create_graph=True)
+    for one, other in zip(gradients, wanted, strict=True):
+        near(one, other, 1e-6)
+    second = torch.autograd.grad(gradients[0].square().sum(), given[1])[0]
+    wanted_second = torch.autograd.grad(wanted[0].square().sum(), exact[1])[0]
+    near(second, wanted_second, 1e-6)
+
+
+def test_a_gradient_that_nobody_wants_is_not_computed(multiplied) -> None:
+    x, weight, bias = arguments((2, 4, 6), 5)
+    for wanted in range(3):
+        given = [tensor.clone().requires_grad_(place == wanted) for place, tensor in enumerate((x, weight, bias))]
+        linear(*given).sum().backward()
+        assert [tensor.grad is not None for tensor in given] == [place == wanted for place in range(3)]
+
+
+@pytest.mark.parametrize("shape", [(3, 8), (2, 5, 8)], ids=str)
+def test_the_product_can_be_edited_in_place(shape, multiplied) -> None:
+    x, weight, bias = arguments(shape, 6)
+    with torch.no_grad():
+        assert linear(x, weight, bias)._base is None
+
+    def gradient(multiply: Callable[..., Tensor]) -> Tensor:
+        product = multiply(x, weight.requires_grad_(), bias)
+        product[0] *= 3
+        return torch.autograd.grad(product.square().sum(), weight)[0]
+
+    near(gradient(linear), gradient(F.linear).double(), 1e-6)
+
+
+@pytest.mark.parametrize(
+    "laid_out",
+    [
+        lambda x: torch.cat((x, x + 1), -1)[..., : x.shape[-1]],
+        lambda x: x.mT.contiguous().mT,
+        lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
+        lambda x: x[:1].expand(3, -1, -1),
+    ],
+    ids=["columns", "transposed", "rows", "expanded"],
+)
+def test_x_may_lie_in_memory_in_any_way(laid_out: Callable[[Tensor], Tensor], multiplied) -> None:
+    x, weight, bias = arguments((3, 5, 8), 6)
+    x = laid_out(x)
+    assert not x.is_contiguous()
+    torch.testing.assert_close(linear(x, weight, bias), F.linear(x, weight, bias), rtol=1e-5, atol=1e-5)
+    assert multiplied
+
+
+def test_a_weight_may_be_transposed(multiplied) -> None:
+    x, weight, bias = arguments((3, 5, 8), 6)
+    transposed = weight.t().contiguous().t()
+    near(linear(x, transposed, bias), F.linear(x.double(), weight.double(), bias.double()), 1e-6)
+    assert multiplied
+
+
+def test_the_gradient_of_x_is_multiplied_so_too(multiplied) -> None:
+    x, weight, _ = arguments((3, 5, 8), 6)
+    linear(x.requires_grad_(), weight).sum().backward()
+    assert multiplied == [(3, 5, 8), (3, 5, 6)]
+
+
+def in_a_graph(x: Tensor, weight: Tensor, bias: Tensor) -> None:
+    compiled = torch.compile(linear, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(x, weight, bias), F.linear(x, weight, bias))
+
+
+def counted(x: Tensor, weight: Tensor, bias: Tensor) -> None:
+    with FlopCounterMode(display=False) as operations:
+        linear(x, weight, bias)
+    assert operations.get_total_flops() == 2 * x.numel() * len(weight)
+
+
+def rounded(x: Tensor, weight: Tensor, bias: Tensor) -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        assert linear(x, weight, bias).dtype == torch.bfloat16
+
+
+def switched_off(x: Tensor, weight: Tensor, bias: Tensor) -> None:
+    torch.backends.mkldnn.enabled = False
+    try:
+        assert torch.equal(linear(x, weight, bias), F.linear(x, weight, bias))
+    finally:
+        torch.backends.mkldnn.enabled = True
+
+
+def differentiated_forward(x: Tensor, weight: Tensor, bias: Tensor) -> None:
+    value, change = torch.func.jvp(lambda x: linear(x, weight, bias), (x,), (x,))
+    torch.testing.assert_close(change, value - bias)
+
+
+def for_each(x: Tensor, weight: Tensor, bias: Tensor) -> None:
+    each = torch.func.vmap(lambda x: linear(x, weight, bias))(x)
+    torch.testing.assert_close(each, F.linear(x, weight, bias))
+
+
+def of_another_kind(x: Tensor, weight: Tensor, bias: Tensor) -> None:
+    class Own(Tensor):
+        pass
+
+    assert isinstance(linear(x.as_subclass(Own), weight, bias), Own)  # type: ignore[arg-type]
+    assert isinstance(linear(x, weight.as_subclass(Own), bias), Own)  # type: ignore[arg-type]
+
+
+def wide(x: Tensor, weight: Tensor, bias: Tensor) -> None:
+    assert linear(x.double(), weight.double(), bias.double()).dtype == torch.float64
+
+
+def without_memory(x: Tensor, weight: Tensor, bias: Tensor) -> None:
+    assert linear(x.to("meta"), weight.to("meta"), bias.to("meta")).is_meta
+
+
+def of_nothing(x: Tensor, weight: Tensor, bias: Tensor) -> None:
+    assert linear(x[:, :0], weight, bias).shape == (len(x), 0, len(weight))
+
+
+def of_a_vector(x: Tensor, weight: Tensor, bias: Tensor) -> None:
+    assert torch.equal(linear(x[0, 0], weight, bias), F.linear(x[0, 0], weight, bias))
+
+
+def by_a_weight_with_gaps(x: Tensor, weight: Tensor, bias: Tensor) -> None:
+    weight = torch.cat((weight, weight), -1)[:, : x.shape[-1]]
+    assert torch.equal(linear(x, weight, bias), F.linear(x, weight, bias))
+
+
+def that_does_not_fit(x: Tensor, weight: Tensor, bias: Tensor) -> None:
+    for wrong in ((x[..., :-1], weight, bias), (x, weight[:, :-1].contiguous(), bias), (x, weight, bias[:-1])):
+        with pytest.raises(RuntimeError):
+            linear(*wrong)
+
+
+def by_a_vector(x: Tensor, weight: Tensor, bias: Tensor) -> None:
+    assert torch.equal(linear(x, weight[0]), F.linear(x, weight[0]))
+
+
+@pytest.mark.parametrize(
+    "asks",
+    [
+        in_a_graph,
+        counted,
+        rounded,
+        switched_off,
+        differentiated_forward,
+        for_each,
+        of_another_kind,
+        wide,
+        without_memory,
+        of_nothing,
+        of_a_vector,
+        by_a_weight_with_gaps,
+        by_a_vector,
+        that_does_not_fit,
+    ],
+)
+def test_what_is_not_multiplied_by_onednn(asks: Callable[..., None], multiplied) -> None:
+    asks(*arguments((3, 5, 8), 6))
+    assert not multiplied
+
+
+def test_a_small_weight_is_not_worth_the_call(multiplied, monkeypatch) -> None:
+    x, weight, bias = arguments((3, 5, 8), 6)
+    monkeypatch.setattr(room, "LARGE", weight.numel() + 1)
+    linear(x, weight, bias)
+    assert not multiplied
+    monkeypatch.setattr(room, "LARGE", weight.numel())
+    linear(x, weight, bias)
+    assert multiplied
+
+
+@pytest.mark.parametrize(
+    ("told", "expected"),
+    [("vendor_id\t: AuthenticAMD\nmodel", True), ("vendor_id\t: GenuineIntel\n", False), ("", False)],
+    ids=["amd", "intel", "unknown"],
+)
+def test_onednn_is_faster_where_mkl_meets_a_processor_of_amd(told, expected, monkeypatch, tmp_path) -> None:
+    file = tmp_path / "cpuinfo"
+    file.write_text(told)
+    monkeypatch.setattr(room, "Path", lambda path: file)
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
+    assert room.faster.__wrapped__() is expected
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)
+    assert not room.faster.__wrapped__()
+
+
+def test_elsewhere_the_platform_says_who_made_the_processor(monkeypatch, tmp_path) -> None:
+    monkeypatch.setattr(room, "Path", lambda path: tmp_path / "there is none")
+    monkeypatch.setattr(room.platform, "processor", lambda: "AMD64 Family 25 Model 17 Stepping 1, AuthenticAMD")
+    assert room.made_by_amd()
+
+
+# -- in a model ----------------------------------------------------------------------------------------------
+
+
+def products(model: MambaTrace, tokens: Tensor) -> Tensor:
+    with torch.no_grad():
+        logits: Tensor = model._module(tokens).logits
+    return logits
+
+
+@pytest.mark.parametrize("model_type", TINY)
+def test_every_linear_layer_of_a_model_is_multiplied_so(model_type, tokens, multiplied, monkeypatch) -> None:
+    model = MambaTrace(make_hf(model_type=model_type))
+    count = sum(type(module) is nn.Linear for module in model._module.modules())
+    logits = products(model, tokens)
+    assert len(multiplied) == count
+    with torch.no_grad(), model.trace(tokens):
+        inner = model.layers[1].ssm.in_proj.output.save()
+        traced = model.lm_head.output.save()
+    assert len(multiplied) == 2 * count, "those that somebody looks into are multiplied in the same way"
+    assert torch.equal(traced, logits)
+    weight = model._module.backbone.layers[1].mixer.in_proj.weight
+    assert inner.shape[-1] == len(weight)
+    monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
+    expected = products(model, tokens)
+    assert len(multiplied) == 2 * count
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_layer_whose_source_is_looked_into_runs_as_it_is_written(tiny, tokens, multiplied) -> None:
+    with torch.no_grad(), tiny.trace(tokens):
+        product = tiny.layers[0].ssm.in_proj.source.F_linear_0.output.save()
+    expected = tiny._module.backbone.layers[0].mixer.in_proj
+    assert product.shape == (*tokens.shape, len(expected.weight))
+
+
+def test_a_layer_that_replaces_another_is_multiplied_so_too(tiny, tokens, multiplied) -> None:
+    tiny._module.lm_head = nn.Linear(12, 31)
+    with torch.no_grad(), tiny.trace(tokens):
+        logits = tiny.lm_head.output.save()
+    shapes = list(multiplied)
+    multiplied.clear()
+    assert torch.equal(products(tiny, tokens), logits)
+    assert multiplied == shapes
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["copy", "file"]
+)
+def test_a_copy_of_a_model_has_the_same_numbers(copied, tiny, tokens, multiplied) -> None:
+    again = copied(tiny)
+    with torch.no_grad(), tiny.trace(tokens):
+        logits = tiny.lm_head.output.save()
+    with torch.no_grad(), again.trace(tokens):
+        same = again.lm_head.output.save()
+    assert torch.equal(same, logits)
+
+
+def test_accelerate_may_put_its_hooks_around_it(tiny, tokens, multiplied) -> None:
+    expected = products(tiny, tokens)
+    shapes = list(multiplied)
+    multiplied.clear()
+    add_hook_to_module(tiny._module.lm_head, AlignDevicesHook(execution_device="cpu"))
+    with torch.no_grad(), tiny.trace(tokens):
+        logits = tiny.lm_head.output.save()
+    assert torch.equal(logits, expected)
+    assert multiplied == shapes
+    remove_hook_from_module(tiny._module.lm_head)
+    assert torch.equal(products(tiny, tokens), expected)
+
+
+def test_a_forward_of_the_user_is_left_alone(tiny, tokens, multiplied) -> None:
+    module = make_hf()
+    head = module.lm_head
+    head.forward = lambda x: torch.zeros(*x.shape[:-1], 31)
+    wrapped = MambaTrace(module)
+    assert not products(wrapped, tokens).any()
+    with torch.no_grad(), wrapped.trace(tokens):
+        logits = wrapped.lm_head.output.save()
+    assert not logits.any()
+    assert products(tiny, tokens).any()
