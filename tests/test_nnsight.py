@@ -9,6 +9,7 @@ changed, and where.
 
 from __future__ import annotations
 
+import copy
 from importlib.metadata import version
 from typing import Any
 
@@ -340,6 +341,16 @@ def test_the_forward_of_a_wrapped_module_is_a_controller_over_its_own(probe):
     assert first.__dict__["forward"].state.body is nn.Linear.forward
     assert str(probe.first.source) is not None
     assert first.__dict__["forward"].state.body is not nn.Linear.forward  # the instrumented one
+
+
+def test_source_and_copies_begin_from_the_original_and_not_from_the_body(probe):
+    first = probe._module.first
+    first.__dict__[STATE].body = lambda module, x: torch.zeros_like(x)
+    assert not first(X).any()
+    assert copy.deepcopy(probe._module).first(X).any()
+    with probe.trace(X):
+        product = probe.first.source.F_linear_0.output.save()
+    assert product.any()
 
 
 def test_names_of_nnsight_that_are_used():

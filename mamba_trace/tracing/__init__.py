@@ -37,7 +37,7 @@ accelerate in tests/test_devices.py, about copies in tests/test_copies.py and te
 * ``save`` returns what ``nnsight.tracing.tracer.mark`` returns;
 * the way from a module to the running trace is `source.STATE` in its ``__dict__``: ``.active()``;
 * the forward of a wrapped module is a `Controller`; it runs the forward that it stands for, ``state.body``,
-  inside accelerate's hook if the module has one;
+  inside accelerate's hook if the module has one; ``.source`` and copies begin from ``state.original``;
 * ``interleaver.envoys`` has the envoy of every module of the tree, by the module's ``id``;
 * ``Envoy._update(module)`` points the envoys below at the modules of the same names, drops and adds envoys
   where the modules differ, and registers all of them; an envoy whose module is in the tree twice has one
