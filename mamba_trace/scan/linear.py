@@ -1,7 +1,7 @@
 """A linear layer on a CPU, in float32: multiplied by oneDNN where that is faster than what PyTorch would choose.
 
-PyTorch multiplies float32 by MKL wherever it has MKL. That is Intel's, and on a processor of AMD it takes up to three
-times as long as oneDNN, which PyTorch also has and uses for the other dtypes (`tests/benchmarks/linear.py`). Both
+PyTorch multiplies float32 by MKL wherever it has MKL. That is Intel's, and on a processor of AMD it can take more than twice
+as long as oneDNN, which PyTorch also has and uses for the other dtypes (`tests/benchmarks/linear.py`). Both
 compute in float32, and add the products up in different orders.
 """
 
