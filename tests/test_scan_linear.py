@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
 from conftest import TINY, make_hf, near
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from mamba_trace import MambaTrace
@@ -75,6 +76,40 @@ def test_a_gradient_that_nobody_wants_is_not_computed(multiplied) -> None:
         given = [tensor.clone().requires_grad_(place == wanted) for place, tensor in enumerate((x, weight, bias))]
         linear(*given).sum().backward()
         assert [tensor.grad is not None for tensor in given] == [place == wanted for place in range(3)]
+
+
+@pytest.mark.parametrize("wanted", range(3), ids=["x", "weight", "bias"])
+def test_what_no_gradient_needs_can_be_edited_before_the_backward_pass(wanted, multiplied) -> None:
+    given = list(arguments((2, 4, 6), 5))
+    given[wanted].requires_grad_()
+    product = linear(*given)
+    (expected,) = torch.autograd.grad(F.linear(*given).sum(), given[wanted])
+    unneeded = {0: [0], 1: [1], 2: [0, 1]}[wanted]
+    with torch.no_grad():
+        for place in unneeded:
+            given[place].mul_(3)
+    assert torch.allclose(torch.autograd.grad(product.sum(), given[wanted])[0], expected)
+    assert multiplied
+
+
+@pytest.mark.parametrize(("wanted", "kept"), [([0], [1]), ([1], [0]), ([2], []), ([0, 1], [0, 1])], ids=str)
+def test_what_no_gradient_needs_is_not_kept(wanted, kept, multiplied) -> None:
+    given = [tensor.requires_grad_(place in wanted) for place, tensor in enumerate(arguments((2, 4, 6), 5))]
+    places = [tensor.data_ptr() for tensor in given]
+    seen: list[int] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: seen.append(places.index(t.data_ptr())), lambda t: t):
+        linear(*given)
+    assert seen == kept
+    assert multiplied
+
+
+def test_gradients_may_come_in_a_batch(multiplied) -> None:
+    given = [tensor.requires_grad_() for tensor in arguments((2, 4, 6), 5)]
+    grads = torch.randn(3, 2, 4, 5, generator=torch.Generator().manual_seed(1))
+    found = torch.autograd.grad(linear(*given), given, grads, is_grads_batched=True)
+    assert multiplied
+    expected = torch.autograd.grad(F.linear(*given), given, grads, is_grads_batched=True)
+    torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize("shape", [(3, 8), (2, 5, 8)], ids=str)
@@ -191,6 +226,42 @@ def that_does_not_fit(x: Tensor, weight: Tensor, bias: Tensor) -> None:
             linear(*wrong)
 
 
+def with_a_bias_with_gaps(x: Tensor, weight: Tensor, bias: Tensor) -> None:
+    for gaps in (torch.stack((bias, bias + 1), -1)[:, 0], bias[:1].expand(len(weight))):
+        assert torch.equal(linear(x, weight, gaps), F.linear(x, weight, gaps))
+
+
+def of_another_layout(x: Tensor, weight: Tensor, bias: Tensor) -> None:
+    x = x[0]
+    for one, other in ((x.to_sparse(), weight), (x.to_sparse_csr(), weight), (x, weight.to_sparse_csr())):
+        torch.testing.assert_close(linear(one, other), F.linear(x, weight))
+    for one, other in ((torch._neg_view(x), weight), (x, torch._neg_view(weight))):
+        assert torch.equal(linear(one, other, bias), F.linear(-x, weight, bias))
+    zero = torch._efficientzerotensor(bias.shape)
+    assert torch.equal(linear(x, weight, zero), F.linear(x, weight))  # type: ignore[arg-type]
+    assert linear(torch.nested.nested_tensor([x, x[1:]]), weight).is_nested
+
+
+def in_a_mode_of_functions(x: Tensor, weight: Tensor, bias: Tensor) -> None:
+    class Zeros(TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            return out * 0 if function is F.linear else out
+
+    with Zeros():
+        assert not linear(x, weight, bias).any()
+
+
+def in_a_graph_of_jit(x: Tensor, weight: Tensor, bias: Tensor) -> None:
+    traced = torch.jit.trace(linear, (x, weight, bias), check_trace=False)
+    assert torch.equal(traced(2 * x, weight, bias), F.linear(2 * x, weight, bias))
+
+
+def by_nothing(x: Tensor, weight: Tensor, bias: Tensor) -> None:
+    with pytest.raises(TypeError, match="must be Tensor"):
+        linear(x, None)  # type: ignore[arg-type]
+
+
 def by_a_vector(x: Tensor, weight: Tensor, bias: Tensor) -> None:
     assert torch.equal(linear(x, weight[0]), F.linear(x, weight[0]))
 
@@ -211,6 +282,11 @@ def by_a_vector(x: Tensor, weight: Tensor, bias: Tensor) -> None:
         of_a_vector,
         by_a_weight_with_gaps,
         by_a_vector,
+        with_a_bias_with_gaps,
+        of_another_layout,
+        in_a_mode_of_functions,
+        in_a_graph_of_jit,
+        by_nothing,
         that_does_not_fit,
     ],
 )

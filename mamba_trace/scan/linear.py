@@ -45,13 +45,15 @@ def by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, weight)
+        # Only what `backward` needs, as PyTorch does: the others may be edited in place before it.
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight if ctx.needs_input_grad[0] else None)
         return by_onednn(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (x, weight), wanted = ctx.saved_tensors, ctx.needs_input_grad
-        rows = grad.flatten(0, -2)
+        # A gradient can be one of another kind: of a batch of gradients PyTorch cannot take flatten.
+        rows = grad if grad.dim() == 2 else grad.reshape(-1, grad.shape[-1])
         return (
             linear(grad, weight.t()) if wanted[0] else None,
             rows.t() @ x.flatten(0, -2) if wanted[1] else None,
@@ -61,26 +63,40 @@ class _Linear(torch.autograd.Function):
 
 def takes(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether `linear` multiplies by oneDNN."""
-    if torch.compiler.is_compiling() or weight.numel() < LARGE or not faster():
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False
+    if not isinstance(weight, Tensor) or weight.numel() < LARGE or not faster():
         return False
     if not (plain(x) and plain(weight) and (bias is None or plain(bias))) or transformed():
         return False
     # What does not fit is PyTorch's to refuse: oneDNN would not say so.
     if x.dim() < 2 or x.numel() == 0 or weight.dim() != 2 or x.shape[-1] != weight.shape[1]:
         return False
-    if not (bias is None or bias.shape == weight.shape[:1]):
+    # Of a bias with gaps it would read what lies in the gaps, or behind the end.
+    if not (bias is None or (bias.shape == weight.shape[:1] and bias.is_contiguous())):
         return False
     if not (weight.is_contiguous() or weight.t().is_contiguous()):
         return False
-    # Autocast would round, a mode of the dispatcher may count operations, and oneDNN can be switched off.
-    if torch.is_autocast_enabled("cpu") or torch._C._len_torch_dispatch_stack():
+    # Autocast would round, and oneDNN can be switched off.
+    if torch.is_autocast_enabled("cpu") or recorded():
         return False
     return bool(torch.backends.mkldnn.enabled)
 
 
+def recorded() -> bool:
+    """Whether a mode looks at the operations that run, or replaces them."""
+    return bool(torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack())
+
+
 def plain(tensor: Tensor) -> bool:
     """Whether a tensor has memory of its own, on a CPU, in float32."""
-    return type(tensor) in (Tensor, nn.Parameter) and tensor.dtype is torch.float32 and tensor.is_cpu
+    if type(tensor) not in (Tensor, nn.Parameter) or tensor.dtype is not torch.float32:
+        return False
+    # One that stands for zeros or for the negative of another has memory that does not say so.
+    if tensor.is_neg() or tensor._is_zerotensor():
+        return False
+    # A sparse or nested tensor, or one that stands for a batch of gradients, is on a CPU as well, but has another key.
+    return bool(torch._C._dispatch_keys(tensor).has(torch._C.DispatchKey.CPU))
 
 
 @functools.cache
