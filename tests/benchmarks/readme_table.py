@@ -40,7 +40,11 @@ def forward_table(results: dict[str, Any]) -> str:
 def linear_table(results: dict[str, Any]) -> str:
     """oneDNN beside PyTorch: a row for each size of ``linear.json``, a column for each number of rows."""
     sizes = results["sizes"]
-    lines = ["| inputs -> outputs | " + " | ".join(f"{rows} rows" for rows in next(iter(sizes.values()))) + " |"]
+    lines = [
+        "| inputs -> outputs | "
+        + " | ".join(f"{rows} row" + "s" * (rows != "1") for rows in next(iter(sizes.values())))
+        + " |"
+    ]
     lines.append("|---" * (len(next(iter(sizes.values()))) + 1) + "|")
     for size, found in sizes.items():
         cells = [f"{ways['onednn']['ratio']:.2f}" for ways in found.values()]
