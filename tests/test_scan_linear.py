@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mamba_trace import MambaTrace
 from mamba_trace.scan import linear as room
-from mamba_trace.scan.linear import linear
+from mamba_trace.scan.linear import linear, linear_into
 
 needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="PyTorch was built without oneDNN")
 pytestmark = needs_onednn
@@ -295,6 +295,18 @@ def by_a_vector(x: Tensor, weight: Tensor, bias: Tensor) -> None:
 def test_what_is_not_multiplied_by_onednn(asks: Callable[..., None], multiplied) -> None:
     asks(*arguments((3, 5, 8), 6))
     assert not multiplied
+
+
+@pytest.mark.parametrize("biased", [False, True], ids=["plain", "bias"])
+@pytest.mark.parametrize("large", [0, 2**17], ids=["onednn", "pytorch"])
+def test_a_product_may_be_written_into_memory_that_is_there(large, biased, multiplied, monkeypatch) -> None:
+    monkeypatch.setattr(room, "LARGE", large)
+    given = arguments((5, 8), 6)[: 2 + biased]
+    out = torch.full((2, 7, 6), 9.0)
+    linear_into(out[1, 1:6], *given)
+    torch.testing.assert_close(out[1, 1:6], F.linear(*given))
+    assert float(out.sum() - out[1, 1:6].sum()) == pytest.approx(9.0 * (out.numel() - 30))
+    assert bool(multiplied) == (large == 0)
 
 
 def test_a_small_weight_is_not_worth_the_call(multiplied, monkeypatch) -> None:

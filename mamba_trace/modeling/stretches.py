@@ -82,8 +82,9 @@ def copied(state: Tensor) -> Tensor:
     return state.clone(memory_format=torch.contiguous_format)
 
 
-#: How many times as many positions are run ahead as were only read before, and how many numbers their states may have.
-AHEAD, MUCH = 4, 1 << 23
+#: How many times as many positions are run ahead as were only read before, and how many numbers their states may have:
+#: these are 16 MiB, which malloc uses again for the next, where it would map 32 MiB anew each time.
+AHEAD, MUCH = 4, 1 << 22
 #: How many numbers the states of all positions of a call may have that are run ahead, or read together, with gradients:
 #: these are kept beside what is handed out, and where both fill memory, filling it takes all the time there is.
 IN_ALL = 1 << 24
@@ -173,6 +174,7 @@ class Stretches:
         """
         if at == self.start and self.read_in_a_row >= 2:
             if self.ahead is None or not self.ahead.has(at):
+                self.ahead = None  # first, so that its memory is there for the next
                 self.ahead = self._run_ahead(at)
             if self.ahead is not None:
                 assert self.h is not None

@@ -19,7 +19,7 @@ from transformers.cache_utils import LinearAttentionLayer
 
 from ..scan import cpu
 from ..scan.dispatch import SUITABLE
-from ..scan.linear import takes
+from ..scan.linear import linear_into, takes
 from ..scan.recompute import transformed
 from ..scan.record import Call
 from ..scan.room import Room
@@ -69,11 +69,7 @@ class Nobody:
             run: Tensor = forward(module, value)
             return run
         out = room.take(name, (*value.shape[:-1], module.out_features), len(value))
-        rows, weight = value.flatten(0, 1), module.weight.t()
-        if module.bias is None:
-            torch.mm(rows, weight, out=out.flatten(0, 1))
-        else:
-            torch.addmm(module.bias, rows, weight, out=out.flatten(0, 1))
+        linear_into(out.flatten(0, 1), value.flatten(0, 1), module.weight, module.bias)
         return out
 
 

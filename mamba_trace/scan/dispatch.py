@@ -181,6 +181,8 @@ def dispatched(
     def run(*inputs: Tensor | None, kernels: str = "auto", **named: Tensor | None) -> tuple[Tensor, Tensor]:
         if named:
             inputs = signature.bind(*inputs, **named).args
+        # One that stands for the negative of another has its memory, which a kernel would read.
+        inputs = tuple(None if each is None else each.resolve_neg() for each in inputs)
         first, C = inputs[0], inputs[C_at]
         assert isinstance(first, Tensor)
         assert isinstance(C, Tensor)

@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from .recompute import differentiated, transformed
+from .recompute import differentiated, in_memory, transformed
 
 #: How many numbers a weight has at least that oneDNN multiplies by: for a smaller one, calling it takes too long.
 LARGE = 2**17
@@ -33,6 +33,16 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return F.linear(x, weight, bias)
     product: Tensor = (_Linear.apply if differentiated(x, weight, bias) else by_onednn)(x, weight, bias)
     return product
+
+
+def linear_into(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
+    """Write `linear` of ``x`` [L,K] into ``out`` [L,M]; not differentiable."""
+    if takes(x, weight, bias):
+        out.copy_(by_onednn(x, weight, bias))  # which makes its own memory
+    elif bias is None:
+        torch.mm(x, weight.t(), out=out)
+    else:
+        torch.addmm(bias, x, weight.t(), out=out)
 
 
 def by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -67,7 +77,9 @@ def takes(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         return False
     if not isinstance(weight, Tensor) or weight.numel() < LARGE or not faster():
         return False
-    if not (plain(x) and plain(weight) and (bias is None or plain(bias))) or transformed():
+    if any(t is not None and not (t.is_cpu and t.dtype is torch.float32) for t in (x, weight, bias)):
+        return False
+    if transformed() or not in_memory(x, weight, bias):
         return False
     # What does not fit is PyTorch's to refuse: oneDNN would not say so.
     if x.dim() < 2 or x.numel() == 0 or weight.dim() != 2 or x.shape[-1] != weight.shape[1]:
@@ -86,17 +98,6 @@ def takes(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
 def recorded() -> bool:
     """Whether a mode looks at the operations that run, or replaces them."""
     return bool(torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack())
-
-
-def plain(tensor: Tensor) -> bool:
-    """Whether a tensor has memory of its own, on a CPU, in float32."""
-    if type(tensor) not in (Tensor, nn.Parameter) or tensor.dtype is not torch.float32:
-        return False
-    # One that stands for zeros or for the negative of another has memory that does not say so.
-    if tensor.is_neg() or tensor._is_zerotensor():
-        return False
-    # A sparse or nested tensor, or one that stands for a batch of gradients, is on a CPU as well, but has another key.
-    return bool(torch._C._dispatch_keys(tensor).has(torch._C.DispatchKey.CPU))
 
 
 @functools.cache

@@ -7,10 +7,10 @@ that they share is here.
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import cpu
-from .recompute import differentiated, recompute, transformed
+from .recompute import differentiated, in_memory, recompute, transformed
 from .reference import accumulation_dtype
 
 
@@ -61,9 +61,8 @@ def rms_norm(
 
 def takes(x: Tensor, weight: Tensor, dtype: torch.dtype) -> bool:
     """Whether the compiled norm can run: in float32 throughout and on a CPU."""
-    plain = type(x) is Tensor and type(weight) in (Tensor, nn.Parameter)  # with memory of their own
-    if not plain or not (x.dtype == weight.dtype == dtype == torch.float32) or x.numel() == 0:
+    if not (x.dtype == weight.dtype == dtype == torch.float32) or not (x.is_cpu and weight.is_cpu) or x.numel() == 0:
         return False
     if transformed() or torch.compiler.is_compiling():
         return False
-    return x.is_cpu and weight.is_cpu and cpu.unavailable() is None
+    return in_memory(x, weight) and cpu.unavailable() is None

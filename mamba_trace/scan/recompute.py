@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 
@@ -20,6 +20,27 @@ def transformed() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
+def in_memory(*tensors: Tensor | None) -> bool:
+    """Whether what lies in the memory of tensors on a CPU or a GPU are their numbers, so that a kernel may read them.
+
+    Each must be PyTorch's own. It does not stand for zeros or for the negative of another, of which its memory does
+    not tell, and is neither sparse nor nested nor a batch of gradients (``is_grads_batched``), which have other keys.
+    """
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        if type(tensor) not in (Tensor, nn.Parameter) or tensor.is_neg() or tensor._is_zerotensor():
+            return False
+        key = _KEYS.get(tensor.device.type)
+        if key is not None and not torch._C._dispatch_keys(tensor).has(key):
+            return False
+    return True
+
+
+#: How PyTorch marks a dense tensor, by the type of its device.
+_KEYS = {"cpu": torch._C.DispatchKey.CPU, "cuda": torch._C.DispatchKey.CUDA}
+
+
 def differentiated(*inputs: Tensor | None) -> bool:
     """Whether autograd records what is computed from these tensors."""
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in inputs)
@@ -29,11 +50,11 @@ def recompute(fast: Callable[..., Any], slow: Callable[..., Any], *inputs: Tenso
     """``fast(*inputs)``, with the gradients of ``slow``, which is run in the backward pass.
 
     Args:
-        fast: need not be differentiable.
+        fast: need not be differentiable. It runs where all inputs are `in_memory`.
         slow: differentiable, to any order.
         *inputs: tensors, or ``None`` where both functions take it.
     """
-    if transformed():
+    if transformed() or not (torch.compiler.is_compiling() or in_memory(*inputs)):
         return slow(*inputs)
     return _Recomputed.apply(fast, slow, *inputs) if differentiated(*inputs) else fast(*inputs)
 

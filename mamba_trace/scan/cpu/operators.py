@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..recompute import differentiated, gradients_of
+from ..recompute import differentiated, gradients_of, in_memory
 from . import team
 
 
@@ -149,9 +149,12 @@ def operator(
         ctx.save_for_backward(*inputs[:-1])
 
     def differentiate(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        given = (*ctx.saved_tensors, *grads)
         if not torch.is_grad_enabled():
-            given = (*ctx.saved_tensors, *grads)
-            return (*(run_backward(*given) if at_once(*given) else backward(*given)), None)
+            if at_once(*given):
+                return (*run_backward(*given), None)
+            if for_a_graph(*given):
+                return (*backward(*given), None)
         if grads[-1].shape[1]:  # there are gradients of the states
             return (*gradients_of(lambda *i: (*scan(*i), states(*i)[1]), ctx.saved_tensors, grads), None)
         return (*gradients_of(scan, ctx.saved_tensors, grads), None)
@@ -193,10 +196,14 @@ def operator(
     return quick
 
 
+def for_a_graph(*tensors: Tensor) -> bool:
+    """Whether a graph is made of what is computed from tensors, or there are others than PyTorch's own among them."""
+    return torch.compiler.is_compiling() or any(type(tensor) not in (Tensor, nn.Parameter) for tensor in tensors)
+
+
 def at_once(*tensors: Tensor) -> bool:
     """Whether kernels may run on tensors without PyTorch's dispatcher, which takes longer than a short scan.
 
     It is there for compiled graphs and for tensors of other kinds.
     """
-    plain = all(type(tensor) in (Tensor, nn.Parameter) and tensor.is_cpu for tensor in tensors)
-    return plain and not torch.compiler.is_compiling()
+    return not torch.compiler.is_compiling() and all(tensor.is_cpu for tensor in tensors) and in_memory(*tensors)

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..recompute import differentiated, gradients_of
+from ..recompute import differentiated, gradients_of, in_memory
 from . import calls, installed
 from .installed import INSTALL_CONV as INSTALL_CONV
 from .installed import INSTALL_SCAN as INSTALL_SCAN
@@ -183,6 +183,6 @@ class _Kernel(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         run = ctx.define
-        if not torch.is_grad_enabled():  # no second derivative will be asked for
+        if not torch.is_grad_enabled() and in_memory(*grads):  # one gradient, and no second derivative
             run = functools.partial(ctx.run, attached=grads[-1] is not None)
         return (None, None, *gradients_of(run, ctx.saved_tensors, grads))

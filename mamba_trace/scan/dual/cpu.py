@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..cpu import unavailable as unavailable
 from ..cpu.operators import as_dense, as_floats, ended_state, operator, run_forward, starting_state
+from ..linear import linear_into
 from ..recompute import recompute
 from ..reference import in_dtype
 from ..room import Room
@@ -105,7 +105,7 @@ def gated_runs(
         lines = slice(rows * span.start, rows * span.stop)
         for group in range(groups):
             C_of_run = inputs["C"][:, span, group].reshape(-1, C.shape[-1])  # [B l,N]
-            torch.mm(C_of_run, state[group].t(), out=read[group, lines])
+            linear_into(read[group, lines], C_of_run, state[group])
     y = room.take("y", x.shape, rows)
     longest = max(runs.lengths)
     inputs |= {"read": read, "begins": runs.begins}

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..recompute import differentiated, gradients_of
+from ..recompute import differentiated, gradients_of, in_memory
 
 #: A program holds a channel's whole state in the registers of one warp.
 MAX_STATE = 256
@@ -184,7 +184,7 @@ class _Differentiable(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         scan: TritonScan = ctx.scan
         inputs = ctx.saved_tensors[: len(scan.names)]
-        if torch.is_grad_enabled():  # a second derivative will be asked for
+        if torch.is_grad_enabled() or not in_memory(*grads):  # a second derivative will be asked for, or many gradients
             return (None, None, *gradients_of(scan.states if ctx.keep else scan.scan, inputs, grads))
         second = {"gstates" if ctx.keep else "gh_last": grads[1]}
         gradients = getattr(scan.launch(), scan.gradients)(*ctx.saved_tensors, grads[0], **second)
