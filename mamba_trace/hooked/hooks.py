@@ -98,10 +98,18 @@ class Extent:
         inside = range(self.start or 0, self.n_layers if self.stop is None else self.stop)
         return [layer for layer in (inside if self.only is None else self.only) if layer in inside]
 
+    @functools.cached_property
+    def visits(self) -> dict[int, list[int]]:
+        """Of each layer that the run goes through, where it stands in `layers`, perhaps several times."""
+        visits: dict[int, list[int]] = {}
+        for number, layer in enumerate(self.layers):
+            visits.setdefault(layer, []).append(number)
+        return visits
+
     def reaches(self, place: Place) -> bool:
         """Whether the run computes the value at a place."""
         if place.layer is not None:
-            return place.layer in self.layers
+            return place.layer in self.visits
         assert place.site is not None
         return self.start is None if place.index() < _FIRST_INNER else self.stop is None
 
@@ -113,7 +121,7 @@ class Extent:
         if place.layer is None:
             numbers = [-1 if place.index() < _FIRST_INNER else len(self.layers)]
         else:
-            numbers = [number for number, layer in enumerate(self.layers) if layer == place.layer]
+            numbers = self.visits.get(place.layer, [])
         return [(number, place.index(layout), place.position or 0) for number in numbers]
 
     def __str__(self) -> str:
@@ -137,9 +145,7 @@ def none_kept(name: str) -> UnknownSiteError:
 
 def key_of(place: Place) -> str:
     """The name of a place in a cache and for a hook: its hook name, or its path if it has none."""
-    if place.site is None or (place.site.name == STATE and place.position is None):
-        return place.path
-    return place.hook_name
+    return place.path if place.site is None or place.whole_trajectory else place.hook_name
 
 
 def check_name(model: Any, name: NameOrFilter, extent: Extent) -> None:

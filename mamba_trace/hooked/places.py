@@ -79,7 +79,10 @@ class Places:
             with model.trace("Emma gave an apple to"):
                 state = model.hook("blocks.1.hook_h.2").output.save()  # [B,E,N]
         """
-        place = self._place(name)
+        return self._envoy(self._place(name))
+
+    def _envoy(self, place: names.Place) -> Any:
+        """The place itself, of a model that has it."""
         if place.site is None:
             return getattr(self.layers[place.layer].ssm, str(place.native))
         part = PUBLIC_PART.get(place.site.scope)

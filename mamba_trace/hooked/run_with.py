@@ -215,6 +215,9 @@ class HookedRuns(Directions):
                 run.perform(tracer)
         finally:
             run.close()
+        if run.missed():
+            run.one_by_one = True
+            self._perform(run, input, prepend_bos, mask)
 
 
 def _checked_names(model: Any, names_filter: Any, extent: Extent) -> list[NameOrFilter] | None:

@@ -12,7 +12,7 @@ import contextlib
 import functools
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
@@ -22,8 +22,11 @@ from ..errors import LayerError, PromptError, SiteValueError, UnknownSiteError
 from ..names import Place, public_path
 from ..sites import BY_NAME, STATE
 from ..tracing import ask_every_position, reading
+from ..tracing.caches import look_on
 from ..tracing.edits import is_edited, waiting_edits
 from ..tracing.forwards import listened_to
+from ..tracing.sandbox import in_sandbox
+from .copies import checked_gradient, copied
 from .extents import run_layers
 from .hooks import Extent, Hook, HookFunction, NameOrFilter, Order, key_of, resolve
 
@@ -39,18 +42,40 @@ class PlaceActions:
 
     Attributes:
         place: the place.
-        hook: the second argument of its hook functions.
         fwd, bwd: functions of (value, hook) and (gradient, hook), in the order they were given.
         cached: whether the value is kept.
         named: whether the user named this very place, and not all places that a predicate accepts.
     """
 
     place: Place
-    hook: Hook
     fwd: list[HookFunction] = field(default_factory=list)
     bwd: list[HookFunction] = field(default_factory=list)
     cached: bool = False
     named: bool = False
+
+    @functools.cached_property
+    def hook(self) -> Hook:
+        """The second argument of the functions."""
+        return Hook(key_of(self.place), self.place.path)
+
+
+@dataclass
+class Step:
+    """One visit of a place.
+
+    Attributes:
+        order: where in the run.
+        time: how often the run has been there before.
+        place: the place.
+        serve: asks for its value, and does with it what there is to do.
+        alone: whether that can be done without asking: a value is to be kept, and no warning is to be given.
+    """
+
+    order: Order
+    time: int
+    place: Place
+    serve: Callable[[], None]
+    alone: bool
 
 
 @dataclass(eq=False)
@@ -71,6 +96,8 @@ class HookedRun:
         tokens, mask: the token ids and attention mask [B,L] as the model gets them, or ``None``.
         length: the number of positions.
         handed_out: whether a hook was given the logits.
+        one_by_one: whether each value is asked for, as somebody may edit it or the run may not come to its place.
+        looked_on: the places whose values are kept without asking.
         shadowed: the dictionary that holds a list of layers in place of the model's own, if there is one.
     """
 
@@ -89,6 +116,8 @@ class HookedRun:
     mask: Tensor | None = None
     length: int = 0
     handed_out: bool = False
+    one_by_one: bool = False
+    looked_on: list[Place] = field(default_factory=list)
     shadowed: dict[str, Any] = field(default_factory=dict)
 
     def perform(self, tracer: Any) -> None:
@@ -98,19 +127,19 @@ class HookedRun:
         self.length = (inputs["inputs_embeds"] if self.tokens is None else self.tokens).shape[1]
         if not self.length:
             raise PromptError("the prompt has no tokens")
-        actions = self.schedule()
+        steps = self.schedule()
         self.check_edits()
         if self.extent.layers != list(range(self.extent.n_layers)) or self.extent.start is not None:
             # The base's forward reads its attribute `layers`, and finds this one before the submodule.
             self.shadowed = self.model.layers.parent._module.__dict__
             blocks = [block._module for block in self.model.layers]
             self.shadowed["layers"] = run_layers(blocks, self.extent, inputs.get("inputs_embeds"), self.model._layout)
-        for time, action in actions:
-            if time:
-                for _ in tracer.iter[time]:
-                    action()
+        for step in steps if self.asks() else self.look_on(steps):
+            if step.time:
+                for _ in tracer.iter[step.time]:
+                    step.serve()
             else:
-                action()
+                step.serve()
         self.finish(tracer)
 
     def finish(self, tracer: Any) -> None:
@@ -147,22 +176,24 @@ class HookedRun:
 
     # -- planning --------------------------------------------------------------------------------------
 
-    def schedule(self) -> list[tuple[int, Callable[[], None]]]:
-        """The run's actions in execution order, each with how often the run has been at its place before."""
-        ordered: list[tuple[Order, int, Callable[[], None]]] = []
+    def schedule(self) -> list[Step]:
+        """The run's visits of places, in execution order."""
+        steps: list[Step] = []
 
-        def add(place: Place, action: Callable[[bool], None]) -> None:
+        def add(place: Place, serve: Callable[[bool], None], alone: bool) -> None:
             orders = self.extent.orders_of(place, self.model._layout)
             for time, order in enumerate(orders):
-                ordered.append((order, time, functools.partial(action, time + 1 == len(orders))))
+                steps.append(Step(order, time, place, functools.partial(serve, time + 1 == len(orders)), alone))
 
         places = self.places()
         for layer in self.whole_trajectories(places):
-            add(Place(BY_NAME[STATE], layer), functools.partial(self.keep_states, layer))
+            place = Place(BY_NAME[STATE], layer)
+            add(place, functools.partial(self.keep_states, place), True)
         for actions in places.values():
             if actions.fwd or actions.bwd or actions.cached:
-                add(actions.place, functools.partial(self.serve, actions))
-        return [(time, action) for _, time, action in sorted(ordered, key=lambda item: item[0])]
+                alone = not (actions.named and actions.place.position is not None)  # which may be padding
+                add(actions.place, functools.partial(self.serve, actions), alone)
+        return sorted(steps, key=lambda step: step.order)
 
     def places(self) -> dict[str, PlaceActions]:
         """What happens where, by the place's name. Raises `UnknownSiteError` for a hook that never fires."""
@@ -173,7 +204,7 @@ class HookedRun:
             for place in resolve(name, lambda: self.known, self.length, self.model._place):
                 key = key_of(place)
                 if key not in places:
-                    places[key] = PlaceActions(place, Hook(key, place.path))
+                    places[key] = PlaceActions(place)
                 there.append(places[key])
                 there[-1].named |= isinstance(name, str)
             return there
@@ -219,13 +250,38 @@ class HookedRun:
 
     # -- doing -----------------------------------------------------------------------------------------
 
+    def asks(self) -> bool:
+        """Whether each value is asked for: where nothing but the cache wants any, it is handed them without."""
+        self.looked_on.clear()
+        if self.fwd or self.bwd or self.incl_bwd or in_sandbox(self.model) or is_edited(self.model):
+            self.one_by_one = True
+        return self.one_by_one
+
+    def look_on(self, steps: list[Step]) -> list[Step]:
+        """Keep values as the run comes to them; return the steps that are left to do one by one.
+
+        Where nothing else waits for the end, the last step does.
+        """
+        ends = self.logits or self.extent.stop is not None
+        for step in steps if ends else steps[:-1]:
+            if step.alone and not step.time:  # a later visit is looked on at, too
+                envoy = self.model._envoy(self.from_end(step.place))
+                look_on(envoy, functools.partial(self.keep, step.place, envoy))
+                self.looked_on.append(step.place)
+        return [step for step in steps if not step.alone or (step is steps[-1] and not ends)]
+
+    def missed(self) -> bool:
+        """Whether the run did not come to a place that was looked on at; whoever asks for it is told why."""
+        first = (Place(p.site, p.layer, 0) if p.whole_trajectory else p for p in self.looked_on)
+        return any(key_of(place) not in self.values for place in first)
+
     def serve(self, actions: PlaceActions, last: bool) -> None:
         """Serve one place: forward hooks first, then the backward ones, then the cache.
 
         If the run comes to the place several times, the cache keeps the value of the ``last`` time.
         """
         hook, key = actions.hook, key_of(actions.place)
-        envoy = self.model.hook(self.path_of(actions))
+        envoy = self.model._envoy(actions.place if actions.named else self.from_end(actions.place))
         ask_every_position(not actions.named)
         with contextlib.nullcontext() if actions.fwd else reading():
             value = envoy.output
@@ -243,25 +299,29 @@ class HookedRun:
         if actions.bwd or (keeps and self.incl_bwd):
             self.watch(value, actions, keeps and self.incl_bwd)
         if keeps:
-            self.values[key] = self.kept(value, actions.place, envoy)
+            self.keep(actions.place, envoy, value)
 
-    def path_of(self, actions: PlaceActions) -> str:
-        """The path to ask for. A predicate's position is counted from the end, where it is the same token in
+    def from_end(self, place: Place) -> Place:
+        """A place that a predicate accepts, with a position that is counted from the end: there it is the same token in
         rows padded on the left, so that no warning about padding is given for it."""
-        place = actions.place
-        if place.position is None or actions.named:
-            return place.path
-        return f"{Place(place.site, place.layer).path}[{place.position - self.length}]"
+        return place if place.position is None else replace(place, position=place.position - self.length)
 
-    def keep_states(self, layer: int, last: bool) -> None:
+    def keep_states(self, place: Place, last: bool) -> None:
         """Cache the states of a layer after every position, edits of them included."""
-        if not last:
+        if last:
+            envoy = self.model._envoy(place)
+            with reading():
+                states = envoy.output
+            self.keep(place, envoy, states)
+
+    def keep(self, place: Place, envoy: Any, value: Tensor) -> None:
+        """Cache the value of a place; of the whole trajectory [B,L,...,N] each state under its own name."""
+        kept = self.kept(value, place, envoy)
+        if not place.whole_trajectory:
+            self.values[key_of(place)] = kept
             return
-        envoy = self.model.layers[layer].ssm.h
-        with reading():
-            states = self.kept(envoy.output, Place(BY_NAME[STATE], layer), envoy)  # [B,L,...,N]
-        for position in range(self.length):
-            self.values[key_of(Place(BY_NAME[STATE], layer, position))] = states[:, position]
+        for position, state in enumerate(kept.unbind(1)):
+            self.values[key_of(Place(place.site, place.layer, position))] = state
 
     def kept(self, value: Tensor, place: Place, envoy: Any) -> Tensor:
         """A value for the cache: a copy, unless nobody can edit it in place.
@@ -274,7 +334,7 @@ class HookedRun:
             envoy: of the site there.
         """
         site = place.site
-        inside = site is not None and site.stage in ("scan", "states") and not site.alias and site.index <= LAST_INSIDE
+        inside = site is not None and site.stage in ("scan", "states") and site.index <= LAST_INSIDE
         alone = inside and not (self.fwd or self.bwd or value.requires_grad or self.edited)
         if alone and not listened_to(envoy._module) and value.untyped_storage().nbytes() == value.nbytes:
             return value if self.device is None else value.to(self.device)
@@ -309,26 +369,7 @@ def every_position(name: NameOrFilter, place_of: Callable[[str], Place]) -> Name
     if callable(name):
         return name
     place = place_of(name)
-    if place.site is None or place.site.name != STATE or place.position is not None:
+    if not place.whole_trajectory:
         return name
-    prefix = f"{place.site.hook_name(place.layer)}."
+    prefix = f"{BY_NAME[STATE].hook_name(place.layer)}."
     return lambda hook_name: hook_name.startswith(prefix)
-
-
-def copied(value: Tensor, device: Any) -> Tensor:
-    """A detached copy for a cache, on ``device`` if it is given, that no later edit of ``value`` reaches."""
-    return value.detach().to(value.device if device is None else device, copy=True)
-
-
-def checked_gradient(returned: Any, gradient: Tensor, hook: Hook) -> Tensor:
-    """The gradient that a backward hook returned, alone or in a tuple of one. Raises `SiteValueError`."""
-    if isinstance(returned, tuple) and len(returned) == 1:
-        returned = returned[0]
-    if not isinstance(returned, Tensor) or returned.shape != gradient.shape:
-        got = tuple(returned.shape) if isinstance(returned, Tensor) else type(returned).__name__
-        raise SiteValueError(
-            f"the backward hook on {hook.name} takes the place of a gradient of shape "
-            f"{tuple(gradient.shape)}, and returned {got}"
-        )
-    # A copy, since the next hook may edit it in place, and this tensor is the user's own.
-    return returned if returned is gradient else returned.to(gradient, copy=True)

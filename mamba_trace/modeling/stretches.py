@@ -200,10 +200,13 @@ class Stretches:
             parts.append(self.recurrence.states(self.start, self.length, self.h))
         y, states = (torch.cat(p, dim=1) if self.done else p[0] for p in zip(*parts, strict=True))
         last = states[:, -1].clone()  # the whole trajectory is a record: its edits are not carried on
-        may_change = self.offer.visit.may_edit(STATE) and not states.requires_grad
+        visit = self.offer.visit
+        may_change = visit.may_edit(STATE) and not states.requires_grad
         unedited = self.recurrence.read(states) if may_change else None
-        read = self.offer("h_read", self.offer(STATE, states))  # [B,L,...,N]
-        if read is not states or read.requires_grad:
+        served = self.offer(STATE, states)
+        may_differ = served is not states or visit.may_edit("h_read")
+        read = self.offer("h_read", served)  # [B,L,...,N]
+        if (may_differ and read is not states) or read.requires_grad:
             y = self.recurrence.read(read)
         elif unedited is not None and not same_contents(unedited, edited := self.recurrence.read(read)):
             y = edited

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ..errors import PositionError, UnknownSiteError
@@ -86,14 +85,17 @@ def hook_names(layers: int | Layout, n_positions: int, family: Family = "selecti
     return [place.hook_name for place in hook_places(layout, n_positions)]
 
 
-def hook_places(layout: Layout, n_positions: int) -> Iterator[Place]:
+@functools.lru_cache(maxsize=2)  # with all their names
+def hook_places(layout: Layout, n_positions: int) -> tuple[Place, ...]:
     """The places of `hook_names`, in the same order.
 
     >>> from mamba_trace.sites import PURE, Layout
     >>> [place.path for place in hook_places(Layout((PURE["selective"],)), 2)][:2]
     ['embeddings', 'layers[0].resid_pre']
     """
-    for site, layer in layout.walk():
-        if site.in_mamba_lens or site.part:
-            for position in range(n_positions) if site.name == STATE else (None,):
-                yield Place(site, layer, position)
+    return tuple(
+        Place(site, layer, position)
+        for site, layer in layout.walk()
+        if site.in_mamba_lens or site.part
+        for position in (range(n_positions) if site.name == STATE else (None,))
+    )

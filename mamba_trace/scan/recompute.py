@@ -21,10 +21,10 @@ def transformed() -> bool:
 
 
 def in_memory(*tensors: Tensor | None) -> bool:
-    """Whether what lies in the memory of tensors on a CPU or a GPU are their numbers, so that a kernel may read them.
+    """Whether the memory of each tensor holds its numbers, so that a kernel may read them there.
 
-    Each must be PyTorch's own. It does not stand for zeros or for the negative of another, of which its memory does
-    not tell, and is neither sparse nor nested nor a batch of gradients (``is_grads_batched``), which have other keys.
+    It does not in a tensor of another class, in one that stands for zeros or for the negative of another, in a sparse
+    or nested one, and in a batch of gradients (``is_grads_batched``).
     """
     for tensor in tensors:
         if tensor is None:
@@ -37,7 +37,7 @@ def in_memory(*tensors: Tensor | None) -> bool:
     return True
 
 
-#: How PyTorch marks a dense tensor, by the type of its device.
+#: The key that a dense tensor has, by the type of its device. Sparse and nested ones and batches have others.
 _KEYS = {"cpu": torch._C.DispatchKey.CPU, "cuda": torch._C.DispatchKey.CUDA}
 
 

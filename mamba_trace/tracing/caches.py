@@ -6,9 +6,12 @@ or attention a tuple of which it is the first, and a router, whose value is the 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from nnsight.intervention.cache import Cache
+from nnsight.intervention.interleaver import Mediator
+from torch import Tensor
 
 
 class SiteCache(Cache):
@@ -47,3 +50,29 @@ def with_places(cache: Cache) -> None:
     assert isinstance(cache, SiteCache)
     cache.firsts = {envoy.path for envoy in targets if getattr(type(envoy), "_first_of_tuple", False)}
     cache.routers = {envoy._logits.path: envoy.path for envoy in targets if hasattr(type(envoy), "_logits")}
+
+
+class Onlooker:
+    """Takes the place of a cache of nnsight's: a function is called with the value of a place at each visit."""
+
+    def __init__(self, keep: Callable[[Tensor], None], first: bool) -> None:
+        self.keep, self.first = keep, first
+
+    def observe_selected(self, selected: Any, value: Any) -> None:
+        self.keep(value[0] if self.first and isinstance(value, tuple) else value)
+
+
+def look_on(envoy: Any, keep: Callable[[Tensor], None]) -> None:
+    """In a trace, call ``keep`` with the value of a place at each later visit, as everybody who may edit it leaves it.
+
+    A worker that asks for a value stops the model and is started again; this does neither. Nobody is told if the run
+    never comes to the place.
+
+    Args:
+        envoy: of the place.
+        keep: must neither edit the value nor keep it where the run may edit it later.
+    """
+    mediator = Mediator.current(envoy.path)
+    place = envoy._logits if hasattr(type(envoy), "_logits") else envoy
+    onlooker = Onlooker(keep, getattr(type(envoy), "_first_of_tuple", False))
+    mediator.interleaver.observers.setdefault(f"{place.path}.output", []).append((mediator, onlooker, None))

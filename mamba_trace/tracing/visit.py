@@ -60,6 +60,27 @@ def locations_of(path: str, names: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(f"{path}.{name}.{key}" for name in names for key in LOCATIONS)
 
 
+#: Under this name the interleaver keeps what `observed_below` looks up, and what that was made of.
+OBSERVED = "_mamba_trace_observed"
+
+
+def observed_below(interleaver: Any, prefix: str) -> list[str]:
+    """The locations that caches record and that begin with ``prefix``, a path and a full stop."""
+    observers = interleaver.observers
+    if not observers:
+        return []
+    made_of, count, found = interleaver.__dict__.get(OBSERVED, (None, 0, {}))
+    if made_of is not observers or count != len(observers):
+        found = {}
+        for location in observers:
+            steps = location.split(".")
+            for end in range(1, len(steps)):
+                found.setdefault(".".join(steps[:end]) + ".", []).append(location)
+        interleaver.__dict__[OBSERVED] = (observers, len(observers), found)
+    below: list[str] = found.get(prefix, [])
+    return below
+
+
 class Visit:
     """One call of one module's forward, as the running trace sees it.
 
@@ -125,8 +146,9 @@ class Visit:
         # Whether a cache or a worker at this visit wants one of the locations `keys`.
         if self.interleaver is None:
             return False
-        locations = {f"{self.path}.{below}{key}" for key in keys}
-        if not locations.isdisjoint(self.interleaver.observers):
+        locations = [f"{self.path}.{below}{key}" for key in keys]
+        observers = self.interleaver.observers
+        if observers and any(location in observers for location in locations):
             return True
         return any(location in locations for _, location in self._parked(below))
 
@@ -135,9 +157,8 @@ class Visit:
         if self.interleaver is None:
             return False
         self._count_positions()
-        prefix = f"{self.path}.{below}"
         parked = (location for _, location in self._parked(below))
-        observed = (location for location in self.interleaver.observers if location.startswith(prefix))
+        observed = observed_below(self.interleaver, f"{self.path}.{below}")
         return any(location not in besides for location in itertools.chain(parked, observed))
 
     def _parked(self, below: str) -> Iterator[tuple[Mediator, str]]:
@@ -231,8 +252,8 @@ class Visit:
                 return self.next_position(name, start, length, mask)
             warn_if_padded(mediator, location, position, mask)
             wanted.append(position % length)
-        for location, observers in self.interleaver.observers.items():
-            position = position_of(location, prefix)
+        for location in observed_below(self.interleaver, prefix):
+            position, observers = position_of(location, prefix), self.interleaver.observers[location]
             if position is None:
                 continue
             if -length <= position < length:
