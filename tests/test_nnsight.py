@@ -110,6 +110,22 @@ def test_observers_are_the_locations_that_caches_subscribe_to(probe):
     assert probe._module.seen == [{"model.second.output", "model.a.place.of.our.own.output"}]
 
 
+def test_an_observer_may_come_while_the_run_goes_on_and_sees_what_workers_leave(probe):
+    seen = []
+
+    class Observer:
+        def observe_selected(self, selected: Any, value: Any) -> None:
+            seen.append((selected, value.clone()))
+
+    with probe.trace(X):
+        _ = probe.first.output
+        mediator = Mediator.current("here")
+        mediator.interleaver.observers["model.second.output"] = [(mediator, Observer(), "mine")]
+        probe.second.output[:] = 5
+    assert [selected for selected, _ in seen] == ["mine"]
+    assert bool((seen[0][1] == 5).all())
+
+
 def test_observers_are_a_new_object_in_every_run(probe):
     kept = []
     probe._module.look = lambda active: kept.append(active[0].observers)

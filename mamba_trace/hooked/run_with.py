@@ -215,7 +215,7 @@ class HookedRuns(Directions):
                 run.perform(tracer)
         finally:
             run.close()
-        if run.missed():
+        if run.missed and not run.one_by_one:
             run.one_by_one = True
             self._perform(run, input, prepend_bos, mask)
 

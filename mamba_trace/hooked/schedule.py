@@ -96,8 +96,8 @@ class HookedRun:
         tokens, mask: the token ids and attention mask [B,L] as the model gets them, or ``None``.
         length: the number of positions.
         handed_out: whether a hook was given the logits.
-        one_by_one: whether each value is asked for, as somebody may edit it or the run may not come to its place.
-        looked_on: the places whose values are kept without asking.
+        one_by_one: whether to ask for each value even where nobody can edit any.
+        looked_on: the places whose values were kept without asking.
         shadowed: the dictionary that holds a list of layers in place of the model's own, if there is one.
     """
 
@@ -134,7 +134,7 @@ class HookedRun:
             self.shadowed = self.model.layers.parent._module.__dict__
             blocks = [block._module for block in self.model.layers]
             self.shadowed["layers"] = run_layers(blocks, self.extent, inputs.get("inputs_embeds"), self.model._layout)
-        for step in steps if self.asks() else self.look_on(steps):
+        for step in steps if self.asks else self.look_on(steps):
             if step.time:
                 for _ in tracer.iter[step.time]:
                     step.serve()
@@ -250,19 +250,18 @@ class HookedRun:
 
     # -- doing -----------------------------------------------------------------------------------------
 
+    @property
     def asks(self) -> bool:
         """Whether each value is asked for: where nothing but the cache wants any, it is handed them without."""
-        self.looked_on.clear()
-        if self.fwd or self.bwd or self.incl_bwd or in_sandbox(self.model) or is_edited(self.model):
-            self.one_by_one = True
-        return self.one_by_one
+        somebody = self.fwd or self.bwd or self.incl_bwd or is_edited(self.model)
+        return bool(self.one_by_one or somebody or in_sandbox(self.model))
 
     def look_on(self, steps: list[Step]) -> list[Step]:
         """Keep values as the run comes to them; return the steps that are left to do one by one.
 
         Where nothing else waits for the end, the last step does.
         """
-        ends = self.logits or self.extent.stop is not None
+        ends, self.looked_on = self.logits or self.extent.stop is not None, []
         for step in steps if ends else steps[:-1]:
             if step.alone and not step.time:  # a later visit is looked on at, too
                 envoy = self.model._envoy(self.from_end(step.place))
@@ -270,8 +269,9 @@ class HookedRun:
                 self.looked_on.append(step.place)
         return [step for step in steps if not step.alone or (step is steps[-1] and not ends)]
 
+    @property
     def missed(self) -> bool:
-        """Whether the run did not come to a place that was looked on at; whoever asks for it is told why."""
+        """Whether the run did not come to a place that was looked on at. Whoever asks for it is told why."""
         first = (Place(p.site, p.layer, 0) if p.whole_trajectory else p for p in self.looked_on)
         return any(key_of(place) not in self.values for place in first)
 
@@ -317,11 +317,13 @@ class HookedRun:
     def keep(self, place: Place, envoy: Any, value: Tensor) -> None:
         """Cache the value of a place; of the whole trajectory [B,L,...,N] each state under its own name."""
         kept = self.kept(value, place, envoy)
-        if not place.whole_trajectory:
-            self.values[key_of(place)] = kept
-            return
-        for position, state in enumerate(kept.unbind(1)):
-            self.values[key_of(Place(place.site, place.layer, position))] = state
+        found = {key_of(place): kept}
+        if place.whole_trajectory:
+            positions = enumerate(kept.unbind(1))
+            found = {key_of(Place(place.site, place.layer, position)): state for position, state in positions}
+        for key, value in found.items():
+            self.values.pop(key, None)  # of an earlier visit: it comes where the last one does
+            self.values[key] = value
 
     def kept(self, value: Tensor, place: Place, envoy: Any) -> Tensor:
         """A value for the cache: a copy, unless nobody can edit it in place.

@@ -9,7 +9,8 @@ it can ask which locations are wanted of it right now. The map of this room:
   `worker`, the user's side, is what happens between two requests; `positions` are the places ``h[p]``;
   `mask` says which columns are padding, and `frames` finds the user's line for a warning or an error.
 * Values: `saving` and `served` keep saved values from changing; `apart` separates places that share memory;
-  `views` compares tensors as parts of memory; `fitting` checks the values that users assign.
+  `views` compares tensors as parts of memory; `fitting` checks the values that users assign; `caches` keep values
+  without a worker that asks for them.
 * The tree of envoys: `envoys` has a class for each kind of place; `attributes` refuses names that it does not
   have; `envoy_map` combines these classes and names with the user's own; `tree` keeps the envoys in step with
   the modules, and copies them; `root` is the model's own envoy.
@@ -24,7 +25,8 @@ accelerate in tests/test_devices.py, about copies in tests/test_copies.py and te
 
 * ``interleaver.mediators[i].pending`` is what worker i waits for: ``provider``, a location such as
   ``"model.backbone.layers.3.mixer.conv.output"``, and ``iteration``, which visit of it;
-* ``interleaver.observers`` maps the locations that caches record;
+* ``interleaver.observers`` maps the locations that caches record to those who do, ``(worker, cache, what)``:
+  ``cache.observe_selected(what, value)`` is called after all workers were served, also if it came during the run;
 * ``interleaver.handle(location, value)`` serves a location and returns the value or its replacement;
 * ``interleaver.counts[location]`` says how often a location was offered since the tree was built, and
   ``mediator.counts_at_start`` what that count was when the worker began;
