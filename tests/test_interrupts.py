@@ -52,7 +52,7 @@ def hooked(model: MambaTrace) -> None:
 #: A run, and which of the lines that it executes are tried: every n-th.
 RUNS: dict[str, tuple[Callable[[MambaTrace], Any], int]] = {
     "trace": (traced, 499),
-    "run_with_cache": (lambda model: model.run_with_cache(IDS), 3001),
+    "run_with_cache": (lambda model: model.run_with_cache(IDS), 1999),
     "run_with_hooks": (hooked, 499),
     "generate": (lambda model: model.generate(IDS, max_new_tokens=1, do_sample=False), 307),
 }

@@ -60,8 +60,14 @@ def locations_of(path: str, names: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(f"{path}.{name}.{key}" for name in names for key in LOCATIONS)
 
 
-#: Under this name the interleaver keeps what `observed_below` looks up, and what that was made of.
+#: Set on the first worker of a trace: what `observed_below` looks up, and of how many locations that was made.
 OBSERVED = "_mamba_trace_observed"
+
+
+def first_worker(interleaver: Any) -> Any:
+    """What stands for the running trace: its first worker, or on NDIF's host, which has none, what stands for that."""
+    first = interleaver.mediators[0]
+    return first if first.worker is None else first.worker
 
 
 def observed_below(interleaver: Any, prefix: str) -> list[str]:
@@ -69,14 +75,15 @@ def observed_below(interleaver: Any, prefix: str) -> list[str]:
     observers = interleaver.observers
     if not observers:
         return []
-    made_of, count, found = interleaver.__dict__.get(OBSERVED, (None, 0, {}))
-    if made_of is not observers or count != len(observers):
+    kept = first_worker(interleaver).__dict__
+    count, found = kept.get(OBSERVED, (0, {}))
+    if count != len(observers):
         found = {}
         for location in observers:
             steps = location.split(".")
             for end in range(1, len(steps)):
                 found.setdefault(".".join(steps[:end]) + ".", []).append(location)
-        interleaver.__dict__[OBSERVED] = (observers, len(observers), found)
+        kept[OBSERVED] = len(observers), found
     below: list[str] = found.get(prefix, [])
     return below
 
@@ -106,9 +113,7 @@ class Visit:
         """The number of the running trace, which no other trace of the program has; ``None`` outside of traces."""
         if self.interleaver is None:
             return None
-        first = self.interleaver.mediators[0]
-        runs = first if first.worker is None else first.worker  # on NDIF's host there is no worker
-        number: int = runs.__dict__.setdefault(NUMBER, next(_numbers))
+        number: int = first_worker(self.interleaver).__dict__.setdefault(NUMBER, next(_numbers))
         return number
 
     @property
