@@ -109,7 +109,7 @@ def test_no_value_shares_memory_with_another(tiny: MambaTrace, tokens: Tensor) -
         {"bwd_hooks": [("blocks.1.hook_y", lambda gradient, hook: None)]},
         {"incl_bwd": True, "return_type": "loss"},
     ],
-    ids=str,
+    ids=lambda options: next(iter(options)),
 )
 def test_each_is_asked_for_where_somebody_may_edit_it(
     options: dict[str, Any], tiny: MambaTrace, tokens: Tensor, served: list[str]
