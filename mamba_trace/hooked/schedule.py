@@ -1,9 +1,10 @@
 """One run with hooks and a cache, as the body of an ordinary trace.
 
-There is no second mechanism: a `HookedRun` asks a trace for the places it needs, in execution order. So what
-a layer computes is decided by demand as in every trace, and a run that caches residual streams keeps all its
-kernels. Before the model computes anything the run looks at the model's inputs, from which it knows the
-prompt's length and which places exist; whatever cannot be served is refused there.
+A `HookedRun` asks a trace for the places that it needs, in execution order. So what a layer computes is decided by
+demand as in every trace, and a run that caches residual streams keeps all its kernels. Where there are no hooks and
+no edits it need not ask: it looks on, as nnsight's caches do, and the demand is the same. Before the model computes
+anything the run looks at the model's inputs, from which it knows the prompt's length and which places exist; whatever
+cannot be served is refused there.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ from .attributes import Guarded, NoNumber, no_such_value
 from .fitting import fit, fit_input, skip
 from .one_run import only_run
 from .saving import assigned
+from .served import still_there
 from .tracer import PlaceTracer
 from .worker import expect, worker_at
 
@@ -42,6 +43,8 @@ class SiteValue(Value):
     def __get__(self, obj: Any, owner: Any = None) -> Any:
         if obj is None:
             return self
+        if (served := still_there(f"{obj.path}.output")) is not None:
+            return served.value
         obj._expect()
         return super().__get__(obj, owner)
 

@@ -137,7 +137,7 @@ def watch(mediator: Mediator, served: Served) -> None:
         pairs = list(zip(earlier.tensors, served.tensors, strict=False))
         if len(pairs) == len(served.tensors) and all(same_view(old, new) for old, new in pairs):
             served = earlier
-    mediator.__dict__[SERVED] = served
+    mediator.__dict__[SERVED], served.request = served, mediator.pending
     for other in mediator.interleaver.mediators:
         theirs = None if other is mediator else served_to(other)
         for saved, tensor in itertools.product(theirs.saved if theirs else (), served.tensors):

@@ -10,6 +10,7 @@ from types import FrameType
 from typing import Any
 
 import torch
+from greenlet import getcurrent
 from nnsight.intervention.interleaver import Mediator
 from nnsight.tracing import tracer as nnsight_tracer
 from nnsight.tracing.util import push
@@ -78,6 +79,8 @@ class Served:
         self.names: list[tuple[Tensor, str]] = []
         #: Whether the worker has since assigned another value to the place.
         self.assigned = False
+        #: The worker's request that was answered with this.
+        self.request: Any = None
 
     def check_forms(self) -> None:
         """Refuse an edit in place that has made another shape or dtype of what was read here.
@@ -177,6 +180,7 @@ class Served:
             replaced = apply(self.value, lambda other: new if other is tensor else other, Tensor)
             Mediator.swap(location, self.rebuild(replaced))
             self.value = self.extract(Mediator.value(location))  # in a batch, this worker's rows
+            self.request = Mediator.current(location).pending
             self.tensors = tensors_of(self.value)
             new = self.tensors[index]
             retire_for_others(location, tensor, new)
@@ -187,6 +191,21 @@ class Served:
         self.record(new)
         rename([(old, name) for old, name in self.names if same_view(old, tensor)], new, sys._getframe(1))
         return new
+
+
+def still_there(location: str) -> Served | None:
+    """What the running worker was served last, if that is what a request for ``location`` would give it again.
+
+    It is where the worker has neither assigned to the place nor asked for anything since: the model stands still.
+    """
+    reference = getattr(getcurrent(), "mediator", None)
+    mediator = None if reference is None else reference()
+    served = served_to(mediator)
+    if mediator is None or served is None or served.assigned or served.visit[0] != location:
+        return None
+    if served.request is None or served.request is not mediator.pending or mediator.transform is not None:
+        return None
+    return served if served.visit[1] == mediator.wanted(location) else None
 
 
 def served_to(mediator: Mediator | None) -> Served | None:
