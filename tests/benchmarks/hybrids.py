@@ -100,7 +100,8 @@ def rows_of(model_type: str, shape: str, length: int, repeats: int) -> dict[str,
     size = plain.config.vocab_size
     tokens = torch.randint(1, size, (1, length), generator=torch.Generator().manual_seed(0))
     layer = model.ssm_layers[len(model.ssm_layers) // 2]
-    torch.testing.assert_close(model._module(tokens).logits, plain(tokens).logits, rtol=1e-3, atol=1e-3)
+    expected = plain(tokens).logits  # a Zamba's are in the hundreds
+    torch.testing.assert_close(model._module(tokens).logits, expected, rtol=1e-3, atol=3e-4 * float(expected.std()))
 
     def empty() -> None:
         with model.trace(tokens):
