@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import nnsight
 import pytest
 import torch
 from nnsight.intervention.interleaver import Mediator
@@ -105,3 +106,51 @@ def test_each_step_of_a_generation_is_read_anew(tiny: MambaTrace, tokens: Tensor
     for first, second in reads:
         assert torch.equal(first, second)
     assert not torch.equal(reads[1][0], reads[2][0])
+
+
+def test_rows_of_a_batch_are_read_anew_once_a_part_of_them_was_edited(tiny: MambaTrace, tokens: Tensor) -> None:
+    place = tiny.layers[1].resid_post
+    with tiny.trace() as tracer:
+        with tracer.invoke(tokens[:1]):
+            place.output[:, 0] *= 1.5
+            place.output.register_hook(lambda grad: grad)  # of a view that was edited by a part PyTorch would crash
+            found = tiny.logits.output.save()
+        with tracer.invoke(tokens[1:]):
+            _ = tiny.logits.output
+    with tiny.trace(tokens[:1]):
+        place.output[:, 0] *= 1.5
+        expected = tiny.logits.output.save()
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("batch", [False, True], ids=["alone", "batch"])
+@pytest.mark.parametrize("grads", [False, True], ids=["without gradients", "with gradients"])
+@pytest.mark.parametrize("edit", ["place", "name"])
+def test_what_was_saved_twice_stays(batch: bool, grads: bool, edit: str, tiny: MambaTrace, tokens: Tensor) -> None:
+    place = tiny.layers[1].resid_post
+
+    def run(edited: bool) -> list[Tensor]:
+        first = place.output.save()
+        second = place.output.save()
+        if edited and edit == "place":
+            place.output[:] = 0
+        elif edited:
+            second.add_(1)
+        return [first, second, place.output.clone()]
+
+    with torch.set_grad_enabled(grads):
+        if batch:
+            with tiny.trace() as tracer:
+                with tracer.invoke(tokens[:1]):
+                    kept = nnsight.save(run(True))
+                with tracer.invoke(tokens[1:]):
+                    _ = tiny.logits.output
+        else:
+            with tiny.trace(tokens[:1]):
+                kept = nnsight.save(run(True))
+        with tiny.trace(tokens[:1]):
+            plain = nnsight.save(run(False))
+    (first, second, last), before = kept, plain[0]
+    torch.testing.assert_close(first, before)
+    torch.testing.assert_close(second, before)
+    torch.testing.assert_close(last, torch.zeros_like(before) if edit == "place" else before + 1)

@@ -182,8 +182,7 @@ def reinstate_controllers(modules: Iterable[nn.Module]) -> None:
     """
     for module in modules:
         own = module.__dict__
-        state = own.get(CONTROLLER_STATE)
-        if state is None or isinstance(own.get("forward"), Controller):
+        if isinstance(own.get("forward"), Controller) or (state := own.get(CONTROLLER_STATE)) is None:
             continue
         forward = _inside_accelerate(module)
         if isinstance(forward, Controller):

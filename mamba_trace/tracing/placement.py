@@ -195,9 +195,10 @@ def check_weights(model: nn.Module, modules: Iterable[nn.Module] | None = None) 
 def _on_meta(modules: Iterable[nn.Module]) -> bool:
     # Called in every trace, so it is written without generators.
     for module in modules:
-        for tensor in module._parameters.values():
-            if tensor is not None and tensor.is_meta:
-                return True
+        if parameters := module.__dict__["_parameters"]:
+            for tensor in parameters.values():
+                if tensor is not None and tensor.is_meta:
+                    return True
     return False
 
 

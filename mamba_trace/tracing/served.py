@@ -112,8 +112,9 @@ class Served:
         """
         whole = next((tensor for tensor in self.tensors if same_view(value, tensor)), None)
         if whole is not None and (value.requires_grad or not names):
+            if not any(whole is other for other in self.saved):  # later it also has the name that it was saved under
+                self.names += [(value, name) for name in names]
             self.protect(whole)
-            self.names += [(value, name) for name in names]
             return value
         held = any(same_memory(value, tensor) for tensor in self.tensors)
         held = held or any(same_memory(value, old) for old, _ in self.retired)
@@ -204,6 +205,9 @@ def still_there(location: str) -> Served | None:
     if mediator is None or served is None or served.assigned or served.visit[0] != location:
         return None
     if served.request is None or served.request is not mediator.pending or mediator.transform is not None:
+        return None
+    # What autograd knows of a view may be out of date once a part of it was edited; `register_hook` crashes then.
+    if any(tensor.requires_grad and tensor._base is not None for tensor in served.tensors):
         return None
     return served if served.visit[1] == mediator.wanted(location) else None
 

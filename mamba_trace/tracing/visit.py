@@ -60,7 +60,7 @@ def locations_of(path: str, names: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(f"{path}.{name}.{key}" for name in names for key in LOCATIONS)
 
 
-#: Set on the first worker of a trace: what `observed_below` looks up, and of how many locations that was made.
+#: Set on the first worker of a trace: what `observed_below` looks up, and of which locations that was made.
 OBSERVED = "_mamba_trace_observed"
 
 
@@ -76,14 +76,14 @@ def observed_below(interleaver: Any, prefix: str) -> list[str]:
     if not observers:
         return []
     kept = first_worker(interleaver).__dict__
-    count, found = kept.get(OBSERVED, (0, {}))
-    if count != len(observers):
+    made_of, found = kept.get(OBSERVED, (None, {}))
+    if made_of != (id(observers), len(observers)):
         found = {}
         for location in observers:
             steps = location.split(".")
             for end in range(1, len(steps)):
                 found.setdefault(".".join(steps[:end]) + ".", []).append(location)
-        kept[OBSERVED] = len(observers), found
+        kept[OBSERVED] = (id(observers), len(observers)), found
     below: list[str] = found.get(prefix, [])
     return below
 
