@@ -21,6 +21,9 @@ import pytest
 import torch
 from torch import Tensor
 
+# For the processes that tests start: two threads that find another process on their core wait for each other for whole
+# time slices.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports Triton, which reads it then
 
