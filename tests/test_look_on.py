@@ -99,6 +99,15 @@ def test_what_reads_the_state_is_not_computed_twice(tiny: MambaTrace, tokens: Te
     assert torch.equal(values["blocks.1.mixer.hook_ssm_state"], torch.stack(states, dim=1))
 
 
+@pytest.mark.parametrize("return_type", ["logits", None])
+def test_nothing_is_asked_for_but_where_the_run_ends(
+    return_type: str | None, tiny: MambaTrace, tokens: Tensor, served: list[str]
+) -> None:
+    _, values = cached(tiny, tokens, return_type=return_type)
+    assert len(values) > 50
+    assert served == ([] if return_type else ["lm_head"])
+
+
 def test_no_value_shares_memory_with_another(tiny: MambaTrace, tokens: Tensor) -> None:
     _, values = cached(tiny, tokens, names_filter=[lambda name: True, "layers[1].ssm.h_read"])
     states = {name for name in values if ".hook_h." in name}

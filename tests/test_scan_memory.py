@@ -7,6 +7,8 @@ import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import cuda_stand_ins
+import dual_stand_ins
 import nnsight
 import pytest
 import torch
@@ -52,7 +54,7 @@ def functions() -> Iterator[Any]:
     """Each function with kernels of its own on each backend that runs here: its shapes, and how it is run."""
     for family in (SELECTIVE, DUAL):
         for name in SCANS:
-            for kernels in ("cpu", "triton"):
+            for kernels in ("cpu", "triton", "cuda"):
                 run = functools.partial(getattr(family, name), kernels=kernels)
                 yield pytest.param(family.name, run, id=f"{family.name}-{name}-{kernels}")
     yield pytest.param("conv", convolved, id="conv")
@@ -67,8 +69,11 @@ def arguments(shapes: str, run: Run) -> dict[str, Tensor]:
 
 
 @pytest.fixture(autouse=True)
-def _no_warnings_of_underflow() -> Iterator[None]:
-    numpy = pytest.importorskip("numpy")  # what Triton's interpreter computes with
+def _stand_ins(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The packages' kernels in plain PyTorch, and no warnings of underflow from Triton's interpreter."""
+    cuda_stand_ins.install(monkeypatch)
+    dual_stand_ins.install(monkeypatch)
+    numpy = pytest.importorskip("numpy")
     with numpy.errstate(all="ignore"):
         yield
 

@@ -48,8 +48,18 @@ def with_places(cache: Cache) -> None:
     targets = [envoys[path] for path in (envoys if cache.targets is None else cache.targets) if path in envoys]
     cache.__class__ = SiteCache
     assert isinstance(cache, SiteCache)
-    cache.firsts = {envoy.path for envoy in targets if getattr(type(envoy), "_first_of_tuple", False)}
-    cache.routers = {envoy._logits.path: envoy.path for envoy in targets if hasattr(type(envoy), "_logits")}
+    cache.firsts = {envoy.path for envoy in targets if is_first(envoy)}
+    cache.routers = {site_of(envoy).path: envoy.path for envoy in targets if site_of(envoy) is not envoy}
+
+
+def is_first(envoy: Any) -> bool:
+    """Whether the value of a place is the first of a tuple that its module may return."""
+    return getattr(type(envoy), "_first_of_tuple", False)
+
+
+def site_of(envoy: Any) -> Any:
+    """The envoy of the module that returns the value of a place: of a router that is the site of its logits."""
+    return envoy._logits if hasattr(type(envoy), "_logits") else envoy
 
 
 class Onlooker:
@@ -73,6 +83,5 @@ def look_on(envoy: Any, keep: Callable[[Tensor], None]) -> None:
         keep: must neither edit the value nor keep it where the run may edit it later.
     """
     mediator = Mediator.current(envoy.path)
-    place = envoy._logits if hasattr(type(envoy), "_logits") else envoy
-    onlooker = Onlooker(keep, getattr(type(envoy), "_first_of_tuple", False))
-    mediator.interleaver.observers.setdefault(f"{place.path}.output", []).append((mediator, onlooker, None))
+    location, onlooker = f"{site_of(envoy).path}.output", Onlooker(keep, is_first(envoy))
+    mediator.interleaver.observers.setdefault(location, []).append((mediator, onlooker, None))
