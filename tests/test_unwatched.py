@@ -22,6 +22,7 @@ from transformers.cache_utils import LinearAttentionLayer
 from mamba_trace import MambaTrace
 from mamba_trace.errors import PromptError
 from mamba_trace.modeling import mixer as mixers
+from mamba_trace.modeling import unwatched as unwatched_mixers
 from mamba_trace.modeling.mixer import HookableMixer
 from mamba_trace.scan import DUAL, SELECTIVE, cpu, reference
 
@@ -152,6 +153,57 @@ def test_the_numbers_and_the_cache_are_those_of_a_watched_model(
         near(value, other, 1e-5)
 
 
+@contextlib.contextmanager
+def in_stretches(monkeypatch: pytest.MonkeyPatch, shortest: int = 2) -> Any:
+    """A block in which unwatched mixers go through a prompt in stretches; it yields their lengths."""
+    own, lengths = unwatched_mixers.of_stretch, list[int]()
+
+    def run(mixer: HookableMixer, nobody: Any, hidden_states: Tensor, past: Any) -> Tensor:
+        lengths.append(hidden_states.shape[1])
+        return own(mixer, nobody, hidden_states, past)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(unwatched_mixers, "STRETCH", 1)
+        patch.setattr(unwatched_mixers, "SHORTEST", shortest)
+        patch.setattr(unwatched_mixers, "of_stretch", run)
+        yield lengths
+
+
+@pytest.mark.parametrize(("cuts", "shortest"), [((), 2), ((), 4), ((5,), 2), ((1,), 3), ((4, 5), 1)], ids=str)
+@pytest.mark.parametrize("kind", UNWATCHED)
+def test_stretches_of_a_prompt_give_the_same(
+    kind: str, cuts: tuple[int, ...], shortest: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = model_of(kind)
+    with torch.no_grad():
+        expected = decoded(model, DynamicCache(config=model.config), cuts)
+        whole = model._module(draw_tokens(2, seed=0, length=9)).logits
+        with in_stretches(monkeypatch, shortest) as lengths:
+            actual = decoded(model, DynamicCache(config=model.config), cuts)
+            without_cache = model._module(draw_tokens(2, seed=0, length=9)).logits
+    assert 9 not in lengths
+    assert -(-9 // (9 // shortest)) in lengths
+    for value, other in zip([*actual, without_cache], [*expected, whole], strict=True):
+        near(value, other, 1e-5)
+
+
+def test_a_long_prompt_is_cut_where_in_proj_would_fill_more_than_is_used_again() -> None:
+    model, lengths = model_of("mamba"), list[int]()
+    mixer: Any = model.layers[0].ssm._module
+    past = unwatched_mixers.Anew(mixer.conv_kernel_size)
+    longest = 2 * unwatched_mixers.STRETCH // mixer.in_proj.out_features + 1
+    for rows, length in (
+        (1, longest - 1),
+        (1, longest),
+        (1, 5 * longest // 2 + 1),
+        (longest // 64, 64),
+        (longest, 128),
+    ):
+        hidden_states = torch.empty(1, 1, 1).expand(rows, length, -1)
+        lengths.append(unwatched_mixers.per_stretch(mixer, hidden_states, past))
+    assert lengths == [longest - 1, longest // 2 + 1, longest // 2 + 1, 64, 64]
+
+
 @pytest.mark.parametrize("kind", ["mamba", "mamba2"])
 def test_a_scan_that_fails_leaves_its_layer_of_a_new_cache_empty(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def failing(*inputs: Any) -> Any:
@@ -268,6 +320,19 @@ def test_what_was_changed_inside_is_what_runs(
     for value, other in zip(actual, expected, strict=True):
         near(value, other, 1e-5)
     assert (actual[0] - unchanged[0]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("change", [another_module, another_forward, hook, hook_before])
+@pytest.mark.parametrize(("kind", "name"), [("mamba", "x_proj"), ("mamba2", "out_proj")])
+def test_a_module_that_is_not_plain_sees_all_positions_at_once(
+    kind: str, name: str, change: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tokens = MambaTrace(make_hf(model_type=kind)), draw_tokens(2, seed=0, length=9)
+    mixer: Any = model._module.backbone.layers[1].mixer
+    change(mixer, name)
+    with torch.no_grad(), in_stretches(monkeypatch) as lengths:
+        model._module(tokens)
+    assert lengths == [3, 3, 3, 9, *[3, 3, 3] * (len(model.layers) - 2)]
 
 
 def in_double(model: MambaTrace) -> Any:

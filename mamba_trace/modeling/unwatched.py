@@ -37,7 +37,7 @@ class Nobody:
     """Stands for the `Offers` of a call in which nothing is wanted.
 
     Attributes:
-        passed_by: the names of the modules whose forward was run without a call.
+        passed_by: the names of the modules whose forward was run without a call, each once.
     """
 
     mask = None
@@ -45,7 +45,7 @@ class Nobody:
     def __init__(self, mixer: nn.Module, room: Room | None) -> None:
         self.modules: Any = mixer._modules
         self.room = room
-        self.passed_by = ["conv1d", "act"]
+        self.passed_by = dict.fromkeys(("conv1d", "act"))
 
     def __call__(self, name: str, value: Tensor) -> Tensor:
         return value
@@ -63,7 +63,7 @@ class Nobody:
         if forward is None:
             returned: Tensor = module(value)
             return returned
-        self.passed_by.append(name)
+        self.passed_by[name] = None
         room = self.room if type(module) is nn.Linear and name != "out_proj" else None
         if room is None or takes(value, module.weight, module.bias):
             run: Tensor = forward(module, value)
@@ -74,18 +74,43 @@ class Nobody:
 
 
 class Anew:
-    """What came before a call that starts from nothing."""
+    """What came before a call that starts from nothing, and what each of its stretches hands on to the next.
+
+    Args:
+        kernel: how many columns it hands on: K.
+
+    Attributes:
+        columns: memory for the last columns [B,channels,K].
+        state: the last state [B,...,N] as the scans have it; ``None`` for zeros.
+        begun: whether ``columns`` has those that came before.
+    """
 
     room: Room | None = None  # for the values that are made after it
 
+    def __init__(self, kernel: int) -> None:
+        self.kernel = kernel
+        self.columns: Tensor | None = None
+        self.state: Tensor | None = None
+        self.begun = False
+
     def convolved(self, columns: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """SiLU of the convolution of ``columns`` [B,L,channels] behind those that came before."""
-        return cpu.convolved(columns, weight, bias, None, activate=True)
+        if self.columns is None:
+            self.columns = columns.new_empty(len(columns), columns.shape[-1], self.kernel)
+        if self.begun and columns.shape[1] == 1:
+            return cpu.conv_update(columns, weight, bias, self.columns)
+        before = self.columns.clone() if self.begun else None
+        self.begun = True
+        return cpu.convolved(columns, weight, bias, before, activate=True, columns=self.columns)
 
     def gated(self, mixer: Any, *inputs: Tensor) -> Tensor:
         """What `ScanFamily.gated_scan` returns for a mixer's ``inputs``, after what came before."""
-        gated: Tensor = mixer.scans.gated_update(*inputs, None)[0]
+        gated: Tensor
+        gated, self.state = mixer.scans.gated_update(*inputs, self.state)
         return gated
+
+    def ended(self, mixer: Any) -> None:
+        """Take note that a mixer's call has ended."""
 
 
 #: What a new layer of a cache is made with: no zeros to fill, since a kernel fills the memory that it is given then.
@@ -95,20 +120,12 @@ NO_NUMBERS = torch.empty(0, dtype=torch.float32, device="cpu")
 class Begun(Anew):
     """A layer of a cache that holds nothing yet, which an unwatched mixer gives its memory, with the values in it."""
 
-    columns: Tensor  # the last columns [B,channels,K]
-
     def __init__(self, layer: Any, kernel: int) -> None:
-        self.layer, self.kernel = layer, kernel
+        super().__init__(kernel)
+        self.layer = layer
 
-    def convolved(self, columns: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        rows, _, channels = columns.shape
-        self.columns = columns.new_empty(rows, channels, self.kernel)
-        return cpu.convolved(columns, weight, bias, None, activate=True, columns=self.columns)
-
-    def gated(self, mixer: Any, *inputs: Tensor) -> Tensor:
-        gated: Tensor
-        gated, state = mixer.scans.gated_update(*inputs, None)
-        layer, state = self.layer, mixer.to_cache(state)
+    def ended(self, mixer: Any) -> None:
+        layer, state = self.layer, mixer.to_cache(self.state)
         new = {"conv_states": NO_NUMBERS, "recurrent_states": NO_NUMBERS}
         try:
             layer.lazy_initialization(**new, conv_kernel_size=self.kernel)
@@ -119,21 +136,16 @@ class Begun(Anew):
             for flag in flags:
                 flag[0] = False
             raise
-        return gated
 
 
 class Lent(Anew):
-    """The memory that a cache has for one layer, which an unwatched mixer reads and overwrites where it lies.
+    """The memory that a cache has for one layer, which an unwatched mixer reads and overwrites where it lies."""
 
-    Attributes:
-        columns: the last columns [B,channels,K]; anything where no call came before.
-        state: the last state, as the cache has it; zeros where no call came before.
-    """
-
-    def __init__(self, layer: Any) -> None:
+    def __init__(self, layer: Any, mixer: Any) -> None:
+        super().__init__(mixer.conv_kernel_size)
         self.layer = layer
-        self.columns: Tensor = layer.conv_states[0]
-        self.state: Tensor = layer.recurrent_states[0]
+        self.columns, self.state = layer.conv_states[0], mixer.from_cache(layer.recurrent_states[0])
+        self.begun = layer.has_previous_state[0]
 
     @classmethod
     def of(cls, cache: Any, mixer: Any, value: Tensor) -> Anew | None:
@@ -150,24 +162,19 @@ class Lent(Anew):
         made = layer.is_conv_states_initialized[0], layer.is_recurrent_states_initialized[0]
         if not all(made):
             return None if any(made) else Begun(layer, mixer.conv_kernel_size)
-        lent = cls(layer)
-        check_rows(lent.columns, len(value))
-        return lent if in_floats(lent.columns) and in_floats(lent.state) else None
+        columns: Tensor = layer.conv_states[0]
+        check_rows(columns, len(value))
+        return cls(layer, mixer) if in_floats(columns) and in_floats(layer.recurrent_states[0]) else None
 
     def convolved(self, columns: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        changed(self.columns)
-        begun = self.layer.has_previous_state
-        if begun[0] and columns.shape[1] == 1:
-            return cpu.conv_update(columns, weight, bias, self.columns)
-        before = self.columns.clone() if begun[0] else None
-        convolved = cpu.convolved(columns, weight, bias, before, activate=True, columns=self.columns)
-        begun[0] = True
+        changed(self.layer.conv_states[0])
+        convolved = super().convolved(columns, weight, bias)
+        self.layer.has_previous_state[0] = True
         return convolved
 
     def gated(self, mixer: Any, *inputs: Tensor) -> Tensor:
-        changed(self.state)
-        gated: Tensor = mixer.scans.gated_update(*inputs, mixer.from_cache(self.state))[0]
-        return gated
+        changed(self.layer.recurrent_states[0])
+        return super().gated(mixer, *inputs)
 
 
 class InRuns(Anew):
@@ -242,7 +249,7 @@ def unwatched(
 def what_came_before(mixer: Any, cache: Any, value: Tensor) -> Anew | None:
     """What came before a call of a mixer with the input ``value``; ``None`` where a kernel cannot start from it."""
     if cache is None:
-        return Anew()
+        return Anew(mixer.conv_kernel_size)
     return InRuns(cache, mixer.layer_idx) if isinstance(cache, StartingRuns) else Lent.of(cache, mixer, value)
 
 
@@ -263,8 +270,46 @@ def is_plain(mixer: Any) -> bool:
     return type(act) in SILU and is_itself(act, type(act)) and mixer.has_plain_conv1d()
 
 
-def output(mixer: Any, nobody: Any, hidden_states: Tensor, past: Anew) -> Tensor:
+#: About how many numbers in_proj returns in a stretch of a long call. They are 16 MiB: of what malloc is asked for it
+#: keeps up to 32 MiB to be used again, and maps all that is larger anew each time, page by page.
+STRETCH = 1 << 22
+#: How many positions a stretch has at least.
+SHORTEST = 64
+#: The package, whose own modules can be cut.
+PACKAGE = __name__.split(".")[0]
+
+
+def output(mixer: Any, nobody: Nobody, hidden_states: Tensor, past: Anew) -> Tensor:
     """What an unwatched mixer returns [B,L,D], after what came before."""
+    positions = per_stretch(mixer, hidden_states, past)
+    if positions >= hidden_states.shape[1]:
+        out = of_stretch(mixer, nobody, hidden_states, past)
+    else:
+        out = torch.empty_like(hidden_states, memory_format=torch.contiguous_format)
+        for part, stretch in zip(out.split(positions, 1), hidden_states.split(positions, 1), strict=True):
+            part.copy_(of_stretch(mixer, nobody, stretch, past))
+    past.ended(mixer)
+    return out
+
+
+def per_stretch(mixer: Any, hidden_states: Tensor, past: Anew) -> int:
+    """How many positions of [B,L,D] a mixer takes at once: all, or those of a stretch."""
+    rows, length, _ = hidden_states.shape
+    stretches = min(rows * length * mixer.in_proj.out_features // STRETCH, length // SHORTEST)
+    if stretches < 2 or isinstance(past, InRuns) or not all(map(cuts, mixer._modules.values())):
+        return length
+    return -(-length // stretches)
+
+
+def cuts(module: nn.Module) -> bool:
+    """Whether an inner module does the same to each position, however many it is given, and nobody hears of its calls."""
+    kind = type(module)
+    known = kind in (nn.Linear, nn.Conv1d, nn.Identity, *SILU) or kind.__module__.split(".")[0] == PACKAGE
+    return known and forward_of(module, kind) is not None
+
+
+def of_stretch(mixer: Any, nobody: Nobody, hidden_states: Tensor, past: Anew) -> Tensor:
+    """What an unwatched mixer returns for the positions of one stretch [B,l,D]."""
     skip, columns, delta_1 = mixer.divided(nobody.through("in_proj", mixer.entered(hidden_states)))
     conv1d = nobody.modules["conv1d"]
     x, *others = mixer.split(past.convolved(columns, conv1d.weight.squeeze(1), conv1d.bias))
