@@ -14,6 +14,7 @@ import pytest
 import torch
 from conftest import TINY, agree, make_hf, near
 from hybrid_models import PLAIN, make_hybrid
+from long_prompts import in_stretches
 from subjects import draw_tokens
 from torch import Tensor, nn
 from transformers import DynamicCache
@@ -153,22 +154,6 @@ def test_the_numbers_and_the_cache_are_those_of_a_watched_model(
         near(value, other, 1e-5)
 
 
-@contextlib.contextmanager
-def in_stretches(monkeypatch: pytest.MonkeyPatch, shortest: int = 2) -> Any:
-    """A block in which unwatched mixers go through a prompt in stretches; it yields their lengths."""
-    own, lengths = unwatched_mixers.of_stretch, list[int]()
-
-    def run(mixer: HookableMixer, nobody: Any, hidden_states: Tensor, past: Any) -> Tensor:
-        lengths.append(hidden_states.shape[1])
-        return own(mixer, nobody, hidden_states, past)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(unwatched_mixers, "STRETCH", 1)
-        patch.setattr(unwatched_mixers, "SHORTEST", shortest)
-        patch.setattr(unwatched_mixers, "of_stretch", run)
-        yield lengths
-
-
 @pytest.mark.parametrize(("cuts", "shortest"), [((), 2), ((), 4), ((5,), 2), ((1,), 3), ((4, 5), 1)], ids=str)
 @pytest.mark.parametrize("kind", UNWATCHED)
 def test_stretches_of_a_prompt_give_the_same(
@@ -190,7 +175,6 @@ def test_stretches_of_a_prompt_give_the_same(
 def test_a_long_prompt_is_cut_where_in_proj_would_fill_more_than_is_used_again() -> None:
     model, lengths = model_of("mamba"), list[int]()
     mixer: Any = model.layers[0].ssm._module
-    past = unwatched_mixers.Anew(mixer.conv_kernel_size)
     longest = 2 * unwatched_mixers.STRETCH // mixer.in_proj.out_features + 1
     for rows, length in (
         (1, longest - 1),
@@ -200,7 +184,7 @@ def test_a_long_prompt_is_cut_where_in_proj_would_fill_more_than_is_used_again()
         (longest, 128),
     ):
         hidden_states = torch.empty(1, 1, 1).expand(rows, length, -1)
-        lengths.append(unwatched_mixers.per_stretch(mixer, hidden_states, past))
+        lengths.append(unwatched_mixers.per_stretch(mixer, hidden_states))
     assert lengths == [longest - 1, longest // 2 + 1, longest // 2 + 1, 64, 64]
 
 

@@ -188,8 +188,11 @@ class HookableMixer(nn.Module):
         output, h = self.scan(offer, x, skip, h, self.discretisation(offer, x, delta_1, others))
         past.keep(self.to_cache(h))
         output, skip = (columns_read(past.fixed, value, self.layer_idx) for value in (output, skip))
-        after = self.finished(offer, output.to(hidden_states.dtype), skip)  # [B,L,E]
-        out = self.out_proj(offer.into("out_proj", after))  # [B,L,D]
+        return self.left(offer, output.to(hidden_states.dtype), skip)
+
+    def left(self, offer: Offers, output: Tensor, skip: Tensor) -> Tensor:
+        """What the mixer returns [B,L,D], of what `scan` returned [B,L,E] and of the gate."""
+        out = self.out_proj(offer.into("out_proj", self.finished(offer, output, skip)))
         offer.close()
         return offer.result(out)
 
@@ -291,9 +294,13 @@ class HookableMixer(nn.Module):
         else:
             pieces, h = Stretches(offer, recurrence, h).run()
         del parameters, recurrence  # and with them delta, which makes room for what follows
+        return self.read_out(offer, pieces, x, skip), h
+
+    def read_out(self, offer: Offers, pieces: list[Tensor], x: Tensor, skip: Tensor) -> Tensor:
+        """`scan`'s output of the outputs of all stretches, of which the list is emptied."""
         # y has no name here, so that it is given up where ssm_output is made of it.
         ssm_output = offer("ssm_output", self.with_D(offer("y", self.by_channel(joined(pieces))), x))  # [B,L,E]
-        return ssm_output if self.norm_first else F.silu(skip.to(ssm_output.dtype)).mul_(ssm_output), h
+        return ssm_output if self.norm_first else F.silu(skip.to(ssm_output.dtype)).mul_(ssm_output)
 
     def fused(
         self, x: Tensor, skip: Tensor, h: Tensor | Starts | None, parameters: Discretisation

@@ -92,7 +92,10 @@ IN_ALL = 1 << 24
 
 @dataclass
 class Stretches:
-    """A recurrence of one mixer while it runs."""
+    """A recurrence of one mixer while it runs.
+
+    Its positions are all those of a call, or some in the middle of a longer one.
+    """
 
     offer: Offers
     recurrence: Recurrence
@@ -101,29 +104,52 @@ class Stretches:
     done: list[Stretch] = field(default_factory=list)
     ahead: Ahead | None = None
     read_in_a_row: int = 0  # how many single positions in a row were only read
+    first: int = 0  # which position of the call is the first of the recurrence
+    total: int | None = None  # how many positions the call has, if not as many as the recurrence
+    edited: list[tuple[int, Tensor]] = field(default_factory=list)  # the positions and states that did not stay
 
     @property
     def length(self) -> int:
-        """How many positions this call has: L."""
+        """How many positions the recurrence has: L."""
         return self.recurrence.x.shape[1]
 
     def run(self) -> tuple[list[Tensor], Tensor]:
         """Run all positions: y [B,l,...] of each stretch, and the state after the last one [B,...,N]."""
         offer, visit = self.offer, self.offer.visit
         with visit.positions(STATE):
-            while offer.open:
-                at = visit.next_position(STATE, self.start, self.length, offer.mask)
-                if at is None:
-                    break
-                self._run_to(at)
+            self.serve_positions()
             if any(offer.wants(name) for name in offer.left("states")):
                 visit.stand_at(STATE, self.length, self.length)
                 return self._serve_states()
             offer.leave_out("states")
-        if self.start < self.length or not self.done:
-            y, h = self.recurrence.run(self.start, self.length, self.h)
-            self.done.append(Stretch(self.start, self.length, self.h, y, h))
+        return self.finish()
+
+    def serve_positions(self) -> None:
+        """Run up to each position whose state is wanted, and offer that."""
+        while self.offer.open:
+            total = self.length if self.total is None else self.total
+            at = self.offer.visit.next_position(STATE, self.first + self.start, total, self.offer.mask)
+            if at is None or at - self.first >= self.length:
+                return
+            self._run_to(at - self.first, total)
+
+    def finish(self) -> tuple[list[Tensor], Tensor]:
+        """Run the positions that are left: what `run` returns."""
+        self.run_on(self.length)
         return self._outputs(), self.done[-1].after
+
+    def run_on(self, stop: int) -> None:
+        """Run all positions before ``stop`` that have not run yet."""
+        if self.start < stop or not self.done:
+            y, h = self.recurrence.run(self.start, stop, self.h)
+            self.done.append(Stretch(self.start, stop, self.h, y, h))
+            self.start, self.h = stop, h
+
+    def edit_again(self, edited: list[tuple[int, Tensor]]) -> None:
+        """Run up to each of these positions, and go on from the state that it has here."""
+        for at, after in edited:
+            y, state, _ = self._state_after(at)
+            self._go_on(at, y, state, after, only_read=False)
 
     def _outputs(self) -> list[Tensor]:
         """y [B,l,...] of all stretches; those that are still to be read are read together."""
@@ -139,13 +165,19 @@ class Stretches:
             outputs.append(self.recurrence.read_each(start, ys, states, whole))
         return outputs
 
-    def _run_to(self, at: int) -> None:
-        """Run up to position ``at``, offer the state there, and read y from what came back."""
+    def _run_to(self, at: int, total: int) -> None:
+        """Run up to position ``at``, and offer the state there as one of ``total`` positions."""
         y, state, copy = self._state_after(at)
         recorded = copy.requires_grad
-        after = self.offer.visit.serve_position(STATE, at, self.length, copy)
+        after = self.offer.visit.serve_position(STATE, self.first + at, total, copy)
         # A tensor that was assigned or detached counts even where its contents are the same.
         only_read = after is copy and after.requires_grad >= recorded and same_contents(state, after)
+        if not only_read and self.total is not None:
+            self.edited.append((self.first + at, after.clone()))
+        self._go_on(at, y, state, after, only_read)
+
+    def _go_on(self, at: int, y: Tensor, state: Tensor, after: Tensor, only_read: bool) -> None:
+        """Read y from what became of the state after position ``at``, and start from that."""
         linked = self.ahead is not None and self.ahead.links is not None
         unread = only_read and at == self.start and (linked or after.requires_grad)
         unread = unread and self._few(after) and not self._padded(at, at + 1)

@@ -129,6 +129,13 @@ class Visit:
             return True
         return self.interleaver is not None and self._wants_below("", {f"{self.path}.{key}" for key in LOCATIONS})
 
+    def positions_alone(self, name: str, hooks: Iterable[Mapping[int, Any]]) -> bool:
+        """Whether nothing inside this module is wanted but single positions of the site ``name``; see `inside`."""
+        if has_global_hooks() or any(hooks):
+            return False
+        own, prefix = {f"{self.path}.{key}" for key in LOCATIONS}, f"{self.path}.{name}."
+        return all(location in own or position_of(location, prefix) is not None for location in self._wanted_below(""))
+
     def wants(self, name: str) -> bool:
         """Whether site ``name`` is wanted now: by a worker that waits for it, a cache or a PyTorch hook."""
         return listened_to(self.module._modules[name]) or self._wants(f"{name}.", LOCATIONS)
@@ -159,12 +166,15 @@ class Visit:
 
     def _wants_below(self, below: str, besides: Iterable[str] = ()) -> bool:
         # Whether a cache or a worker at this visit wants any location that begins so, `besides` excepted.
+        return any(location not in besides for location in self._wanted_below(below))
+
+    def _wanted_below(self, below: str) -> Iterable[str]:
+        # The locations that begin so and that a cache or a worker at this visit wants.
         if self.interleaver is None:
-            return False
+            return ()
         self._count_positions()
         parked = (location for _, location in self._parked(below))
-        observed = observed_below(self.interleaver, f"{self.path}.{below}")
-        return any(location not in besides for location in itertools.chain(parked, observed))
+        return itertools.chain(parked, observed_below(self.interleaver, f"{self.path}.{below}"))
 
     def _parked(self, below: str) -> Iterator[tuple[Mediator, str]]:
         # The workers that wait for a location which begins so, at this visit of it, and what they wait for.

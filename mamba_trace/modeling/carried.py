@@ -1,0 +1,194 @@
+"""What came before a call of a mixer that nobody looks into, in the memory that its kernels read and overwrite."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache
+from transformers.cache_utils import LinearAttentionLayer
+
+from ..scan import cpu
+from ..scan.room import Room
+from .discretisation import Discretisation
+from .past import check_rows
+from .starting import StartingRuns
+
+
+def what_came_before(mixer: Any, cache: Any, value: Tensor) -> Anew | None:
+    """What came before a call of a mixer with the input ``value``; ``None`` where a kernel cannot start from it."""
+    if cache is None:
+        return Anew(mixer.conv_kernel_size)
+    return InRuns(cache, mixer.layer_idx) if isinstance(cache, StartingRuns) else Lent.of(cache, mixer, value)
+
+
+class Anew:
+    """What came before a call that starts from nothing, and what each of its stretches hands on to the next.
+
+    Args:
+        kernel: how many columns it hands on: K.
+
+    Attributes:
+        columns: memory for the last columns [B,channels,K].
+        state: the last state [B,...,N] as the scans have it; ``None`` for zeros.
+        begun: whether ``columns`` has those that came before.
+    """
+
+    room: Room | None = None  # for the values that are made after it
+
+    def __init__(self, kernel: int) -> None:
+        self.kernel = kernel
+        self.columns: Tensor | None = None
+        self.state: Tensor | None = None
+        self.begun = False
+
+    def convolved(self, columns: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """SiLU of the convolution of ``columns`` [B,L,channels] behind those that came before."""
+        if self.columns is None:
+            self.columns = columns.new_empty(len(columns), columns.shape[-1], self.kernel)
+        if self.begun and columns.shape[1] == 1:
+            return cpu.conv_update(columns, weight, bias, self.columns)
+        before = self.columns.clone() if self.begun else None
+        self.begun = True
+        return cpu.convolved(columns, weight, bias, before, activate=True, columns=self.columns)
+
+    def scanned(self, mixer: Any, x: Tensor, skip: Tensor, discretise: Callable[[], Discretisation]) -> Tensor:
+        """What a mixer's fused scan returns [B,L,E].
+
+        Args:
+            mixer: whose scan it is.
+            x, skip: its input and the gate [B,L,E].
+            discretise: makes its parameters.
+        """
+        parameters = discretise()
+        steps, A, B, C, D = parameters.steps(), parameters.make_A(), parameters.B, parameters.C, mixer.D_of_scans()
+        gated = self.gated(mixer, mixer.by_head(x), steps, A, B, C, D, mixer.by_head(skip))
+        by_channel: Tensor = mixer.by_channel(gated)
+        return by_channel
+
+    def gated(self, mixer: Any, *inputs: Tensor) -> Tensor:
+        """What `ScanFamily.gated_scan` returns for a mixer's ``inputs``, after what came before."""
+        gated: Tensor
+        gated, self.state = mixer.scans.gated_update(*inputs, self.state)
+        return gated
+
+    def arrived(self, state: Tensor) -> None:
+        """Take note of the last state of a stretch [B,...,N], where another scan has run it."""
+        self.state = state.clone(memory_format=torch.contiguous_format)  # it may be in somebody's hands
+
+    def ended(self, mixer: Any) -> None:
+        """Take note that a mixer's call has ended."""
+
+
+#: What a new layer of a cache is made with: no zeros to fill, since a kernel fills the memory that it is given then.
+NO_NUMBERS = torch.empty(0, dtype=torch.float32, device="cpu")
+
+
+class Begun(Anew):
+    """A layer of a cache that holds nothing yet, which an unwatched mixer gives its memory, with the values in it."""
+
+    def __init__(self, layer: Any, kernel: int) -> None:
+        super().__init__(kernel)
+        self.layer = layer
+
+    def ended(self, mixer: Any) -> None:
+        layer, state = self.layer, mixer.to_cache(self.state)
+        new = {"conv_states": NO_NUMBERS, "recurrent_states": NO_NUMBERS}
+        try:
+            layer.lazy_initialization(**new, conv_kernel_size=self.kernel)
+            layer.conv_states[0], layer.recurrent_states[0] = self.columns, state
+            layer.has_previous_state[0] = True
+        except BaseException:  # an interrupt, too
+            flags = (layer.is_conv_states_initialized, layer.is_recurrent_states_initialized, layer.has_previous_state)
+            for flag in flags:
+                flag[0] = False
+            raise
+
+
+class Lent(Anew):
+    """The memory that a cache has for one layer, which an unwatched mixer reads and overwrites where it lies."""
+
+    def __init__(self, layer: Any, mixer: Any) -> None:
+        super().__init__(mixer.conv_kernel_size)
+        self.layer = layer
+        self.columns, self.state = layer.conv_states[0], mixer.from_cache(layer.recurrent_states[0])
+        self.begun = layer.has_previous_state[0]
+
+    @classmethod
+    def of(cls, cache: Any, mixer: Any, value: Tensor) -> Anew | None:
+        """That of a mixer's layer for its input ``value`` [B,L,D], or `Begun` where there is none yet.
+
+        ``None`` if the cache does more than to store, in float32, what it is given.
+        """
+        if not isinstance(cache, Cache) or not same_methods(type(cache), Cache, OF_CACHE):
+            return None
+        layer: Any = cache.layers[mixer.layer_idx]
+        theirs = type(layer).__module__ == LinearAttentionLayer.__module__  # they differ in how memory is made
+        if not theirs or not same_methods(type(layer), LinearAttentionLayer, OF_LAYER) or layer.record_past:
+            return None
+        made = layer.is_conv_states_initialized[0], layer.is_recurrent_states_initialized[0]
+        if not all(made):
+            return None if any(made) else Begun(layer, mixer.conv_kernel_size)
+        columns: Tensor = layer.conv_states[0]
+        check_rows(columns, len(value))
+        return cls(layer, mixer) if in_floats(columns) and in_floats(layer.recurrent_states[0]) else None
+
+    def convolved(self, columns: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        changed(self.layer.conv_states[0])
+        convolved = super().convolved(columns, weight, bias)
+        self.layer.has_previous_state[0] = True
+        return convolved
+
+    def gated(self, mixer: Any, *inputs: Tensor) -> Tensor:
+        changed(self.layer.recurrent_states[0])
+        return super().gated(mixer, *inputs)
+
+    def arrived(self, state: Tensor) -> None:
+        assert self.state is not None
+        self.state.copy_(state)
+
+
+class InRuns(Anew):
+    """Where the runs of a sweep start, which are the same in all rows.
+
+    Args:
+        cache: of the sweep.
+        layer: the mixer's.
+    """
+
+    def __init__(self, cache: StartingRuns, layer: int) -> None:
+        self.cache, self.layer, self.room = cache, layer, cache.room
+
+    def convolved(self, columns: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        before = self.cache.convolution(self.layer, len(columns))
+        runs, room = self.cache.runs, self.room
+        return cpu.causal_conv_runs(columns, weight, bias, before, runs, activate=True, room=room)
+
+    def gated(self, mixer: Any, *inputs: Tensor) -> Tensor:
+        states = self.cache.state(self.layer, len(inputs[0]))
+        runs, how = self.cache.runs, {"kernels": mixer.kernels, "room": self.room}
+        gated: Tensor = mixer.scans.gated_runs(*inputs, states, runs, **how)
+        return self.cache.columns_read(gated, self.layer)
+
+
+#: What a cache and its layer must not do in ways of their own.
+OF_CACHE = ("get_conv_state", "update_conv_state", "update_recurrent_state")
+OF_LAYER = ("update_conv_state", "update_recurrent_state")
+
+
+def same_methods(one: type, other: type, names: tuple[str, ...]) -> bool:
+    """Whether two classes have the same methods of these names."""
+    return all(getattr(one, name, None) is getattr(other, name) for name in names)
+
+
+def in_floats(tensor: Tensor) -> bool:
+    """Whether a tensor is in float32 and lies in memory without gaps."""
+    return tensor.dtype is torch.float32 and tensor.is_contiguous()
+
+
+def changed(tensor: Tensor) -> None:
+    """Tell autograd that a kernel overwrites a tensor."""
+    if not tensor.is_inference():
+        torch.autograd.graph.increment_version(tensor)
