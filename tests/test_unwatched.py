@@ -173,19 +173,20 @@ def test_stretches_of_a_prompt_give_the_same(
 
 
 def test_a_long_prompt_is_cut_where_in_proj_would_fill_more_than_is_used_again() -> None:
-    model, lengths = model_of("mamba"), list[int]()
-    mixer: Any = model.layers[0].ssm._module
-    longest = 2 * unwatched_mixers.STRETCH // mixer.in_proj.out_features + 1
-    for rows, length in (
-        (1, longest - 1),
-        (1, longest),
-        (1, 5 * longest // 2 + 1),
-        (longest // 64, 64),
-        (longest, 128),
-    ):
-        hidden_states = torch.empty(1, 1, 1).expand(rows, length, -1)
-        lengths.append(unwatched_mixers.per_stretch(mixer, hidden_states))
-    assert lengths == [longest - 1, longest // 2 + 1, longest // 2 + 1, 64, 64]
+    def stretch(rows: int, length: int) -> int:
+        return unwatched_mixers.per_stretch(mixer, torch.empty(1, 1, 1).expand(rows, length, -1))
+
+    mixer: Any = nn.Module()
+    mixer.in_proj = nn.Linear(1, 3072)  # as in mamba-130m
+    assert stretch(1, 2730) == 2730
+    assert stretch(1, 2731) == 1366
+    assert stretch(1, 4095) == 2048
+    assert stretch(1, 4096) == 1366
+    assert stretch(2, 65536) == 683
+    assert stretch(1000, 127) == 127  # each row is short
+    assert stretch(1000, 128) == 64
+    mixer.in_proj = nn.Sequential(mixer.in_proj)  # which does not say how wide it is
+    assert stretch(1, 65536) == 65536
 
 
 @pytest.mark.parametrize("kind", ["mamba", "mamba2"])

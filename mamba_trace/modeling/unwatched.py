@@ -185,7 +185,8 @@ def output(mixer: Any, nobody: Nobody, hidden_states: Tensor, past: Anew) -> Ten
 def per_stretch(mixer: Any, hidden_states: Tensor) -> int:
     """How many positions of [B,L,D] a mixer takes at once: all, or those of a stretch."""
     rows, length, _ = hidden_states.shape
-    stretches = min(rows * length * mixer.in_proj.out_features // STRETCH, length // SHORTEST)
+    width = getattr(mixer._modules["in_proj"], "out_features", 0)  # an adapter need not say it
+    stretches = min(rows * length * width // STRETCH, length // SHORTEST)
     if stretches < 2 or not all(map(cuts, mixer._modules.values())):
         return length
     return -(-length // stretches)

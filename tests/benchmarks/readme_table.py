@@ -54,12 +54,14 @@ def linear_table(results: dict[str, Any]) -> str:
 
 def scaling_table(results: dict[str, Any]) -> str:
     """Best time per token at each length of ``scaling.json``, beside the matmuls' own."""
-    times = results["time"]["contenders"]
-    lengths = [row["length"] for row in times["floor"]]
-    lines = ["| us/token at L = | " + " | ".join(f"{length:,}" for length in lengths) + " |"]
-    lines.append("|---" * (len(lengths) + 1) + "|")
-    for name, rows in times.items():
-        lines.append(f"| {name} | " + " | ".join(f"{row['best']:.0f}" for row in rows) + " |")
+    of_models = {name: found["time"]["contenders"] for name, found in results["architectures"].items()}
+    lengths = [row["length"] for row in of_models["mamba"]["floor"]]
+    lines = ["| us/token at L = | | " + " | ".join(f"{length:,}" for length in lengths) + " |"]
+    lines.append("|---" * (len(lengths) + 2) + "|")
+    for model, times in of_models.items():
+        for name, rows in times.items():
+            cells = [PURE_NAMES[model], name, *(f"{row['best']:.0f}" for row in rows)]
+            lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
