@@ -178,11 +178,11 @@ def test_a_long_prompt_is_cut_where_in_proj_would_fill_more_than_is_used_again()
 
     mixer: Any = nn.Module()
     mixer.in_proj = nn.Linear(1, 3072)  # as in mamba-130m
-    assert stretch(1, 2730) == 2730
-    assert stretch(1, 2731) == 1366
-    assert stretch(1, 4095) == 2048
-    assert stretch(1, 4096) == 1366
-    assert stretch(2, 65536) == 683
+    assert stretch(1, 2047) == 2047
+    assert stretch(1, 2048) == 1024
+    assert stretch(1, 3071) == 1536
+    assert stretch(1, 3072) == 1024
+    assert stretch(2, 65536) == 512
     assert stretch(1000, 127) == 127  # each row is short
     assert stretch(1000, 128) == 64
     mixer.in_proj = nn.Sequential(mixer.in_proj)  # which does not say how wide it is

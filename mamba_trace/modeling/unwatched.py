@@ -160,9 +160,9 @@ def is_plain(mixer: Any) -> bool:
     return type(act) in SILU and is_itself(act, type(act)) and mixer.has_plain_conv1d()
 
 
-#: About how many numbers in_proj returns in a stretch of a long call. They are 16 MiB: of what malloc is asked for it
-#: keeps up to 32 MiB to be used again, and maps all that is larger anew each time, page by page.
-STRETCH = 1 << 22
+#: About how many numbers in_proj returns in a stretch of a long call, and no more than half as many again. They are 12
+#: MiB: of what malloc is asked for it keeps up to 32 MiB to be used again, and maps all else anew, page by page.
+STRETCH = 3 << 20
 #: How many positions a stretch has at least.
 SHORTEST = 64
 #: The package, whose own modules can be cut.
