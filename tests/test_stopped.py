@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -268,15 +269,14 @@ def test_generation_goes_on_from_an_edit_of_the_prompt(kind: str, monkeypatch: p
         agree(value, other)
 
 
-@pytest.mark.parametrize("late", ["skip", "in_proj", "x_in", "conv", "conv1d", 2])
-@BOTH
-def test_what_has_gone_by_is_refused(kind: str, late: int | str, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = model_of(kind)
-    with pytest.raises(SiteOrderError):
-        ran(model, [(5, "read"), (late, "read")])
-    with in_stretches(monkeypatch, 3), pytest.raises(SiteOrderError):
-        ran(model, [(5, "read"), (late, "read")])
-    compare(kind, [(5, "zero")], monkeypatch)
+@pytest.mark.parametrize("late", ["skip", "in_proj", "x_in", "conv", "conv1d", "x_proj", "dt_proj", 2])
+def test_what_has_gone_by_is_refused(late: int | str, stopped: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_of("mamba")
+    for stretches in (contextlib.nullcontext(), in_stretches(monkeypatch, 3)):
+        with stretches, pytest.raises(SiteOrderError, match="before"):
+            ran(model, [(5, "read"), (late, "read")])
+    assert stopped == ["stopped"]
+    compare("mamba", [(5, "zero")], monkeypatch)
 
 
 @BOTH
@@ -286,6 +286,78 @@ def test_a_position_that_is_not_there_is_refused(kind: str, monkeypatch: pytest.
         with in_stretches(monkeypatch, 3), pytest.raises(PositionError, match=f"{LENGTH} positions"):
             ran(model, steps)
     compare(kind, [(5, "zero")], monkeypatch)
+
+
+@pytest.mark.parametrize("late", ["h", "y", "out_proj"])
+@BOTH
+def test_a_block_that_catches_a_refused_position_goes_on(kind: str, late: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokens = model_of(kind), draw_tokens(2, seed=3, length=LENGTH)
+
+    def run(before: bool) -> Tensor:
+        with torch.no_grad(), model.trace(tokens):
+            ssm = model.layers[1].ssm
+            if before:
+                ssm.h[2].output[:] = 0
+            try:
+                _ = ssm.h[LENGTH].output
+            except PositionError:
+                value = ssm.get(late).output.save()
+        return value
+
+    for before in (False, True):
+        expected = run(before)
+        with in_stretches(monkeypatch, 3):
+            agree(run(before), expected)
+
+
+@pytest.mark.parametrize("name", ["x_proj", "dt_proj", "in_proj", "conv1d", "out_proj", "ssm_output"])
+def test_visits_are_counted_once_where_a_mixer_runs_once_more(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokens = model_of("mamba"), draw_tokens(1, seed=0, length=LENGTH)
+
+    def run() -> Tensor:
+        with torch.no_grad(), model.generate(tokens, max_new_tokens=4, min_new_tokens=4) as tracer:
+            model.layers[1].ssm.h[4].output[:] = 1
+            model.layers[1].ssm.y.output[:] *= 1.5
+            for _ in tracer.iter[2:3]:
+                later = model.layers[1].ssm.get(name).output.save()
+        return later
+
+    expected = run()
+    with in_stretches(monkeypatch, 3):
+        agree(run(), expected)
+
+
+@pytest.mark.parametrize("late", ["nothing", "y"])
+@pytest.mark.parametrize("before", [0, 2])
+@BOTH
+def test_an_error_leaves_the_cache_of_the_layer_as_it_was(
+    kind: str, before: int, late: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tokens = model_of(kind), draw_tokens(2, seed=3, length=LENGTH)
+
+    def begun() -> tuple[DynamicCache, Any]:
+        cache = DynamicCache(config=model.config)
+        if before:
+            model._module(draw_tokens(2, seed=4, length=before), cache=cache, use_cache=True)
+        return cache, cache.layers[1]
+
+    def fail(cache: DynamicCache) -> None:
+        with model.trace(tokens, cache=cache, use_cache=True):
+            model.layers[1].ssm.h[7].output[:] = 0
+            if late == "y":
+                _ = model.layers[1].ssm.y.output
+            _ = 1 / 0
+
+    with torch.no_grad(), in_stretches(monkeypatch, 3):
+        cache, layer = begun()
+        with pytest.raises(ZeroDivisionError):
+            fail(cache)
+        _, other = begun()
+        assert layer.has_previous_state == other.has_previous_state
+        assert layer.is_conv_states_initialized == other.is_conv_states_initialized
+        if before:
+            assert torch.equal(layer.conv_states[0], other.conv_states[0])
+            assert torch.equal(layer.recurrent_states[0], other.recurrent_states[0])
 
 
 @BOTH

@@ -9,6 +9,7 @@ from conftest import both_families, make_hf, near
 from hybrid_models import PLAIN, make_hybrid
 from subjects import draw_tokens
 from torch import Tensor
+from transformers import DynamicCache
 
 from mamba_trace import MambaTrace
 from mamba_trace.scan import recurrence
@@ -372,3 +373,51 @@ def test_a_gradient_that_ends_at_a_state_ends_there_exactly(kind: str, what: str
     before, after = torch.autograd.grad(last, [states[6], states[12]], allow_unused=True)
     assert before is None or not before.any()
     assert after.any()
+
+
+@pytest.mark.parametrize("how", ["read", "edited", "assigned"])
+@both_families
+def test_a_state_that_was_handed_out_may_be_edited_when_it_is_too_late(
+    how: str, tiny: MambaTrace, tokens: Tensor
+) -> None:
+    """It then changes nothing: neither the trajectory, nor what is read from it, nor a cache."""
+
+    def run(late: bool) -> list[Tensor]:
+        cache = DynamicCache(config=tiny.config)
+        with torch.no_grad(), tiny.trace(tokens, cache=cache, use_cache=True):
+            ssm = tiny.layers[1].ssm
+            handed = []
+            for position in (2, 3, 4, -1):
+                state = ssm.h[position].output
+                if how == "edited":
+                    state[:] *= 2
+                if how == "assigned":
+                    state = state * 2
+                    ssm.h[position].output = state
+                handed.append(state)
+                if late:
+                    for other in handed[:-1]:
+                        other[:] = 9
+            states = ssm.h.output.clone().save()
+            if late:
+                handed[-1][:] = 9
+            ssm.h_read.output[:, 0] = 0
+            logits = tiny.lm_head.output.save()
+        return [states, logits, cache.layers[1].recurrent_states[0]]
+
+    for value, other in zip(run(late=True), run(late=False), strict=True):
+        assert torch.equal(value, other)
+
+
+@both_families
+def test_states_that_were_only_read_are_not_kept(tiny: MambaTrace, tokens: Tensor) -> None:
+    """One after the other, they are one stretch, from which the trajectory is made."""
+    with torch.no_grad(), tiny.trace(tokens):
+        ssm = tiny.layers[1].ssm
+        for position in range(tokens.shape[1]):
+            _ = ssm.h[position].output
+        states = ssm.h.output.save()
+    assert stretches(tiny)[1][-1] == tokens.shape[1]
+    with torch.no_grad(), tiny.trace(tokens):
+        expected = tiny.layers[1].ssm.h.output.save()
+    near(states, expected, 1e-6)

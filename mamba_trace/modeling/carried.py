@@ -20,26 +20,33 @@ from .starting import StartingRuns
 def what_came_before(mixer: Any, cache: Any, value: Tensor) -> Anew | None:
     """What came before a call of a mixer with the input ``value``; ``None`` where a kernel cannot start from it."""
     if cache is None:
-        return Anew(mixer.conv_kernel_size)
-    return InRuns(cache, mixer.layer_idx) if isinstance(cache, StartingRuns) else Lent.of(cache, mixer, value)
+        return Anew(mixer)
+    return InRuns(mixer, cache) if isinstance(cache, StartingRuns) else Lent.of(cache, mixer, value)
 
 
 class Anew:
     """What came before a call that starts from nothing, and what each of its stretches hands on to the next.
 
     Args:
-        kernel: how many columns it hands on: K.
+        mixer: whose call it is.
 
     Attributes:
-        columns: memory for the last columns [B,channels,K].
+        columns: memory for the last K columns [B,channels,K].
         state: the last state [B,...,N] as the scans have it; ``None`` for zeros.
         begun: whether ``columns`` has those that came before.
     """
 
     room: Room | None = None  # for the values that are made after it
 
-    def __init__(self, kernel: int) -> None:
-        self.kernel = kernel
+    def __init__(self, mixer: Any) -> None:
+        self.mixer = mixer
+        self.undo()
+
+    def remember(self) -> None:
+        """Keep what came before the call, for `undo`."""
+
+    def undo(self) -> None:
+        """Go back to what came before the call."""
         self.columns: Tensor | None = None
         self.state: Tensor | None = None
         self.begun = False
@@ -47,39 +54,37 @@ class Anew:
     def convolved(self, columns: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """SiLU of the convolution of ``columns`` [B,L,channels] behind those that came before."""
         if self.columns is None:
-            self.columns = columns.new_empty(len(columns), columns.shape[-1], self.kernel)
+            self.columns = columns.new_empty(len(columns), columns.shape[-1], self.mixer.conv_kernel_size)
         if self.begun and columns.shape[1] == 1:
             return cpu.conv_update(columns, weight, bias, self.columns)
         before = self.columns.clone() if self.begun else None
         self.begun = True
         return cpu.convolved(columns, weight, bias, before, activate=True, columns=self.columns)
 
-    def scanned(self, mixer: Any, x: Tensor, skip: Tensor, discretise: Callable[[], Discretisation]) -> Tensor:
-        """What a mixer's fused scan returns [B,L,E].
+    def scanned(self, x: Tensor, skip: Tensor, discretise: Callable[[], Discretisation]) -> Tensor:
+        """What the mixer's fused scan returns [B,L,E].
 
         Args:
-            mixer: whose scan it is.
             x, skip: its input and the gate [B,L,E].
             discretise: makes its parameters.
         """
-        parameters = discretise()
+        mixer, parameters = self.mixer, discretise()
         steps, A, B, C, D = parameters.steps(), parameters.make_A(), parameters.B, parameters.C, mixer.D_of_scans()
-        gated = self.gated(mixer, mixer.by_head(x), steps, A, B, C, D, mixer.by_head(skip))
-        by_channel: Tensor = mixer.by_channel(gated)
+        by_channel: Tensor = mixer.by_channel(self.gated(mixer.by_head(x), steps, A, B, C, D, mixer.by_head(skip)))
         return by_channel
 
-    def gated(self, mixer: Any, *inputs: Tensor) -> Tensor:
-        """What `ScanFamily.gated_scan` returns for a mixer's ``inputs``, after what came before."""
+    def gated(self, *inputs: Tensor) -> Tensor:
+        """What `ScanFamily.gated_scan` returns for the mixer's ``inputs``, after what came before."""
         gated: Tensor
-        gated, self.state = mixer.scans.gated_update(*inputs, self.state)
+        gated, self.state = self.mixer.scans.gated_update(*inputs, self.state)
         return gated
 
     def arrived(self, state: Tensor) -> None:
         """Take note of the last state of a stretch [B,...,N], where another scan has run it."""
-        self.state = state.clone(memory_format=torch.contiguous_format)  # it may be in somebody's hands
+        self.state = state.clone(memory_format=torch.contiguous_format)
 
-    def ended(self, mixer: Any) -> None:
-        """Take note that a mixer's call has ended."""
+    def ended(self) -> None:
+        """Take note that the call has ended."""
 
 
 #: What a new layer of a cache is made with: no zeros to fill, since a kernel fills the memory that it is given then.
@@ -89,15 +94,15 @@ NO_NUMBERS = torch.empty(0, dtype=torch.float32, device="cpu")
 class Begun(Anew):
     """A layer of a cache that holds nothing yet, which an unwatched mixer gives its memory, with the values in it."""
 
-    def __init__(self, layer: Any, kernel: int) -> None:
-        super().__init__(kernel)
+    def __init__(self, mixer: Any, layer: Any) -> None:
+        super().__init__(mixer)
         self.layer = layer
 
-    def ended(self, mixer: Any) -> None:
-        layer, state = self.layer, mixer.to_cache(self.state)
+    def ended(self) -> None:
+        layer, state = self.layer, self.mixer.to_cache(self.state)
         new = {"conv_states": NO_NUMBERS, "recurrent_states": NO_NUMBERS}
         try:
-            layer.lazy_initialization(**new, conv_kernel_size=self.kernel)
+            layer.lazy_initialization(**new, conv_kernel_size=self.mixer.conv_kernel_size)
             layer.conv_states[0], layer.recurrent_states[0] = self.columns, state
             layer.has_previous_state[0] = True
         except BaseException:  # an interrupt, too
@@ -110,9 +115,8 @@ class Begun(Anew):
 class Lent(Anew):
     """The memory that a cache has for one layer, which an unwatched mixer reads and overwrites where it lies."""
 
-    def __init__(self, layer: Any, mixer: Any) -> None:
-        super().__init__(mixer.conv_kernel_size)
-        self.layer = layer
+    def __init__(self, mixer: Any, layer: Any) -> None:
+        self.mixer, self.layer = mixer, layer
         self.columns, self.state = layer.conv_states[0], mixer.from_cache(layer.recurrent_states[0])
         self.begun = layer.has_previous_state[0]
 
@@ -130,10 +134,10 @@ class Lent(Anew):
             return None
         made = layer.is_conv_states_initialized[0], layer.is_recurrent_states_initialized[0]
         if not all(made):
-            return None if any(made) else Begun(layer, mixer.conv_kernel_size)
+            return None if any(made) else Begun(mixer, layer)
         columns: Tensor = layer.conv_states[0]
         check_rows(columns, len(value))
-        return cls(layer, mixer) if in_floats(columns) and in_floats(layer.recurrent_states[0]) else None
+        return cls(mixer, layer) if in_floats(columns) and in_floats(layer.recurrent_states[0]) else None
 
     def convolved(self, columns: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         changed(self.layer.conv_states[0])
@@ -141,35 +145,48 @@ class Lent(Anew):
         self.layer.has_previous_state[0] = True
         return convolved
 
-    def gated(self, mixer: Any, *inputs: Tensor) -> Tensor:
+    def gated(self, *inputs: Tensor) -> Tensor:
         changed(self.layer.recurrent_states[0])
-        return super().gated(mixer, *inputs)
+        return super().gated(*inputs)
 
     def arrived(self, state: Tensor) -> None:
         assert self.state is not None
         self.state.copy_(state)
+
+    def remember(self) -> None:
+        assert self.columns is not None
+        assert self.state is not None
+        self.remembered = self.columns.clone(), self.state.clone(), self.begun
+
+    def undo(self) -> None:
+        assert self.columns is not None
+        assert self.state is not None
+        columns, state, self.begun = self.remembered
+        self.columns.copy_(columns)
+        self.state.copy_(state)
+        self.layer.has_previous_state[0] = self.begun
 
 
 class InRuns(Anew):
     """Where the runs of a sweep start, which are the same in all rows.
 
     Args:
+        mixer: whose call it is.
         cache: of the sweep.
-        layer: the mixer's.
     """
 
-    def __init__(self, cache: StartingRuns, layer: int) -> None:
-        self.cache, self.layer, self.room = cache, layer, cache.room
+    def __init__(self, mixer: Any, cache: StartingRuns) -> None:
+        self.mixer, self.cache, self.layer, self.room = mixer, cache, mixer.layer_idx, cache.room
 
     def convolved(self, columns: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         before = self.cache.convolution(self.layer, len(columns))
         runs, room = self.cache.runs, self.room
         return cpu.causal_conv_runs(columns, weight, bias, before, runs, activate=True, room=room)
 
-    def gated(self, mixer: Any, *inputs: Tensor) -> Tensor:
+    def gated(self, *inputs: Tensor) -> Tensor:
         states = self.cache.state(self.layer, len(inputs[0]))
-        runs, how = self.cache.runs, {"kernels": mixer.kernels, "room": self.room}
-        gated: Tensor = mixer.scans.gated_runs(*inputs, states, runs, **how)
+        runs, how = self.cache.runs, {"kernels": self.mixer.kernels, "room": self.room}
+        gated: Tensor = self.mixer.scans.gated_runs(*inputs, states, runs, **how)
         return self.cache.columns_read(gated, self.layer)
 
 

@@ -1,8 +1,8 @@
 """A long prompt in a mixer of which single states alone are wanted, ``h[p]``.
 
 It goes through the prompt in the stretches of an unwatched mixer. Only those in which somebody wants a state run the
-bare scan, stopped there. Where one who was handed a state then asks for more of this mixer, such as y, which the other
-stretches never made, the mixer runs once more, all positions at once, with the same states.
+bare scan, stopped there. Where one who was handed a state then asks for what comes after it in this mixer, such as y,
+which the other stretches never made, the mixer runs once more, all positions at once, with the same states.
 """
 
 from __future__ import annotations
@@ -26,42 +26,63 @@ class MoreIsWanted(Exception):
     """Somebody wants more of a mixer than single states."""
 
 
-class Stopped(Anew):
-    """What a call in stretches hands on, where some of its states are wanted.
+class Stopped:
+    """What `Anew` is to an unwatched call, to one of which some states are wanted.
 
     Args:
-        past: what came before the call.
-        mixer: whose call it is.
+        past: what came before the call, and what its stretches hand on.
         visit: of the running trace.
         nobody: stands for the offers of the call.
         total: how many positions the call has.
         run: takes note of the kernels.
+
+    Attributes:
+        start: the next position.
+        edited: the positions whose state was edited, and that state.
+        offer: the sites from the state on.
     """
 
-    def __init__(self, past: Anew, mixer: Any, visit: Visit, nobody: Any, total: int, run: LayerRun) -> None:
-        self.past, self.mixer, self.visit, self.nobody, self.total, self.run = past, mixer, visit, nobody, total, run
-        self.saved = [None if own is None else own.clone() for own in (past.columns, past.state)], past.begun
-        self.start = 0  # the next position
+    def __init__(self, past: Anew, visit: Visit, nobody: Any, total: int, run: LayerRun) -> None:
+        self.past, self.visit, self.nobody, self.total, self.run = past, visit, nobody, total, run
+        self.mixer = past.mixer
+        self.start = 0
         self.edited: list[tuple[int, Tensor]] = []
-        names = mixer.__dict__[SITE_NAMES]
-        self.early = names[: names.index(STATE)]
-        self.offer = Offers(mixer)
+        self.offer = Offers(self.mixer)
+        past.remember()
 
     def convolved(self, columns: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """As `Anew.convolved`."""
         return self.past.convolved(columns, weight, bias)
 
-    def scanned(self, mixer: Any, x: Tensor, skip: Tensor, discretise: Callable[[], Discretisation]) -> Tensor:
-        if not self.start:  # nobody can ask for these any more, now that a state may be handed out
-            self.offer.pass_over(*self.nobody.passed_by, *self.early)
+    def scanned(self, x: Tensor, skip: Tensor, discretise: Callable[[], Discretisation]) -> Tensor:
+        """As `Anew.scanned`, stopped where a state is wanted.
+
+        Raises:
+            MoreIsWanted: if more of the mixer is wanted.
+        """
+        parameters = [discretise()].pop  # gives the only reference away, so that delta goes when y is there
         length = x.shape[1]
+        if self.start == 0:
+            self._pass_over_the_first()
         at = self.visit.next_position(STATE, self.start, self.total)
-        if at is None or at >= self.start + length:
-            self._note("gated_scan", length)
-            gated = self.past.scanned(mixer, x, skip, discretise)
+        if at is not None and at < self.start + length:
+            gated = self._stopped(x, skip, self._stretches(parameters(), first=self.start, total=self.total))
         else:
-            gated = self._stopped(x, skip, self._stretches(discretise(), first=self.start, total=self.total))
+            if at is None:  # who was refused a position, and goes on all the same, may want another place
+                self._refuse_more()
+            self._note("gated_scan", length)
+            gated = self.past.scanned(x, skip, parameters)
         self.start += length
         return gated
+
+    def _pass_over_the_first(self) -> None:
+        # All that has run before a state is handed out: who has that in hand comes too late for these.
+        names = self.mixer.__dict__[SITE_NAMES]
+        self.offer.pass_over(*self.nobody.passed_by, *names[: names.index(STATE)])
+
+    def _refuse_more(self) -> None:
+        if not self.visit.positions_alone(STATE, self.mixer.__dict__[SITE_HOOKS]):
+            raise MoreIsWanted
 
     def _note(self, function: str, length: int) -> None:
         # Stretches in a row are noted as one call.
@@ -72,14 +93,15 @@ class Stopped(Anew):
             self.run.calls.append(Call(function, "cpu", length))
 
     def _stopped(self, x: Tensor, skip: Tensor, stretches: Stretches) -> Tensor:
+        start = self.start
         stretches.serve_positions()
         self.edited += stretches.edited
-        if not self.visit.positions_alone(STATE, self.mixer.__dict__[SITE_HOOKS]):
-            self.start += stretches.start
-            raise MoreIsWanted
+        self.start = start + stretches.start
+        self._refuse_more()
+        self.start = start
         pieces, state = stretches.finish()
         self.past.arrived(state)
-        del stretches  # and with them delta, which makes room for what follows
+        del stretches
         gated: Tensor = self.mixer.read_out(self.nobody, pieces, x, skip)
         return gated
 
@@ -87,34 +109,30 @@ class Stopped(Anew):
         parameters.A = parameters.make_A()
         return Stretches(self.offer, parameters.recurrence(self.mixer.kernels), self.past.state, **where)
 
-    def ended(self, mixer: Any) -> None:
-        self.past.ended(mixer)
+    def ended(self) -> None:
+        """As `Anew.ended`."""
+        self.past.ended()
         self.offer.pass_over(*(name for name in self.nobody.passed_by if name not in self.offer.done))
         self.offer.close()
 
-    # -- once more -------------------------------------------------------------------------------------
-
     def whole(self, hidden_states: Tensor) -> Tensor:
-        """What the mixer returns [B,L,D] where more is wanted of it, after the states that were handed out."""
-        self._return()
-        mixer, reached = self.mixer, self.start
+        """What the mixer returns [B,L,D], run once more behind the states that were handed out, with all that is left.
+
+        Args:
+            hidden_states: its input [B,L,D].
+        """
+        self.past.undo()
+        self.run.calls.append(Call("conv_silu", "cpu", self.total))
         skip, x, discretise = self.nobody.before_scan(hidden_states, self)
         stretches = self._stretches(discretise())
         stretches.edit_again(self.edited)
-        stretches.run_on(reached)
+        if stretches.start < self.start:
+            stretches.run_on(self.start)
         pieces, state = stretches.run()
-        self.past.arrived(state)
-        self.past.ended(mixer)
         del stretches
-        out: Tensor = mixer.left(self.offer, mixer.read_out(self.offer, pieces, x, skip), skip)
+        mixer = self.mixer
+        output = mixer.read_out(self.offer, pieces, x, skip)
+        self.past.arrived(state)
+        self.past.ended()
+        out: Tensor = mixer.left(self.offer, output, skip)
         return out
-
-    def _return(self) -> None:
-        # To what came before the call.
-        (columns, state), self.past.begun = self.saved
-        for name, value in (("columns", columns), ("state", state)):
-            own = getattr(self.past, name)
-            if value is None or own is None:
-                setattr(self.past, name, value)
-            else:
-                own.copy_(value)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..scan import Links, Recurrence
-from ..scan.recompute import differentiated
+from ..scan.recompute import differentiated, transformed
 from ..scan.runs import Runs
 from ..sites import STATE
 from .offers import Offers, same_contents
@@ -17,20 +17,22 @@ from .offers import Offers, same_contents
 
 @dataclass
 class Stretch:
-    """The positions ``start`` to ``stop - 1``, run in one go."""
+    """The positions ``start`` to ``stop - 1``, of which nobody has changed a state but the last."""
 
     start: int
     stop: int
     before: Tensor | None  # the state before them [B,...,N], None for zeros
-    y: Tensor  # their outputs [B,l,...]
-    after: Tensor  # the state handed on after the last of them, edited or not [B,...,N]
+    y: list[Tensor]  # their outputs, in one or several pieces [B,l,...]
+    after: Tensor | None = None  # the state after the last of them [B,...,N], where it was changed or has a gradient
     unread: bool = False  # whether y is still to be read from ``after``, for its gradients alone
     ahead: Ahead | None = None  # from which ``after`` is, unedited, where it was run ahead
 
     def states(self, recurrence: Recurrence) -> tuple[Tensor, Tensor]:
         """y [B,l,...] and the state after each position [B,l,...,N], an edit of the last one included."""
-        _, states = recurrence.states(self.start, self.stop - 1, self.before)
-        return self.y, torch.cat((states, self.after[:, None]), dim=1)
+        stop = self.stop if self.after is None else self.stop - 1
+        _, states = recurrence.states(self.start, stop, self.before)
+        after = () if self.after is None else (self.after[:, None],)
+        return torch.cat(self.y, dim=1), torch.cat((states, *after), dim=1)
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,9 @@ class Stretches:
     read_in_a_row: int = 0  # how many single positions in a row were only read
     first: int = 0  # which position of the call is the first of the recurrence
     total: int | None = None  # how many positions the call has, if not as many as the recurrence
-    edited: list[tuple[int, Tensor]] = field(default_factory=list)  # the positions and states that did not stay
+    edited: list[tuple[int, Tensor]] = field(
+        default_factory=list
+    )  # positions of the call, and what their states became
 
     @property
     def length(self) -> int:
@@ -135,15 +139,16 @@ class Stretches:
 
     def finish(self) -> tuple[list[Tensor], Tensor]:
         """Run the positions that are left: what `run` returns."""
-        self.run_on(self.length)
-        return self._outputs(), self.done[-1].after
+        if self.start < self.length or not self.done:
+            self.run_on(self.length)
+        assert self.h is not None
+        return self._outputs(), self.h
 
     def run_on(self, stop: int) -> None:
         """Run all positions before ``stop`` that have not run yet."""
-        if self.start < stop or not self.done:
-            y, h = self.recurrence.run(self.start, stop, self.h)
-            self.done.append(Stretch(self.start, stop, self.h, y, h))
-            self.start, self.h = stop, h
+        y, h = self.recurrence.run(self.start, stop, self.h)
+        self._add(Stretch(self.start, stop, self.h, [y]))
+        self.start, self.h = stop, h
 
     def edit_again(self, edited: list[tuple[int, Tensor]]) -> None:
         """Run up to each of these positions, and go on from the state that it has here."""
@@ -156,11 +161,11 @@ class Stretches:
         outputs: list[Tensor] = []
         for (unread, ahead), stretches in itertools.groupby(self.done, lambda stretch: (stretch.unread, stretch.ahead)):
             group = [*stretches]
-            ys = [stretch.y for stretch in group]
+            ys = [y for stretch in group for y in stretch.y]
             if not unread:
                 outputs += ys
                 continue
-            start, states = group[0].start, [stretch.after for stretch in group]
+            start, states = group[0].start, [stretch.after for stretch in group if stretch.after is not None]
             whole = None if ahead is None else ahead.of(start, len(group))
             outputs.append(self.recurrence.read_each(start, ys, states, whole))
         return outputs
@@ -172,8 +177,6 @@ class Stretches:
         after = self.offer.visit.serve_position(STATE, self.first + at, total, copy)
         # A tensor that was assigned or detached counts even where its contents are the same.
         only_read = after is copy and after.requires_grad >= recorded and same_contents(state, after)
-        if not only_read and self.total is not None:
-            self.edited.append((self.first + at, after.clone()))
         self._go_on(at, y, state, after, only_read)
 
     def _go_on(self, at: int, y: Tensor, state: Tensor, after: Tensor, only_read: bool) -> None:
@@ -181,17 +184,33 @@ class Stretches:
         linked = self.ahead is not None and self.ahead.links is not None
         unread = only_read and at == self.start and (linked or after.requires_grad)
         unread = unread and self._few(after) and not self._padded(at, at + 1)
+        plain = not (linked or state.requires_grad or after.requires_grad or transformed())
         if not unread and (after.requires_grad or not only_read):
             if self.offer.mask is not None:  # no edit changes the state on padding
                 after = torch.where(self.offer.mask[:, at].view(-1, *[1] * (state.dim() - 1)), after, state)
+            # What was handed out may be edited once more, when it is too late.
+            after = state.copy_(after) if plain else after
+            self.edited.append((self.first + at, after))
             read = self.recurrence.read(after, at)[:, None]
             y = torch.cat((y[:, :-1], read), dim=1) if y.shape[1] > 1 else read
             only_read = False
+        elif plain:
+            after = state
         self.read_in_a_row = self.read_in_a_row + 1 if only_read and at == self.start else 0
         if not only_read or (after.requires_grad and not linked):
             self.ahead = None
-        self.done.append(Stretch(self.start, at + 1, self.h, y, after, unread, self.ahead if linked else None))
+        kept = None if only_read and plain else after
+        self._add(Stretch(self.start, at + 1, self.h, [y], kept, unread, self.ahead if linked else None))
         self.start, self.h = at + 1, after
+
+    def _add(self, stretch: Stretch) -> None:
+        # To the last one, where the state between them is as the recurrence has left it: it need not be kept.
+        last = self.done[-1] if self.done else None
+        if last is None or last.after is not None or stretch.unread or stretch.ahead is not None:
+            self.done.append(stretch)
+        else:
+            last.stop, last.after = stretch.stop, stretch.after
+            last.y += stretch.y
 
     def _few(self, state: Tensor) -> bool:
         return self.length * state.numel() <= IN_ALL
@@ -206,7 +225,9 @@ class Stretches:
         """
         if at == self.start and self.read_in_a_row >= 2:
             if self.ahead is None or not self.ahead.has(at):
-                self.ahead = None  # first, so that its memory is there for the next
+                if self.ahead is not None and self.ahead.links is None and self.h is not None:
+                    self.h = copied(self.h)  # a part of its memory, which is to be there for the next
+                self.ahead = None
                 self.ahead = self._run_ahead(at)
             if self.ahead is not None:
                 assert self.h is not None

@@ -1,14 +1,19 @@
-"""A mixer that nobody looks into: what its forward returns, in as few calls as that takes.
+"""A mixer that nobody looks into, but for single states: what its forward returns, in as few calls as that takes.
 
 The calls of Python and PyTorch around the kernels cost time, most of all on a short prompt: the matmuls between them
 have emptied the caches of the processor. So where no site, no inner module and no gradient is wanted, `unwatched` runs
 a mixer on the CPU's kernels at once: it reads the weights of inner modules without calling them, and writes a cache
 where it lies. What the parameters of the scan are made of still stands in the mixer alone, which is handed `Nobody` in
 place of its `Offers`.
+
+A long prompt would fill so much memory with each value that the operating system gives it anew for each layer, which
+takes longer than what is written there. So it is run in stretches of positions, each of which goes on from the columns
+and the state of the last one (`carried`) and uses its memory again.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -40,6 +45,10 @@ SILU = (nn.SiLU, SiLUActivation)
 class Nobody:
     """Stands for the `Offers` of a call in which nothing is wanted.
 
+    Args:
+        mixer: whose call it is.
+        room: for the values of a sweep.
+
     Attributes:
         passed_by: the names of the modules whose forward was run without a call, each once.
     """
@@ -60,7 +69,9 @@ class Nobody:
     def first_wanted(self, *names: str) -> None:
         return None
 
-    def before_scan(self, hidden_states: Tensor, past: Anew) -> tuple[Tensor, Tensor, Callable[[], Discretisation]]:
+    def before_scan(
+        self, hidden_states: Tensor, past: Anew | Stopped
+    ) -> tuple[Tensor, Tensor, Callable[[], Discretisation]]:
         """The gate and x [B,L,E] and what makes the parameters of the scan, of the mixer's input [B,L,D]."""
         mixer, conv1d = self.mixer, self.modules["conv1d"]
         skip, columns, delta_1 = mixer.divided(self.through("in_proj", mixer.entered(hidden_states)))
@@ -92,9 +103,9 @@ def unwatched(
     cache: Any,
     attention_mask: Tensor | None,
 ) -> Tensor | None:
-    """What the forward of ``mixer`` returns [B,L,D], if nobody looks into it; else ``None``, and nothing was done.
+    """What the forward of ``mixer`` returns [B,L,D]; ``None`` where the mixer has to run it, and nothing was done.
 
-    Of a long prompt the states after single positions may be wanted all the same: see `stopped`.
+    It has to where anybody looks into it, unless the prompt is long and single states alone are wanted (`stopped`).
 
     Args:
         mixer: the mixer.
@@ -119,7 +130,7 @@ def unwatched(
     nobody, length = Nobody(mixer, past.room), hidden_states.shape[1]
     run.calls.append(Call("conv_silu", "cpu", length))
     if watched:
-        return stopped_output(mixer, nobody, hidden_states, Stopped(past, mixer, visit, nobody, length, run))
+        return stopped_output(mixer, nobody, hidden_states, Stopped(past, visit, nobody, length, run))
     out = output(mixer, nobody, hidden_states, past)
     run.calls.append(Call("gated_scan", "cpu", length))
     visit.pass_over((*nobody.passed_by, *mixer.__dict__[SITE_NAMES]))
@@ -138,9 +149,12 @@ def stopped_output(mixer: Any, nobody: Nobody, hidden_states: Tensor, stopped: S
     stopped.run.reasons.append(f"{STATE} is wanted")
     with stopped.visit.positions(STATE), recording(stopped.run.calls, stopped.run.reasons):
         try:
-            return output(mixer, nobody, hidden_states, stopped)
-        except MoreIsWanted:
+            with contextlib.suppress(MoreIsWanted):
+                return output(mixer, nobody, hidden_states, stopped)
             return stopped.whole(hidden_states)
+        except BaseException:  # an interrupt, too
+            stopped.past.undo()
+            raise
 
 
 def suits(mixer: Any, value: Tensor) -> bool:
@@ -169,7 +183,7 @@ SHORTEST = 64
 PACKAGE = __name__.split(".")[0]
 
 
-def output(mixer: Any, nobody: Nobody, hidden_states: Tensor, past: Anew) -> Tensor:
+def output(mixer: Any, nobody: Nobody, hidden_states: Tensor, past: Anew | Stopped) -> Tensor:
     """What an unwatched mixer returns [B,L,D], after what came before."""
     positions = hidden_states.shape[1] if isinstance(past, InRuns) else per_stretch(mixer, hidden_states)
     if positions >= hidden_states.shape[1]:
@@ -178,7 +192,7 @@ def output(mixer: Any, nobody: Nobody, hidden_states: Tensor, past: Anew) -> Ten
         out = torch.empty_like(hidden_states, memory_format=torch.contiguous_format)
         for part, stretch in zip(out.split(positions, 1), hidden_states.split(positions, 1), strict=True):
             part.copy_(of_stretch(mixer, nobody, stretch, past))
-    past.ended(mixer)
+    past.ended()
     return out
 
 
@@ -193,14 +207,18 @@ def per_stretch(mixer: Any, hidden_states: Tensor) -> int:
 
 
 def cuts(module: nn.Module) -> bool:
-    """Whether an inner module does the same to each position, however many it gets, and nobody hears of its calls."""
+    """Whether an inner module may be given a prompt in stretches.
+
+    Nobody has replaced or hooked it, and it does to each position what it would do to that alone, as all modules of
+    this package do that stand in a mixer.
+    """
     kind = type(module)
     known = kind in (nn.Linear, nn.Conv1d, nn.Identity, *SILU) or kind.__module__.split(".")[0] == PACKAGE
     return known and forward_of(module, kind) is not None
 
 
-def of_stretch(mixer: Any, nobody: Nobody, hidden_states: Tensor, past: Anew) -> Tensor:
+def of_stretch(mixer: Any, nobody: Nobody, hidden_states: Tensor, past: Anew | Stopped) -> Tensor:
     """What an unwatched mixer returns for the positions of one stretch [B,l,D]."""
     skip, x, discretise = nobody.before_scan(hidden_states, past)
-    gated = past.scanned(mixer, x, skip, discretise)
+    gated = past.scanned(x, skip, discretise)
     return nobody.through("out_proj", mixer.finished(nobody, gated, skip))
