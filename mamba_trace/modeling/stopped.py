@@ -37,7 +37,8 @@ class Stopped:
         run: takes note of the kernels.
 
     Attributes:
-        start: the next position.
+        start: where the next stretch begins.
+        reached: the first position whose state was neither handed out nor passed by.
         edited: the positions whose state was edited, and that state.
         offer: the sites from the state on.
     """
@@ -45,7 +46,7 @@ class Stopped:
     def __init__(self, past: Anew, visit: Visit, nobody: Any, total: int, run: LayerRun) -> None:
         self.past, self.visit, self.nobody, self.total, self.run = past, visit, nobody, total, run
         self.mixer = past.mixer
-        self.start = 0
+        self.start = self.reached = 0
         self.edited: list[tuple[int, Tensor]] = []
         self.offer = Offers(self.mixer)
         past.remember()
@@ -64,6 +65,7 @@ class Stopped:
         length = x.shape[1]
         if self.start == 0:
             self._pass_over_the_first()
+        self.reached = self.start
         at = self.visit.next_position(STATE, self.start, self.total)
         if at is not None and at < self.start + length:
             gated = self._stopped(x, skip, self._stretches(parameters(), first=self.start, total=self.total))
@@ -93,12 +95,10 @@ class Stopped:
             self.run.calls.append(Call(function, "cpu", length))
 
     def _stopped(self, x: Tensor, skip: Tensor, stretches: Stretches) -> Tensor:
-        start = self.start
         stretches.serve_positions()
         self.edited += stretches.edited
-        self.start = start + stretches.start
+        self.reached = self.start + stretches.start
         self._refuse_more()
-        self.start = start
         pieces, state = stretches.finish()
         self.past.arrived(state)
         del stretches
@@ -126,8 +126,8 @@ class Stopped:
         skip, x, discretise = self.nobody.before_scan(hidden_states, self)
         stretches = self._stretches(discretise())
         stretches.edit_again(self.edited)
-        if stretches.start < self.start:
-            stretches.run_on(self.start)
+        if stretches.start < self.reached:
+            stretches.run_on(self.reached)
         pieces, state = stretches.run()
         del stretches
         mixer = self.mixer
