@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -77,9 +78,12 @@ def slow_grid(
 
 
 class Interrupted:
-    """A metric that is interrupted the n-th time it is asked."""
+    """A metric that is interrupted the n-th time it is asked, and never by default.
 
-    def __init__(self, metric: Any, after: int) -> None:
+    Nobody can know which logits it looks at, so it is given all of them.
+    """
+
+    def __init__(self, metric: Any, after: float = math.inf) -> None:
         self.metric, self.after, self.asked = metric, after, 0
 
     def __call__(self, logits: Tensor) -> Tensor:

@@ -375,7 +375,7 @@ def test_grids_of_other_layers_are_not_compared() -> None:
 def test_what_is_done_outlives_an_interrupt_and_belongs_to_its_rows_and_its_model(tmp_path: Path) -> None:
     model, folder = made("falcon_h1"), tmp_path / "kept"
     metric = logit_diff(model, PLUS, MINUS)
-    whole = grid_of(model, "k", batch_size=3)
+    whole = grid_of(model, "k", metric=Interrupted(metric), batch_size=3)
     with pytest.raises(KeyboardInterrupt):
         grid_of(model, "k", metric={"m": Interrupted(metric, after=3)}, batch_size=3, keep=folder)
     again = Interrupted(metric, after=1 + 4 - 2)  # the unpatched runs, and what is left

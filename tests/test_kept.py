@@ -19,7 +19,7 @@ from mamba_trace.patching import PatchGrid, logit, logit_diff, patch_grid
 def test_what_is_done_outlives_an_interrupt(tiny_hf: ModuleFactory, tmp_path: Path, model_type: str) -> None:
     tiny = MambaTrace(tiny_hf(model_type=model_type))
     metric, folder = logit_diff(tiny, PLUS, MINUS), tmp_path / "kept" / "h"
-    whole = grid_of(tiny, batch_size=3)
+    whole = grid_of(tiny, metric=Interrupted(metric), batch_size=3)
     with pytest.raises(KeyboardInterrupt) as caught:
         grid_of(tiny, metric={"m": Interrupted(metric, after=10)}, batch_size=3, keep=folder)
     assert f"27 of 39 cells are kept in {folder}; the same call goes on from there" in caught.value.__notes__[0]
@@ -74,7 +74,7 @@ def interrupted(model: MambaTrace, metric: dict[str, Any], after: int = 10, **ar
 def test_an_interrupt_gives_what_was_done(tiny_hf: ModuleFactory, tmp_path: Path, model_type: str) -> None:
     tiny = MambaTrace(tiny_hf(model_type=model_type))
     metric = {"m": logit_diff(tiny, PLUS, MINUS)}
-    whole = grid_of(tiny, metric=metric, batch_size=3)["m"]
+    whole = grid_of(tiny, metric=Interrupted(metric["m"]), batch_size=3)
     error = interrupted(tiny, metric)
     assert "27 of 39 cells were done" in error.__notes__[0]
     assert "resume=" in error.__notes__[0]

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ModuleFactory
-from grids import grid_of
+from grids import MINUS, PLUS, Interrupted, grid_of
 
 from mamba_trace import MambaTrace
 from mamba_trace.cli import PROMPT, SOURCE
@@ -109,7 +109,7 @@ def alone() -> PatchGrid:
     return patch_grid(model, PROMPT, SOURCE, "h", {"m": metric}, batch_size=8, progress=False)["m"]
 
 
-def test_a_killed_process_loses_its_own_cells_and_the_next_run_goes_on(tmp_path: Path, alone: PatchGrid) -> None:
+def test_a_killed_process_loses_its_own_cells_and_the_next_run_goes_on(tmp_path: Path) -> None:
     (tmp_path / "program.py").write_text(PROGRAM)
     run = (str(tmp_path / "program.py"), str(tmp_path))
     killed = launch(TORCHRUN, *run, "2")  # after the unpatched runs and one job
@@ -121,6 +121,9 @@ def test_a_killed_process_loses_its_own_cells_and_the_next_run_goes_on(tmp_path:
     again = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "kept").glob("cells-*")}
     assert len(again) == 5
     assert again.items() >= kept.items(), "what was kept is not computed again"
+    model = MambaTrace.demo()
+    metric = Interrupted(logit_diff(model, " Emma", " Shelby"))
+    alone = patch_grid(model, PROMPT, SOURCE, "h", metric, batch_size=8, progress=False)
     for rank in (0, 1):
         assert torch.equal(PatchGrid.load(tmp_path / f"{rank}.safetensors").values, alone.values)
         assert PatchGrid.load(tmp_path / f"alone-{rank}.json").site == ["y", "conv"][rank]
@@ -145,7 +148,8 @@ def test_processes_share_a_grid_of_every_architecture(tmp_path: Path, tiny_hf: M
     assert len(again) == 13
     assert again.items() >= kept.items()
     torch.set_num_threads(1)
-    alone = grid_of(MambaTrace(tiny_hf(model_type=model_type)), batch_size=3)
+    model = MambaTrace(tiny_hf(model_type=model_type))
+    alone = grid_of(model, metric=Interrupted(logit_diff(model, PLUS, MINUS)), batch_size=3)
     for rank in (0, 1):
         assert torch.equal(PatchGrid.load(tmp_path / f"{rank}.safetensors").values, alone.values)
         assert (

@@ -7,7 +7,7 @@ will do; the ones here are usual and differentiable, and their names say in a pi
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -98,6 +98,15 @@ class Logit:
     name: str
     token: int
 
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """Those whose logits are all that it looks at; none where it looks at all."""
+        return (self.token,) if type(self) is Logit else ()
+
+    def among(self, tokens: list[int]) -> Logit:
+        """The same of the logits of some ``tokens`` [...,tokens]."""
+        return replace(self, token=tokens.index(self.token))
+
     def __call__(self, logits: Tensor) -> Tensor:
         return logits[..., self.token]
 
@@ -122,8 +131,27 @@ class LogitDiff(Logit):
 
     minus: int
 
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        return (self.token, self.minus) if type(self) is LogitDiff else ()
+
+    def among(self, tokens: list[int]) -> Logit:
+        return replace(self, token=tokens.index(self.token), minus=tokens.index(self.minus))
+
     def __call__(self, logits: Tensor) -> Tensor:
         return logits[..., self.token] - logits[..., self.minus]
+
+
+def of_few_logits(metrics: Mapping[str, Metric]) -> tuple[list[int], dict[str, Metric]] | None:
+    """The tokens whose logits are all that ``metrics`` look at, and the same metrics of those logits [...,tokens].
+
+    ``None`` if they look at more, or nobody can know.
+    """
+    known = {name: metric for name, metric in metrics.items() if isinstance(metric, Logit) and metric.tokens}
+    if len(known) < len(metrics):
+        return None
+    tokens = sorted({token for metric in known.values() for token in metric.tokens})
+    return tokens, {name: metric.among(tokens) for name, metric in known.items()}
 
 
 def name_of(metric: Metric) -> str:

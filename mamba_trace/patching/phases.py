@@ -13,15 +13,19 @@ of the batch is a row of the grid: the cells of all positions one behind the oth
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import nnsight
 import torch
 from einops import rearrange, repeat
-from torch import Tensor
+from torch import Tensor, nn
 
+from ..scan.reference import accumulation_dtype
 from ..scan.runs import Runs
 from ..sites import STATE
+from ..tracing import forward_of
+from .metrics import of_few_logits
 from .plan import Job, Limits, Plan
 from .question import PROMPT, SOURCE, Question
 from .unpatched import CellStarts, Unpatched, run_unpatched, starts_by_span
@@ -30,11 +34,17 @@ if TYPE_CHECKING:
     from ..model import MambaTrace
 
 
+#: Of how many tokens at most the logits are computed by themselves.
+FEW = 16
+
+
 class InPhases:
     """One grid of a plain model, whose cells run in two phases.
 
     Attributes:
         logits: the logits of the unpatched runs on source and prompt, where a metric looks at them [2,m,V].
+        tokens: whose logits alone are computed for each cell, ``None`` for all.
+        measuring: the question, of these logits.
         jobs: the jobs that compute the grid; none for a site after all layers.
         slow: whether to tell the user how cells run, before they do.
     """
@@ -49,6 +59,7 @@ class InPhases:
         site = question.patched if self.plan is not None and self.plan.short else None
         self.unpatched, self.starts = run_unpatched(model, question.tokens, question.looked_at, site)
         self.logits = self.unpatched.logits
+        self.tokens, self.measuring = few_logits(model, question)
 
     def fill(self, values: Tensor) -> None:
         """Put what is known without running a cell into ``values`` [M,rows,L].
@@ -84,8 +95,8 @@ class InPhases:
         ]
         # A row of the grid has the streams of all pieces, one run behind the other.
         streams = [torch.cat([run for piece in row for run in piece])[None] for row in zip(*pieces, strict=True)]
-        logits = run_to_the_end(model, job, question, streams, unpatched, starts)  # [(row k),m,V]
-        return rearrange(question.measure(logits), "metric (row k) -> metric row k", row=len(job.rows))
+        logits = run_to_the_end(model, job, question, streams, unpatched, starts, self.tokens)  # [(row k),m,V]
+        return rearrange(self.measuring.measure(logits), "metric (row k) -> metric row k", row=len(job.rows))
 
     def work(self, job: Job) -> int:
         """What a job costs: positions times layers."""
@@ -168,11 +179,13 @@ def run_to_the_end(
     streams: list[Tensor],
     unpatched: Unpatched,
     starts: CellStarts,
+    tokens: list[int] | None,
 ) -> Tensor:
     """Phase 2: run the cells of a job through the layers above their patched ones.
 
     Takes the ``streams`` behind these, for each row of the grid those of all positions one behind the other [1,L,D].
-    Returns the logits of every cell, row by row of the grid, where a metric looks at them [(row k),m,V].
+    Returns the logits of every cell, row by row of the grid, where a metric looks at them [(row k),m,V]: those of the
+    ``tokens`` alone where there are any.
     """
     n_layers, positions = len(model.layers), torch.tensor(job.positions, device="cpu")
     behind = [question.windows[row].stop for row in job.rows]
@@ -200,9 +213,37 @@ def run_to_the_end(
             stream = model.norm_f.input
             streams_read.insert(0, stream if reads_on else stream[:, read.to(stream.device)])
         model.norm_f.input = joined(streams_read).unflatten(1, ends.shape).flatten(0, 1)  # [(row k),m,D]
+        if tokens is not None:
+            model.lm_head.skip(logits_of(tokens, model.lm_head._module, model.lm_head.input))
         logits = model.hook("logits").output.save()  # [(row k),m,V]
     before = looked_at < positions[:, None]  # [k,m]: before the run begins, logits are the unpatched run's
     if not before.any():
         return logits
     before = repeat(before, "k m -> (row k) m 1", row=len(job.rows)).to(logits.device)
-    return torch.where(before, unpatched.logits[PROMPT], logits)
+    unpatched_logits = unpatched.logits[PROMPT] if tokens is None else unpatched.logits[PROMPT][..., tokens]
+    return torch.where(before, unpatched_logits, logits)
+
+
+def logits_of(tokens: list[int], head: nn.Linear, value: Tensor) -> Tensor:
+    """What lm_head returns for some ``tokens`` [...,tokens], of its input [...,D].
+
+    Each row is added up by itself, in the same way however many others there are, which matrix products of few columns
+    do not do: the numbers of a cell do not depend on which others run with it.
+    """
+    weight, bias = head.weight[tokens], None if head.bias is None else head.bias[tokens]
+    dtype = accumulation_dtype(weight)
+    products = value.to(weight.device, dtype)[..., None, :] * weight.to(dtype)
+    logits = products.sum(-1) if bias is None else products.sum(-1) + bias
+    return logits.to(weight.dtype)
+
+
+def few_logits(model: MambaTrace, question: Question) -> tuple[list[int] | None, Question]:
+    """The tokens whose logits are all that a question needs, and the question of these; ``None`` if it needs all.
+
+    Where there are few, most of lm_head is not multiplied by: it is a large part of a grid's matmuls.
+    """
+    few = of_few_logits(question.metrics)
+    if few is None or len(few[0]) > FEW or forward_of(model.lm_head._module, nn.Linear) is None:
+        return None, question
+    tokens, metrics = few
+    return tokens, replace(question, metrics=metrics)
