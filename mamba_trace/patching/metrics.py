@@ -146,6 +146,11 @@ def of_few_logits(metrics: Mapping[str, Metric]) -> tuple[list[int], dict[str, M
     """The tokens whose logits are all that ``metrics`` look at, and the same metrics of those logits [...,tokens].
 
     ``None`` if they look at more, or nobody can know.
+
+    Example::
+
+        tokens, metrics = of_few_logits({"difference": logit_diff(model, " Emma", " Shelby")})
+        metrics["difference"](torch.rand(9, len(tokens)))  # [9]
     """
     known = {name: metric for name, metric in metrics.items() if isinstance(metric, Logit) and metric.tokens}
     if len(known) < len(metrics):
