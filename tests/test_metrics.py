@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from conftest import ModuleFactory
 from grids import OURS, THEIRS, slow_grid
 from torch import Tensor
@@ -92,3 +93,12 @@ def test_a_head_that_somebody_listens_to_is_called(exact: MambaTrace) -> None:
     finally:
         handle.remove()
     assert {value.shape[-1] for value in heard} == {exact._module.lm_head.out_features}
+
+
+def test_a_head_that_is_offloaded_is_called(tiny_hf: ModuleFactory) -> None:
+    plain, module = MambaTrace(tiny_hf(dtype=torch.float64)), tiny_hf(dtype=torch.float64)
+    cpu_offload(module.lm_head, execution_device=torch.device("cpu"))
+    assert module.lm_head.weight.is_meta
+    offloaded = MambaTrace(module)
+    grids = [patch_grid(model, OURS, THEIRS, "h", logit(model, 7), progress=False) for model in (plain, offloaded)]
+    torch.testing.assert_close(grids[1].values, grids[0].values, rtol=1e-9, atol=1e-9)

@@ -327,7 +327,7 @@ def test_visits_are_counted_once_where_a_mixer_runs_once_more(name: str, monkeyp
         agree(run(), expected)
 
 
-@pytest.mark.parametrize("late", ["nothing", "y"])
+@pytest.mark.parametrize("late", ["", "y", "after_skip", "out_proj"])
 @pytest.mark.parametrize("before", [0, 2])
 @BOTH
 def test_an_error_leaves_the_cache_of_the_layer_as_it_was(
@@ -344,8 +344,8 @@ def test_an_error_leaves_the_cache_of_the_layer_as_it_was(
     def fail(cache: DynamicCache) -> None:
         with model.trace(tokens, cache=cache, use_cache=True):
             model.layers[1].ssm.h[7].output[:] = 0
-            if late == "y":
-                _ = model.layers[1].ssm.y.output
+            if late:
+                _ = model.layers[1].ssm.get(late).output
             _ = 1 / 0
 
     with torch.no_grad(), in_stretches(monkeypatch, 3):

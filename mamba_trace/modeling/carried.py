@@ -37,19 +37,19 @@ class Anew:
     """
 
     room: Room | None = None  # for the values that are made after it
+    columns: Tensor | None = None
+    state: Tensor | None = None
+    begun = False
 
     def __init__(self, mixer: Any) -> None:
         self.mixer = mixer
-        self.undo()
 
     def remember(self) -> None:
         """Keep what came before the call, for `undo`."""
 
     def undo(self) -> None:
         """Go back to what came before the call."""
-        self.columns: Tensor | None = None
-        self.state: Tensor | None = None
-        self.begun = False
+        self.columns, self.state, self.begun = None, None, False
 
     def convolved(self, columns: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """SiLU of the convolution of ``columns`` [B,L,channels] behind those that came before."""
@@ -116,7 +116,8 @@ class Lent(Anew):
     """The memory that a cache has for one layer, which an unwatched mixer reads and overwrites where it lies."""
 
     def __init__(self, mixer: Any, layer: Any) -> None:
-        self.mixer, self.layer = mixer, layer
+        super().__init__(mixer)
+        self.layer = layer
         self.columns, self.state = layer.conv_states[0], mixer.from_cache(layer.recurrent_states[0])
         self.begun = layer.has_previous_state[0]
 
@@ -176,7 +177,8 @@ class InRuns(Anew):
     """
 
     def __init__(self, mixer: Any, cache: StartingRuns) -> None:
-        self.mixer, self.cache, self.layer, self.room = mixer, cache, mixer.layer_idx, cache.room
+        super().__init__(mixer)
+        self.cache, self.layer, self.room = cache, mixer.layer_idx, cache.room
 
     def convolved(self, columns: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         before = self.cache.convolution(self.layer, len(columns))

@@ -130,9 +130,7 @@ class Stopped:
             stretches.run_on(self.reached)
         pieces, state = stretches.run()
         del stretches
-        mixer = self.mixer
-        output = mixer.read_out(self.offer, pieces, x, skip)
+        out: Tensor = self.mixer.left(self.offer, self.mixer.read_out(self.offer, pieces, x, skip), skip)
         self.past.arrived(state)
         self.past.ended()
-        out: Tensor = mixer.left(self.offer, output, skip)
         return out

@@ -108,9 +108,8 @@ class Stretches:
     read_in_a_row: int = 0  # how many single positions in a row were only read
     first: int = 0  # which position of the call is the first of the recurrence
     total: int | None = None  # how many positions the call has, if not as many as the recurrence
-    edited: list[tuple[int, Tensor]] = field(
-        default_factory=list
-    )  # positions of the call, and what their states became
+    #: The positions of the call whose state was edited, and that state.
+    edited: list[tuple[int, Tensor]] = field(default_factory=list)
 
     @property
     def length(self) -> int:

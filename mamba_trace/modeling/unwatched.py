@@ -7,8 +7,8 @@ where it lies. What the parameters of the scan are made of still stands in the m
 place of its `Offers`.
 
 A long prompt would fill so much memory with each value that the operating system gives it anew for each layer, which
-takes longer than what is written there. So it is run in stretches of positions, each of which goes on from the columns
-and the state of the last one (`carried`) and uses its memory again.
+takes time. So it is run in stretches of positions, each of which goes on from the columns and the state of the last one
+(`carried`) and uses its memory again.
 """
 
 from __future__ import annotations

@@ -240,7 +240,7 @@ def logits_of(tokens: list[int], head: nn.Linear, value: Tensor) -> Tensor:
 def few_logits(model: MambaTrace, question: Question) -> tuple[list[int] | None, Question]:
     """The tokens whose logits are all that a question needs, and the question of these; ``None`` if it needs all.
 
-    Where there are few, most of lm_head is not multiplied by: it is a large part of a grid's matmuls.
+    Where there are few, most of lm_head is not multiplied by. One that is offloaded has no weight to read here.
     """
     few = of_few_logits(question.metrics)
     if few is None or len(few[0]) > FEW or forward_of(model.lm_head._module, nn.Linear) is None:
