@@ -13,10 +13,12 @@ from numba import njit
 
 from ..buffers import BlockLayout, Buffer
 from .compiled import OPTIONS, Kernel, arguments_at, kernel, next_piece
-from .vectors import LANES, LOG2E, exp2, fetch, silu, softplus, transpose
+from .steps import copy_vector, gate_vector, scan_step, softplus_vector
+from .vectors import LANES, LOG2E, exp2, fetch, transpose
 
 WIDTH = LANES  # channels in a block
 AHEAD = 4  # positions from the one at which its memory is asked for
+TILE = 8  # positions of which each step is taken before the next
 CHUNK = 64  # positions between the states that the backward pass keeps
 ENDS = 5  # how many positions' time it takes to turn a block's states around and back, an estimate
 IN_RUNS = False  # whether a row is several runs, one behind the other
@@ -68,6 +70,26 @@ def turn_out(block, rows, e0, w, n_state):  # type: ignore[no-untyped-def]
                 rows[e0 + e, n] = block[n, e]
 
 
+@njit(**OPTIONS)
+def take(row, e0, w, vectors, at):  # type: ignore[no-untyped-def]
+    """Copy the ``w`` numbers of a block from channel ``e0`` of a row to number ``at`` of ``vectors``."""
+    if w == WIDTH:
+        copy_vector(row, e0, vectors, at)
+    else:
+        for e in range(w):
+            vectors[at + e] = row[e0 + e]
+
+
+@njit(**OPTIONS)
+def put(vectors, at, w, row, e0):  # type: ignore[no-untyped-def]
+    """The inverse of `take`."""
+    if w == WIDTH:
+        copy_vector(vectors, at, row, e0)
+    else:
+        for e in range(w):
+            row[e0 + e] = vectors[at + e]
+
+
 @kernel(FORWARD)
 def forward(data):  # type: ignore[no-untyped-def]
     """Run pieces of the blocks (batch x channel blocks) over all positions. Results: y, h_last and states.
@@ -81,10 +103,11 @@ def forward(data):  # type: ignore[no-untyped-def]
     # In a block that is cut short, nothing reads the last columns.
     a = np.empty((p.n_state, WIDTH), np.float32)
     h = np.empty((p.n_state, WIDTH), np.float32)
-    d = np.empty(WIDTH, np.float32)
-    xs = np.empty(WIDTH, np.float32)
-    dx = np.empty(WIDTH, np.float32)
-    out = np.empty(WIDTH, np.float32)
+    x = np.empty(TILE * WIDTH, np.float32)
+    delta = np.empty(TILE * WIDTH, np.float32)
+    skip = np.empty(TILE * WIDTH, np.float32)
+    out = np.empty(TILE * WIDTH, np.float32)
+    D = np.empty(WIDTH, np.float32)
     while True:
         piece = next_piece(data)
         if piece >= p.pieces:
@@ -96,6 +119,8 @@ def forward(data):  # type: ignore[no-untyped-def]
             for n in range(p.n_state):
                 for e in range(WIDTH):
                     a[n, e] *= LOG2E
+            if p.gated:
+                take(p.D, e0, w, D, 0)
             for run in range(p.runs if IN_RUNS else 1):
                 if IN_RUNS:
                     begin, start = int(p.begins[run]), p.starts[run]
@@ -106,41 +131,30 @@ def forward(data):  # type: ignore[no-untyped-def]
                     turn_in(start, e0, h, w, p.n_state)
                 else:
                     h[:] = np.float32(0.0)
-                for t in range(begin, end):
-                    if t + AHEAD < end:
-                        fetch(p.x[b, t + AHEAD], e0)
-                        fetch(p.delta[b, t + AHEAD], e0)
-                        fetch(p.y[b, t + AHEAD], e0)
+                for first in range(begin, end, TILE):
+                    last = min(first + TILE, end)
+                    for t in range(first, last):
+                        if t + AHEAD < end:
+                            fetch(p.x[b, t + AHEAD], e0)
+                            fetch(p.delta[b, t + AHEAD], e0)
+                            fetch(p.y[b, t + AHEAD], e0)
+                            if p.gated:
+                                fetch(p.skip[b, t + AHEAD], e0)
+                        at = (t - first) * WIDTH
+                        take(p.x[b, t], e0, w, x, at)
+                        take(p.delta[b, t], e0, w, delta, at)
                         if p.gated:
-                            fetch(p.skip[b, t + AHEAD], e0)
-                    for e in range(w):
-                        xs[e] = p.x[b, t, e0 + e]
-                    for e in range(w):
-                        d[e] = p.delta[b, t, e0 + e]
-                    if p.gated:
-                        for e in range(WIDTH):
-                            d[e] = softplus(d[e])
-                    for e in range(WIDTH):
-                        dx[e] = d[e] * xs[e]
-                        out[e] = np.float32(0.0)
-                    for n in range(p.n_state):
-                        bn, cn = p.B[b, t, n], p.C[b, t, n]
-                        for e in range(WIDTH):
-                            state = exp2(d[e] * a[n, e]) * h[n, e] + dx[e] * bn
-                            h[n, e] = state
-                            out[e] += state * cn
-                    if p.gated:
-                        for e in range(w):
-                            dx[e] = p.skip[b, t, e0 + e]
-                            out[e] += p.D[e0 + e] * xs[e]
-                        for e in range(WIDTH):
-                            out[e] *= silu(dx[e])
-                    for e in range(w):
-                        p.y[b, t, e0 + e] = out[e]
-                    if p.keep:
-                        for e in range(w):
-                            for n in range(p.n_state):
-                                p.states[b, t, e0 + e, n] = h[n, e]
+                            softplus_vector(delta, at)
+                            take(p.skip[b, t], e0, w, skip, at)
+                    for t in range(first, last):
+                        scan_step(delta, x, (t - first) * WIDTH, a, h, p.B[b, t], p.C[b, t], p.n_state, out)
+                        if p.keep:
+                            turn_out(h, p.states[b, t], e0, w, p.n_state)
+                    for t in range(first, last):
+                        at = (t - first) * WIDTH
+                        if p.gated:
+                            gate_vector(out, x, skip, at, D)
+                        put(out, at, w, p.y[b, t], e0)
             if not IN_RUNS:
                 turn_out(h, p.h_last[b], e0, w, p.n_state)
 
