@@ -39,8 +39,7 @@ def multiplied(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
         return run(x, weight, bias)
 
     monkeypatch.setattr(room, "by_onednn", watched)
-    monkeypatch.setattr(room, "LARGE", 0)
-    monkeypatch.setattr(room, "faster", lambda: True)
+    monkeypatch.setattr(room, "worth_it", lambda: (room.Worth(0, range(1, 1000)),))
     return shapes
 
 
@@ -300,7 +299,7 @@ def test_what_is_not_multiplied_by_onednn(asks: Callable[..., None], multiplied)
 @pytest.mark.parametrize("biased", [False, True], ids=["plain", "bias"])
 @pytest.mark.parametrize("large", [0, 2**17], ids=["onednn", "pytorch"])
 def test_a_product_may_be_written_into_memory_that_is_there(large, biased, multiplied, monkeypatch) -> None:
-    monkeypatch.setattr(room, "LARGE", large)
+    monkeypatch.setattr(room, "worth_it", lambda: (room.Worth(large, range(1, 1000)),))
     given = arguments((5, 8), 6)[: 2 + biased]
     out = torch.full((2, 7, 6), 9.0)
     linear_into(out[1, 1:6], *given)
@@ -311,31 +310,47 @@ def test_a_product_may_be_written_into_memory_that_is_there(large, biased, multi
 
 def test_a_small_weight_is_not_worth_the_call(multiplied, monkeypatch) -> None:
     x, weight, bias = arguments((3, 5, 8), 6)
-    monkeypatch.setattr(room, "LARGE", weight.numel() + 1)
+    monkeypatch.setattr(room, "worth_it", lambda: (room.Worth(weight.numel() + 1, range(1, 1000)),))
     linear(x, weight, bias)
     assert not multiplied
-    monkeypatch.setattr(room, "LARGE", weight.numel())
+    monkeypatch.setattr(room, "worth_it", lambda: (room.Worth(weight.numel(), range(1, 1000)),))
     linear(x, weight, bias)
     assert multiplied
 
 
-def test_the_documentation_says_how_large_a_weight_is() -> None:
-    assert f"a weight of {room.LARGE:,}\nnumbers or more" in (DOCS / "kernels.md").read_text(encoding="utf-8")
+def test_only_so_many_rows_may_be_worth_the_call(multiplied, monkeypatch) -> None:
+    monkeypatch.setattr(room, "worth_it", lambda: (room.Worth(0, range(4, 6)), room.Worth(0, range(6, 7))))
+    for rows in (1, 3, 4, 6, 7):
+        linear(*arguments((rows, 8), 6))
+        linear(*arguments((1, rows, 8), 6))
+    linear(*arguments((2, 2, 8), 6))
+    assert multiplied == [(4, 8), (1, 4, 8), (6, 8), (1, 6, 8), (2, 2, 8)]
+
+
+def test_the_documentation_says_what_is_multiplied_by_onednn() -> None:
+    told = (DOCS / "kernels.md").read_text(encoding="utf-8").replace("\n", " ")
+    assert f"a weight of {room.ON_AMD[0].numbers:,} numbers or more" in told
+    for numbers, rows in room.ELSEWHERE:
+        assert f"{rows[0]} to {rows[-1]} vectors by a weight of {numbers:,} or more" in told
 
 
 @pytest.mark.parametrize(
     ("told", "expected"),
-    [("vendor_id\t: AuthenticAMD\nmodel", True), ("vendor_id\t: GenuineIntel\n", False), ("", False)],
+    [
+        ("vendor_id\t: AuthenticAMD\nmodel", room.ON_AMD),
+        ("vendor_id\t: GenuineIntel\n", room.ELSEWHERE),
+        ("", room.ELSEWHERE),
+    ],
     ids=["amd", "intel", "unknown"],
 )
-def test_onednn_is_faster_where_mkl_meets_a_processor_of_amd(told, expected, monkeypatch, tmp_path) -> None:
+def test_what_onednn_is_worth_depends_on_who_made_the_processor(told, expected, monkeypatch, tmp_path) -> None:
     file = tmp_path / "cpuinfo"
     file.write_text(told)
     monkeypatch.setattr(room, "Path", lambda path: file)
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
-    assert room.faster.__wrapped__() is expected
+    assert room.worth_it.__wrapped__() is expected
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)
-    assert not room.faster.__wrapped__()
+    assert room.worth_it.__wrapped__() == ()
 
 
 def test_elsewhere_the_platform_says_who_made_the_processor(monkeypatch, tmp_path) -> None:

@@ -208,18 +208,33 @@ def test_a_scan_that_fails_leaves_its_layer_of_a_new_cache_empty(kind: str, monk
 
 
 def test_an_interrupt_while_a_new_cache_gets_its_memory_leaves_it_usable(monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted(layer: Any, **given: Any) -> None:
-        own(layer, **given)
-        raise KeyboardInterrupt
+    class Interrupted(dict[int, bool]):
+        def __setitem__(self, key: int, value: bool) -> None:
+            super().__setitem__(key, value)
+            if value:
+                raise KeyboardInterrupt
 
-    model, own = model_of("mamba"), LinearAttentionLayer.lazy_initialization
+    model = model_of("mamba")
     cache, tokens = DynamicCache(config=model.config), draw_tokens(2, seed=0)
     with torch.no_grad():
         with monkeypatch.context() as patch:
-            patch.setattr(LinearAttentionLayer, "lazy_initialization", interrupted)
+            patch.setattr(cache.layers[0], "is_recurrent_states_initialized", Interrupted({0: False}))
             with pytest.raises(KeyboardInterrupt):
                 model._module(tokens, cache=cache, use_cache=True)
         assert torch.equal(model._module(tokens, cache=cache, use_cache=True).logits, model._module(tokens).logits)
+
+
+@pytest.mark.parametrize("kind", UNWATCHED)
+def test_a_new_cache_is_as_transformers_makes_it(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokens = model_of(kind), draw_tokens(2, seed=0)
+    with torch.no_grad():
+        ours = model._module(tokens, use_cache=True).cache.layers
+        with watched(monkeypatch):
+            theirs = model._module(tokens, use_cache=True).cache.layers
+    for layer, other in zip(ours, theirs, strict=True):
+        made = vars(layer).keys() | vars(other).keys()
+        kept = {"conv_states", "recurrent_states", "keys", "values"}
+        assert {name: vars(layer)[name] for name in made - kept} == {name: vars(other)[name] for name in made - kept}
 
 
 @pytest.mark.parametrize("kind", UNWATCHED)

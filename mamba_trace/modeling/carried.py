@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -21,7 +22,7 @@ def what_came_before(mixer: Any, cache: Any, value: Tensor) -> Anew | None:
     """What came before a call of a mixer with the input ``value``; ``None`` where a kernel cannot start from it."""
     if cache is None:
         return Anew(mixer)
-    return InRuns(mixer, cache) if isinstance(cache, StartingRuns) else Lent.of(cache, mixer, value)
+    return InRuns(mixer, cache) if type(cache) is StartingRuns else Lent.of(cache, mixer, value)
 
 
 class Anew:
@@ -54,7 +55,7 @@ class Anew:
     def convolved(self, columns: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """SiLU of the convolution of ``columns`` [B,L,channels] behind those that came before."""
         if self.columns is None:
-            self.columns = columns.new_empty(len(columns), columns.shape[-1], self.mixer.conv_kernel_size)
+            self.columns = columns.new_empty(columns.shape[0], columns.shape[-1], self.mixer.conv_kernel_size)
         if self.begun and columns.shape[1] == 1:
             return cpu.conv_update(columns, weight, bias, self.columns)
         before = self.columns.clone() if self.begun else None
@@ -87,10 +88,6 @@ class Anew:
         """Take note that the call has ended."""
 
 
-#: What a new layer of a cache is made with: no zeros to fill, since a kernel fills the memory that it is given then.
-NO_NUMBERS = torch.empty(0, dtype=torch.float32, device="cpu")
-
-
 class Begun(Anew):
     """A layer of a cache that holds nothing yet, which an unwatched mixer gives its memory, with the values in it."""
 
@@ -99,14 +96,18 @@ class Begun(Anew):
         self.layer = layer
 
     def ended(self) -> None:
-        layer, state = self.layer, self.mixer.to_cache(self.state)
-        new = {"conv_states": NO_NUMBERS, "recurrent_states": NO_NUMBERS}
+        # As its `lazy_initialization`, which fills new memory with zeros first.
+        layer, columns, state = self.layer, self.columns, self.mixer.to_cache(self.state)
+        assert columns is not None
+        flags = (layer.is_conv_states_initialized, layer.is_recurrent_states_initialized, layer.has_previous_state)
         try:
-            layer.lazy_initialization(**new, conv_kernel_size=self.mixer.conv_kernel_size)
-            layer.conv_states[0], layer.recurrent_states[0] = self.columns, state
-            layer.has_previous_state[0] = True
+            if layer.device is None:
+                layer.dtype, layer.device = columns.dtype, columns.device
+            layer.conv_kernel_size[0] = self.mixer.conv_kernel_size
+            layer.conv_states[0], layer.recurrent_states[0] = columns, state
+            for flag in flags:
+                flag[0] = True
         except BaseException:  # an interrupt, too
-            flags = (layer.is_conv_states_initialized, layer.is_recurrent_states_initialized, layer.has_previous_state)
             for flag in flags:
                 flag[0] = False
             raise
@@ -127,17 +128,17 @@ class Lent(Anew):
 
         ``None`` if the cache does more than to store, in float32, what it is given.
         """
-        if not isinstance(cache, Cache) or not same_methods(type(cache), Cache, OF_CACHE):
+        if not isinstance(cache, Cache):
             return None
         layer: Any = cache.layers[mixer.layer_idx]
-        theirs = type(layer).__module__ == LinearAttentionLayer.__module__  # they differ in how memory is made
-        if not theirs or not same_methods(type(layer), LinearAttentionLayer, OF_LAYER) or layer.record_past:
+        kinds: Any = type(cache), type(layer)
+        if not stores_what_it_is_given(*kinds) or layer.record_past:
             return None
         made = layer.is_conv_states_initialized[0], layer.is_recurrent_states_initialized[0]
         if not all(made):
             return None if any(made) else Begun(mixer, layer)
         columns: Tensor = layer.conv_states[0]
-        check_rows(columns, len(value))
+        check_rows(columns, value.shape[0])
         return cls(mixer, layer) if in_floats(columns) and in_floats(layer.recurrent_states[0]) else None
 
     def convolved(self, columns: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -200,6 +201,13 @@ OF_LAYER = ("update_conv_state", "update_recurrent_state")
 def same_methods(one: type, other: type, names: tuple[str, ...]) -> bool:
     """Whether two classes have the same methods of these names."""
     return all(getattr(one, name, None) is getattr(other, name) for name in names)
+
+
+@functools.cache
+def stores_what_it_is_given(cache: Any, layer: Any) -> bool:
+    """Whether caches and layers of these classes do no more than to store."""
+    theirs = layer.__module__ == LinearAttentionLayer.__module__  # they differ in how memory is made
+    return theirs and same_methods(cache, Cache, OF_CACHE) and same_methods(layer, LinearAttentionLayer, OF_LAYER)
 
 
 def in_floats(tensor: Tensor) -> bool:

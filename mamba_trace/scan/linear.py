@@ -1,8 +1,9 @@
 """A linear layer on a CPU, in float32: multiplied by oneDNN where that is faster than what PyTorch would choose.
 
 PyTorch multiplies float32 by MKL wherever it has MKL. That is Intel's, and on a processor of AMD it can take more than
-twice as long as oneDNN, which PyTorch also has and uses for the other dtypes (`tests/benchmarks/linear.py`). Both
-compute in float32, and add the products up in different orders.
+twice as long as oneDNN, which PyTorch also has and uses for the other dtypes. On Intel's own it can for some rows: a
+short prompt, or a step of a small batch (`tests/benchmarks/linear.py`). Both compute in float32, and add the products
+up in different orders.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import functools
 import platform
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,8 +19,21 @@ from torch import Tensor
 
 from .recompute import differentiated, in_memory, transformed
 
-#: How many numbers a weight has at least that oneDNN multiplies by: for a smaller one, calling it takes too long.
-LARGE = 2**17
+
+class Worth(NamedTuple):
+    """What oneDNN multiplies in less time than MKL, the call included.
+
+    Attributes:
+        numbers: how many numbers a weight has at least.
+        rows: how many vectors are multiplied by it.
+    """
+
+    numbers: int
+    rows: range
+
+
+ON_AMD = (Worth(2**17, range(1, 2**63 - 1)),)
+ELSEWHERE = (Worth(2**20, range(7, 16)), Worth(2**22, range(4, 41)))
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -73,16 +87,19 @@ class _Linear(torch.autograd.Function):
 
 def takes(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether `linear` multiplies by oneDNN."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if not isinstance(weight, Tensor) or torch.compiler.is_compiling() or not (numbers := weight.numel()):
         return False
-    if not isinstance(weight, Tensor) or weight.numel() < LARGE or not faster():
+    for worth in worth_it():
+        if numbers >= worth.numbers and x.numel() // weight.shape[-1] in worth.rows:
+            break
+    else:
         return False
     if any(t is not None and not (t.is_cpu and t.dtype is torch.float32) for t in (x, weight, bias)):
         return False
-    if transformed() or not in_memory(x, weight, bias):
+    if torch.jit.is_tracing() or transformed() or not in_memory(x, weight, bias):
         return False
     # What does not fit is PyTorch's to refuse: oneDNN would not say so.
-    if x.dim() < 2 or x.numel() == 0 or weight.dim() != 2 or x.shape[-1] != weight.shape[1]:
+    if x.dim() < 2 or weight.dim() != 2 or x.shape[-1] != weight.shape[1]:
         return False
     # Of a bias with gaps it would read what lies in the gaps, or behind the end.
     if not (bias is None or (bias.shape == weight.shape[:1] and bias.is_contiguous())):
@@ -101,11 +118,13 @@ def recorded() -> bool:
 
 
 @functools.cache
-def faster() -> bool:
-    """Whether oneDNN is here, and faster than what PyTorch multiplies float32 by."""
+def worth_it() -> tuple[Worth, ...]:
+    """What oneDNN multiplies in less time than MKL on this processor: nothing where PyTorch has one of them alone."""
     if not (torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()):
-        return False
-    return hasattr(torch.ops.mkldnn, "_linear_pointwise") and made_by_amd()
+        return ()
+    if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return ()
+    return ON_AMD if made_by_amd() else ELSEWHERE
 
 
 def made_by_amd() -> bool:
