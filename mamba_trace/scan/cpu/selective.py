@@ -17,7 +17,7 @@ from .steps import copy_vector, gate_vector, scan_step, softplus_vector
 from .vectors import LANES, LOG2E, exp2, fetch, transpose
 
 WIDTH = LANES  # channels in a block
-AHEAD = 4  # positions from the one at which its memory is asked for
+AHEAD = 8  # positions from the one at which its memory is asked for
 TILE = 8  # positions of which each step is taken before the next
 CHUNK = 64  # positions between the states that the backward pass keeps
 ENDS = 5  # how many positions' time it takes to turn a block's states around and back, an estimate
@@ -134,7 +134,7 @@ def forward(data):  # type: ignore[no-untyped-def]
                 for first in range(begin, end, TILE):
                     last = min(first + TILE, end)
                     for t in range(first, last):
-                        if t + AHEAD < end:
+                        if t + AHEAD < p.length:
                             fetch(p.x[b, t + AHEAD], e0)
                             fetch(p.delta[b, t + AHEAD], e0)
                             fetch(p.y[b, t + AHEAD], e0)
