@@ -13,14 +13,15 @@ from numba import njit
 
 from ..buffers import BlockLayout, Buffer
 from .compiled import OPTIONS, Kernel, arguments_at, kernel, next_piece
-from .steps import copy_vector, gate_vector, scan_step, softplus_vector
-from .vectors import LANES, LOG2E, exp2, fetch, transpose
+from .steps import copy_vector, gate_vector, gradient_step, scan_step, softplus_vector, states_step
+from .vectors import LANES, LOG2E, fetch, transpose
 
 WIDTH = LANES  # channels in a block
 AHEAD = 8  # positions from the one at which its memory is asked for
 TILE = 8  # positions of which each step is taken before the next
 CHUNK = 64  # positions between the states that the backward pass keeps
 ENDS = 5  # how many positions' time it takes to turn a block's states around and back, an estimate
+gradient_16, gradient_1 = gradient_step(LANES), gradient_step(1)
 IN_RUNS = False  # whether a row is several runs, one behind the other
 
 FORWARD = BlockLayout(
@@ -163,23 +164,19 @@ forward_runs = Kernel(forward.function, RUNS, IN_RUNS=True)
 
 
 @njit(**OPTIONS)
-def run_chunk(x, delta, B, a, start, states, decays, b, e0, w, begin, end):  # type: ignore[no-untyped-def]
-    """From the state ``start``, the states after positions ``begin`` to ``end - 1`` of a block, and A_bar."""
+def run_chunk(x, delta, B, a, start, states, decays, d, xs, b, e0, w, begin, end):  # type: ignore[no-untyped-def]
+    """From the state ``start``, the states after positions ``begin`` to ``end - 1`` of a block, and A_bar.
+
+    ``d`` and ``xs``: room for a vector each, which is 0 behind the last channel.
+    """
     for n in range(a.shape[0]):
         for e in range(WIDTH):
             states[0, n, e] = start[n, e]
-    d = np.zeros(WIDTH, np.float32)
-    dx = np.zeros(WIDTH, np.float32)
     for t in range(begin, end):
-        for e in range(w):
-            d[e] = delta[b, t, e0 + e]
-            dx[e] = d[e] * x[b, t, e0 + e]
-        for n in range(a.shape[0]):
-            bn = B[b, t, n]
-            for e in range(WIDTH):
-                decay = exp2(d[e] * a[n, e])
-                decays[t - begin, n, e] = decay
-                states[t - begin + 1, n, e] = decay * states[t - begin, n, e] + dx[e] * bn
+        take(x[b, t], e0, w, xs, 0)
+        take(delta[b, t], e0, w, d, 0)
+        i = t - begin
+        states_step(d, xs, 0, a, states[i], states[i + 1], decays[i], B[b, t], a.shape[0])
 
 
 @kernel(BACKWARD)
@@ -202,6 +199,7 @@ def backward(data):  # type: ignore[no-untyped-def]
     d = np.zeros(WIDTH, np.float32)
     xs = np.zeros(WIDTH, np.float32)
     go = np.zeros(WIDTH, np.float32)
+    gstate = np.zeros((p.n_state, WIDTH), np.float32)
     through_b = np.zeros(WIDTH, np.float32)
     through_a = np.zeros(WIDTH, np.float32)
     while True:
@@ -216,7 +214,7 @@ def backward(data):  # type: ignore[no-untyped-def]
             for n in range(p.n_state):
                 for e in range(WIDTH):
                     raw[n, e], starts[0, n, e] = np.float32(0.0), np.float32(0.0)
-                    g[n, e], ga[n, e] = np.float32(0.0), np.float32(0.0)
+                    g[n, e], ga[n, e], gstate[n, e] = np.float32(0.0), np.float32(0.0), np.float32(0.0)
             turn_in(p.A, e0, raw, w, p.n_state)
             turn_in(p.h_start[b], e0, starts[0], w, p.n_state)
             turn_in(p.gh_last[b], e0, g, w, p.n_state)
@@ -225,40 +223,38 @@ def backward(data):  # type: ignore[no-untyped-def]
                     a[n, e] = raw[n, e] * LOG2E
             for c in range(chunks - 1):  # the last chunk is run below
                 begin, end = c * CHUNK, (c + 1) * CHUNK
-                run_chunk(p.x, p.delta, p.B, a, starts[c], states, decays, b, e0, w, begin, end)
+                run_chunk(p.x, p.delta, p.B, a, starts[c], states, decays, d, xs, b, e0, w, begin, end)
                 for n in range(p.n_state):
                     for e in range(WIDTH):
                         starts[c + 1, n, e] = states[CHUNK, n, e]
             for c in range(chunks - 1, -1, -1):
                 begin, end = c * CHUNK, min((c + 1) * CHUNK, p.length)
-                run_chunk(p.x, p.delta, p.B, a, starts[c], states, decays, b, e0, w, begin, end)
+                run_chunk(p.x, p.delta, p.B, a, starts[c], states, decays, d, xs, b, e0, w, begin, end)
                 for t in range(end - 1, begin - 1, -1):
-                    for e in range(w):
-                        d[e] = p.delta[b, t, e0 + e]
-                        xs[e] = p.x[b, t, e0 + e]
-                        go[e] = p.gy[b, t, e0 + e]
+                    take(p.delta[b, t], e0, w, d, 0)
+                    take(p.x[b, t], e0, w, xs, 0)
+                    take(p.gy[b, t], e0, w, go, 0)
                     if p.keep:
+                        turn_in(p.gstates[b, t], e0, gstate, w, p.n_state)
                         for n in range(p.n_state):
-                            for e in range(w):
-                                g[n, e] += p.gstates[b, t, e0 + e, n]
+                            for e in range(WIDTH):
+                                g[n, e] += gstate[n, e]
                     for e in range(WIDTH):
                         through_b[e] = np.float32(0.0)
                         through_a[e] = np.float32(0.0)
-                    for n in range(p.n_state):
-                        bn, cn = p.B[b, t, n], p.C[b, t, n]
-                        sum_b, sum_c = np.float32(0.0), np.float32(0.0)
-                        for e in range(WIDTH):
-                            decay = decays[t - begin, n, e]
-                            gn = g[n, e] + go[e] * cn
-                            sum_c += go[e] * states[t - begin + 1, n, e]
-                            sum_b += gn * d[e] * xs[e]
-                            through_b[e] += gn * bn
-                            log_decay = gn * states[t - begin, n, e] * decay
-                            through_a[e] += log_decay * raw[n, e]
-                            ga[n, e] += log_decay * d[e]
-                            g[n, e] = gn * decay
-                        p.gB[piece, b, t, n] += sum_b
-                        p.gC[piece, b, t, n] += sum_c
+                    i, n = t - begin, 0
+                    while n + LANES <= p.n_state:
+                        gradient_16(
+                            g, ga, raw, decays[i], states[i], states[i + 1], p.gB[piece, b, t], p.gC[piece, b, t],
+                            p.B[b, t], p.C[b, t], d, xs, go, through_b, through_a, n,
+                        )  # fmt: skip
+                        n += LANES
+                    while n < p.n_state:
+                        gradient_1(
+                            g, ga, raw, decays[i], states[i], states[i + 1], p.gB[piece, b, t], p.gC[piece, b, t],
+                            p.B[b, t], p.C[b, t], d, xs, go, through_b, through_a, n,
+                        )  # fmt: skip
+                        n += 1
                     for e in range(w):
                         p.gx[b, t, e0 + e] = d[e] * through_b[e]
                         p.gdelta[b, t, e0 + e] = xs[e] * through_b[e] + through_a[e]

@@ -6,13 +6,14 @@ A step takes the channels of one block, which are the lanes of one vector, over 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from .vectors import INDEX, LANES, Total, Vectors, addresses
+from .vectors import INDEX, LANES, Total, Vectors, addresses, totals
 
 
 @intrinsic
@@ -41,6 +42,78 @@ def scan_step(typingctx, delta, x, at, a, h, B, C, n_state, out):  # type: ignor
         return context.get_dummy_value()
 
     return types.void(delta, x, types.int64, *kinds[2:6], types.int64, out), codegen
+
+
+@intrinsic
+def states_step(typingctx, delta, x, at, a, before, after, decays, B, n_state):  # type: ignore[no-untyped-def]
+    """decays = 2**(delta a) and after = decays before + delta x B.
+
+    ``delta``, ``x`` and ``at``: as in `scan_step`; ``a``, ``before``, ``after`` and ``decays``: [N,LANES] of the block.
+    """
+    kinds = (delta, x, a, before, after, decays, B)
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        delta, x, at, *arrays, n_state = args
+        delta, x, a, before, after, decays, B = addresses(context, builder, kinds, (delta, x, *arrays))
+        single, whole = Vectors(builder, 1), Vectors(builder)
+        d = whole.load(delta, at)
+        write = whole.times(d, whole.load(x, at))
+        with cgutils.for_range_slice(builder, INDEX(0), n_state, INDEX(1)) as (n, _):
+            place = builder.mul(n, INDEX(LANES))
+            decay = whole.exp2(whole.times(d, whole.load(a, place)))
+            written = whole.times(write, whole.filled(single.load(B, n)))
+            whole.store(decay, decays, place)
+            whole.store(whole.added(whole.times(decay, whole.load(before, place)), written), after, place)
+        return context.get_dummy_value()
+
+    return types.void(delta, x, types.int64, *kinds[2:], types.int64), codegen
+
+
+def gradient_step(count: int) -> Callable[..., None]:
+    """Make the gradients of `states_step` and of C after, for ``count`` numbers of the state of each channel.
+
+    It takes ``(g, gA, A, decays, before, after)``, arrays [N,LANES] of the block: g is the gradient of the state after
+    this position, and becomes that of the state before; gA is added to. ``(gB, gC, B, C)``: the N numbers of the
+    position; gB and gC are added to. ``(delta, x, gy, through_B, through_A)``: vectors of the block; what reaches delta
+    by way of what is written, and of the decays, is added to the last two. ``first``: the first of the numbers.
+    """
+
+    @intrinsic
+    def step(  # type: ignore[no-untyped-def]
+        typingctx, g, gA, A, decays, before, after, gB, gC, B, C, delta, x, gy, through_B, through_A, first
+    ):  # fmt: skip
+        kinds = (g, gA, A, decays, before, after, gB, gC, B, C, delta, x, gy, through_B, through_A)
+
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            *arrays, first = args
+            g, gA, A, decays, before, after, gB, gC, B, C, *vectors = addresses(context, builder, kinds, arrays)
+            single, whole, sums = Vectors(builder, 1), Vectors(builder), Vectors(builder, count)
+            d, x, gy, by_write, by_decay = (whole.load(vector, INDEX(0)) for vector in vectors)
+            write = whole.times(d, x)
+            to_B, to_C = [], []
+            for k in range(count):
+                n = builder.add(first, INDEX(k))
+                place = builder.mul(n, INDEX(LANES))
+                B_n, C_n = (whole.filled(single.load(array, n)) for array in (B, C))
+                decay, old = whole.load(decays, place), whole.load(before, place)
+                gh = whole.added(whole.load(g, place), whole.times(gy, C_n))
+                to_C.append(whole.times(gy, whole.load(after, place)))
+                to_B.append(whole.times(gh, write))
+                by_write = whole.added(by_write, whole.times(gh, B_n))
+                passed = whole.times(gh, decay)
+                through = whole.times(passed, old)
+                by_decay = whole.added(by_decay, whole.times(through, whole.load(A, place)))
+                whole.store(whole.added(whole.load(gA, place), whole.times(through, d)), gA, place)
+                whole.store(passed, g, place)
+            for values, array in ((to_B, gB), (to_C, gC)):
+                sums.store(sums.added(sums.load(array, first), totals(builder, values)), array, first)
+            for value, vector in zip((by_write, by_decay), vectors[3:], strict=True):
+                whole.store(value, vector, INDEX(0))
+            return context.get_dummy_value()
+
+        return types.void(*kinds, types.int64), codegen
+
+    return step
 
 
 @intrinsic

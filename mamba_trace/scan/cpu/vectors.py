@@ -158,14 +158,13 @@ class Total:
         self.builder.store(total, self.place)
 
 
-def store_totals(builder: Any, sums: list[Total], start: Any, index: Any) -> None:
-    """Add up the lanes of each sum, and write the totals to an array beginning at a number.
+def totals(builder: Any, values: list[Any]) -> Any:
+    """The sum of the lanes of each of up to `LANES` vectors, in one vector of as many; a number if it is one.
 
-    Two sums are halved and put side by side in one vector, two of these likewise, until all totals of up to
-    `LANES` sums stand in one vector: that takes fewer instructions than each sum by itself.
+    Two vectors are halved and put side by side in one, two of these likewise, until all sums stand in one: that takes
+    fewer instructions than each sum by itself.
     """
-    vectors = Vectors(builder)
-    values = [builder.load(each.place) for each in sums]
+    vectors, count = Vectors(builder), len(values)
     block = LANES  # lanes that belong to one sum
     while block > 1:
         low = [lane for lane in range(LANES) if lane % block < block // 2]
@@ -174,11 +173,13 @@ def store_totals(builder: Any, sums: list[Total], start: Any, index: Any) -> Non
         pairs = list(zip(values[::2], values[1::2], strict=True)) if len(values) > 1 else [(values[0], values[0])]
         values = [vectors.added(vectors.shuffled(*pair, low), vectors.shuffled(*pair, high)) for pair in pairs]
         block //= 2
-    count = len(sums)
-    totals = vectors.shuffled(values[0], values[0], list(range(count)))
-    if count == 1:
-        totals = builder.extract_element(totals, SHORT(0))
-    Vectors(builder, count).store(totals, start, index)
+    sums = vectors.shuffled(values[0], values[0], list(range(count)))
+    return builder.extract_element(sums, SHORT(0)) if count == 1 else sums
+
+
+def store_totals(builder: Any, sums: list[Total], start: Any, index: Any) -> None:
+    """Write the `totals` of some sums to an array beginning at a number."""
+    Vectors(builder, len(sums)).store(totals(builder, [builder.load(each.place) for each in sums]), start, index)
 
 
 def parts(builder: Any, n_state: Any) -> Iterator[tuple[Vectors, Any]]:
