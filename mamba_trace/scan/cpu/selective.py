@@ -13,7 +13,7 @@ from numba import njit
 
 from ..buffers import BlockLayout, Buffer
 from .compiled import OPTIONS, Kernel, arguments_at, kernel, next_piece
-from .steps import copy_vector, gate_vector, gradient_step, scan_step, softplus_vector, states_step
+from .steps import gate_vector, gradient_step, put, scan_step, softplus_vector, states_step, take
 from .vectors import LANES, LOG2E, fetch, transpose
 
 WIDTH = LANES  # channels in a block
@@ -69,26 +69,6 @@ def turn_out(block, rows, e0, w, n_state):  # type: ignore[no-untyped-def]
         for n in range(n_state):
             for e in range(w):
                 rows[e0 + e, n] = block[n, e]
-
-
-@njit(**OPTIONS)
-def take(row, e0, w, vectors, at):  # type: ignore[no-untyped-def]
-    """Copy the ``w`` numbers of a block from channel ``e0`` of a row to number ``at`` of ``vectors``."""
-    if w == WIDTH:
-        copy_vector(row, e0, vectors, at)
-    else:
-        for e in range(w):
-            vectors[at + e] = row[e0 + e]
-
-
-@njit(**OPTIONS)
-def put(vectors, at, w, row, e0):  # type: ignore[no-untyped-def]
-    """The inverse of `take`."""
-    if w == WIDTH:
-        copy_vector(vectors, at, row, e0)
-    else:
-        for e in range(w):
-            row[e0 + e] = vectors[at + e]
 
 
 @kernel(FORWARD)

@@ -117,15 +117,41 @@ def gradient_step(count: int) -> Callable[..., None]:
 
 
 @intrinsic
-def copy_vector(typingctx, source, first, target, at):  # type: ignore[no-untyped-def]
-    """Copy the vector that begins at number ``first`` of an array to number ``at`` of another."""
+def take(typingctx, row, first, count, vectors, at):  # type: ignore[no-untyped-def]
+    """Copy ``count`` numbers of an array, from number ``first`` on, to number ``at`` of another, and zeros behind them.
+
+    They are `LANES`, or fewer where a block is cut short.
+    """
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        (one, other), vectors = addresses(context, builder, (source, target), args[::2]), Vectors(builder)
-        vectors.store(vectors.load(one, args[1]), other, args[3])
+        _, first, count, _, at = args
+        (source, target), whole = addresses(context, builder, (row, vectors), args[::3]), Vectors(builder)
+        with builder.if_else(builder.icmp_signed("==", count, INDEX(LANES))) as (full, cut):
+            with full:
+                whole.store(whole.load(source, first), target, at)
+            with cut:
+                whole.store(whole.load_first(count, source, first), target, at)
         return context.get_dummy_value()
 
-    return types.void(source, types.int64, target, types.int64), codegen
+    return types.void(row, types.int64, types.int64, vectors, types.int64), codegen
+
+
+@intrinsic
+def put(typingctx, vectors, at, count, row, first):  # type: ignore[no-untyped-def]
+    """The inverse of `take`."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        _, at, count, _, first = args
+        (source, target), whole = addresses(context, builder, (vectors, row), args[::3]), Vectors(builder)
+        value = whole.load(source, at)
+        with builder.if_else(builder.icmp_signed("==", count, INDEX(LANES))) as (full, cut):
+            with full:
+                whole.store(value, target, first)
+            with cut:
+                whole.store_first(count, value, target, first)
+        return context.get_dummy_value()
+
+    return types.void(vectors, types.int64, types.int64, row, types.int64), codegen
 
 
 @intrinsic

@@ -11,7 +11,7 @@ looked at. A processor whose vectors are shorter takes several for each.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, SupportsFloat
 
 import numpy as np
@@ -52,6 +52,31 @@ class Vectors:
     def store(self, value: Any, start: Any, index: Any) -> None:
         """Write a vector that begins at a number of an array."""
         self.builder.store(value, self.address(start, index), align=4)
+
+    def load_first(self, count: Any, start: Any, index: Any) -> Any:
+        """The vector of the first ``count`` numbers from one of an array on, with zeros behind them."""
+        place, lanes = self.address(start, index), self._first(count)
+        kind = ir.FunctionType(self.type, [place.type, SHORT, lanes.type, self.type])
+        zeros = ir.Constant(self.type, [0.0] * self.lanes)
+        return self.builder.call(self._function("masked.load", kind), [place, SHORT(4), lanes, zeros])
+
+    def store_first(self, count: Any, value: Any, start: Any, index: Any) -> None:
+        """Write the first ``count`` numbers of a vector."""
+        place, lanes = self.address(start, index), self._first(count)
+        kind = ir.FunctionType(ir.VoidType(), [self.type, place.type, SHORT, lanes.type])
+        self.builder.call(self._function("masked.store", kind), [value, place, SHORT(4), lanes])
+
+    def _first(self, count: Any) -> Any:
+        # Which lanes are the first ``count``.
+        kind = ir.VectorType(SHORT, self.lanes)
+        number = self.builder.trunc(count, SHORT)
+        counts = self.builder.insert_element(ir.Constant(kind, ir.Undefined), number, SHORT(0))
+        counts = self.shuffled(counts, counts, [0] * self.lanes)
+        return self.builder.icmp_signed("<", ir.Constant(kind, list(range(self.lanes))), counts)
+
+    def _function(self, name: str, kind: Any) -> Any:
+        # A function that LLVM has for vectors of numbers at an address.
+        return cgutils.get_or_insert_function(self.builder.module, kind, f"llvm.{name}.v{self.lanes}f32.p0")
 
     def filled(self, number: Any) -> Any:
         """The vector with this number in all lanes."""
@@ -123,19 +148,14 @@ class Vectors:
         return self.times(power, b.bitcast(exponent, self.type))
 
 
-def _of_numbers(written: Callable[[Vectors, Any], Any]) -> Any:
-    # A function of `Vectors` for single numbers. The compiler makes vectors of them in a loop.
-    @intrinsic
-    def function(typingctx, v):  # type: ignore[no-untyped-def]
-        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            return written(Vectors(builder, 1), *args)
+@intrinsic
+def silu(typingctx, v):  # type: ignore[no-untyped-def]
+    """`Vectors.silu` of a single number. The compiler makes vectors of them in a loop."""
 
-        return types.float32(types.float32), codegen
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return Vectors(builder, 1).silu(*args)
 
-    return function
-
-
-exp2, silu, softplus = _of_numbers(Vectors.exp2), _of_numbers(Vectors.silu), _of_numbers(Vectors.softplus)
+    return types.float32(types.float32), codegen
 
 
 class Total:
