@@ -33,7 +33,7 @@ class Worth(NamedTuple):
 
 
 ON_AMD = (Worth(2**17, range(1, 2**63 - 1)),)
-ELSEWHERE = (Worth(2**20, range(7, 16)), Worth(2**22, range(4, 41)))
+ELSEWHERE = (Worth(2**21, range(7, 16)), Worth(2**22, range(4, 41)))
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
