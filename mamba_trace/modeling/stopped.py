@@ -96,6 +96,7 @@ class Stopped:
 
     def _stopped(self, x: Tensor, skip: Tensor, stretches: Stretches) -> Tensor:
         stretches.serve_positions()
+        self.nobody.look()
         self.edited += stretches.edited
         self.reached = self.start + stretches.start
         self._refuse_more()

@@ -59,9 +59,13 @@ class Nobody:
 
     def __init__(self, mixer: Any) -> None:
         self.mixer, self.modules = mixer, mixer._modules
-        names = mixer.__dict__[INNER_NAMES]
-        self.forwards = dict(zip(names, forwards_of(map(self.modules.get, names)), strict=True))
         self.passed_by = dict.fromkeys(("conv1d", "act"))
+        self.look()
+
+    def look(self) -> None:
+        """See what the calls of the inner modules run: at first, and again where somebody may have hooked one."""
+        names = self.mixer.__dict__[INNER_NAMES]
+        self.forwards = dict(zip(names, forwards_of(map(self.modules.get, names)), strict=True))
 
     def __call__(self, name: str, value: Tensor) -> Tensor:
         return value

@@ -1,9 +1,11 @@
 """The selective scan and its gradients as compiled loops over blocks of channels, for float32 on a CPU.
 
-A block is 16 channels wide, so that each inner loop over channels becomes a few vector instructions. The
-state of a block [N,16] stays in the first level of cache, and nothing of shape [B,L,E,N] exists unless the
-trajectory is asked for. The backward pass computes the states again, chunk by chunk from the last to the
-first, so nothing but one state for each chunk grows with the length.
+A block is 16 channels wide: one vector, or two where a processor has shorter ones. What happens to it at a position
+is written in vector instructions (`steps`). Softplus and the gate, which no position has to wait for, are taken for
+the positions of a tile one after the other, so that the processor computes several at once. The state of a block
+[N,16] stays in the first level of cache, and nothing of shape [B,L,E,N] exists unless the trajectory is asked for.
+The backward pass computes the states again, chunk by chunk from the last to the first, so nothing but one state for
+each chunk grows with the length.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from .vectors import LANES, LOG2E, fetch, transpose
 
 WIDTH = LANES  # channels in a block
 AHEAD = 8  # positions from the one at which its memory is asked for
-TILE = 8  # positions of which each step is taken before the next
+TILE = 8  # positions
 CHUNK = 64  # positions between the states that the backward pass keeps
 ENDS = 5  # how many positions' time it takes to turn a block's states around and back, an estimate
 gradient_16, gradient_1 = gradient_step(LANES), gradient_step(1)
