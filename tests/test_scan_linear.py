@@ -6,6 +6,7 @@ import copy
 import pickle
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
 from conftest import TINY, make_hf, near
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -325,6 +327,30 @@ def test_only_so_many_rows_may_be_worth_the_call(multiplied, monkeypatch) -> Non
         linear(*arguments((1, rows, 8), 6))
     linear(*arguments((2, 2, 8), 6))
     assert multiplied == [(4, 8), (1, 4, 8), (6, 8), (1, 6, 8), (2, 2, 8)]
+
+
+def test_a_graph_of_any_number_of_rows_is_of_what_pytorch_chooses(multiplied) -> None:
+    x, weight, bias = arguments((300, 8), 6)
+    graph = make_fx(linear, tracing_mode="symbolic")(x, weight, bias)
+    assert not multiplied
+    torch.testing.assert_close(graph(x[:7], weight, bias), F.linear(x[:7], weight, bias))
+
+
+def test_what_hides_the_weight_of_a_layer_is_multiplied(monkeypatch) -> None:
+    class Doubled(nn.Linear):
+        @property
+        def weight(self) -> Tensor:  # type: ignore[override]
+            return 2 * self._parameters["weight"]  # type: ignore[operator]
+
+    model, tokens = MambaTrace.demo(), torch.arange(9)[None]
+    in_proj: Any = model.layers[0].ssm.in_proj._module
+    with torch.no_grad():
+        hidden = torch.rand(1, 9, in_proj.in_features)
+        expected = F.linear(hidden, 2 * in_proj.weight)
+        before = model._module(tokens).logits
+        monkeypatch.setattr(in_proj, "__class__", Doubled)
+        torch.testing.assert_close(in_proj(hidden), expected)
+        assert not torch.allclose(model._module(tokens).logits, before)
 
 
 def test_the_documentation_says_what_is_multiplied_by_onednn() -> None:

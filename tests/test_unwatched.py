@@ -224,6 +224,42 @@ def test_an_interrupt_while_a_new_cache_gets_its_memory_leaves_it_usable(monkeyp
         assert torch.equal(model._module(tokens, cache=cache, use_cache=True).logits, model._module(tokens).logits)
 
 
+def test_a_hook_that_another_hook_registers_in_the_same_call_is_called() -> None:
+    model, called = model_of("mamba"), list[int]()
+    mixer: Any = model.layers[1].ssm._module
+    handles: list[Any] = []
+
+    def hook(*_: Any) -> None:
+        handles.append(mixer.out_proj.register_forward_hook(lambda *_: called.append(1)))
+
+    handles.append(mixer.in_proj.register_forward_hook(hook))
+    try:
+        with torch.no_grad():
+            model._module(draw_tokens(1, seed=0))
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert called == [1]
+
+
+def test_a_method_that_a_class_of_caches_gets_later_is_called() -> None:
+    class Counting(DynamicCache):
+        pass
+
+    model, tokens, calls = model_of("mamba"), draw_tokens(1, seed=0), list[int]()
+    own = DynamicCache.update_recurrent_state
+
+    def counted(cache: Any, *args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        return own(cache, *args, **kwargs)
+
+    with torch.no_grad():
+        model._module(tokens, cache=Counting(config=model.config), use_cache=True)
+        Counting.update_recurrent_state = counted  # type: ignore[method-assign]
+        model._module(tokens, cache=Counting(config=model.config), use_cache=True)
+    assert len(calls) == len(model.layers)
+
+
 @pytest.mark.parametrize("kind", UNWATCHED)
 def test_a_new_cache_is_as_transformers_makes_it(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, tokens = model_of(kind), draw_tokens(2, seed=0)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -131,8 +130,7 @@ class Lent(Anew):
         if not isinstance(cache, Cache):
             return None
         layer: Any = cache.layers[mixer.layer_idx]
-        kinds: Any = type(cache), type(layer)
-        if not stores_what_it_is_given(*kinds) or layer.record_past:
+        if not stores_what_it_is_given(type(cache), type(layer)) or layer.record_past:
             return None
         made = layer.is_conv_states_initialized[0], layer.is_recurrent_states_initialized[0]
         if not all(made):
@@ -193,21 +191,17 @@ class InRuns(Anew):
         return self.cache.columns_read(gated, self.layer)
 
 
-#: What a cache and its layer must not do in ways of their own.
-OF_CACHE = ("get_conv_state", "update_conv_state", "update_recurrent_state")
-OF_LAYER = ("update_conv_state", "update_recurrent_state")
-
-
-def same_methods(one: type, other: type, names: tuple[str, ...]) -> bool:
-    """Whether two classes have the same methods of these names."""
-    return all(getattr(one, name, None) is getattr(other, name) for name in names)
-
-
-@functools.cache
-def stores_what_it_is_given(cache: Any, layer: Any) -> bool:
-    """Whether caches and layers of these classes do no more than to store."""
-    theirs = layer.__module__ == LinearAttentionLayer.__module__  # they differ in how memory is made
-    return theirs and same_methods(cache, Cache, OF_CACHE) and same_methods(layer, LinearAttentionLayer, OF_LAYER)
+def stores_what_it_is_given(cache: type[Cache], layer: type) -> bool:
+    """Whether caches and layers of these classes do no more than to store: nothing in ways of their own."""
+    theirs: Any = LinearAttentionLayer
+    return (
+        cache.get_conv_state is Cache.get_conv_state
+        and cache.update_conv_state is Cache.update_conv_state
+        and cache.update_recurrent_state is Cache.update_recurrent_state
+        and layer.__module__ == theirs.__module__  # they differ in how memory is made
+        and getattr(layer, "update_conv_state", None) is theirs.update_conv_state
+        and getattr(layer, "update_recurrent_state", None) is theirs.update_recurrent_state
+    )
 
 
 def in_floats(tensor: Tensor) -> bool:

@@ -63,7 +63,7 @@ class Nobody:
         self.look()
 
     def look(self) -> None:
-        """See what the calls of the inner modules run: at first, and again where somebody may have hooked one."""
+        """See what the calls of the inner modules run: at first, and again where somebody may have changed one."""
         names = self.mixer.__dict__[INNER_NAMES]
         self.forwards = dict(zip(names, forwards_of(map(self.modules.get, names)), strict=True))
 
@@ -96,6 +96,7 @@ class Nobody:
         module, forward = self.modules[name], self.forwards[name]
         if forward is None:
             returned: Tensor = module(value)
+            self.look()
             return returned
         self.passed_by[name] = None
         room = self.room if type(module) is nn.Linear and name != "out_proj" else None

@@ -87,16 +87,18 @@ class _Linear(torch.autograd.Function):
 
 def takes(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether `linear` multiplies by oneDNN."""
-    if not isinstance(weight, Tensor) or torch.compiler.is_compiling() or not (numbers := weight.numel()):
+    if not isinstance(weight, Tensor) or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
-    for worth in worth_it():
-        if numbers >= worth.numbers and x.numel() // weight.shape[-1] in worth.rows:
-            break
-    else:
+    numbers = weight.numel()
+    worth = [each.rows for each in worth_it() if numbers and numbers >= each.numbers]
+    if not worth:
+        return False
+    rows = x.numel() // weight.shape[-1]
+    if not isinstance(rows, int) or not any(rows in each for each in worth):  # a symbol stands for any number
         return False
     if any(t is not None and not (t.is_cpu and t.dtype is torch.float32) for t in (x, weight, bias)):
         return False
-    if torch.jit.is_tracing() or transformed() or not in_memory(x, weight, bias):
+    if transformed() or not in_memory(x, weight, bias):
         return False
     # What does not fit is PyTorch's to refuse: oneDNN would not say so.
     if x.dim() < 2 or weight.dim() != 2 or x.shape[-1] != weight.shape[1]:

@@ -110,9 +110,6 @@ def as_written() -> Iterator[None]:
 
 def linear_forward(self: nn.Linear, input: Tensor) -> Tensor:
     """The forward of ``nn.Linear``, multiplied as `scan.linear.linear` does it."""
-    own = self._parameters  # which takes less time than to ask the module, and it need not hold both
-    if (weight := own.get("weight")) is not None and "bias" in own:
-        return linear(input, weight, own["bias"])
     return linear(input, self.weight, self.bias)
 
 
