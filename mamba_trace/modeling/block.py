@@ -135,15 +135,14 @@ class HookableBlock(Block):
         attention_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        offer, norm, ssm = Offers(self), self.part("norm"), self.part("ssm")
+        offer = Offers(self)
         resid = offer("resid_pre", hidden_states)  # [B,L,D]
         layer_input = offer("layer_input", resid)  # [B,L,D]
-        layer_input = in_dtype(layer_input, norm.weight.dtype)
-        normalized = offer.called(norm, self.parts_named["norm"], layer_input)  # [B,L,D]
+        normalized = self.run(offer, "norm", in_dtype(layer_input, self.part("norm").weight.dtype))  # [B,L,D]
         if self.residual_in_fp32:
             resid = in_dtype(resid, accumulation_dtype(resid))
-        if ssm is not None:
-            resid = columns_read(cache, resid, ssm.layer_idx)
+        if self.reads_on:
+            resid = columns_read(cache, resid, self.part("ssm").layer_idx)
         return self.ended(offer, resid + self.term(offer, normalized, cache, attention_mask, kwargs))
 
     @property

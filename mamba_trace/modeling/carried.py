@@ -21,7 +21,7 @@ def what_came_before(mixer: Any, cache: Any, value: Tensor) -> Anew | None:
     """What came before a call of a mixer with the input ``value``; ``None`` where a kernel cannot start from it."""
     if cache is None:
         return Anew(mixer)
-    return InRuns(mixer, cache) if type(cache) is StartingRuns else Lent.of(cache, mixer, value)
+    return InRuns(mixer, cache) if isinstance(cache, StartingRuns) else Lent.of(cache, mixer, value)
 
 
 class Anew:

@@ -66,8 +66,6 @@ def names_inside(family: Family, *stages: Stage) -> tuple[str, ...]:
 SITE_NAMES = "_mamba_trace_sites"
 #: And under this one where PyTorch keeps the hooks on them.
 SITE_HOOKS = "_mamba_trace_hooks"
-#: And under this one the names of the other modules in it.
-INNER_NAMES = "_mamba_trace_inner"
 
 
 def add_sites(module: nn.Module, sites: Iterable[Site], sizes: dict[str, int]) -> None:
@@ -85,7 +83,6 @@ def add_sites(module: nn.Module, sites: Iterable[Site], sizes: dict[str, int]) -
         axes = own_axes.get(site.name) or site.axes_in(family)
         module.add_module(site.module_name, SiteModule(site, axes, sizes))
     module.__dict__[SITE_NAMES] = names = tuple(site.module_name for site in own)
-    module.__dict__[INNER_NAMES] = tuple(name for name in module._modules if name not in names)
     module.__dict__[SITE_HOOKS] = tuple(chain.from_iterable(hooks_of(module.get_submodule(name)) for name in names))
 
 
@@ -98,7 +95,7 @@ class Offers:
     """
 
     def __init__(self, module: nn.Module, mask: Tensor | None = None) -> None:
-        self.module, self.mask, self.family = module, mask, getattr(type(module), "family", None)
+        self.module, self.mask, self.family = module, mask, getattr(module, "family", None)
         self.names: tuple[str, ...] = module.__dict__[SITE_NAMES]
         self.visit = Visit(module)
         #: Whether anything inside is wanted. If not, sites are only counted, when the call is over.
@@ -166,7 +163,7 @@ class Offers:
 
     def result(self, value: Tensor) -> Tensor:
         """What the module returns: ``value``, or a copy where the output of the module itself is wanted."""
-        return value.clone() if self.visit.interleaver is not None and self.visit.wants_output() else value
+        return value.clone() if self.visit.wants_output() else value
 
     # -- what is wanted --------------------------------------------------------------------------------
 
@@ -228,8 +225,7 @@ class Offers:
 
     def close(self) -> None:
         """Count a visit of every site that the call did not come to."""
-        if self.visit.interleaver is not None:
-            self.visit.pass_over(name for name in self.names if name not in self.done)
+        self.visit.pass_over(name for name in self.names if name not in self.done)
 
 
 def same_contents(before: Tensor, after: Tensor) -> bool:

@@ -191,7 +191,7 @@ class StartingRuns(Starting):
 
 def columns_read(cache: Any, value: Tensor, layer: int) -> Tensor:
     """Of a value in a layer [B,L,...] the columns that are read behind it: all, where a cache says nothing else."""
-    return cache.columns_read(value, layer) if type(cache) is StartingRuns else value
+    return cache.columns_read(value, layer) if isinstance(cache, StartingRuns) else value
 
 
 def of_layer(value: Tensor | None) -> Tensor:

@@ -71,7 +71,6 @@ class Stopped:
             gated = self._stopped(x, skip, self._stretches(parameters(), first=self.start, total=self.total))
         else:
             if at is None:  # who was refused a position, and goes on all the same, may want another place
-                self.nobody.look()
                 self._refuse_more()
             self._note("gated_scan", length)
             gated = self.past.scanned(x, skip, parameters)
@@ -97,7 +96,6 @@ class Stopped:
 
     def _stopped(self, x: Tensor, skip: Tensor, stretches: Stretches) -> Tensor:
         stretches.serve_positions()
-        self.nobody.look()
         self.edited += stretches.edited
         self.reached = self.start + stretches.start
         self._refuse_more()

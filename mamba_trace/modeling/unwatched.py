@@ -26,13 +26,13 @@ from ..scan import cpu
 from ..scan.dispatch import SUITABLE
 from ..scan.linear import linear_into, takes
 from ..scan.recompute import transformed
-from ..scan.record import call, recording
+from ..scan.record import Call, recording
 from ..scan.room import Room
 from ..sites import STATE
-from ..tracing import Visit, forward_of, forwards_of
+from ..tracing import Visit, forward_of, is_itself
 from .carried import Anew, InRuns, what_came_before
 from .discretisation import Discretisation
-from .offers import INNER_NAMES, SITE_HOOKS, SITE_NAMES
+from .offers import SITE_HOOKS, SITE_NAMES
 from .past import PastStates
 from .run_report import LayerRun
 from .starting import StartingRuns
@@ -47,25 +47,18 @@ class Nobody:
 
     Args:
         mixer: whose call it is.
+        room: for the values of a sweep.
 
     Attributes:
-        room: for the values of a sweep.
-        forwards: what a call of each inner module runs, by name; ``None`` for one that must be called.
         passed_by: the names of the modules whose forward was run without a call, each once.
     """
 
     mask = None
-    room: Room | None = None
 
-    def __init__(self, mixer: Any) -> None:
+    def __init__(self, mixer: Any, room: Room | None) -> None:
         self.mixer, self.modules = mixer, mixer._modules
+        self.room = room
         self.passed_by = dict.fromkeys(("conv1d", "act"))
-        self.look()
-
-    def look(self) -> None:
-        """See what the calls of the inner modules run: at first, and again where somebody may have changed one."""
-        names = self.mixer.__dict__[INNER_NAMES]
-        self.forwards = dict(zip(names, forwards_of(map(self.modules.get, names)), strict=True))
 
     def __call__(self, name: str, value: Tensor) -> Tensor:
         return value
@@ -85,18 +78,12 @@ class Nobody:
         x, *others = mixer.split(past.convolved(columns, conv1d.weight.squeeze(1), conv1d.bias))
         return skip, x, functools.partial(mixer.discretisation, self, x, delta_1, others)
 
-    def may_convolve(self) -> bool:
-        """Whether the kernel of the mixer's convolution may pass conv1d and the activation by."""
-        act, conv1d = self.modules["act"], self.modules["conv1d"]
-        plain = type(act) in SILU and type(conv1d) is nn.Conv1d and self.mixer.as_configured(conv1d)
-        return plain and self.forwards["act"] is not None and self.forwards["conv1d"] is not None
-
     def through(self, name: str, value: Tensor) -> Tensor:
         """What the inner module ``name`` returns."""
-        module, forward = self.modules[name], self.forwards[name]
+        module = self.modules[name]
+        forward = forward_of(module, type(module))
         if forward is None:
             returned: Tensor = module(value)
-            self.look()
             return returned
         self.passed_by[name] = None
         room = self.room if type(module) is nn.Linear and name != "out_proj" else None
@@ -133,22 +120,19 @@ def unwatched(
     if torch.is_grad_enabled() or not suits(mixer, hidden_states):
         return None
     watched = visit.inside(mixer.__dict__[SITE_HOOKS])
-    if watched and not may_stop(mixer, visit, hidden_states, cache):
-        return None
-    nobody = Nobody(mixer)
-    if not nobody.may_convolve():
+    if (watched and not may_stop(mixer, visit, hidden_states, cache)) or not is_plain(mixer):
         return None
     if attention_mask is not None and PastStates(mixer, cache, attention_mask, hidden_states).mask is not None:
         return None
     past = what_came_before(mixer, cache, hidden_states)
     if past is None:
         return None
-    nobody.room, length = past.room, hidden_states.shape[1]
-    run.calls.append(call("conv_silu", "cpu", length))
+    nobody, length = Nobody(mixer, past.room), hidden_states.shape[1]
+    run.calls.append(Call("conv_silu", "cpu", length))
     if watched:
         return stopped_output(mixer, nobody, hidden_states, Stopped(past, visit, nobody, length, run))
     out = output(mixer, nobody, hidden_states, past)
-    run.calls.append(call("gated_scan", "cpu", length))
+    run.calls.append(Call("gated_scan", "cpu", length))
     visit.pass_over((*nobody.passed_by, *mixer.__dict__[SITE_NAMES]))
     return out
 
@@ -182,6 +166,12 @@ def suits(mixer: Any, value: Tensor) -> bool:
     if (SUITABLE["cpu"][0] if mixer.kernels == "auto" else mixer.kernels) != "cpu":
         return False
     return not (transformed() or torch.is_autocast_enabled("cpu")) and cpu.unavailable() is None
+
+
+def is_plain(mixer: Any) -> bool:
+    """Whether the kernel of a mixer's convolution may pass conv1d and the activation by: see `is_itself`."""
+    act: Any = mixer._modules["act"]
+    return type(act) in SILU and is_itself(act, type(act)) and mixer.has_plain_conv1d()
 
 
 #: About how many numbers in_proj returns in a stretch of a long call, and no more than half as many again. They are 12

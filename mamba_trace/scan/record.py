@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterable
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -22,9 +21,6 @@ class Call:
     backend: str
     positions: int
 
-
-#: The same `Call` for the same arguments.
-call = functools.lru_cache(maxsize=1024)(Call)
 
 _listening: ContextVar[tuple[list[Call], list[str]] | None] = ContextVar("mamba_trace_calls", default=None)
 
@@ -46,7 +42,7 @@ def note(function: str, backend: str, positions: int) -> None:
     """Note a call, if calls are being recorded."""
     listening = _listening.get()
     if listening is not None:
-        listening[0].append(call(function, backend, positions))
+        listening[0].append(Call(function, backend, positions))
 
 
 def pass_over(reasons: Iterable[str]) -> None:

@@ -48,7 +48,6 @@ accelerate in tests/test_devices.py, about copies in tests/test_copies.py and te
 
 from .forwards import HOOKS as HOOKS
 from .forwards import forward_of as forward_of
-from .forwards import forwards_of as forwards_of
 from .forwards import hooks_of as hooks_of
 from .forwards import is_itself as is_itself
 from .forwards import listened_to as listened_to

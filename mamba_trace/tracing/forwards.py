@@ -139,26 +139,17 @@ def is_itself(module: nn.Module, plain: type[nn.Module]) -> bool:
 
 def forward_of(module: nn.Module, plain: type[nn.Module]) -> Callable[..., Any] | None:
     """What calling ``module`` runs, a function of the module and its arguments; ``None`` if not `is_itself`."""
-    return forwards_of((module,))[0] if type(module) is plain else None
-
-
-def forwards_of(modules: Iterable[nn.Module | None]) -> list[Callable[..., Any] | None]:
-    """`forward_of` of each module and its own class, in one call."""
-    found: list[Callable[..., Any] | None] = []
-    watched = has_global_hooks()
-    for module in modules:
-        kind: Any = type(module)
-        if watched or module is None or kind.__call__ is not nn.Module.__call__ or any(hooks_of(module)):
-            found.append(None)
-            continue
-        own, forward = module.__dict__, kind.forward
-        quicker = QUICKER.get(forward, forward)
-        runs, hook = own.get("forward", forward), own.get("_hf_hook")
-        if isinstance(runs, Controller):
-            runs = runs.state.body
-        here = hook is None or (isinstance(hook, AlignDevicesHook) and not hook.offload)
-        found.append(quicker if here and (runs is forward or runs is quicker) else None)
-    return found
+    own, forward = module.__dict__, plain.forward
+    quicker = QUICKER.get(forward, forward)
+    runs = own.get("forward", forward)
+    if isinstance(runs, Controller):
+        runs = runs.state.body
+    if type(module) is not plain or not (runs is forward or runs is quicker):
+        return None
+    if any(hooks_of(module)) or has_global_hooks() or plain.__call__ is not nn.Module.__call__:
+        return None
+    hook = own.get("_hf_hook")
+    return quicker if hook is None or (isinstance(hook, AlignDevicesHook) and not hook.offload) else None
 
 
 def runs_its_own_forward(module: nn.Module) -> bool:

@@ -20,7 +20,7 @@ from .vectors import LANES, LOG2E, fetch, transpose
 
 WIDTH = LANES  # channels in a block
 AHEAD = 8  # positions from the one at which its memory is asked for
-TILE = 8  # positions
+TILE = 8  # positions in a tile
 CHUNK = 64  # positions between the states that the backward pass keeps
 ENDS = 5  # how many positions' time it takes to turn a block's states around and back, an estimate
 gradient_16, gradient_1 = gradient_step(LANES), gradient_step(1)
