@@ -241,7 +241,7 @@ def pieces_of(inputs: list[Tensor]) -> int:
 @pytest.mark.parametrize("shape", [(1, 700, 40, 16), (3, 300, 17, 3), (2, 400, 100, 5)], ids=str)
 def test_threads_change_no_bit(shape: tuple[int, ...], pool: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if pool == "python":
-        monkeypatch.setattr(team, "_openmp", lambda: None)
+        monkeypatch.setattr(team, "openmp", lambda: None)
     inputs = arguments(*shape)
     assert pieces_of(inputs) > 2, "too small for several threads: this test would show nothing"
     several = everything(cpu, inputs)

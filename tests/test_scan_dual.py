@@ -503,7 +503,7 @@ def test_ours_comes_first_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("pool", ["openmp", "python"])
 def test_threads_change_no_bit(pool: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if pool == "python":
-        monkeypatch.setattr(team, "_openmp", lambda: None)
+        monkeypatch.setattr(team, "openmp", lambda: None)
     given = rounded(arguments("selective_states", (2, 200, 4, 70, 2, 20)))
     before, found = torch.get_num_threads(), []
     for threads in (4, 1):

@@ -1,8 +1,9 @@
-"""Linear layers: multiplied by oneDNN and by what PyTorch chooses, against float64, and what asks for which."""
+"""Linear layers: multiplied by a compiled loop, by oneDNN and by what PyTorch chooses, against float64, and what asks for which."""
 
 from __future__ import annotations
 
 import copy
+import math
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from mamba_trace import MambaTrace
+from mamba_trace.modeling import repeated
 from mamba_trace.scan import linear as room
 from mamba_trace.scan.linear import linear, linear_into
 
@@ -30,19 +32,30 @@ DOCS = Path(__file__).parent.parent / "tutorials" / "docs"
 SIZES = [((1, 7), 3), ((1, 1, 64), 96), ((3, 9, 24), 17), ((2, 3, 5, 8), 8), ((1, 300, 96), 40)]
 
 
+@pytest.fixture(params=["onednn", "kernel"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """How whatever is multiplied is multiplied, whatever its size and the machine."""
+    monkeypatch.setattr(room, "most_vectors", lambda: 1000 if request.param == "kernel" else 0)
+    monkeypatch.setattr(room, "least_numbers", lambda: 0 if request.param == "onednn" else math.inf)
+    way: str = request.param
+    return way
+
+
 @pytest.fixture
-def multiplied(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
-    """The shapes of what oneDNN was given, which is thought to be faster whatever the size and the machine."""
+def multiplied(way: str, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """The shapes of what was multiplied in this `way`."""
     shapes: list[tuple[int, ...]] = []
-    run = room.by_onednn
+    run = getattr(room, f"by_{way}")
 
     def watched(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         shapes.append(tuple(x.shape))
         return run(x, weight, bias)
 
-    monkeypatch.setattr(room, "by_onednn", watched)
-    monkeypatch.setattr(room, "worth_it", lambda: (room.Worth(0, range(1, 1000)),))
+    monkeypatch.setattr(room, f"by_{way}", watched)
     return shapes
+
+
+by_onednn_alone = pytest.mark.parametrize("way", ["onednn"], indirect=True)
 
 
 def arguments(shape: tuple[int, ...], outputs: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
@@ -147,6 +160,7 @@ def test_x_may_lie_in_memory_in_any_way(laid_out: Callable[[Tensor], Tensor], mu
     assert multiplied
 
 
+@by_onednn_alone
 def test_a_weight_may_be_transposed(multiplied) -> None:
     x, weight, bias = arguments((3, 5, 8), 6)
     transposed = weight.t().contiguous().t()
@@ -154,6 +168,7 @@ def test_a_weight_may_be_transposed(multiplied) -> None:
     assert multiplied
 
 
+@by_onednn_alone
 def test_the_gradient_of_x_is_multiplied_so_too(multiplied) -> None:
     x, weight, _ = arguments((3, 5, 8), 6)
     linear(x.requires_grad_(), weight).sum().backward()
@@ -176,12 +191,15 @@ def rounded(x: Tensor, weight: Tensor, bias: Tensor) -> None:
         assert linear(x, weight, bias).dtype == torch.bfloat16
 
 
-def switched_off(x: Tensor, weight: Tensor, bias: Tensor) -> None:
+@by_onednn_alone
+def test_onednn_can_be_switched_off(multiplied) -> None:
+    x, weight, bias = arguments((3, 5, 8), 6)
     torch.backends.mkldnn.enabled = False
     try:
         assert torch.equal(linear(x, weight, bias), F.linear(x, weight, bias))
     finally:
         torch.backends.mkldnn.enabled = True
+    assert not multiplied
 
 
 def differentiated_forward(x: Tensor, weight: Tensor, bias: Tensor) -> None:
@@ -275,7 +293,6 @@ def by_a_vector(x: Tensor, weight: Tensor, bias: Tensor) -> None:
         in_a_graph,
         counted,
         rounded,
-        switched_off,
         differentiated_forward,
         for_each,
         of_another_kind,
@@ -293,40 +310,64 @@ def by_a_vector(x: Tensor, weight: Tensor, bias: Tensor) -> None:
         that_does_not_fit,
     ],
 )
-def test_what_is_not_multiplied_by_onednn(asks: Callable[..., None], multiplied) -> None:
+def test_what_pytorch_multiplies_in_its_own_way(asks: Callable[..., None], multiplied) -> None:
     asks(*arguments((3, 5, 8), 6))
     assert not multiplied
 
 
 @pytest.mark.parametrize("biased", [False, True], ids=["plain", "bias"])
-@pytest.mark.parametrize("large", [0, 2**17], ids=["onednn", "pytorch"])
-def test_a_product_may_be_written_into_memory_that_is_there(large, biased, multiplied, monkeypatch) -> None:
-    monkeypatch.setattr(room, "worth_it", lambda: (room.Worth(large, range(1, 1000)),))
+@pytest.mark.parametrize("by", ["onednn", "kernel", "pytorch"])
+def test_a_product_may_be_written_into_memory_that_is_there(by, biased, monkeypatch) -> None:
+    monkeypatch.setattr(room, "most_vectors", lambda: 1000 if by == "kernel" else 0)
+    monkeypatch.setattr(room, "least_numbers", lambda: 0 if by == "onednn" else math.inf)
     given = arguments((5, 8), 6)[: 2 + biased]
-    out = torch.full((2, 7, 6), 9.0)
-    linear_into(out[1, 1:6], *given)
-    torch.testing.assert_close(out[1, 1:6], F.linear(*given))
-    assert float(out.sum() - out[1, 1:6].sum()) == pytest.approx(9.0 * (out.numel() - 30))
-    assert bool(multiplied) == (large == 0)
+    for space in (torch.full((2, 7, 6), 9.0), torch.full((2, 7, 9), 9.0)[..., :6]):
+        out = space[1, 1:6]
+        linear_into(out, *given)
+        torch.testing.assert_close(out, F.linear(*given))
+        assert float(space.sum() - out.sum()) == pytest.approx(9.0 * (space.numel() - 30))
 
 
-def test_a_small_weight_is_not_worth_the_call(multiplied, monkeypatch) -> None:
+def test_a_small_weight_is_not_worth_a_call_of_onednn(way, multiplied, monkeypatch) -> None:
     x, weight, bias = arguments((3, 5, 8), 6)
-    monkeypatch.setattr(room, "worth_it", lambda: (room.Worth(weight.numel() + 1, range(1, 1000)),))
+    monkeypatch.setattr(room, "least_numbers", lambda: weight.numel() + 1)
     linear(x, weight, bias)
-    assert not multiplied
-    monkeypatch.setattr(room, "worth_it", lambda: (room.Worth(weight.numel(), range(1, 1000)),))
+    assert bool(multiplied) == (way == "kernel")
+    monkeypatch.setattr(room, "least_numbers", lambda: weight.numel())
     linear(x, weight, bias)
     assert multiplied
 
 
-def test_only_so_many_rows_may_be_worth_the_call(multiplied, monkeypatch) -> None:
-    monkeypatch.setattr(room, "worth_it", lambda: (room.Worth(0, range(4, 6)), room.Worth(0, range(6, 7))))
-    for rows in (1, 3, 4, 6, 7):
+@pytest.mark.parametrize("way", ["kernel"], indirect=True)
+def test_only_so_many_vectors_are_multiplied_by_the_compiled_loop(multiplied, monkeypatch) -> None:
+    monkeypatch.setattr(room, "most_vectors", lambda: 4)
+    for rows in (1, 3, 4, 5):
         linear(*arguments((rows, 8), 6))
         linear(*arguments((1, rows, 8), 6))
     linear(*arguments((2, 2, 8), 6))
-    assert multiplied == [(4, 8), (1, 4, 8), (6, 8), (1, 6, 8), (2, 2, 8)]
+    assert multiplied == [(1, 8), (1, 1, 8), (3, 8), (1, 3, 8), (4, 8), (1, 4, 8), (2, 2, 8)]
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 8, 9, 23, 128])
+def test_what_the_compiled_loop_computes_of_a_vector_depends_on_that_alone(rows: int) -> None:
+    generator = torch.Generator().manual_seed(rows)
+    for inner, outputs in ((1, 1), (15, 3), (16, 4), (48, 130), (100, 7), (1024, 9)):
+        x, weight, bias = (
+            torch.randn(size, generator=generator) for size in ((rows, inner), (outputs, inner), outputs)
+        )
+        found = room.by_kernel(x, weight, bias)
+        near(found, F.linear(x.double(), weight.double(), bias.double()), 1e-6)
+        wide = torch.cat((x, x), 1)[:, :inner]
+        for one in range(rows):
+            assert torch.equal(room.by_kernel(wide[one : one + 1], weight, bias)[0], found[one])
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_its_numbers_do_not_depend_on_the_threads(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight, bias = arguments((6, 700), 1003)
+    expected = room.by_kernel(x, weight, bias)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    assert torch.equal(room.by_kernel(x, weight, bias), expected)
 
 
 def test_a_graph_of_any_number_of_rows_is_of_what_pytorch_chooses(multiplied) -> None:
@@ -353,30 +394,31 @@ def test_what_hides_the_weight_of_a_layer_is_multiplied(monkeypatch) -> None:
         assert not torch.allclose(model._module(tokens).logits, before)
 
 
-def test_the_documentation_says_what_is_multiplied_by_onednn() -> None:
+def test_the_documentation_says_what_is_multiplied_by_what() -> None:
     told = (DOCS / "kernels.md").read_text(encoding="utf-8").replace("\n", " ")
-    assert f"a weight of {room.ON_AMD[0].numbers:,} numbers or more" in told
-    for numbers, rows in room.ELSEWHERE:
-        assert f"{rows[0]} to {rows[-1]} vectors by a weight of {numbers:,} or more" in told
+    assert f"a weight of {room.MANY:,} numbers or more" in told
+    assert f"up to {room.FEW} vectors" in told
 
 
 @pytest.mark.parametrize(
-    ("told", "expected"),
+    ("told", "capability", "vectors", "numbers"),
     [
-        ("vendor_id\t: AuthenticAMD\nmodel", room.ON_AMD),
-        ("vendor_id\t: GenuineIntel\n", room.ELSEWHERE),
-        ("", room.ELSEWHERE),
+        ("vendor_id\t: AuthenticAMD\nmodel", "AVX512", 1, room.MANY),
+        ("vendor_id\t: GenuineIntel\n", "AVX512", room.FEW, math.inf),
+        ("vendor_id\t: GenuineIntel\n", "AVX2", 1, math.inf),
+        ("", "DEFAULT", 1, math.inf),
     ],
-    ids=["amd", "intel", "unknown"],
+    ids=["amd", "intel", "short registers", "unknown"],
 )
-def test_what_onednn_is_worth_depends_on_who_made_the_processor(told, expected, monkeypatch, tmp_path) -> None:
+def test_what_is_fastest_depends_on_the_processor(told, capability, vectors, numbers, monkeypatch, tmp_path) -> None:
     file = tmp_path / "cpuinfo"
     file.write_text(told)
     monkeypatch.setattr(room, "Path", lambda path: file)
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
-    assert room.worth_it.__wrapped__() is expected
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    assert (room.most_vectors.__wrapped__(), room.least_numbers.__wrapped__()) == (vectors, numbers)
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)
-    assert room.worth_it.__wrapped__() == ()
+    assert room.least_numbers.__wrapped__() == math.inf
 
 
 def test_elsewhere_the_platform_says_who_made_the_processor(monkeypatch, tmp_path) -> None:
@@ -407,7 +449,9 @@ def test_every_linear_layer_of_a_model_is_multiplied_so(model_type, tokens, mult
     assert torch.equal(traced, logits)
     weight = model._module.backbone.layers[1].mixer.in_proj.weight
     assert inner.shape[-1] == len(weight)
-    monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
+    monkeypatch.setattr(room, "least_numbers", lambda: math.inf)
+    monkeypatch.setattr(room, "most_vectors", lambda: 0)
+    monkeypatch.setattr(repeated, "most_vectors", lambda: 0)
     expected = products(model, tokens)
     assert len(multiplied) == 2 * count
     near(logits, expected.double(), 2e-6)

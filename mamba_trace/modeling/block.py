@@ -24,6 +24,7 @@ from ..sites import Kind
 from ..tracing import Visit, take_note_of_mask, uncompiled
 from .offers import Offers, add_sites
 from .starting import Starting, columns_read
+from .unwatched import of_block
 
 
 class HookableRMSNorm(nn.Module):
@@ -136,6 +137,15 @@ class HookableBlock(Block):
         **kwargs: Any,
     ) -> Any:
         offer = Offers(self)
+        run = functools.partial(self.added, offer, hidden_states, cache, attention_mask, kwargs)
+        mixer = None if offer.open else self.part("ssm")
+        out = run() if mixer is None else of_block(self, mixer, hidden_states, cache, attention_mask, run)
+        return self.ended(offer, out)
+
+    def added(
+        self, offer: Offers, hidden_states: Tensor, cache: Any, attention_mask: Tensor | None, kwargs: dict[str, Any]
+    ) -> Tensor:
+        """The residual stream behind the block [B,L,D]."""
         resid = offer("resid_pre", hidden_states)  # [B,L,D]
         layer_input = offer("layer_input", resid)  # [B,L,D]
         normalized = self.run(offer, "norm", in_dtype(layer_input, self.part("norm").weight.dtype))  # [B,L,D]
@@ -143,7 +153,7 @@ class HookableBlock(Block):
             resid = in_dtype(resid, accumulation_dtype(resid))
         if self.reads_on:
             resid = columns_read(cache, resid, self.part("ssm").layer_idx)
-        return self.ended(offer, resid + self.term(offer, normalized, cache, attention_mask, kwargs))
+        return resid + self.term(offer, normalized, cache, attention_mask, kwargs)
 
     @property
     def reads_on(self) -> bool:

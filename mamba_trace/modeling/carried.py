@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Size, Tensor
 from transformers import Cache
 from transformers.cache_utils import LinearAttentionLayer
 
@@ -43,6 +43,14 @@ class Anew:
 
     def __init__(self, mixer: Any) -> None:
         self.mixer = mixer
+
+    def memory(self) -> tuple[Tensor, ...]:
+        """What a call leaves for what comes after it: nothing, or the last columns and the last state."""
+        return ()
+
+    def to_be_written(self, shapes: Sequence[Size]) -> tuple[Tensor, ...]:
+        """The `memory` of a call that kernels are about to run, of these shapes."""
+        return ()
 
     def remember(self) -> None:
         """Keep what came before the call, for `undo`."""
@@ -94,6 +102,15 @@ class Begun(Anew):
         super().__init__(mixer)
         self.layer = layer
 
+    def memory(self) -> tuple[Tensor, ...]:
+        if self.columns is None or self.state is None:  # another call has filled the layer
+            return self.layer.conv_states[0], self.mixer.from_cache(self.layer.recurrent_states[0])
+        return self.columns, self.state
+
+    def to_be_written(self, shapes: Sequence[Size]) -> tuple[Tensor, ...]:
+        self.columns, self.state = (torch.empty(shape, dtype=torch.float32, device="cpu") for shape in shapes)
+        return self.memory()
+
     def ended(self) -> None:
         # As its `lazy_initialization`, which fills new memory with zeros first.
         layer, columns, state = self.layer, self.columns, self.mixer.to_cache(self.state)
@@ -112,12 +129,11 @@ class Begun(Anew):
             raise
 
 
-class Lent(Anew):
+class Lent(Begun):
     """The memory that a cache has for one layer, which an unwatched mixer reads and overwrites where it lies."""
 
     def __init__(self, mixer: Any, layer: Any) -> None:
-        super().__init__(mixer)
-        self.layer = layer
+        super().__init__(mixer, layer)
         self.columns, self.state = layer.conv_states[0], mixer.from_cache(layer.recurrent_states[0])
         self.begun = layer.has_previous_state[0]
 
@@ -139,6 +155,12 @@ class Lent(Anew):
         check_rows(columns, value.shape[0])
         return cls(mixer, layer) if in_floats(columns) and in_floats(layer.recurrent_states[0]) else None
 
+    def to_be_written(self, shapes: Sequence[Size]) -> tuple[Tensor, ...]:
+        changed(self.layer.conv_states[0])
+        changed(self.layer.recurrent_states[0])
+        self.layer.has_previous_state[0] = True
+        return self.memory()
+
     def convolved(self, columns: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         changed(self.layer.conv_states[0])
         convolved = super().convolved(columns, weight, bias)
@@ -152,6 +174,9 @@ class Lent(Anew):
     def arrived(self, state: Tensor) -> None:
         assert self.state is not None
         self.state.copy_(state)
+
+    def ended(self) -> None:
+        """Take note that the call has ended: all is where it belongs."""
 
     def remember(self) -> None:
         assert self.columns is not None

@@ -13,11 +13,11 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor
 
 from ..scan import DUAL, HEADED, SELECTIVE, Explicit, Recurrence, ScanFamily, Selective, Watched
+from ..scan.elements import rates, softplus
 from ..scan.reference import accumulation_dtype, in_dtype
 from .offers import Offers
 from .past import masked
@@ -67,7 +67,7 @@ class Discretisation(ABC):
         if self._delta is None:
             assert self.delta_2 is not None
             dtype = accumulation_dtype(self.delta_2)
-            self._delta = masked(self.limited(F.softplus(in_dtype(self.delta_2, dtype))), self.mask)
+            self._delta = masked(self.limited(softplus(in_dtype(self.delta_2, dtype))), self.mask)
             self.delta_2 = None
         return self._delta
 
@@ -77,8 +77,7 @@ class Discretisation(ABC):
 
     def make_A(self) -> Tensor:
         """-exp(A_log) in float32 or better."""
-        A = torch.exp(in_dtype(self.A_log, accumulation_dtype(self.A_log)))
-        return -A if A.requires_grad else A.neg_()
+        return rates(self.A_log)
 
     @abstractmethod
     def steps(self) -> Tensor:

@@ -38,10 +38,11 @@ from ..tracing import Visit, is_itself
 from .discretisation import Discretisation
 from .offers import Offers
 from .past import PastStates, masked, seen_by
+from .repeated import SILU
 from .run_report import LayerRun, RunReport
 from .starting import columns_read
 from .stretches import Starts, Stretches
-from .unwatched import SILU, unwatched
+from .unwatched import unwatched
 
 
 def recorded(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -52,8 +53,7 @@ def recorded(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
         self: HookableMixer, hidden_states: Tensor, cache: Any = None, attention_mask: Any = None, **kwargs: Any
     ) -> Tensor:
         visit = Visit(self)
-        run = self.report.begin(self.layer_idx, hidden_states.shape[1], visit.trace)
-        self.__dict__["last_run"] = run  # PyTorch's setter would look for parameters and modules of that name
+        run = self.begin(visit, hidden_states.shape[1])
         if (out := unwatched(self, visit, run, hidden_states, cache, attention_mask)) is not None:
             return out
         with recording(run.calls, run.reasons):
@@ -99,6 +99,12 @@ class HookableMixer(nn.Module):
     kernels: str = "auto"
     report: RunReport
     last_run: LayerRun
+
+    def begin(self, visit: Visit, length: int) -> LayerRun:
+        """Take note that a call begins, of some ``length``."""
+        run = self.report.begin(self.layer_idx, length, visit.trace)
+        self.__dict__["last_run"] = run  # PyTorch's setter would look for parameters and modules of that name
+        return run
 
     # -- what a family brings --------------------------------------------------------------------------
 

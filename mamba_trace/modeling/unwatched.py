@@ -15,31 +15,28 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.activations import SiLUActivation
 
 from ..scan import cpu
 from ..scan.dispatch import SUITABLE
-from ..scan.linear import linear_into, takes
+from ..scan.linear import linear_into, most_vectors, multiplier
 from ..scan.recompute import transformed
 from ..scan.record import Call, recording
 from ..scan.room import Room
 from ..sites import STATE
-from ..tracing import Visit, forward_of, is_itself
+from ..tracing import Visit, forward_of, is_itself, take_note_of_mask
 from .carried import Anew, InRuns, what_came_before
 from .discretisation import Discretisation
 from .offers import SITE_HOOKS, SITE_NAMES
 from .past import PastStates
+from .repeated import SILU, forward_known, inner_modules, noted, repeated
 from .run_report import LayerRun
 from .starting import StartingRuns
 from .stopped import MoreIsWanted, Stopped
-
-#: The modules that stand for SiLU, which the kernels of the convolution apply.
-SILU = (nn.SiLU, SiLUActivation)
 
 
 class Nobody:
@@ -87,7 +84,7 @@ class Nobody:
             return returned
         self.passed_by[name] = None
         room = self.room if type(module) is nn.Linear and name != "out_proj" else None
-        if room is None or takes(value, module.weight, module.bias):
+        if room is None or multiplier(value, module.weight, module.bias) is not None:
             run: Tensor = forward(module, value)
             return run
         out = room.take(name, (*value.shape[:-1], module.out_features), len(value))
@@ -117,24 +114,59 @@ def unwatched(
     Raises:
         PromptError: if the mask is wrong (see `PastStates`), or the cache has other rows.
     """
-    if torch.is_grad_enabled() or not suits(mixer, hidden_states):
-        return None
     watched = visit.inside(mixer.__dict__[SITE_HOOKS])
-    if (watched and not may_stop(mixer, visit, hidden_states, cache)) or not is_plain(mixer):
+    if watched and not may_stop(mixer, visit, hidden_states, cache):
+        return None
+    if (past := before_kernels(mixer, hidden_states, cache, attention_mask)) is None:
+        return None
+    nobody, length = Nobody(mixer, past.room), hidden_states.shape[1]
+    if watched:
+        run.calls.append(Call("conv_silu", "cpu", length))
+        return stopped_output(mixer, nobody, hidden_states, Stopped(past, visit, nobody, length, run))
+    out = output(mixer, nobody, hidden_states, past)
+    ran_unwatched(mixer, visit, run, length, nobody.passed_by)
+    return out
+
+
+def of_block(
+    block: Any, mixer: Any, hidden_states: Tensor, cache: Any, attention_mask: Tensor | None, run: Callable[[], Tensor]
+) -> Tensor:
+    """What ``run`` returns, which is what a block that nobody looks into returns [B,L,D].
+
+    Args:
+        block: the block.
+        mixer: the mixer in it.
+        hidden_states: its input.
+        cache, attention_mask: as it was given them.
+        run: runs it.
+    """
+    visit = Visit(mixer)
+    if hidden_states.numel() > most_vectors() * hidden_states.shape[-1] or visit.inside(mixer.__dict__[SITE_HOOKS]):
+        return run()
+    past = before_kernels(mixer, hidden_states, cache, attention_mask)
+    if (out := repeated(block, hidden_states, past)) is None:
+        return noted(block, hidden_states, past, run)
+    assert past is not None
+    past.ended()
+    take_note_of_mask(visit.interleaver, attention_mask)
+    length = hidden_states.shape[1]
+    ran_unwatched(mixer, visit, mixer.begin(visit, length), length, (name for _, name, _ in inner_modules(mixer)))
+    return out
+
+
+def before_kernels(mixer: Any, hidden_states: Tensor, cache: Any, attention_mask: Tensor | None) -> Anew | None:
+    """What came before a call of a mixer, as the kernels take it; ``None`` where the mixer has to run it."""
+    if torch.is_grad_enabled() or not suits(mixer, hidden_states) or not is_plain(mixer):
         return None
     if attention_mask is not None and PastStates(mixer, cache, attention_mask, hidden_states).mask is not None:
         return None
-    past = what_came_before(mixer, cache, hidden_states)
-    if past is None:
-        return None
-    nobody, length = Nobody(mixer, past.room), hidden_states.shape[1]
-    run.calls.append(Call("conv_silu", "cpu", length))
-    if watched:
-        return stopped_output(mixer, nobody, hidden_states, Stopped(past, visit, nobody, length, run))
-    out = output(mixer, nobody, hidden_states, past)
-    run.calls.append(Call("gated_scan", "cpu", length))
-    visit.pass_over((*nobody.passed_by, *mixer.__dict__[SITE_NAMES]))
-    return out
+    return what_came_before(mixer, cache, hidden_states)
+
+
+def ran_unwatched(mixer: Any, visit: Visit, run: LayerRun, length: int, passed_by: Iterable[str]) -> None:
+    """Take note that a mixer ran, into which nobody looked, and that its modules ``passed_by`` were not called."""
+    run.calls += (Call("conv_silu", "cpu", length), Call("gated_scan", "cpu", length))
+    visit.pass_over((*passed_by, *mixer.__dict__[SITE_NAMES]))
 
 
 def may_stop(mixer: Any, visit: Visit, hidden_states: Tensor, cache: Any) -> bool:
@@ -179,15 +211,15 @@ def is_plain(mixer: Any) -> bool:
 STRETCH = 3 << 20
 #: How many positions a stretch has at least.
 SHORTEST = 64
-#: The package, whose own modules can be cut.
-PACKAGE = __name__.split(".")[0]
 
 
 def output(mixer: Any, nobody: Nobody, hidden_states: Tensor, past: Anew | Stopped) -> Tensor:
     """What an unwatched mixer returns [B,L,D], after what came before."""
     positions = hidden_states.shape[1] if isinstance(past, InRuns) else per_stretch(mixer, hidden_states)
     if positions >= hidden_states.shape[1]:
-        out = of_stretch(mixer, nobody, hidden_states, past)
+        run = functools.partial(of_stretch, mixer, nobody, hidden_states, past)
+        again = repeated(mixer, hidden_states, past)
+        out = noted(mixer, hidden_states, past, run) if again is None else again
     else:
         out = torch.empty_like(hidden_states, memory_format=torch.contiguous_format)
         for part, stretch in zip(out.split(positions, 1), hidden_states.split(positions, 1), strict=True):
@@ -201,20 +233,9 @@ def per_stretch(mixer: Any, hidden_states: Tensor) -> int:
     rows, length, _ = hidden_states.shape
     width = getattr(mixer._modules["in_proj"], "out_features", 0)  # an adapter need not say it
     stretches = min(rows * length * width // STRETCH, length // SHORTEST)
-    if stretches < 2 or not all(map(cuts, mixer._modules.values())):
+    if stretches < 2 or not all(map(forward_known, mixer._modules.values())):
         return length
     return -(-length // stretches)
-
-
-def cuts(module: nn.Module) -> bool:
-    """Whether an inner module may be given a prompt in stretches.
-
-    Nobody has replaced or hooked it, and it does to each position what it would do to that alone, as all modules of
-    this package do that stand in a mixer.
-    """
-    kind = type(module)
-    known = kind in (nn.Linear, nn.Conv1d, nn.Identity, *SILU) or kind.__module__.split(".")[0] == PACKAGE
-    return known and forward_of(module, kind) is not None
 
 
 def of_stretch(mixer: Any, nobody: Nobody, hidden_states: Tensor, past: Anew | Stopped) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from . import cpu
+from .noting import under_a_mode
 from .recompute import differentiated, in_memory, recompute, transformed
 from .reference import accumulation_dtype
 
@@ -51,7 +52,7 @@ def rms_norm(
         normed = (groups * torch.rsqrt(groups.square().mean(-1, keepdim=True) + epsilon)).flatten(-2)
         return (weight.to(normed.dtype) * normed).to(dtype) if wide_weight else weight * normed.to(dtype)
 
-    if not takes(x, weight, dtype):
+    if dtype is not torch.float32 or not computed_in_floats(x, weight):
         return defined(x, weight)
     if not differentiated(x, weight):
         return cpu.rms_norm(x, weight, epsilon, size)
@@ -59,10 +60,10 @@ def rms_norm(
     return recompute(lambda x, weight: cpu.rms_norm(x, weight, epsilon, size), defined, x, weight)
 
 
-def takes(x: Tensor, weight: Tensor, dtype: torch.dtype) -> bool:
-    """Whether the compiled norm can run: in float32 throughout and on a CPU."""
-    if not (x.dtype == weight.dtype == dtype == torch.float32) or not (x.is_cpu and weight.is_cpu) or x.numel() == 0:
+def computed_in_floats(*tensors: Tensor) -> bool:
+    """Whether a compiled loop can run on tensors: in float32 and on a CPU."""
+    if any(t.dtype is not torch.float32 or not t.is_cpu or t.numel() == 0 for t in tensors):
         return False
-    if transformed() or torch.compiler.is_compiling():
+    if transformed() or under_a_mode() or torch.compiler.is_compiling():
         return False
-    return in_memory(x, weight) and cpu.unavailable() is None
+    return in_memory(*tensors) and cpu.unavailable() is None

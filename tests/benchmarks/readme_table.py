@@ -38,17 +38,19 @@ def forward_table(results: dict[str, Any]) -> str:
 
 
 def linear_table(results: dict[str, Any]) -> str:
-    """oneDNN beside PyTorch: a row for each size of ``linear.json``, a column for each number of rows."""
+    """oneDNN and our loop beside PyTorch: a row for each size of ``linear.json``, a column for each number of rows."""
     sizes = results["sizes"]
     lines = [
-        "| inputs -> outputs | "
+        "| inputs -> outputs | | "
         + " | ".join(f"{rows} row" + "s" * (rows != "1") for rows in next(iter(sizes.values())))
         + " |"
     ]
-    lines.append("|---" * (len(next(iter(sizes.values()))) + 1) + "|")
+    lines.append("|---" * (len(next(iter(sizes.values()))) + 2) + "|")
     for size, found in sizes.items():
-        cells = [f"{ways['onednn']['ratio']:.2f}" for ways in found.values()]
-        lines.append(f"| {size} | " + " | ".join(cells) + " |")
+        for way, name in (("onednn", "oneDNN"), ("kernel", "our loop")):
+            if all(way in ways for ways in found.values()):
+                cells = [f"{ways[way]['ratio']:.2f}" for ways in found.values()]
+                lines.append(f"| {size} | {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 

@@ -11,12 +11,14 @@ import functools
 import importlib
 import importlib.util
 import math
+from array import array
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import reference
+from ..noting import notes
 from ..recompute import recompute
 from ..reference import in_dtype
 from ..room import Room
@@ -262,6 +264,41 @@ def _run_conv(
         **others,
     )
     return in_dtype(out, x_in.dtype)
+
+
+# -- a linear layer ------------------------------------------------------------------------------------------
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
+    """`scan.linear.linear` [...,M] of few vectors x [...,K] in float32, a dense weight [M,K] and a dense bias [M].
+
+    Not differentiable. It is written into ``out``, if that is given, which is dense. Where a weight is small the call takes longer than the loop, so nothing is checked here: it is
+    for `scan.linear` alone, which has looked at the tensors.
+    """
+    width, inner = weight.shape
+    vectors = x if x.dim() == 2 else x.reshape(-1, inner)
+    vectors = vectors if vectors.stride(1) == 1 else vectors.contiguous()
+    lines, out = len(vectors), x.new_empty(*x.shape[:-1], width) if out is None else out
+    kernel, pieces = kernels_in(".few_vectors").forward, team.pieces(width // 4, lines * inner // 16)
+    sizes = (int(bias is not None), lines, inner, width)
+    addresses = (weight.data_ptr(), 0 if bias is None else bias.data_ptr(), out.data_ptr())
+    block = array("q", (0, pieces, *sizes, vectors.data_ptr(), vectors.stride(0), *addresses))
+    if (listener := notes.listener) is not None:
+        listener(kernel, block, pieces, {"biased": sizes[0], "x": vectors, "weight": weight, "bias": bias, "out": out})
+    team.launch(kernel.compiled, block, pieces)
+    return out
+
+
+# -- number by number ----------------------------------------------------------------------------------------
+
+
+def by_number(kernel: str, one: Tensor, *others: Tensor) -> Tensor:
+    """What a kernel of `elements` makes of dense tensors of as many numbers in float32: as large as ``one``."""
+    out, inputs = torch.empty_like(one), dict(zip(("one", "other"), (one, *others), strict=False))
+    count = team.pieces(one.numel() // 64, 1)  # a scan's step takes as long as 64 numbers here
+    arrays = {name: tensor.view(-1) for name, tensor in {**inputs, "out": out}.items()}
+    team.run(getattr(kernels_in(".elements"), kernel), count, **arrays)
+    return out
 
 
 # -- the norm ------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
+from array import array
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,6 +18,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from ..noting import notes
 
 #: A piece with fewer steps than this is not worth a thread. A step is one position of 16 channels whose states
 #: have `D_STATE` numbers.
@@ -45,13 +48,19 @@ def run(kernel: Any, count: int, **given: int | Tensor | None) -> None:
     Raises:
         BackendError: if a name is missing or unknown, or if a tensor does not match the layout.
     """
-    parameters = kernel.layout.pack(count, given)
-    address, _ = parameters.buffer_info()
-    function = kernel.compiled
+    block = kernel.layout.pack(count, given)
+    if (listener := notes.listener) is not None:
+        listener(kernel, block, count, given)
+    launch(kernel.compiled, block, count)
+
+
+def launch(function: Any, block: array[int], count: int) -> None:
+    """Run a compiled function on its block until all its work, which is cut into ``count`` pieces, is done."""
+    address, _ = block.buffer_info()
     threads = min(torch.get_num_threads(), count)
     if threads == 1:
         function.ctypes(address)
-    elif (parallel := _openmp()) is not None:
+    elif (parallel := openmp()) is not None:
         parallel(function.address, address, threads, 0)
     else:
         waiting = [_pool().submit(function.ctypes, address) for _ in range(threads - 1)]
@@ -61,8 +70,8 @@ def run(kernel: Any, count: int, **given: int | Tensor | None) -> None:
 
 
 @functools.cache
-def _openmp() -> Callable[..., None] | None:
-    # GOMP_parallel(function, argument, threads, flags) of the OpenMP library that PyTorch has loaded.
+def openmp() -> Callable[..., None] | None:
+    """GOMP_parallel(function, argument, threads, flags) of the OpenMP library that PyTorch has loaded."""
     folder = Path(torch.__file__).parent
     for library in (*folder.glob("lib/lib*omp*.so*"), *folder.parent.glob("torch.libs/lib*omp*.so*")):
         try:
@@ -83,9 +92,9 @@ def _pool() -> ThreadPoolExecutor:
 
 def _after_fork() -> None:
     # Neither Python's threads nor OpenMP's survive a fork; OpenMP would wait for its threads for ever.
-    global _openmp
+    global openmp
     _pool.cache_clear()
-    _openmp = lambda: None  # type: ignore[assignment]  # noqa: E731
+    openmp = lambda: None  # type: ignore[assignment]  # noqa: E731
 
 
 if hasattr(os, "register_at_fork"):

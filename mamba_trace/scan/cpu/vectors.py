@@ -23,6 +23,8 @@ from numba.extending import intrinsic
 LANES = 16  # numbers in a vector
 FAST = ("contract", "reassoc", "nsz", "arcp")
 LOG2E = np.float32(math.log2(math.e))
+#: log(2) as a number of few digits and what it lacks.
+LOG2 = (np.float32(0.693359375), np.float32(-2.12194440e-4))
 #: Coefficients of 2**f, lowest first, with the least relative error on [-1/2, 1/2]: in float32 2e-8, less than its own.
 EXP2 = tuple(map(np.float32, (1, 0.693147206, 0.240226469, 0.0555032878, 0.00961848897, 0.00133999312, 0.000153458075)))
 #: A whole number that this is added to stands in the last bits of the sum, with 127 added: an exponent of float32.
@@ -108,11 +110,11 @@ class Vectors:
     def _same(self, kind: Any, number: float) -> Any:
         return ir.Constant(kind, number if self.lanes == 1 else [number] * self.lanes)
 
-    def _called(self, name: str, v: Any) -> Any:
+    def _called(self, name: str, *values: Any) -> Any:
         # A function that LLVM has for numbers of each kind.
-        kind = ir.FunctionType(self.type, [self.type])
+        kind = ir.FunctionType(self.type, [self.type] * len(values))
         name = f"llvm.{name}.f32" if self.lanes == 1 else f"llvm.{name}.v{self.lanes}f32"
-        return self.builder.call(cgutils.get_or_insert_function(self.builder.module, kind, name), [v])
+        return self.builder.call(cgutils.get_or_insert_function(self.builder.module, kind, name), values)
 
     def _within(self, v: Any, beyond: str, bound: float) -> Any:
         # The bound where v is beyond it. What is no number stays.
@@ -137,25 +139,42 @@ class Vectors:
         log = self.times(self._polynomial(ARTANH, self.times(s, s)), s)
         return self.added(self._within(v, "<", 0.0), log)
 
+    def exp(self, v: Any) -> Any:
+        """e**v, to float32's precision however large v is; 0 and infinity as `exp2`."""
+        v = self._within(self._within(v, "<", -127 * math.log(2)), ">", 128 * math.log(2))
+        whole = self._called("rint", self.times(v, self.same(LOG2E)))
+        for part in LOG2:  # what is left of v is exact
+            v = self._called("fma", whole, self.same(-part), v)
+        return self._power(whole, self.times(v, self.same(LOG2E)))
+
     def exp2(self, v: Any) -> Any:
         """2**v; 0 below the smallest normal number and infinity above the largest."""
-        b = self.builder
         v = self._within(self._within(v, "<", -127.0), ">", 128.0)
         whole = self._called("rint", v)
-        power = self._polynomial(EXP2, b.fsub(v, whole, flags=FAST))
+        return self._power(whole, self.builder.fsub(v, whole, flags=FAST))
+
+    def _power(self, whole: Any, fraction: Any) -> Any:
+        # 2 to the sum of a whole number and a fraction of up to a half.
+        b, power = self.builder, self._polynomial(EXP2, fraction)
         bits = SHORT if self.lanes == 1 else ir.VectorType(SHORT, self.lanes)
         exponent = b.shl(b.bitcast(self.added(whole, self.same(IN_LAST_BITS)), bits), self._same(bits, 23))
         return self.times(power, b.bitcast(exponent, self.type))
 
 
-@intrinsic
-def silu(typingctx, v):  # type: ignore[no-untyped-def]
-    """`Vectors.silu` of a single number. The compiler makes vectors of them in a loop."""
+def of_a_number(name: str) -> Any:
+    """A function of `Vectors` for a single number. The compiler makes vectors of them in a loop."""
 
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return Vectors(builder, 1).silu(*args)
+    @intrinsic
+    def function(typingctx: Any, v: Any) -> Any:
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            return getattr(Vectors(builder, 1), name)(*args)
 
-    return types.float32(types.float32), codegen
+        return types.float32(types.float32), codegen
+
+    return function
+
+
+silu, number_exp, number_softplus = map(of_a_number, ("silu", "exp", "softplus"))
 
 
 class Total:
@@ -218,16 +237,21 @@ def addresses(context: Any, builder: Any, kinds: Any, arrays: Any) -> list[Any]:
     return [context.make_array(kind)(context, builder, value=a).data for kind, a in zip(kinds, arrays, strict=True)]
 
 
+def ask_for(builder: Any, start: Any, index: Any) -> None:
+    """Ask for a number of an array to be brought into the cache."""
+    place = builder.bitcast(builder.gep(start, [index]), ir.IntType(8).as_pointer())
+    kind = ir.FunctionType(ir.VoidType(), [place.type, SHORT, SHORT, SHORT])
+    function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+    builder.call(function, [place, SHORT(0), SHORT(3), SHORT(1)])
+
+
 @intrinsic
 def fetch(typingctx, array, index):  # type: ignore[no-untyped-def]
-    """Ask for a number of an array to be brought into the cache, from a place that no processor foresees."""
+    """`ask_for` a number of an array, from a place that no processor foresees."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         (start,) = addresses(context, builder, signature.args[:1], args[:1])
-        place = builder.bitcast(builder.gep(start, [args[1]]), ir.IntType(8).as_pointer())
-        kind = ir.FunctionType(ir.VoidType(), [place.type, SHORT, SHORT, SHORT])
-        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-        builder.call(function, [place, SHORT(0), SHORT(3), SHORT(1)])
+        ask_for(builder, start, args[1])
         return context.get_dummy_value()
 
     return types.void(array, types.int64), codegen

@@ -14,7 +14,7 @@ from ..reference import in_dtype
 from ..room import Room
 from ..runs import Runs
 from . import reference
-from .linear import LinearScans
+from .linear import LinearScans, decay_and_scale
 
 #: Whether the kernels are worth a call for a single position.
 TAKES_ONE_POSITION = True
@@ -70,7 +70,7 @@ def _into(
     h_last: Tensor, x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, skip: Tensor, h: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     # The gated scan from the state h, which may be h_last, the memory of the last state.
-    given = as_floats(x, *reference.decay_and_scale(delta, A), B, C, D, skip)
+    given = as_floats(x, *decay_and_scale(delta, A), B, C, D, skip)
     inputs = dict(zip((*_NAMES, "D", "skip"), given, strict=True))
     results: Any = {"y": h_last.new_empty(x.shape), "h_last": h_last}
     results |= {"started": int(h is not None), "h_start": h}
@@ -94,7 +94,7 @@ def gated_runs(
     room: Room | None = None,
 ) -> Tensor:
     """As `ScanFamily.gated_runs`, in float32: a matmul for what each run reads of its start, and one kernel."""
-    given = as_floats(x, *reference.decay_and_scale(delta, A), B, C, D, skip)
+    given = as_floats(x, *decay_and_scale(delta, A), B, C, D, skip)
     inputs = dict(zip((*_NAMES, "D", "skip"), given, strict=True))
     (starts,) = as_floats(starts)
     rows, groups = len(x), C.shape[2]

@@ -5,15 +5,19 @@ A scan has exp(delta A) and delta for decay and scale, and an explicit scan A_ba
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..elements import exponentials
 from . import reference
 
 Pair = tuple[Tensor, Tensor]
+#: As in `reference`, with compiled exponentials.
+decay_and_scale = functools.partial(reference.decay_and_scale, exp=exponentials)
 
 
 class LinearScans:
@@ -31,13 +35,13 @@ class LinearScans:
         self, x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, h_start: Tensor | None = None
     ) -> Pair:
         """As `reference.selective_scan`, in float32."""
-        return self._run(x, *reference.decay_and_scale(delta, A), B, C, h_start, False)
+        return self._run(x, *decay_and_scale(delta, A), B, C, h_start, False)
 
     def selective_states(
         self, x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, h_start: Tensor | None = None
     ) -> Pair:
         """As `reference.selective_states`, in float32."""
-        return self._run(x, *reference.decay_and_scale(delta, A), B, C, h_start, True)
+        return self._run(x, *decay_and_scale(delta, A), B, C, h_start, True)
 
     def gated_in_steps(self, *inputs: Any) -> Pair:
         """As `reference.gated_scan`, in float32: the scan, followed by PyTorch's operations."""

@@ -150,10 +150,12 @@ def read_out(h: Tensor, C: Tensor) -> Tensor:
 # -- what every function above is a case of --------------------------------------------------------------------
 
 
-def decay_and_scale(delta: Tensor, A: Tensor, *others: Tensor | None) -> tuple[Tensor, Tensor]:
+def decay_and_scale(
+    delta: Tensor, A: Tensor, *others: Tensor | None, exp: Callable[[Tensor], Tensor] = torch.exp
+) -> tuple[Tensor, Tensor]:
     """exp(delta A) and delta [B,L,H], in the dtype that a scan of these tensors accumulates in."""
     dtype = accumulation_dtype(delta, A, *others)
-    return torch.exp(exponent(delta, in_dtype(A, dtype))), in_dtype(delta, dtype)
+    return exp(exponent(delta, in_dtype(A, dtype))), in_dtype(delta, dtype)
 
 
 def linear_scan(

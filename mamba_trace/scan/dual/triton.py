@@ -16,7 +16,7 @@ from .. import triton
 from ..recompute import differentiated
 from ..triton import TritonScan
 from . import reference
-from .linear import LinearScans
+from .linear import LinearScans, decay_and_scale
 
 
 def unavailable(
@@ -72,4 +72,4 @@ def gated_scan(
     """
     if differentiated(x, delta, A, B, C, D, skip, *h_start):
         return _scans.gated_in_steps(x, delta, A, B, C, D, skip, *h_start)
-    return _kernels().run_linear(x, *reference.decay_and_scale(delta, A), B, C, *h_start, D=D, skip=skip)
+    return _kernels().run_linear(x, *decay_and_scale(delta, A), B, C, *h_start, D=D, skip=skip)

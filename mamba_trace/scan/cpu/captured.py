@@ -1,0 +1,235 @@
+"""What a block of code computes, noted while it runs, to be computed again on other memory without that code.
+
+On a CPU the calls of Python and PyTorch around the kernels can take longer than the kernels. Which kernels run, with
+which numbers, and where their tensors lie is the same whenever the same code runs on tensors of the same shapes. So a
+`Capture` takes note of it once, and a `Replay` starts the kernels again with the addresses that have changed.
+"""
+
+from __future__ import annotations
+
+import threading
+from array import array
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ..noting import notes
+from . import by_number
+from .operators import kernels_in
+
+_aten: Any = torch.ops.aten
+#: Operations that only take memory.
+TAKE_MEMORY = {
+    _aten.empty.memory_format,
+    _aten.empty_like.default,
+    _aten.new_empty.default,
+    _aten.empty_strided.default,
+    _aten.new_empty_strided.default,
+}
+#: Operations of which kernels compute the very numbers, by the names of these.
+EXACT = {_aten.add.Tensor: "sums", _aten.mul.Tensor: "products"}
+
+
+class Launch(NamedTuple):
+    """A kernel that was run, in how many pieces, and the tensors that it looked at, by name."""
+
+    kernel: Any
+    block: array[int]
+    pieces: int
+    tensors: dict[str, Tensor]
+
+
+class Operation(NamedTuple):
+    """An operation of PyTorch that was run, as one that writes into tensors that are there."""
+
+    function: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+class Moving(NamedTuple):
+    """Stands for a tensor that is another one in each run."""
+
+    number: int
+
+
+class Capture(TorchDispatchMode):
+    """Takes note of all that is computed in a ``with`` block.
+
+    Attributes:
+        steps: what was computed, in order.
+        made: the tensors that memory was taken for, by the address of that memory.
+        refused: why it cannot be computed again; "" if it can.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps: list[Launch | Operation] = []
+        self.made: dict[int, Tensor] = {}
+        self.refused = ""
+
+    def __enter__(self) -> Capture:
+        super().__enter__()
+        notes.listener = self.launched
+        return self
+
+    def __exit__(self, *raised: Any) -> None:
+        notes.listener = None
+        super().__exit__(*raised)
+
+    def launched(self, kernel: Any, block: array[int], pieces: int, given: dict[str, Any]) -> None:
+        """Take note of a kernel."""
+        looked_at = {name: given[name] for name, b in kernel.layout.buffers.items() if not b.when or given[b.when]}
+        self.steps.append(Launch(kernel, block, pieces, looked_at))
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if function in EXACT and not kwargs and as_many_numbers(*args):
+            return self._made(by_number(EXACT[function], *args))
+        result = function(*args, **kwargs)
+        if function in TAKE_MEMORY:
+            return self._made(result)
+        if function.is_view:
+            return result
+        into = getattr(function.overloadpacket, "out", None)
+        if args and result is args[0]:  # in place
+            self.steps.append(Operation(function, args, kwargs))
+        elif isinstance(result, Tensor) and into is not None:
+            self.steps.append(Operation(into, args, {**kwargs, "out": self._made(result)}))
+        else:
+            self.refused = str(function)
+        return result
+
+    def _made(self, tensor: Tensor) -> Tensor:
+        self.made[memory(tensor)] = tensor
+        return tensor
+
+
+def as_many_numbers(one: Any, other: Any) -> bool:
+    """Whether two arguments are dense tensors in float32 of as many numbers, and the first is as large as their sum."""
+    if not all(isinstance(t, Tensor) and t.dtype is torch.float32 and t.is_contiguous() for t in (one, other)):
+        return False
+    same: bool = one.numel() == other.numel() and one.dim() >= other.dim()
+    return same
+
+
+def memory(tensor: Tensor) -> int:
+    """The address of the memory that a tensor is a part of."""
+    return tensor.untyped_storage().data_ptr()
+
+
+class Scratch(threading.local):
+    """The memory that a thread's replays use for what they make on the way, one after the other."""
+
+    taken = torch.empty(0)
+
+    def take(self, count: int) -> Tensor:
+        """Memory for ``count`` numbers in float32, or more; it may hold anything."""
+        if len(self.taken) < count:
+            self.taken = torch.empty(count, dtype=torch.float32, device="cpu")
+        return self.taken
+
+
+_scratch = Scratch()
+LINE = 64  # bytes that the cache has together
+
+
+class Replay:
+    """Computes again what was noted.
+
+    Args:
+        capture: the notes.
+        moving: the tensors that are others in each run. They need not have been there before.
+        fixed: all other tensors that were there before. The caller sees to it that they stay where they are.
+
+    Attributes:
+        refused: why it cannot; "" if it can.
+        steps: what is run, in order: operations, and kernels one behind the other.
+        places: where an address stands, and which moving tensor it is in, how many bytes behind its first number.
+    """
+
+    def __init__(self, capture: Capture, moving: Sequence[Tensor], fixed: Sequence[Tensor]) -> None:
+        self.refused = capture.refused
+        self._moving, self._fixed = moving, {id(tensor) for tensor in fixed}
+        self._roots = {memory(tensor): number for number, tensor in enumerate(moving)}
+        self._made = {address: tensor for address, tensor in capture.made.items() if address not in self._roots}
+        self._there = {*map(memory, fixed)}
+        if len(self._roots) < len(moving) or not self._there.isdisjoint(self._roots):
+            self.refused = "tensors that share memory"
+        self.places: list[tuple[array[int], int, int, int]] = []
+        self.steps: list[Any] = []
+        row: list[Any] = []
+        operations = [step for step in capture.steps if isinstance(step, Operation)]
+        self._kept = {memory(t) for step in operations for t in (*step.args, *step.kwargs.values()) if is_tensor(t)}
+        self._place_made()
+        for step in capture.steps:
+            if isinstance(step, Launch):
+                row.append(self._launch(step))
+            else:
+                self._end(row)
+                self.steps.append(self._operation(step))
+        self._end(row)
+
+    def _place_made(self) -> None:
+        # What only kernels look at need not stay in the memory that it was made in.
+        count, self._offsets = 0, dict[int, int]()
+        for address, tensor in self._made.items():
+            if address not in self._kept:
+                self._offsets[address] = count
+                count += -(-tensor.untyped_storage().nbytes() // LINE) * LINE
+        self.scratch = _scratch.take(count // 4)
+        self.kept = [self._made[address] for address in self._kept if address in self._made]
+
+    def _end(self, row: list[Any]) -> None:
+        if row and not self.refused:
+            self.steps.append(kernels_in(".several").Row(row[:]))
+        row.clear()
+
+    def _operation(self, step: Operation) -> Operation:
+        kwargs = {name: self._argument(value) for name, value in step.kwargs.items()}
+        return Operation(step.function, tuple(map(self._argument, step.args)), kwargs)
+
+    def _argument(self, value: Any) -> Any:
+        # An argument of an operation as it is kept.
+        if not isinstance(value, Tensor):
+            return value
+        for number, tensor in enumerate(self._moving):
+            if value is tensor:
+                return Moving(number)
+        if id(value) not in self._fixed and memory(value) not in self._made:
+            self.refused = "an operation on a part of a tensor"
+        return value
+
+    def _launch(self, launch: Launch) -> tuple[Any, array[int], int]:
+        kernel, block, pieces, tensors = launch
+        for name, tensor in tensors.items():
+            place, start, address = kernel.layout.places[name], memory(tensor), tensor.data_ptr()
+            if (number := self._roots.get(start)) is not None:
+                self.places.append((block, place, number, address - self._moving[number].data_ptr()))
+            elif (offset := self._offsets.get(start)) is not None:
+                block[place] = self.scratch.data_ptr() + offset + address - start
+            elif start not in self._made and start not in self._there:
+                self.refused = f"{name} was not there before"
+        return kernel, block, pieces
+
+    def run(self, *moving: Tensor) -> None:
+        """Compute it on these tensors."""
+        addresses = [tensor.data_ptr() for tensor in moving]
+        for block, place, number, offset in self.places:
+            block[place] = addresses[number] + offset
+        for step in self.steps:
+            if type(step) is not Operation:
+                step.run()
+                continue
+            function, args, kwargs = step
+            given = [moving[arg.number] if type(arg) is Moving else arg for arg in args]
+            named = {name: moving[arg.number] if type(arg) is Moving else arg for name, arg in kwargs.items()}
+            function(*given, **named)
+
+
+def is_tensor(value: Any) -> bool:
+    """Whether a value is a tensor."""
+    return isinstance(value, Tensor)

@@ -1,0 +1,106 @@
+"""A weight times few vectors, as compiled loops for float32 on a CPU.
+
+Memory decides how long that takes, so each number of the weight is read from there once. A group of its rows is
+multiplied by all vectors, some at a time: as many sums as the processor has registers for. Meanwhile the next group is
+asked for. Each piece of work is a range of groups.
+
+What is computed for a vector does not depend on the others.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from ..buffers import BlockLayout, Buffer
+from .compiled import arguments_at, kernel, next_piece
+from .vectors import INDEX, Total, addresses, ask_for, parts, store_totals
+
+FORWARD = BlockLayout(
+    "biased",
+    x=Buffer("lines inner", dense=1),
+    weight=Buffer("width inner"),
+    bias=Buffer("width", when="biased"),
+    out=Buffer("lines width"),
+)
+ROWS = 4  # of the weight, in a group
+LINES = 4  # vectors that are multiplied at a time
+
+
+def products(rows: int, lines: int) -> Any:
+    """What multiplies some rows of a weight by some vectors, of which ``first`` and ``line`` are the first.
+
+    It asks for the row ``ahead`` on the way, and writes to ``out`` [lines,width].
+    """
+
+    @intrinsic
+    def multiply(  # type: ignore[no-untyped-def]
+        typingctx, weight, first, ahead, x, line, inner, out, width
+    ):
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            weight, first, ahead, x, line, inner, out, width = args
+            kinds = [signature.args[place] for place in (0, 3, 6)]
+            start, _, into = addresses(context, builder, kinds, (weight, x, out))
+
+            def beginning(number: Any) -> Any:
+                return builder.gep(start, [builder.mul(number, inner)])
+
+            given = context.make_array(kinds[1])(context, builder, value=x)
+            step = builder.sdiv(cgutils.unpack_tuple(builder, given.strides)[0], INDEX(4))
+            vectors_at = [
+                builder.gep(given.data, [builder.mul(builder.add(line, INDEX(k)), step)]) for k in range(lines)
+            ]
+            rows_at = [beginning(builder.add(first, INDEX(k))) for k in range(rows)]
+            sums = [[Total(builder) for _ in rows_at] for _ in vectors_at]
+            next_at = beginning(ahead)
+            for vectors, k in parts(builder, inner):
+                if vectors.lanes > 1:
+                    ask_for(builder, next_at, k)
+                numbers = [vectors.load(row, k) for row in rows_at]
+                for totals, vector in zip(sums, vectors_at, strict=True):
+                    factor = vectors.load(vector, k)
+                    for total, number in zip(totals, numbers, strict=True):
+                        total.add(vectors, vectors.times(number, factor))
+            for place, totals in enumerate(sums):
+                to = builder.add(builder.mul(builder.add(line, INDEX(place)), width), first)
+                store_totals(builder, totals, into, to)
+            return context.get_dummy_value()
+
+        index = types.int64
+        return types.void(weight, index, index, x, index, index, out, index), codegen
+
+    return multiply
+
+
+by_lines, by_line, single = products(ROWS, LINES), products(ROWS, 1), products(1, 1)
+
+
+@kernel(FORWARD)
+def forward(data):  # type: ignore[no-untyped-def]
+    """Multiply pieces of the weight's rows by all vectors, and add the bias if it is ``biased``. Result: out."""
+    p = arguments_at(data)
+    groups = (p.width + ROWS - 1) // ROWS
+    while True:
+        piece = next_piece(data)
+        if piece >= p.pieces:
+            break
+        for group in range(groups * piece // p.pieces, groups * (piece + 1) // p.pieces):
+            first, line = ROWS * group, 0
+            if first + ROWS <= p.width:
+                ahead = min(first + ROWS, p.width - ROWS)
+                while line + LINES <= p.lines:
+                    by_lines(p.weight, first, ahead + min(line // LINES, ROWS - 1), p.x, line, p.inner, p.out, p.width)
+                    line += LINES
+                for last in range(line, p.lines):
+                    by_line(p.weight, first, first, p.x, last, p.inner, p.out, p.width)
+            else:
+                for line in range(p.lines):
+                    for row in range(first, p.width):
+                        single(p.weight, row, row, p.x, line, p.inner, p.out, p.width)
+            if p.biased:
+                for line in range(p.lines):
+                    for row in range(first, min(first + ROWS, p.width)):
+                        p.out[line, row] += p.bias[row]
