@@ -1,4 +1,4 @@
-"""Linear layers: multiplied by a compiled loop, by oneDNN and by what PyTorch chooses, against float64, and what asks for which."""
+"""Linear layers: by a compiled loop, by oneDNN and by what PyTorch chooses, against float64; what asks for which."""
 
 from __future__ import annotations
 
@@ -352,9 +352,8 @@ def test_only_so_many_vectors_are_multiplied_by_the_compiled_loop(multiplied, mo
 def test_what_the_compiled_loop_computes_of_a_vector_depends_on_that_alone(rows: int) -> None:
     generator = torch.Generator().manual_seed(rows)
     for inner, outputs in ((1, 1), (15, 3), (16, 4), (48, 130), (100, 7), (1024, 9)):
-        x, weight, bias = (
-            torch.randn(size, generator=generator) for size in ((rows, inner), (outputs, inner), outputs)
-        )
+        sizes = ((rows, inner), (outputs, inner), (outputs,))
+        x, weight, bias = (torch.randn(size, generator=generator) for size in sizes)
         found = room.by_kernel(x, weight, bias)
         near(found, F.linear(x.double(), weight.double(), bias.double()), 1e-6)
         wide = torch.cat((x, x), 1)[:, :inner]

@@ -32,42 +32,53 @@ PACKAGE = __name__.split(".")[0]
 SETTINGS = (bool, int, float, str, tuple, type(None))
 #: Of how many kinds of calls notes of a module are kept.
 KINDS = 8
+#: How many kinds of calls are remembered at most, to tell which come again.
+SEEN = 256
 #: How often notes of a module may have been of no use.
 IN_VAIN = 3
 
 
-class _Kept(threading.local):
-    """The notes of this thread, by module."""
-
-    def __init__(self) -> None:
-        self.of: weakref.WeakKeyDictionary[nn.Module, Notes] = weakref.WeakKeyDictionary()
+#: Under this name a module keeps its notes.
+NOTES = "_mamba_trace_notes"
 
 
-_kept = _Kept()
-if hasattr(os, "register_at_fork"):  # the threads that the notes speak of do not survive it
-    os.register_at_fork(after_in_child=lambda: _kept.of.clear())
+class Notes(threading.local):
+    """What a thread knows of one module. Copies of the module begin without.
 
-
-class Notes:
-    """What is known of one module.
+    Args:
+        module: a reference to a mixer or a block, which keeps the notes.
 
     Attributes:
+        module: the reference.
         seen: how it was called.
-        again: how it was called -> what it did.
+        again: how it was called -> what it did; ``None`` if that cannot be done again.
         state: what it was when that was noted.
         in_vain: how often the notes were of no use, because it was changed before it was called again.
     """
 
-    def __init__(self) -> None:
+    state: State | None = None
+    in_vain = 0
+
+    def __init__(self, module: weakref.ref[nn.Module]) -> None:
+        self.module = module
         self.seen: set[Any] = set()
-        self.again: dict[Any, Repeated] = {}
-        self.state: State | None = None
-        self.in_vain = 0
+        self.again: dict[Any, Repeated | None] = {}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return dict, ()
+
+    @classmethod
+    def of(cls, module: nn.Module) -> Notes:
+        """Those of a module, which may be new."""
+        kept = vars(module).get(NOTES)
+        if type(kept) is not cls or kept.module() is not module:
+            kept = vars(module)[NOTES] = cls(weakref.ref(module))
+        return kept
 
     def begin(self, module: nn.Module) -> bool:
         """Begin to take notes of one more call, unless they would be of no use."""
         if self.state is None or not self.state.holds() or len(self.again) >= KINDS:
-            self.in_vain += bool(self.again) and not any(again.used for again in self.again.values())
+            self.in_vain += bool(self.again) and not any(again and again.used for again in self.again.values())
             self.again.clear()
             self.state = State(module) if can_be_repeated(module) else None
         return self.state is not None
@@ -80,7 +91,8 @@ def how_called(value: Tensor, past: Any) -> tuple[Any, ...] | None:
     if under_a_mode() or notes.listener is not None or not value.is_contiguous():
         return None
     shapes = [each.shape for each in past.memory()] if type(past) is Lent else []
-    return type(past), past.begun, value.shape, *shapes, torch.get_num_threads(), torch.is_inference_mode_enabled()
+    others = torch.get_num_threads(), torch.is_inference_mode_enabled(), os.getpid()  # no thread survives a fork
+    return type(past), past.begun, value.shape, *shapes, *others
 
 
 def repeated(module: nn.Module, value: Tensor, past: Any) -> Tensor | None:
@@ -91,11 +103,11 @@ def repeated(module: nn.Module, value: Tensor, past: Any) -> Tensor | None:
         value: its input [B,L,D].
         past: what came before.
     """
-    kept = _kept.of.get(module)
-    if kept is None or (again := kept.again.get(how_called(value, past))) is None:
+    kept = vars(module).get(NOTES)
+    if type(kept) is not Notes or kept.module() is not module:
         return None
-    assert kept.state is not None
-    return again.run(value, past) if kept.state.holds() else None
+    again = kept.again.get(how_called(value, past))
+    return None if again is None or kept.state is None or not kept.state.holds() else again.run(value, past)
 
 
 def noted(module: nn.Module, value: Tensor, past: Any, run: Callable[[], Tensor]) -> Tensor:
@@ -106,18 +118,18 @@ def noted(module: nn.Module, value: Tensor, past: Any, run: Callable[[], Tensor]
     called = how_called(value, past)
     if called is None:
         return run()
-    kept = _kept.of.setdefault(module, Notes())
-    first = called not in kept.seen
-    kept.seen.add(called)
-    if kept.in_vain >= IN_VAIN or (first and not (past.begun and value.shape[1] == 1)) or not kept.begin(module):
+    kept = Notes.of(module)
+    if called not in kept.seen and not (past.begun and value.shape[1] == 1):
+        if len(kept.seen) >= SEEN:
+            kept.seen.clear()
+        kept.seen.add(called)
+        return run()
+    if kept.in_vain >= IN_VAIN or not kept.begin(module) or called in kept.again:
         return run()
     with Capture() as capture:
         out = run()
-    again = Repeated(capture, value, past, out, [tensor for _, _, tensor in tensors_of(module)])
-    if again.replay.refused:
-        kept.in_vain = IN_VAIN
-    else:
-        kept.again[called] = again
+    again = Repeated(capture, value, past, out, [tensor for _, _, tensor in tensors_of(module) if tensor is not None])
+    kept.again[called] = None if again.replay.refused else again
     return out
 
 
@@ -157,7 +169,12 @@ class State:
         self.modules = [(*each, forward_of(each[2], type(each[2]))) for each in inner]
         owners = [module, *(each for _, _, each in inner if made_here(type(each)))]
         self.settings = [(vars(owner), len(vars(owner)), settings_of(owner)) for owner in owners]
-        self.tensors = [(*each, each[2].data_ptr(), each[2].shape, each[2].dtype) for each in tensors_of(module)]
+        self.tensors: list[tuple[Any, ...]] = [
+            (group, name, weakref.ref(tensor), tensor.data_ptr(), tensor.shape, tensor.dtype)
+            for group, name, tensor in tensors_of(module)
+            if tensor is not None
+        ]
+        self.lacking = [(group, name) for group, name, tensor in tensors_of(module) if tensor is None]
 
     def holds(self) -> bool:
         """Whether the module still is that."""
@@ -167,12 +184,13 @@ class State:
         for own, count, settings in self.settings:
             if len(own) != count or any(own.get(name) is not value for name, value in settings):
                 return False
-        for group, name, tensor, address, shape, dtype in self.tensors:
-            if group.get(name) is not tensor or tensor.data_ptr() != address or tensor.shape != shape:
+        for group, name, reference, address, shape, dtype in self.tensors:
+            tensor = reference()
+            if tensor is None or tensor is not group.get(name) or tensor.data_ptr() != address:
                 return False
-            if tensor.dtype is not dtype or not tensor.is_contiguous():
+            if tensor.shape != shape or tensor.dtype is not dtype or not tensor.is_contiguous():
                 return False
-        return True
+        return all(group.get(name) is None for group, name in self.lacking)
 
 
 def inner_modules(module: nn.Module) -> Iterator[tuple[dict[str, Any], str, nn.Module]]:
@@ -183,11 +201,14 @@ def inner_modules(module: nn.Module) -> Iterator[tuple[dict[str, Any], str, nn.M
             yield from inner_modules(inner)
 
 
-def tensors_of(module: nn.Module) -> Iterator[tuple[dict[str, Any], str, Tensor]]:
-    """The parameters and buffers of a module and those inside, each with the dictionary that has it by name."""
+def tensors_of(module: nn.Module) -> Iterator[tuple[dict[str, Any], str, Any]]:
+    """The parameters and buffers of a module and those inside, each with the dictionary that has it by name.
+
+    ``None`` stands for one that there might be, such as the bias of a linear layer without any.
+    """
     for owner in (module, *(inner for _, _, inner in inner_modules(module))):
         for group in (owner._parameters, owner._buffers):
-            yield from ((group, name, tensor) for name, tensor in group.items() if tensor is not None)
+            yield from ((group, name, tensor) for name, tensor in group.items())
 
 
 def settings_of(module: nn.Module) -> list[tuple[str, Any]]:

@@ -41,5 +41,5 @@ def softplus(x: Tensor) -> Tensor:
 def _computed(kernel: str, defined: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     if not x.is_contiguous() or not computed_in_floats(x):
         return defined(x)
-    computed: Tensor = recompute(lambda x: cpu.by_number(kernel, x), defined, x)
+    computed: Tensor = recompute(lambda x: cpu.of_each(kernel, x), defined, x)
     return computed

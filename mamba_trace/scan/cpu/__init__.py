@@ -272,8 +272,8 @@ def _run_conv(
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
     """`scan.linear.linear` [...,M] of few vectors x [...,K] in float32, a dense weight [M,K] and a dense bias [M].
 
-    Not differentiable. It is written into ``out``, if that is given, which is dense. Where a weight is small the call takes longer than the loop, so nothing is checked here: it is
-    for `scan.linear` alone, which has looked at the tensors.
+    Not differentiable. It is written into ``out``, if that is given, which is dense. Where a weight is small the call
+    takes longer than the loop, so nothing is checked here: it is for `scan.linear`, which has looked at the tensors.
     """
     width, inner = weight.shape
     vectors = x if x.dim() == 2 else x.reshape(-1, inner)
@@ -292,13 +292,27 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None = 
 # -- number by number ----------------------------------------------------------------------------------------
 
 
-def by_number(kernel: str, one: Tensor, *others: Tensor) -> Tensor:
-    """What a kernel of `elements` makes of dense tensors of as many numbers in float32: as large as ``one``."""
-    out, inputs = torch.empty_like(one), dict(zip(("one", "other"), (one, *others), strict=False))
-    count = team.pieces(one.numel() // 64, 1)  # a scan's step takes as long as 64 numbers here
-    arrays = {name: tensor.view(-1) for name, tensor in {**inputs, "out": out}.items()}
-    team.run(getattr(kernels_in(".elements"), kernel), count, **arrays)
+def of_each(kernel: str, one: Tensor) -> Tensor:
+    """What a kernel of `elements` makes of each number of a dense tensor in float32; not differentiable."""
+    out = torch.empty_like(one)
+    team.run(getattr(kernels_in(".elements"), kernel), _shares(one), one=one.view(-1), out=out.view(-1))
     return out
+
+
+def of_pairs(kernel: str, one: Tensor, other: Tensor) -> Tensor:
+    """What a kernel of `elements` makes of tensors in float32: the last axes of ``one`` are those of ``other``.
+
+    Only the last axis of ``one`` need be dense where that is the only one of ``other``.
+    """
+    out = torch.empty_like(one, memory_format=torch.contiguous_format)
+    lines = (-1, other.numel())
+    arrays = {"one": one.view(lines), "other": other.view(-1), "out": out.view(lines)}
+    team.run(getattr(kernels_in(".elements"), kernel), _shares(one), **arrays)
+    return out
+
+
+def _shares(tensor: Tensor) -> int:
+    return team.pieces(tensor.numel() // 64, 1)  # a scan's step takes as long as 64 numbers here
 
 
 # -- the norm ------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..noting import notes
-from . import by_number
+from . import of_pairs
 from .operators import kernels_in
 
 _aten: Any = torch.ops.aten
@@ -87,8 +87,8 @@ class Capture(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if function in EXACT and not kwargs and as_many_numbers(*args):
-            return self._made(by_number(EXACT[function], *args))
+        if function in EXACT and not kwargs and ends_alike(*args):
+            return self._made(of_pairs(EXACT[function], *args))
         result = function(*args, **kwargs)
         if function in TAKE_MEMORY:
             return self._made(result)
@@ -100,7 +100,7 @@ class Capture(TorchDispatchMode):
         elif isinstance(result, Tensor) and into is not None:
             self.steps.append(Operation(into, args, {**kwargs, "out": self._made(result)}))
         else:
-            self.refused = str(function)
+            self.refused = self.refused or str(function)
         return result
 
     def _made(self, tensor: Tensor) -> Tensor:
@@ -108,12 +108,22 @@ class Capture(TorchDispatchMode):
         return tensor
 
 
-def as_many_numbers(one: Any, other: Any) -> bool:
-    """Whether two arguments are dense tensors in float32 of as many numbers, and the first is as large as their sum."""
-    if not all(isinstance(t, Tensor) and t.dtype is torch.float32 and t.is_contiguous() for t in (one, other)):
+def ends_alike(one: Any, other: Any) -> bool:
+    """Whether two arguments are tensors as `of_pairs` takes them."""
+    if not all(isinstance(tensor, Tensor) and tensor.dtype is torch.float32 for tensor in (one, other)):
         return False
-    same: bool = one.numel() == other.numel() and one.dim() >= other.dim()
-    return same
+    shape, end = tuple(one.shape), tuple(other.shape)
+    while len(end) > 1 and end[0] == 1:
+        end = end[1:]
+    if not end or len(end) > len(shape) or shape[-len(end) :] != end or not one.numel() or not other.is_contiguous():
+        return False
+    return one.is_contiguous() or (len(end) == 1 and one.stride(-1) == 1 and lines_evenly_apart(one))
+
+
+def lines_evenly_apart(tensor: Tensor) -> bool:
+    """Whether all lines of a tensor, along its last axis, are as far from each other in memory."""
+    axes = range(tensor.dim() - 2)
+    return all(tensor.stride(axis) == tensor.shape[axis + 1] * tensor.stride(axis + 1) for axis in axes)
 
 
 def memory(tensor: Tensor) -> int:
@@ -153,12 +163,12 @@ class Replay:
 
     def __init__(self, capture: Capture, moving: Sequence[Tensor], fixed: Sequence[Tensor]) -> None:
         self.refused = capture.refused
-        self._moving, self._fixed = moving, {id(tensor) for tensor in fixed}
+        self._moving = moving
         self._roots = {memory(tensor): number for number, tensor in enumerate(moving)}
         self._made = {address: tensor for address, tensor in capture.made.items() if address not in self._roots}
         self._there = {*map(memory, fixed)}
         if len(self._roots) < len(moving) or not self._there.isdisjoint(self._roots):
-            self.refused = "tensors that share memory"
+            self.refused = self.refused or "tensors that share memory"
         self.places: list[tuple[array[int], int, int, int]] = []
         self.steps: list[Any] = []
         row: list[Any] = []
@@ -199,8 +209,8 @@ class Replay:
         for number, tensor in enumerate(self._moving):
             if value is tensor:
                 return Moving(number)
-        if id(value) not in self._fixed and memory(value) not in self._made:
-            self.refused = "an operation on a part of a tensor"
+        if memory(value) not in self._made:
+            self.refused = self.refused or "an operation on a tensor that was there"
         return value
 
     def _launch(self, launch: Launch) -> tuple[Any, array[int], int]:
@@ -212,7 +222,7 @@ class Replay:
             elif (offset := self._offsets.get(start)) is not None:
                 block[place] = self.scratch.data_ptr() + offset + address - start
             elif start not in self._made and start not in self._there:
-                self.refused = f"{name} was not there before"
+                self.refused = self.refused or f"{name} was not there before"
         return kernel, block, pieces
 
     def run(self, *moving: Tensor) -> None:

@@ -10,7 +10,7 @@ from .compiled import Kernel, arguments_at, kernel, next_piece
 from .vectors import number_exp, number_softplus
 
 ONE = BlockLayout("", one=Buffer("numbers"), out=Buffer("numbers"))
-TWO = ONE.but("", other=Buffer("numbers"))
+TWO = BlockLayout("", one=Buffer("lines width", dense=1), other=Buffer("width"), out=Buffer("lines width"))
 EXP, RATE, SUM = False, False, False  # which function is compiled
 
 
@@ -37,14 +37,15 @@ rates = Kernel(softplus.function, ONE, RATE=True)
 
 @kernel(TWO)
 def products(data):  # type: ignore[no-untyped-def]
-    """out = one * other; with `SUM`, one + other."""
+    """out = one * other, which is the same for all lines; with `SUM`, one + other."""
     p = arguments_at(data)
     while True:
         piece = next_piece(data)
         if piece >= p.pieces:
             break
-        for n in range(p.numbers * piece // p.pieces, p.numbers * (piece + 1) // p.pieces):
-            p.out[n] = p.one[n] + p.other[n] if SUM else p.one[n] * p.other[n]
+        for n in range(p.width * piece // p.pieces, p.width * (piece + 1) // p.pieces):
+            for line in range(p.lines):
+                p.out[line, n] = p.one[line, n] + p.other[n] if SUM else p.one[line, n] * p.other[n]
 
 
 sums = Kernel(products.function, TWO, SUM=True)

@@ -134,7 +134,7 @@ class Vectors:
 
     def softplus(self, v: Any) -> Any:
         """log(1 + exp(v)), to float32's precision of its own value however small that is."""
-        u = self.exp2(self.times(self._called("fabs", v), self.same(-LOG2E)))
+        u = self.exp(self.times(self._called("fabs", v), self.same(-1.0)))
         s = self.over(u, self.added(u, self.same(2.0)))
         log = self.times(self._polynomial(ARTANH, self.times(s, s)), s)
         return self.added(self._within(v, "<", 0.0), log)
