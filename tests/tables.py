@@ -175,6 +175,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "linear intel": lambda: linear_table(recorded("linear_intel")),
     "scaling": lambda: scaling_table(recorded("scaling")),
     "decode": lambda: decode_table(recorded("decode")),
+    "decode intel": lambda: decode_table(recorded("decode_intel")),
     "analyses": lambda: analyses_table(recorded("analyses")),
     "patching": lambda: patching_table(recorded("patching")),
     "grids": lambda: grids_table(recorded),

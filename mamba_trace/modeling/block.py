@@ -139,7 +139,7 @@ class HookableBlock(Block):
         offer = Offers(self)
         run = functools.partial(self.added, offer, hidden_states, cache, attention_mask, kwargs)
         mixer = None if offer.open else self.part("ssm")
-        out = run() if mixer is None else of_block(self, mixer, hidden_states, cache, attention_mask, run)
+        out = run() if mixer is None else of_block(offer.visit, mixer, hidden_states, cache, attention_mask, run)
         return self.ended(offer, out)
 
     def added(

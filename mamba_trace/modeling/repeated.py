@@ -201,6 +201,11 @@ def inner_modules(module: nn.Module) -> Iterator[tuple[dict[str, Any], str, nn.M
             yield from inner_modules(inner)
 
 
+def names_inside(module: nn.Module) -> list[str]:
+    """The names of the modules right inside of one that compute something."""
+    return [name for group, name, _ in inner_modules(module) if group is module._modules]
+
+
 def tensors_of(module: nn.Module) -> Iterator[tuple[dict[str, Any], str, Any]]:
     """The parameters and buffers of a module and those inside, each with the dictionary that has it by name.
 

@@ -33,7 +33,7 @@ from .carried import Anew, InRuns, what_came_before
 from .discretisation import Discretisation
 from .offers import SITE_HOOKS, SITE_NAMES
 from .past import PastStates
-from .repeated import SILU, forward_known, inner_modules, noted, repeated
+from .repeated import SILU, forward_known, names_inside, noted, repeated
 from .run_report import LayerRun
 from .starting import StartingRuns
 from .stopped import MoreIsWanted, Stopped
@@ -129,19 +129,24 @@ def unwatched(
 
 
 def of_block(
-    block: Any, mixer: Any, hidden_states: Tensor, cache: Any, attention_mask: Tensor | None, run: Callable[[], Tensor]
+    visit: Visit,
+    mixer: Any,
+    hidden_states: Tensor,
+    cache: Any,
+    attention_mask: Tensor | None,
+    run: Callable[[], Tensor],
 ) -> Tensor:
     """What ``run`` returns, which is what a block that nobody looks into returns [B,L,D].
 
     Args:
-        block: the block.
+        visit: of the block.
         mixer: the mixer in it.
         hidden_states: its input.
         cache, attention_mask: as it was given them.
         run: runs it.
     """
-    visit = Visit(mixer)
-    if hidden_states.numel() > most_vectors() * hidden_states.shape[-1] or visit.inside(mixer.__dict__[SITE_HOOKS]):
+    block, inside, length = visit.module, Visit(mixer), hidden_states.shape[1]
+    if hidden_states.numel() > most_vectors() * hidden_states.shape[-1] or inside.inside(mixer.__dict__[SITE_HOOKS]):
         return run()
     past = before_kernels(mixer, hidden_states, cache, attention_mask)
     if (out := repeated(block, hidden_states, past)) is None:
@@ -149,8 +154,8 @@ def of_block(
     assert past is not None
     past.ended()
     take_note_of_mask(visit.interleaver, attention_mask)
-    length = hidden_states.shape[1]
-    ran_unwatched(mixer, visit, mixer.begin(visit, length), length, (name for _, name, _ in inner_modules(mixer)))
+    visit.pass_over(names_inside(block))
+    ran_unwatched(mixer, inside, mixer.begin(inside, length), length, names_inside(mixer))
     return out
 
 

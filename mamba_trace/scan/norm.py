@@ -17,7 +17,7 @@ from .reference import accumulation_dtype
 
 def rms_norm(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     epsilon: float,
     group_size: int | None = None,
     dtype: torch.dtype | None = None,
@@ -29,7 +29,7 @@ def rms_norm(
 
     Args:
         x: [...,E].
-        weight: [E].
+        weight: [E]; ``None`` for 1 throughout.
         epsilon: what is added to the mean of the squares.
         group_size: how many channels next to each other share a mean: all of them if ``None``.
         dtype: what the norm is rounded to: the dtype of x if ``None``.
@@ -47,9 +47,11 @@ def rms_norm(
     """
     size, dtype = group_size or x.shape[-1], dtype or x.dtype
 
-    def defined(x: Tensor, weight: Tensor) -> Tensor:
+    def defined(x: Tensor, weight: Tensor | None) -> Tensor:
         groups = x.to(accumulation_dtype(x)).unflatten(-1, (-1, size))
         normed = (groups * torch.rsqrt(groups.square().mean(-1, keepdim=True) + epsilon)).flatten(-2)
+        if weight is None:
+            return normed.to(dtype)
         return (weight.to(normed.dtype) * normed).to(dtype) if wide_weight else weight * normed.to(dtype)
 
     if dtype is not torch.float32 or not computed_in_floats(x, weight):
@@ -60,8 +62,9 @@ def rms_norm(
     return recompute(lambda x, weight: cpu.rms_norm(x, weight, epsilon, size), defined, x, weight)
 
 
-def computed_in_floats(*tensors: Tensor) -> bool:
+def computed_in_floats(*given: Tensor | None) -> bool:
     """Whether a compiled loop can run on tensors: in float32 and on a CPU."""
+    tensors = [tensor for tensor in given if tensor is not None]
     if any(t.dtype is not torch.float32 or not t.is_cpu or t.numel() == 0 for t in tensors):
         return False
     if transformed() or under_a_mode() or torch.compiler.is_compiling():

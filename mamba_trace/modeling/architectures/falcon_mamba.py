@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from transformers import FalconMambaConfig
 from transformers.models.falcon_mamba.modeling_falcon_mamba import (
@@ -13,7 +12,7 @@ from transformers.models.falcon_mamba.modeling_falcon_mamba import (
     FalconMambaWeightlessRMSNorm,
 )
 
-from ...scan.reference import accumulation_dtype
+from ...scan.norm import rms_norm
 from ..block import HookableBlock, HookableRMSNorm
 from ..selective import NormedSelectiveMixer
 from .architecture import Architecture
@@ -36,8 +35,7 @@ class HookableFalconMambaWeightlessRMSNorm(FalconMambaWeightlessRMSNorm):
     """A `FalconMambaWeightlessRMSNorm` that keeps float64."""
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.to(accumulation_dtype(x))
-        return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+        return rms_norm(x, None, self.eps)
 
 
 FALCON_MAMBA = Architecture(

@@ -318,7 +318,7 @@ def _shares(tensor: Tensor) -> int:
 # -- the norm ------------------------------------------------------------------------------------------------
 
 
-def rms_norm(x: Tensor, weight: Tensor, epsilon: float, group_size: int) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor | None, epsilon: float, group_size: int) -> Tensor:
     """`scan.norm.rms_norm` of values in float32 [...,E]; not differentiable."""
     width = x.shape[-1]
     rows = x if x.dim() == 3 else x.reshape(1, -1, width)
@@ -329,8 +329,9 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float, group_size: int) -> Tens
         team.pieces(rows.shape[0] * rows.shape[1], -(-width // 64)),  # a scan's step takes as long as 64 channels here
         epsilon=_bits(epsilon),
         groups=width // group_size,
+        weighted=int(weight is not None),
         x=rows,
-        weight=as_dense(weight),
+        weight=None if weight is None else as_dense(weight),
         out=out,
     )
     return out if x.dim() == 3 else out.view(x.shape)

@@ -11,9 +11,9 @@ from ..buffers import BlockLayout, Buffer
 from .compiled import arguments_at, as_float, kernel, next_piece
 
 FORWARD = BlockLayout(
-    "epsilon groups",
+    "epsilon groups weighted",
     x=Buffer("batch length width", dense=1),
-    weight=Buffer("width"),
+    weight=Buffer("width", when="weighted"),
     out=Buffer("batch length width"),
 )
 
@@ -22,7 +22,8 @@ FORWARD = BlockLayout(
 def forward(data):  # type: ignore[no-untyped-def]
     """Norm pieces of the rows (batch x positions), each of the ``groups`` of channels by itself. Result: out.
 
-    ``epsilon``: the bits of the float32 that is added to the mean of the squares.
+    ``epsilon``: the bits of the float32 that is added to the mean of the squares; ``weighted``: whether there are
+    weights.
     """
     p = arguments_at(data)
     size = p.width // p.groups
@@ -39,4 +40,4 @@ def forward(data):  # type: ignore[no-untyped-def]
                     total += x[c] * x[c]
                 scale = np.float32(1.0) / np.sqrt(total / count + epsilon)
                 for c in range(g * size, (g + 1) * size):
-                    out[c] = p.weight[c] * (x[c] * scale)
+                    out[c] = p.weight[c] * (x[c] * scale) if p.weighted else x[c] * scale
