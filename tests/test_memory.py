@@ -76,7 +76,8 @@ def no_collector() -> Iterator[None]:
 @pytest.mark.parametrize("kind", RUNS)
 def test_runs_leave_no_tensors(tiny_hf: ModuleFactory, no_collector: None, kind: str) -> None:
     model = MambaTrace(tiny_hf())
-    RUNS[kind](model)
+    for _ in range(2):  # which kernels the second starts is noted
+        RUNS[kind](model)
     gc.collect()
     before = tensors()
     for _ in range(4):

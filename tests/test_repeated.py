@@ -158,6 +158,17 @@ def by_another_method(block: Any) -> None:
     block.mixer.divided = lambda rows: divided(2 * rows)
 
 
+def in_place_of_something(block: Any) -> None:
+    block.mixer.something = 5
+    del block.mixer.something
+    by_another_method(block)
+
+
+def of_another_class(block: Any) -> None:
+    kind = type(block.mixer)
+    block.mixer.__class__ = type("Own", (kind,), {"entered": lambda self, value: 2 * kind.entered(self, value)})
+
+
 CHANGES: dict[str, Callable[[Any], Any]] = {
     "in place": lambda block: block.mixer.in_proj.weight.mul_(2),
     "by .data in place": lambda block: block.mixer.A_log.data.add_(1),
@@ -178,6 +189,9 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
     "another number": lambda block: setattr(block.norm, "variance_epsilon", 0.5),
     "another activation": lambda block: setattr(block.mixer, "act", nn.GELU()),
     "another method": by_another_method,
+    "a method in place of something": in_place_of_something,
+    "another class": of_another_class,
+    "what hides a weight": lambda block: vars(block.mixer.in_proj).update(weight=2 * block.mixer.in_proj.weight),
 }
 
 
@@ -200,6 +214,51 @@ def test_the_code_runs_again_once_anything_is_another(kind: str, change: str, ag
         same(module, tokens_of(1, 9, seed))
     unchanged = change in ("another dtype", "a weight that is transposed")
     assert torch.allclose(before[0], next(steps(module, prompt)), atol=1e-4) == unchanged
+
+
+def test_limits_may_stand_in_a_list_as_in_a_loaded_configuration(again: list[Any]) -> None:
+    module, prompt = model_of("mamba2"), tokens_of(1, 9)
+    mixer = module.backbone.layers[1].mixer
+    mixer.time_step_limit = [0.0, 0.5]
+    for limits in ([0.0, 0.5], [0.1, 0.2], [0.3, 0.4]):
+        mixer.time_step_limit[:] = limits
+        for _ in range(3):
+            same(module, prompt)
+    assert again
+
+
+@pytest.mark.parametrize("kind", ["mamba", "mamba2"])
+def test_a_convolution_may_have_no_bias(kind: str, again: list[Any]) -> None:
+    module = MambaTrace(make_hf(model_type=kind, use_conv_bias=False))._module
+    for seed in range(3):
+        same(module, tokens_of(2, 9, seed))
+    assert again
+
+
+def test_an_input_may_stand_for_its_negative(again: list[Any]) -> None:
+    block = model_of("mamba").backbone.layers[0]
+    hidden = torch.randn(1, 9, 12, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        for _ in range(3):
+            expected = block(hidden)
+        assert again
+        torch.testing.assert_close(block(torch._neg_view(-hidden)), expected)
+
+
+@pytest.mark.parametrize("kind", ["mamba", "mamba2", "bamba", "jamba", "zamba2"])
+def test_each_step_of_a_generation_is_counted(kind: str) -> None:
+    model = MambaTrace(make_hf(model_type=kind) if kind in PURE else make_hybrid(kind))
+    layer = model.layers[model.ssm_layers[0]]
+    for step in (1, 3):
+        kept = []
+        with torch.no_grad(), model.generate(tokens_of(1, 5), max_new_tokens=5, do_sample=False) as tracer:
+            for _ in tracer.iter[step : step + 1]:
+                kept.append(layer.norm.output)
+                kept.append(layer.ssm.in_proj.output)
+                kept.append(layer.ssm.out_proj.output)
+                kept.append(layer.ssm.output)
+            kept.save()
+        assert [value.shape[:2] for value in kept] == [(1, 1)] * 4
 
 
 def test_hooks_may_come_and_go(again: list[Any]) -> None:
@@ -322,7 +381,7 @@ def test_a_copy_has_no_notes(copied: Callable[[Any], Any], again: list[Any]) -> 
         other.norm.variance_epsilon = 0.5
         for _ in range(3):
             assert not torch.allclose(other(hidden), expected)
-        assert b"repeated" not in pickle.dumps(block)
+        assert repeated.__name__.encode() not in pickle.dumps(block)
 
 
 def test_notes_keep_no_model_and_no_old_weight() -> None:

@@ -11,7 +11,7 @@ import os
 import threading
 import weakref
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from transformers.activations import SiLUActivation
 from ..scan.cpu.captured import Capture, Replay
 from ..scan.linear import most_vectors
 from ..scan.noting import notes, under_a_mode
+from ..scan.recompute import in_memory
 from ..tracing import forward_of
 from .carried import Anew, Begun, Lent
 from .offers import SiteModule
@@ -80,7 +81,8 @@ class Notes(threading.local):
         if self.state is None or not self.state.holds() or len(self.again) >= KINDS:
             self.in_vain += bool(self.again) and not any(again and again.used for again in self.again.values())
             self.again.clear()
-            self.state = State(module) if can_be_repeated(module) else None
+            use = self.in_vain < IN_VAIN and can_be_repeated(module)
+            self.state = State(module) if use else None
         return self.state is not None
 
 
@@ -88,7 +90,7 @@ def how_called(value: Tensor, past: Any) -> tuple[Any, ...] | None:
     """What of a call decides what a module does for an input [B,L,D]; ``None`` for a call that is not noted."""
     if type(past) not in (Anew, Begun, Lent) or value.numel() > most_vectors() * value.shape[-1]:
         return None
-    if under_a_mode() or notes.listener is not None or not value.is_contiguous():
+    if under_a_mode() or notes.listener is not None or not (value.is_contiguous() and in_memory(value)):
         return None
     shapes = [each.shape for each in past.memory()] if type(past) is Lent else []
     others = torch.get_num_threads(), torch.is_inference_mode_enabled(), os.getpid()  # no thread survives a fork
@@ -124,11 +126,12 @@ def noted(module: nn.Module, value: Tensor, past: Any, run: Callable[[], Tensor]
             kept.seen.clear()
         kept.seen.add(called)
         return run()
-    if kept.in_vain >= IN_VAIN or not kept.begin(module) or called in kept.again:
+    if not kept.begin(module) or called in kept.again:
         return run()
     with Capture() as capture:
         out = run()
-    again = Repeated(capture, value, past, out, [tensor for _, _, tensor in tensors_of(module) if tensor is not None])
+    fixed = [*module.parameters(), *module.buffers()]
+    again = Repeated(capture, value, past, out, fixed)
     kept.again[called] = None if again.replay.refused else again
     return out
 
@@ -157,40 +160,80 @@ class Repeated:
         return out
 
 
+class Part(NamedTuple):
+    """What a module was, itself and without those inside.
+
+    Attributes:
+        module: a reference to it.
+        kind, forward: its class, and what calling it runs.
+        names, settings, lists: of its own attributes all names, those that say how it computes, and lists with copies.
+        inner: its modules by name, as references.
+        tensors: its parameters and buffers: group, name, reference, address, shape and dtype.
+        lacking: groups and names of those that are ``None``, such as the bias of a linear layer without any.
+    """
+
+    module: Any
+    kind: Any
+    forward: Any
+    names: list[str]
+    settings: list[tuple[str, Any]]
+    lists: list[tuple[str, list[Any], list[Any]]]
+    inner: list[tuple[str, Any]]
+    tensors: list[tuple[str, str, Any, int, Any, Any]]
+    lacking: list[tuple[str, str]]
+
+
 class State:
-    """What a module is: all that decides what it computes.
+    """What a module is: all that decides what it computes. It keeps no module and no tensor alive.
 
     Args:
         module: a mixer or a block.
     """
 
     def __init__(self, module: nn.Module) -> None:
-        inner = [*inner_modules(module)]
-        self.modules = [(*each, forward_of(each[2], type(each[2]))) for each in inner]
-        owners = [module, *(each for _, _, each in inner if made_here(type(each)))]
-        self.settings = [(vars(owner), len(vars(owner)), settings_of(owner)) for owner in owners]
-        self.tensors: list[tuple[Any, ...]] = [
-            (group, name, weakref.ref(tensor), tensor.data_ptr(), tensor.shape, tensor.dtype)
-            for group, name, tensor in tensors_of(module)
-            if tensor is not None
-        ]
-        self.lacking = [(group, name) for group, name, tensor in tensors_of(module) if tensor is None]
+        self.parts = [part_of(each) for each in (module, *(inner for _, _, inner in inner_modules(module)))]
 
     def holds(self) -> bool:
         """Whether the module still is that."""
-        for group, name, module, forward in self.modules:
-            if group.get(name) is not module or forward_of(module, type(module)) is not forward:
+        for reference, kind, forward, names, settings, lists, inner, tensors, lacking in self.parts:
+            module = reference()
+            if module is None or type(module) is not kind or [*(own := vars(module))] != names:
                 return False
-        for own, count, settings in self.settings:
-            if len(own) != count or any(own.get(name) is not value for name, value in settings):
+            if forward is not None and forward_of(module, kind) is not forward:
                 return False
-        for group, name, reference, address, shape, dtype in self.tensors:
-            tensor = reference()
-            if tensor is None or tensor is not group.get(name) or tensor.data_ptr() != address:
+            for name, value in settings:
+                if own.get(name) is not value:
+                    return False
+            if any(own.get(name) is not value or value != copy for name, value, copy in lists):
                 return False
-            if tensor.shape != shape or tensor.dtype is not dtype or not tensor.is_contiguous():
+            for name, each in inner:
+                if own["_modules"].get(name) is not each():
+                    return False
+            for group, name, each, address, shape, dtype in tensors:
+                tensor = each()
+                if tensor is None or tensor is not own[group].get(name) or tensor.data_ptr() != address:
+                    return False
+                if tensor.shape != shape or tensor.dtype is not dtype or not tensor.is_contiguous():
+                    return False
+            if any(own[group].get(name) is not None for group, name in lacking):
                 return False
-        return all(group.get(name) is None for group, name in self.lacking)
+        return True
+
+
+def part_of(module: nn.Module) -> Part:
+    """What a module is, itself."""
+    own, kind, found = vars(module), type(module), [*tensors_of(module)]
+    return Part(
+        weakref.ref(module),
+        kind,
+        forward_of(module, kind),  # hooks on a block itself are run by whoever calls it
+        [*own],
+        [(name, value) for name, value in own.items() if isinstance(value, SETTINGS)],
+        [(name, value, value[:]) for name, value in own.items() if isinstance(value, list)],
+        [(name, weakref.ref(inner)) for group, name, inner in inner_modules(module) if group is module._modules],
+        [(*at, weakref.ref(t), t.data_ptr(), t.shape, t.dtype) for *at, t in found if t is not None],
+        [(group, name) for group, name, tensor in found if tensor is None],
+    )
 
 
 def inner_modules(module: nn.Module) -> Iterator[tuple[dict[str, Any], str, nn.Module]]:
@@ -206,19 +249,10 @@ def names_inside(module: nn.Module) -> list[str]:
     return [name for group, name, _ in inner_modules(module) if group is module._modules]
 
 
-def tensors_of(module: nn.Module) -> Iterator[tuple[dict[str, Any], str, Any]]:
-    """The parameters and buffers of a module and those inside, each with the dictionary that has it by name.
-
-    ``None`` stands for one that there might be, such as the bias of a linear layer without any.
-    """
-    for owner in (module, *(inner for _, _, inner in inner_modules(module))):
-        for group in (owner._parameters, owner._buffers):
-            yield from ((group, name, tensor) for name, tensor in group.items())
-
-
-def settings_of(module: nn.Module) -> list[tuple[str, Any]]:
-    """The numbers and words among a module's own attributes."""
-    return [(name, value) for name, value in vars(module).items() if isinstance(value, SETTINGS)]
+def tensors_of(module: nn.Module) -> Iterator[tuple[str, str, Any]]:
+    """The parameters and buffers of a module, by group and name; ``None`` for one that there might be."""
+    for group in ("_parameters", "_buffers"):
+        yield from ((group, name, tensor) for name, tensor in vars(module)[group].items())
 
 
 def can_be_repeated(module: nn.Module) -> bool:

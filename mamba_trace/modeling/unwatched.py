@@ -224,7 +224,10 @@ def output(mixer: Any, nobody: Nobody, hidden_states: Tensor, past: Anew | Stopp
     if positions >= hidden_states.shape[1]:
         run = functools.partial(of_stretch, mixer, nobody, hidden_states, past)
         again = repeated(mixer, hidden_states, past)
-        out = noted(mixer, hidden_states, past, run) if again is None else again
+        if again is None:
+            out = noted(mixer, hidden_states, past, run)
+        else:
+            out, nobody.passed_by = again, dict.fromkeys(names_inside(mixer))
     else:
         out = torch.empty_like(hidden_states, memory_format=torch.contiguous_format)
         for part, stretch in zip(out.split(positions, 1), hidden_states.split(positions, 1), strict=True):

@@ -209,9 +209,9 @@ def conv_update(x_in: Tensor, weight: Tensor, bias: Tensor | None, columns: Tens
         columns: those before [B,channels,K], which become those up to this position, in place.
     """
     out, width = torch.empty_like(x_in, memory_format=torch.contiguous_format), x_in.shape[-1]
-    bias = x_in.new_zeros(width) if bias is None else as_dense(bias)
-    arrays = {"x_in": x_in[:, 0], "columns": columns, "weight": as_dense(weight), "bias": bias, "out": out[:, 0]}
-    team.run(kernels_in(".conv").update, team.pieces(len(x_in), -(-width // 4)), **arrays)
+    biased: Any = {"biased": int(bias is not None), "bias": None if bias is None else as_dense(bias)}
+    arrays = {"x_in": x_in[:, 0], "columns": columns, "weight": as_dense(weight), "out": out[:, 0]}
+    team.run(kernels_in(".conv").update, team.pieces(len(x_in), -(-width // 4)), **arrays, **biased)
     return out
 
 
@@ -259,7 +259,8 @@ def _run_conv(
         activate=int(activate),
         x_in=given,
         weight=as_dense(weight),
-        bias=x_in.new_zeros(width, dtype=torch.float32) if bias is None else as_dense(bias),
+        biased=int(bias is not None),
+        bias=None if bias is None else as_dense(bias),
         out=out,
         **others,
     )

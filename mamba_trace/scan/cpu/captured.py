@@ -94,7 +94,7 @@ class Capture(TorchDispatchMode):
             return self._made(result)
         if function.is_view:
             return result
-        into = getattr(function.overloadpacket, "out", None)
+        into = writing(function)
         if args and result is args[0]:  # in place
             self.steps.append(Operation(function, args, kwargs))
         elif isinstance(result, Tensor) and into is not None:
@@ -106,6 +106,15 @@ class Capture(TorchDispatchMode):
     def _made(self, tensor: Tensor) -> Tensor:
         self.made[memory(tensor)] = tensor
         return tensor
+
+
+def writing(function: Any) -> Any:
+    """The operation that writes what ``function`` returns into a tensor, and takes what that takes; or ``None``."""
+    into = getattr(function.overloadpacket, "out", None)
+    if into is None:
+        return None
+    own, its = ([argument.name for argument in each._schema.arguments] for each in (function, into))
+    return into if its == [*own, "out"] else None
 
 
 def ends_alike(one: Any, other: Any) -> bool:
@@ -182,6 +191,7 @@ class Replay:
                 self._end(row)
                 self.steps.append(self._operation(step))
         self._end(row)
+        del self._moving, self._roots, self._made, self._there, self._kept, self._offsets
 
     def _place_made(self) -> None:
         # What only kernels look at need not stay in the memory that it was made in.
@@ -195,7 +205,7 @@ class Replay:
 
     def _end(self, row: list[Any]) -> None:
         if row and not self.refused:
-            self.steps.append(kernels_in(".several").Row(row[:]))
+            self.steps.append(kernels_in(".several").Together(row[:]))
         row.clear()
 
     def _operation(self, step: Operation) -> Operation:

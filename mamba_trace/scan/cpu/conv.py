@@ -14,21 +14,21 @@ from .vectors import silu
 
 IN_RUNS = False  # whether a row is several runs, one behind the other
 FORWARD = BlockLayout(
-    "past activate started kept",
+    "past activate started kept biased",
     x_in=Buffer("batch length width", dense=1),
     before=Buffer("batch past width", when="started"),
     weight=Buffer("width taps"),
-    bias=Buffer("width"),
+    bias=Buffer("width", when="biased"),
     out=Buffer("batch length width"),
     columns=Buffer("batch width taps", when="kept"),
 )
 RUNS = FORWARD.but("before", starts=Buffer("runs past width"), begins=Buffer("runs"))
 UPDATE = BlockLayout(
-    "",
+    "biased",
     x_in=Buffer("batch width", dense=1),
     columns=Buffer("batch width taps"),
     weight=Buffer("width taps"),
-    bias=Buffer("width"),
+    bias=Buffer("width", when="biased"),
     out=Buffer("batch width"),
 )
 
@@ -39,12 +39,15 @@ def forward(data):  # type: ignore[no-untyped-def]
 
     ``taps``: K; ``past``: K - 1, the number of columns ``before`` x_in; ``started``: whether there are any, or zeros;
     ``activate``: whether to apply SiLU; ``kept``: whether to put the last K columns, those before x_in included, into
-    ``columns``. `IN_RUNS`: before the column ``begins[r]`` come ``starts[r]``, in all rows; none are kept.
+    ``columns``; ``biased``: whether there is a bias.
+
+    `IN_RUNS`: before the column ``begins[r]`` come ``starts[r]``, in all rows; none are kept.
     """
     p = arguments_at(data)
-    row = np.empty(p.width, np.float32)
+    row, bias = np.empty(p.width, np.float32), np.empty(p.width, np.float32)
     weight = np.empty((p.taps, p.width), np.float32)
     for e in range(p.width):
+        bias[e] = p.bias[e] if p.biased else np.float32(0.0)
         for k in range(p.taps):
             weight[k, e] = p.weight[e, k]
     while True:
@@ -64,11 +67,11 @@ def forward(data):  # type: ignore[no-untyped-def]
             if p.taps == 4 and t - first >= 3:  # the usual case in one pass
                 w0, w1, w2, w3 = weight[0], weight[1], weight[2], weight[3]
                 for e in range(p.width):
-                    total = p.bias[e] + w0[e] * x[t - 3, e] + w1[e] * x[t - 2, e]
+                    total = bias[e] + w0[e] * x[t - 3, e] + w1[e] * x[t - 2, e]
                     row[e] = total + w2[e] * x[t - 1, e] + w3[e] * x[t, e]
             else:
                 for e in range(p.width):
-                    row[e] = p.bias[e]
+                    row[e] = bias[e]
                 for k in range(p.taps):
                     source = t - p.past + k
                     if source >= first or p.started:
@@ -107,7 +110,7 @@ def update(data):  # type: ignore[no-untyped-def]
             break
         for b in range(p.batch * piece // p.pieces, p.batch * (piece + 1) // p.pieces):
             for e in range(p.width):
-                columns, total = p.columns[b, e], p.bias[e]
+                columns, total = p.columns[b, e], p.bias[e] if p.biased else np.float32(0.0)
                 for k in range(p.taps - 1):
                     columns[k] = columns[k + 1]
                     total += p.weight[e, k] * columns[k]

@@ -69,7 +69,7 @@ def forward(data):  # type: ignore[no-untyped-def]
 FIRST = LAYOUT.length
 
 
-class Row:
+class Together:
     """Kernels that are run one after the other.
 
     Args:
