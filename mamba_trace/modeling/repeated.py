@@ -32,7 +32,7 @@ PACKAGE = __name__.split(".")[0]
 #: The kinds of values among a module's own that say how it computes.
 SETTINGS = (bool, int, float, str, tuple, type(None))
 #: Of how many kinds of calls notes of a module are kept.
-KINDS = 8
+KINDS = 64
 #: How many kinds of calls are remembered at most, to tell which come again.
 SEEN = 256
 #: How often notes of a module may have been of no use.
@@ -78,12 +78,12 @@ class Notes(threading.local):
 
     def begin(self, module: nn.Module) -> bool:
         """Begin to take notes of one more call, unless they would be of no use."""
-        if self.state is None or not self.state.holds() or len(self.again) >= KINDS:
+        if self.state is None or not self.state.holds():
             self.in_vain += bool(self.again) and not any(again and again.used for again in self.again.values())
             self.again.clear()
             use = self.in_vain < IN_VAIN and can_be_repeated(module)
             self.state = State(module) if use else None
-        return self.state is not None
+        return self.state is not None and len(self.again) < KINDS
 
 
 def how_called(value: Tensor, past: Any) -> tuple[Any, ...] | None:
@@ -160,7 +160,7 @@ class Repeated:
         return out
 
 
-class Part(NamedTuple):
+class Before(NamedTuple):
     """What a module was, itself and without those inside.
 
     Attributes:
@@ -220,10 +220,10 @@ class State:
         return True
 
 
-def part_of(module: nn.Module) -> Part:
+def part_of(module: nn.Module) -> Before:
     """What a module is, itself."""
     own, kind, found = vars(module), type(module), [*tensors_of(module)]
-    return Part(
+    return Before(
         weakref.ref(module),
         kind,
         forward_of(module, kind),  # hooks on a block itself are run by whoever calls it

@@ -143,7 +143,7 @@ def memory(tensor: Tensor) -> int:
 class Scratch(threading.local):
     """The memory that a thread's replays use for what they make on the way, one after the other."""
 
-    taken = torch.empty(0)
+    taken = torch.empty(0, device="cpu")
 
     def take(self, count: int) -> Tensor:
         """Memory for ``count`` numbers in float32, or more; it may hold anything."""
