@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from ..scan import cpu
 from ..scan.dispatch import SUITABLE
-from ..scan.linear import linear_into, most_vectors, multiplier
+from ..scan.linear import by_onednn, linear_into, most_vectors, multiplier
 from ..scan.recompute import transformed
 from ..scan.record import Call, recording
 from ..scan.room import Room
@@ -84,7 +84,7 @@ class Nobody:
             return returned
         self.passed_by[name] = None
         room = self.room if type(module) is nn.Linear and name != "out_proj" else None
-        if room is None or multiplier(value, module.weight, module.bias) is not None:
+        if room is None or multiplier(value, module.weight, module.bias) is by_onednn:
             run: Tensor = forward(module, value)
             return run
         out = room.take(name, (*value.shape[:-1], module.out_features), len(value))
