@@ -9,6 +9,7 @@ What is computed for a vector does not depend on the others.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from numba import types
@@ -17,7 +18,7 @@ from numba.extending import intrinsic
 
 from ..buffers import BlockLayout, Buffer
 from .compiled import arguments_at, kernel, next_piece
-from .vectors import INDEX, Total, addresses, ask_for, parts, store_totals
+from .vectors import INDEX, LANES, Total, Vectors, addresses, ask_for, store_totals
 
 FORWARD = BlockLayout(
     "biased",
@@ -55,15 +56,22 @@ def products(rows: int, lines: int) -> Any:
             ]
             rows_at = [beginning(builder.add(first, INDEX(k))) for k in range(rows)]
             sums = [[Total(builder) for _ in rows_at] for _ in vectors_at]
-            next_at = beginning(ahead)
-            for vectors, k in parts(builder, inner):
-                if vectors.lanes > 1:
-                    ask_for(builder, next_at, k)
-                numbers = [vectors.load(row, k) for row in rows_at]
+            next_at, vectors = beginning(ahead), Vectors(builder)
+
+            def add(load: Any, k: Any) -> None:
+                numbers = [load(row, k) for row in rows_at]
                 for totals, vector in zip(sums, vectors_at, strict=True):
-                    factor = vectors.load(vector, k)
+                    factor = load(vector, k)
                     for total, number in zip(totals, numbers, strict=True):
                         total.add(vectors, vectors.times(number, factor))
+
+            whole = builder.and_(inner, INDEX(-LANES))
+            with cgutils.for_range_slice(builder, INDEX(0), whole, INDEX(LANES)) as (k, _):
+                ask_for(builder, next_at, k)
+                add(vectors.load, k)
+            rest = builder.sub(inner, whole)
+            with builder.if_then(builder.icmp_signed("!=", rest, INDEX(0))):
+                add(functools.partial(vectors.load_first, rest), whole)
             for place, totals in enumerate(sums):
                 to = builder.add(builder.mul(builder.add(line, INDEX(place)), width), first)
                 store_totals(builder, totals, into, to)
