@@ -23,11 +23,18 @@ from transformers.cache_utils import LinearAttentionLayer
 from mamba_trace import MambaTrace
 from mamba_trace.errors import PromptError
 from mamba_trace.modeling import mixer as mixers
+from mamba_trace.modeling import repeated
 from mamba_trace.modeling import unwatched as unwatched_mixers
 from mamba_trace.modeling.mixer import HookableMixer
 from mamba_trace.scan import DUAL, SELECTIVE, cpu, reference
 
 FAMILIES = {"selective": SELECTIVE, "dual": DUAL}
+
+
+@pytest.fixture(autouse=True)
+def code_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers run their code each time, which is looked at here; `test_repeated` holds to it what they do without."""
+    monkeypatch.setattr(repeated, "how_called", lambda *_: None)
 
 
 def inputs(family: str, rows: int, length: int = 1) -> list[Tensor]:
