@@ -232,8 +232,8 @@ def test_an_edit_of_a_slice_leaves_the_rest(tiny, hf, tokens, path):
         value = place.output.save()
         logits = tiny.lm_head.output.save()
     same(value, expected[path])
-    # A row of the stream is left so small that its norm magnifies rounding: of twelve seeds of the weights the worst logit
-    # is off by 1e-4, and by as much where PyTorch multiplies.
+    # A row of the stream is left so small that its norm magnifies rounding: of twelve seeds of the weights the worst
+    # logit is off by 1e-4, and by as much where PyTorch multiplies.
     same(logits, expected["lm_head"], 1e-4)
 
 
