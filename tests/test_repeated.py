@@ -235,13 +235,20 @@ def test_a_convolution_may_have_no_bias(kind: str, again: list[Any]) -> None:
     assert again
 
 
-def test_an_input_may_stand_for_its_negative(again: list[Any]) -> None:
+@torch.no_grad()
+def repeating_block(again: list[Any]) -> tuple[Any, Tensor, Tensor]:
+    """A block that does again what it did, its input, and what it returns."""
     block = model_of("mamba").backbone.layers[0]
     hidden = torch.randn(1, 9, 12, generator=torch.Generator().manual_seed(0))
+    for _ in range(3):
+        expected = block(hidden)
+    assert again
+    return block, hidden, expected
+
+
+def test_an_input_may_stand_for_its_negative(again: list[Any]) -> None:
+    block, hidden, expected = repeating_block(again)
     with torch.no_grad():
-        for _ in range(3):
-            expected = block(hidden)
-        assert again
         torch.testing.assert_close(block(torch._neg_view(-hidden)), expected)
 
 
@@ -368,12 +375,8 @@ def test_a_child_process_begins_anew() -> None:
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deep", "pickled"])
 def test_a_copy_has_no_notes(copied: Callable[[Any], Any], again: list[Any]) -> None:
-    block = model_of("mamba").backbone.layers[0]
-    hidden = torch.randn(1, 9, 12, generator=torch.Generator().manual_seed(0))
+    block, hidden, expected = repeating_block(again)
     with torch.no_grad():
-        for _ in range(3):
-            expected = block(hidden)
-        assert again
         other, count = copied(block), len(again)
         assert torch.equal(other(hidden), expected)
         assert len(again) == count

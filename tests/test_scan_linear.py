@@ -23,6 +23,7 @@ from mamba_trace import MambaTrace
 from mamba_trace.modeling import repeated
 from mamba_trace.scan import linear as room
 from mamba_trace.scan.linear import linear, linear_into
+from mamba_trace.scan.noting import notes
 
 needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="PyTorch was built without oneDNN")
 pytestmark = needs_onednn
@@ -359,6 +360,20 @@ def test_what_the_compiled_loop_computes_of_a_vector_depends_on_that_alone(rows:
         wide = torch.cat((x, x), 1)[:, :inner]
         for one in range(rows):
             assert torch.equal(room.by_kernel(wide[one : one + 1], weight, bias)[0], found[one])
+
+
+@pytest.mark.parametrize("biased", [False, True], ids=["plain", "bias"])
+def test_its_block_is_the_one_that_the_layout_makes(biased: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight, bias = arguments((5, 8), 6)
+    blocks = []
+
+    def listener(kernel: Any, block: Any, pieces: int, given: Any) -> None:
+        blocks.append((block[:], kernel.layout.pack(pieces, given)))
+
+    monkeypatch.setattr(notes, "listener", listener)
+    room.by_kernel(torch.cat((x, x), 1)[:, :8], weight, bias if biased else None)
+    ((filled, packed),) = blocks
+    assert filled == packed
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])

@@ -37,8 +37,6 @@ KINDS = 64
 SEEN = 256
 #: How often notes of a module may have been of no use.
 IN_VAIN = 3
-
-
 #: Under this name a module keeps its notes.
 NOTES = "_mamba_trace_notes"
 
@@ -191,7 +189,7 @@ class State:
     """
 
     def __init__(self, module: nn.Module) -> None:
-        self.parts = [part_of(each) for each in (module, *(inner for _, _, inner in inner_modules(module)))]
+        self.parts = [part_of(each) for each in (module, *all_inside(module))]
 
     def holds(self) -> bool:
         """Whether the module still is that."""
@@ -230,23 +228,23 @@ def part_of(module: nn.Module) -> Before:
         [*own],
         [(name, value) for name, value in own.items() if isinstance(value, SETTINGS)],
         [(name, value, value[:]) for name, value in own.items() if isinstance(value, list)],
-        [(name, weakref.ref(inner)) for group, name, inner in inner_modules(module) if group is module._modules],
+        [(name, weakref.ref(inner)) for name, inner in right_inside(module).items()],
         [(*at, weakref.ref(t), t.data_ptr(), t.shape, t.dtype) for *at, t in found if t is not None],
         [(group, name) for group, name, tensor in found if tensor is None],
     )
 
 
-def inner_modules(module: nn.Module) -> Iterator[tuple[dict[str, Any], str, nn.Module]]:
-    """The modules inside of one that compute something, each with the dictionary that has it by name."""
-    for name, inner in module._modules.items():
-        if inner is not None and type(inner) is not SiteModule:
-            yield module._modules, name, inner
-            yield from inner_modules(inner)
+def right_inside(module: nn.Module) -> dict[str, nn.Module]:
+    """The modules right inside of one that compute something, by name."""
+    found = module._modules.items()
+    return {name: inner for name, inner in found if inner is not None and type(inner) is not SiteModule}
 
 
-def names_inside(module: nn.Module) -> list[str]:
-    """The names of the modules right inside of one that compute something."""
-    return [name for group, name, _ in inner_modules(module) if group is module._modules]
+def all_inside(module: nn.Module) -> Iterator[nn.Module]:
+    """Those, and the ones inside of them."""
+    for inner in right_inside(module).values():
+        yield inner
+        yield from all_inside(inner)
 
 
 def tensors_of(module: nn.Module) -> Iterator[tuple[str, str, Any]]:
@@ -257,7 +255,7 @@ def tensors_of(module: nn.Module) -> Iterator[tuple[str, str, Any]]:
 
 def can_be_repeated(module: nn.Module) -> bool:
     """Whether it is known what a mixer or a block does: nobody has replaced or hooked anything in it."""
-    inner = [inner for _, _, inner in inner_modules(module)]
+    inner = [*all_inside(module)]
     if not made_here(type(module)) or not all(map(forward_known, inner)):
         return False
     return not any(has_ways_of_its_own(owner) for owner in (module, *inner))

@@ -33,7 +33,7 @@ from .carried import Anew, InRuns, what_came_before
 from .discretisation import Discretisation
 from .offers import SITE_HOOKS, SITE_NAMES
 from .past import PastStates
-from .repeated import SILU, forward_known, names_inside, noted, repeated
+from .repeated import SILU, forward_known, noted, repeated, right_inside
 from .run_report import LayerRun
 from .starting import StartingRuns
 from .stopped import MoreIsWanted, Stopped
@@ -154,8 +154,8 @@ def of_block(
     assert past is not None
     past.ended()
     take_note_of_mask(visit.interleaver, attention_mask)
-    visit.pass_over(names_inside(block))
-    ran_unwatched(mixer, inside, mixer.begin(inside, length), length, names_inside(mixer))
+    visit.pass_over(right_inside(block))
+    ran_unwatched(mixer, inside, mixer.begin(inside, length), length, right_inside(mixer))
     return out
 
 
@@ -227,7 +227,7 @@ def output(mixer: Any, nobody: Nobody, hidden_states: Tensor, past: Anew | Stopp
         if again is None:
             out = noted(mixer, hidden_states, past, run)
         else:
-            out, nobody.passed_by = again, dict.fromkeys(names_inside(mixer))
+            out, nobody.passed_by = again, dict.fromkeys(right_inside(mixer))
     else:
         out = torch.empty_like(hidden_states, memory_format=torch.contiguous_format)
         for part, stretch in zip(out.split(positions, 1), hidden_states.split(positions, 1), strict=True):

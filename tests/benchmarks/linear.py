@@ -26,7 +26,7 @@ from mamba_trace.scan.linear import by_kernel, by_onednn, least_numbers, made_by
 
 #: Inputs and outputs: a tiny layer, one at the threshold, those of mamba-130m, an in_proj of mamba-1.4b and of 2.8b.
 SIZES = [(64, 256), (1536, 80), (256, 512), (768, 3072), (1536, 768), (768, 50280), (2048, 8192), (2560, 10240)]
-ROWS = [1, 4, 8, 20, 40, 128, 512]
+ROWS = [1, 4, 8, 20, 40, 64, 128, 512]
 BYTES = 64_000_000  # of weights that are multiplied in turn: more than any cache holds
 BESIDE = {"pytorch": "pytorch", "onednn": "pytorch", "kernel": "pytorch"}
 

@@ -182,7 +182,8 @@ class Replay:
         self.steps: list[Any] = []
         row: list[Any] = []
         operations = [step for step in capture.steps if isinstance(step, Operation)]
-        self._kept = {memory(t) for step in operations for t in (*step.args, *step.kwargs.values()) if is_tensor(t)}
+        given = [value for step in operations for value in (*step.args, *step.kwargs.values())]
+        self._kept = {memory(value) for value in given if isinstance(value, Tensor)}
         self._place_made()
         for step in capture.steps:
             if isinstance(step, Launch):
@@ -248,8 +249,3 @@ class Replay:
             given = [moving[arg.number] if type(arg) is Moving else arg for arg in args]
             named = {name: moving[arg.number] if type(arg) is Moving else arg for name, arg in kwargs.items()}
             function(*given, **named)
-
-
-def is_tensor(value: Any) -> bool:
-    """Whether a value is a tensor."""
-    return isinstance(value, Tensor)
