@@ -10,10 +10,12 @@ In Mamba-2 H=6, P=4 and G=2.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -181,6 +183,18 @@ def near(actual: Tensor, expected: Tensor, tolerance: float, what: str = "the va
     actual, expected = actual.detach().double(), expected.detach().double()
     error, largest = (float(t.abs().max()) if t.numel() else 0.0 for t in (actual - expected, expected))
     assert error <= tolerance * largest + smallest, f"{what}: off by {error:.1e}, the largest value being {largest:.1e}"
+
+
+@contextlib.contextmanager
+def multiplied_in(precision: str) -> Iterator[None]:
+    """A block in which PyTorch is told in what to multiply tensors in float32 on a CPU."""
+    onednn: Any = torch.backends.mkldnn
+    before = onednn.matmul.fp32_precision
+    onednn.matmul.fp32_precision = precision
+    try:
+        yield
+    finally:
+        onednn.matmul.fp32_precision = before
 
 
 #: The kernels of a layer in which nothing is wanted that they do not hand out.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import math
 import os
 import pickle
 import threading
@@ -13,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_hf
+from conftest import make_hf, multiplied_in
 from hybrid_models import PLAIN, make_hybrid
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -32,9 +33,11 @@ RUN_EACH_TIME = ("zamba",)
 
 @pytest.fixture(autouse=True)
 def many_vectors(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever the processor, the compiled loop multiplies as many vectors as on one of Intel."""
-    for module in (repeated, unwatched, linears):
-        monkeypatch.setattr(module, "most_vectors", lambda: linears.FEW)
+    """Whatever the processor, as many vectors are multiplied by the compiled loop, and by BLAS, as on one of Intel."""
+    monkeypatch.setattr(linears, "most_vectors", lambda: linears.FEW)
+    monkeypatch.setattr(linears, "least_numbers", lambda: math.inf)
+    for module in (repeated, unwatched):
+        monkeypatch.setattr(module, "most_noted", lambda: linears.MOST)
 
 
 @pytest.fixture
@@ -97,9 +100,25 @@ def same(module: Any, *prompts: Tensor) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_it_has_the_very_numbers_of_the_code(kind: str, rows: int, again: list[Any]) -> None:
     module = model_of(kind)
-    for seed, length in enumerate((9, 9, 9, 4, 1, 1, 1, 9, 4, 4, 70)):
+    for seed, length in enumerate((9, 9, 9, 4, 1, 1, 1, 9, 4, 4, 70, 70, 70)):
         same(module, tokens_of(rows, length, seed))
     assert bool(again) == (kind not in RUN_EACH_TIME)
+
+
+@pytest.mark.parametrize("kind", PURE)
+def test_linear_layers_are_multiplied_by_the_blas_of_pytorch(kind: str, again: list[Any], monkeypatch: Any) -> None:
+    monkeypatch.setattr(linears, "most_vectors", lambda: 1)
+    module = model_of(kind)
+    for seed, rows, length in ((0, 1, 9), (1, 1, 9), (2, 1, 9), (3, 3, 70), (4, 3, 70), (5, 3, 70)):
+        same(module, tokens_of(rows, length, seed))
+    kernels = {k for repeat in again for step in repeat.replay.steps for k, *_ in step.launches}
+    assert cpu.kernels_in(".blas").forward in kernels
+    counts = [len(again)]
+    for precision in ("bf16", "ieee"):
+        with multiplied_in(precision):
+            same(module, tokens_of(1, 9, 6))
+        counts.append(len(again))
+    assert counts[0] == counts[1] < counts[2], "who lets PyTorch round has it multiply"
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])

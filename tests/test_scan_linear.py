@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
-from conftest import TINY, make_hf, near
+from conftest import TINY, make_hf, multiplied_in, near
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
@@ -21,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mamba_trace import MambaTrace
 from mamba_trace.modeling import repeated
+from mamba_trace.scan import cpu
 from mamba_trace.scan import linear as room
 from mamba_trace.scan.linear import linear, linear_into
 from mamba_trace.scan.noting import notes
@@ -349,6 +350,26 @@ def test_only_so_many_vectors_are_multiplied_by_the_compiled_loop(multiplied, mo
     assert multiplied == [(1, 8), (1, 1, 8), (3, 8), (1, 3, 8), (4, 8), (1, 4, 8), (2, 2, 8)]
 
 
+@pytest.mark.skipif(not cpu.has_blas(), reason="PyTorch was built without MKL")
+@pytest.mark.parametrize("biased", [False, True], ids=["plain", "bias"])
+@pytest.mark.parametrize(("rows", "inner", "outputs"), [(1, 1, 1), (3, 8, 1), (9, 5, 17), (70, 24, 80), (130, 100, 33)])
+def test_the_blas_of_pytorch_computes_the_numbers_of_pytorch(rows, inner, outputs, biased) -> None:
+    x, weight, bias = arguments((rows, inner + 7), outputs)
+    bias = bias if biased else None
+    for each in (x[:, :inner], x[:, :inner].contiguous()[None], x[:1, :inner].expand(rows, -1)):
+        dense = weight[:, :inner].contiguous()
+        assert torch.equal(room.by_blas(each, dense, bias), F.linear(each.contiguous(), dense, bias))
+
+
+@pytest.mark.parametrize(("told", "ours"), [("ieee", True), ("none", True), ("bf16", False), ("tf32", False)])
+def test_who_lets_pytorch_round_has_pytorch_multiply(told, ours, multiplied) -> None:
+    given = arguments((3, 5, 8), 6)
+    with multiplied_in(told):
+        found, expected = linear(*given), F.linear(*given)
+    assert bool(multiplied) == ours
+    torch.testing.assert_close(found, expected)
+
+
 @pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 8, 9, 23, 128])
 def test_what_the_compiled_loop_computes_of_a_vector_depends_on_that_alone(rows: int) -> None:
     generator = torch.Generator().manual_seed(rows)
@@ -412,6 +433,7 @@ def test_the_documentation_says_what_is_multiplied_by_what() -> None:
     told = (DOCS / "kernels.md").read_text(encoding="utf-8").replace("\n", " ")
     assert f"a weight of {room.MANY:,} numbers or more" in told
     assert f"up to {room.FEW} vectors" in told
+    assert f"up to {room.MOST} tokens" in told
 
 
 @pytest.mark.parametrize(
@@ -431,6 +453,12 @@ def test_what_is_fastest_depends_on_the_processor(told, capability, vectors, num
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     assert (room.most_vectors.__wrapped__(), room.least_numbers.__wrapped__()) == (vectors, numbers)
+    monkeypatch.setattr(room, "least_numbers", lambda: numbers)
+    monkeypatch.setattr(room, "most_vectors", lambda: vectors)
+    for found, most in ((True, room.MOST if numbers == math.inf else vectors), (False, vectors)):
+        monkeypatch.setattr(cpu, "has_blas", lambda found=found: found)
+        assert room.most_noted.__wrapped__() == most
+    monkeypatch.undo()
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)
     assert room.least_numbers.__wrapped__() == math.inf
 
@@ -465,7 +493,7 @@ def test_every_linear_layer_of_a_model_is_multiplied_so(model_type, tokens, mult
     assert inner.shape[-1] == len(weight)
     monkeypatch.setattr(room, "least_numbers", lambda: math.inf)
     monkeypatch.setattr(room, "most_vectors", lambda: 0)
-    monkeypatch.setattr(repeated, "most_vectors", lambda: 0)
+    monkeypatch.setattr(repeated, "most_noted", lambda: 0)
     expected = products(model, tokens)
     assert len(multiplied) == 2 * count
     near(logits, expected.double(), 2e-6)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers.activations import SiLUActivation
 
 from ..scan.cpu.captured import Capture, Replay
-from ..scan.linear import most_vectors
+from ..scan.linear import most_noted, precision
 from ..scan.noting import notes, under_a_mode
 from ..scan.recompute import in_memory
 from ..tracing import forward_of
@@ -86,13 +86,13 @@ class Notes(threading.local):
 
 def how_called(value: Tensor, past: Any) -> tuple[Any, ...] | None:
     """What of a call decides what a module does for an input [B,L,D]; ``None`` for a call that is not noted."""
-    if type(past) not in (Anew, Begun, Lent) or value.numel() > most_vectors() * value.shape[-1]:
+    if type(past) not in (Anew, Begun, Lent) or value.numel() > most_noted() * value.shape[-1]:
         return None
     if under_a_mode() or notes.listener is not None or not (value.is_contiguous() and in_memory(value)):
         return None
     shapes = [each.shape for each in past.memory()] if type(past) is Lent else []
-    others = torch.get_num_threads(), torch.is_inference_mode_enabled(), os.getpid()  # no thread survives a fork
-    return type(past), past.begun, value.shape, *shapes, *others
+    others = torch.get_num_threads(), torch.is_inference_mode_enabled(), precision()
+    return type(past), past.begun, value.shape, *shapes, *others, os.getpid()  # no thread survives a fork
 
 
 def repeated(module: nn.Module, value: Tensor, past: Any) -> Tensor | None:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from ..scan import cpu
 from ..scan.dispatch import SUITABLE
-from ..scan.linear import by_onednn, linear_into, most_vectors, multiplier
+from ..scan.linear import by_onednn, linear_into, most_noted, multiplier
 from ..scan.recompute import transformed
 from ..scan.record import Call, recording
 from ..scan.room import Room
@@ -146,7 +146,7 @@ def of_block(
         run: runs it.
     """
     block, inside, length = visit.module, Visit(mixer), hidden_states.shape[1]
-    if hidden_states.numel() > most_vectors() * hidden_states.shape[-1] or inside.inside(mixer.__dict__[SITE_HOOKS]):
+    if hidden_states.numel() > most_noted() * hidden_states.shape[-1] or inside.inside(mixer.__dict__[SITE_HOOKS]):
         return run()
     past = before_kernels(mixer, hidden_states, cache, attention_mask)
     if (out := repeated(block, hidden_states, past)) is None:

@@ -4,7 +4,8 @@ PyTorch multiplies float32 by MKL wherever it has MKL. That is Intel's, and on a
 twice as long as oneDNN, which PyTorch also has and uses for the other dtypes. For few vectors, the tokens of a short
 prompt or a single one, either can take much longer than it takes to read the weight from memory: these are multiplied
 by a compiled loop of this package (`tests/benchmarks/linear.py`). All compute in float32, and add the products up in
-different orders.
+different orders. For somebody who takes note of the kernels that run, the library that PyTorch would take is called by
+one.
 """
 
 from __future__ import annotations
@@ -21,14 +22,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import cpu
-from .noting import under_a_mode
+from .noting import notes, under_a_mode
 from .recompute import differentiated, in_memory, transformed
 
 Multiplier = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
-
+#: What PyTorch calls the precision of float32 itself.
+FULL = ("none", "ieee")
 #: How many vectors the compiled loop multiplies in less time than MKL, on a processor of Intel with long registers.
 FEW = 64
+#: How many vectors are worth taking note of: with more of them the time of all but kernels does not matter.
+MOST = 512
 #: How many numbers a weight has that oneDNN multiplies in less time than MKL, on a processor of AMD.
 MANY = 2**17
 
@@ -67,6 +71,11 @@ def by_kernel(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return cpu.linear(x, weight, bias)
 
 
+def by_blas(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`linear` as PyTorch computes it, by a kernel; not differentiable."""
+    return cpu.linear_by_blas(x, weight, bias)
+
+
 def by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`linear` by oneDNN, for tensors that have memory of their own, on a CPU; not differentiable."""
     product: Tensor = torch.ops.mkldnn._linear_pointwise(x.flatten(0, -2), weight, bias, "none", [], "")
@@ -102,8 +111,8 @@ def multiplier(x: Tensor, weight: Tensor, bias: Tensor | None) -> Multiplier | N
     rows = x.numel() // weight.shape[-1] if numbers else 0
     if not isinstance(rows, int) or rows == 0:  # a symbol stands for any number
         return None
-    few, large = rows <= most_vectors(), numbers >= least_numbers()
-    if not (few or large):
+    few, large, noted = rows <= most_vectors(), numbers >= least_numbers(), notes.listener is not None
+    if not (few or large or noted):
         return None
     if any(t is not None and not (t.is_cpu and t.dtype is torch.float32) for t in (x, weight, bias)):
         return None
@@ -115,15 +124,26 @@ def multiplier(x: Tensor, weight: Tensor, bias: Tensor | None) -> Multiplier | N
     # Of a bias with gaps it would read what lies in the gaps, or behind the end.
     if not (bias is None or (bias.shape == weight.shape[:1] and bias.is_contiguous())):
         return None
-    few = few and weight.is_contiguous()
-    if not few and not (large and (weight.is_contiguous() or weight.t().is_contiguous())):
+    dense = weight.is_contiguous()
+    if not dense and not (large and weight.t().is_contiguous()):
         return None
-    # Autocast would round, and oneDNN can be switched off.
-    if torch.is_autocast_enabled("cpu") or under_a_mode():
+    # Both would round what is multiplied.
+    if torch.is_autocast_enabled("cpu") or precision() not in FULL:
         return None
-    if few and cpu.unavailable() is None:
+    if under_a_mode():
+        return None
+    if few and dense and cpu.unavailable() is None:
         return by_kernel
-    return by_onednn if large and torch.backends.mkldnn.enabled else None
+    if large and torch.backends.mkldnn.enabled:
+        return by_onednn
+    return by_blas if noted and dense else None
+
+
+def precision() -> str:
+    """In what PyTorch multiplies tensors in float32 on a CPU, if it has been told."""
+    onednn: Any = torch.backends.mkldnn
+    told: str = onednn.matmul.fp32_precision
+    return told
 
 
 @functools.cache
@@ -132,6 +152,13 @@ def most_vectors() -> int:
     if made_by_amd() or torch.backends.cpu.get_cpu_capability() != "AVX512":
         return 1  # nothing but memory decides how long one vector takes
     return FEW
+
+
+@functools.cache
+def most_noted() -> int:
+    """How many vectors at most are multiplied by kernels for somebody who takes note of what is computed."""
+    by_two = cpu.unavailable() is None and cpu.has_blas() and least_numbers() == math.inf
+    return MOST if by_two else most_vectors()
 
 
 @functools.cache

@@ -290,6 +290,22 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None = 
     return out
 
 
+def has_blas() -> bool:
+    """Whether `linear_by_blas` can run here."""
+    return kernels_in(".blas").sgemm() != 0
+
+
+def linear_by_blas(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`linear` of any number of vectors, as PyTorch multiplies them. Not differentiable."""
+    width, inner = weight.shape
+    vectors = x.reshape(-1, inner)
+    vectors = vectors if vectors.stride(1) == 1 and vectors.stride(0) >= inner else vectors.contiguous()
+    out, blas = vectors.new_empty(len(vectors), width), kernels_in(".blas")
+    arrays = {"x": vectors, "weight": weight, "bias": bias, "out": out}
+    team.run(blas.forward, 1, sgemm=blas.sgemm(), biased=int(bias is not None), **arrays)
+    return out.view(*x.shape[:-1], width)
+
+
 # -- number by number ----------------------------------------------------------------------------------------
 
 

@@ -146,9 +146,12 @@ class Scratch(threading.local):
     taken = torch.empty(0, device="cpu")
 
     def take(self, count: int) -> Tensor:
-        """Memory for ``count`` numbers in float32, or more; it may hold anything."""
+        """Memory for ``count`` numbers in float32, or more; it may hold anything.
+
+        It at least doubles, so that all that earlier replays keep is no more than it has now.
+        """
         if len(self.taken) < count:
-            self.taken = torch.empty(count, dtype=torch.float32, device="cpu")
+            self.taken = torch.empty(max(count, 2 * len(self.taken)), dtype=torch.float32, device="cpu")
         return self.taken
 
 

@@ -43,8 +43,9 @@ def products(data):  # type: ignore[no-untyped-def]
         piece = next_piece(data)
         if piece >= p.pieces:
             break
-        for n in range(p.width * piece // p.pieces, p.width * (piece + 1) // p.pieces):
-            for line in range(p.lines):
+        first, end = p.width * piece // p.pieces, p.width * (piece + 1) // p.pieces
+        for line in range(p.lines):
+            for n in range(first, end):
                 p.out[line, n] = p.one[line, n] + p.other[n] if SUM else p.one[line, n] * p.other[n]
 
 

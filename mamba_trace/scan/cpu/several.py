@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from array import array
 from typing import Any
 
@@ -14,6 +13,7 @@ from numba.extending import intrinsic
 from ..buffers import BlockLayout
 from . import team
 from .compiled import Kernel, arguments_at, kernel
+from .libraries import address_of
 from .vectors import INDEX, SHORT
 
 POINTER = ir.IntType(8).as_pointer()
@@ -80,7 +80,7 @@ class Together:
     def __init__(self, launches: list[tuple[Kernel, array[int], int]]) -> None:
         self.launches = launches
         threads = [min(torch.get_num_threads(), count) for _, _, count in launches]
-        parallel = ctypes.cast(team.openmp(), ctypes.c_void_p).value or 0  # type: ignore[arg-type]
+        parallel = address_of(team.openmp())
         self.at_once = bool(parallel) or max(threads) == 1
         numbers: list[int] = []
         for (run, block, _), each in zip(launches, threads, strict=True):

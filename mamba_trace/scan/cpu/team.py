@@ -11,15 +11,14 @@ import ctypes
 import functools
 import os
 from array import array
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..noting import notes
+from .libraries import loaded
 
 #: A piece with fewer steps than this is not worth a thread. A step is one position of 16 channels whose states
 #: have `D_STATE` numbers.
@@ -70,19 +69,13 @@ def launch(function: Any, block: array[int], count: int) -> None:
 
 
 @functools.cache
-def openmp() -> Callable[..., None] | None:
-    """GOMP_parallel(function, argument, threads, flags) of the OpenMP library that PyTorch has loaded."""
-    folder = Path(torch.__file__).parent
-    for library in (*folder.glob("lib/lib*omp*.so*"), *folder.parent.glob("torch.libs/lib*omp*.so*")):
-        try:
-            # Never a second OpenMP: only one that is in memory already.
-            parallel = ctypes.CDLL(str(library), mode=os.RTLD_NOLOAD | os.RTLD_NOW).GOMP_parallel
-        except (OSError, AttributeError):
-            continue
+def openmp() -> Any:
+    """GOMP_parallel(function, argument, threads, flags) of the OpenMP library that PyTorch has loaded, or ``None``."""
+    parallel = loaded("GOMP_parallel", "torch/lib/lib*omp*.so*", "torch.libs/lib*omp*.so*")
+    if parallel is not None:
         parallel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
         parallel.restype = None
-        return parallel
-    return None
+    return parallel
 
 
 @functools.cache

@@ -1,0 +1,71 @@
+"""A weight times vectors, as PyTorch multiplies them, by a kernel: PyTorch's BLAS, called by its address.
+
+So a linear layer is noted and done again like all else (`captured`), and its numbers are those of PyTorch.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from ..buffers import BlockLayout, Buffer
+from .compiled import arguments_at, kernel
+from .libraries import address_of, loaded
+from .vectors import FLOAT, INDEX, addresses
+
+FORWARD = BlockLayout(
+    "sgemm biased",
+    x=Buffer("lines inner", dense=1),
+    weight=Buffer("width inner"),
+    bias=Buffer("width", when="biased"),
+    out=Buffer("lines width"),
+)
+LETTER = ir.IntType(8)
+
+
+@intrinsic
+def multiply(typingctx, sgemm, x, weight, out, lines, inner, width, biased):  # type: ignore[no-untyped-def]
+    """out [lines,width] = x weight^T, added to out where it is ``biased``, by the function at ``sgemm``."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        sgemm, x, _, _, lines, inner, width, biased = args
+        kinds = signature.args[1:4]
+        vectors, weights, into = addresses(context, builder, kinds, args[1:4])
+        strides = context.make_array(kinds[0])(context, builder, value=x).strides
+        apart = builder.sdiv(cgutils.unpack_tuple(builder, strides)[0], INDEX(4))
+        place = functools.partial(cgutils.alloca_once_value, builder)
+        transposed, as_it_is = (place(LETTER(ord(letter))) for letter in "TN")
+        one, factor = place(FLOAT(1)), place(builder.sitofp(biased, FLOAT))
+        # Numbers of 64 bits are right for a BLAS that takes 32 as well: the lower half stands first.
+        m, n, k, ldb = map(place, (width, lines, inner, apart))
+        given = (transposed, as_it_is, m, n, k, one, weights, k, vectors, ldb, factor, into, m)
+        kind = ir.FunctionType(ir.VoidType(), [each.type for each in given])
+        builder.call(builder.inttoptr(sgemm, kind.as_pointer()), given)
+        return context.get_dummy_value()
+
+    index = types.int64
+    return types.void(index, x, weight, out, index, index, index, index), codegen
+
+
+@kernel(FORWARD)
+def forward(data):  # type: ignore[no-untyped-def]
+    """Multiply all vectors x by the weight, and add the bias if it is ``biased``. Result: out."""
+    p = arguments_at(data)
+    if p.biased:
+        for line in range(p.lines):
+            for row in range(p.width):
+                p.out[line, row] = p.bias[row]
+    multiply(p.sgemm, p.x, p.weight, p.out, p.lines, p.inner, p.width, p.biased)
+
+
+@functools.cache
+def sgemm() -> int:
+    """Where the function stands that PyTorch multiplies matrices in float32 by; 0 if it is not found."""
+    library = "torch/lib/libtorch_cpu.so"
+    return address_of(loaded("sgemm_", library)) if torch.backends.mkl.is_available() else 0
