@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import gc
 import math
 import os
 import re
@@ -209,6 +210,17 @@ def functions(run: LayerRun) -> list[str]:
 def layers_that_ran(model: MambaTrace) -> list[int]:
     """The layers that ran in the last forward call."""
     return [run.layer for run in model.last_run]
+
+
+def pytest_collection_finish() -> None:
+    """What has been imported stays to the end: tests that collect garbage need not look through it each time."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish() -> None:
+    """Let it go at the end."""
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True, scope="session")

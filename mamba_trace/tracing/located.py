@@ -7,7 +7,7 @@ from typing import Any
 from nnsight.intervention.eproperty import eproperty
 from nnsight.intervention.interleaver import Mediator
 from nnsight.intervention.util import first_input, replace_first_input
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import SiteValueError
 from .apart import keep_apart
@@ -73,6 +73,11 @@ class Traced(Guarded):
 
 class Part(Traced):
     """An envoy of this package below the model's own envoy."""
+
+    def __init__(self, module: nn.Module, *args: Any, rename: Any = None, **kwargs: Any) -> None:
+        # nnsight tries all names at each envoy, which takes longer than all else. They name what is below it.
+        super().__init__(module, *args, rename=rename if module._modules else None, **kwargs)
+        self._rename = rename
 
     def _meant(self, name: str) -> bool:
         # A user's class may have attributes of its own; the classes of this package have none to assign to.
