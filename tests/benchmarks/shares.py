@@ -1,7 +1,7 @@
-"""What a run spends its time on beside its matmuls: the compiled kernels, handing tensors to them, and the rest.
+"""What a run spends its time on beside its matmuls: other compiled kernels, and the rest.
 
-The same run is timed as it is, with kernels that are handed their tensors and do nothing, and with kernels that are not
-called at all. The rest is Python and PyTorch's small operations. The models are those of `forward`; a prompt is run
+The rest is Python and PyTorch's small operations, and where there are layers to be looked into, handing tensors to the
+kernels. The models are those of `forward`; a prompt is run
 untraced, and a generation as in `decode`. Of a grid, the shares are those of its three parts (`patching.phases`), of
 reads and a cache those of what a read consists of, and of a gradient those that PyTorch's profiler finds.
 
@@ -26,7 +26,8 @@ from patching import model_of, prompts
 
 from mamba_trace.modeling import stretches
 from mamba_trace.patching import logit_diff, patch_grid, phases
-from mamba_trace.scan.cpu import team
+from mamba_trace.scan.cpu import several, team
+from mamba_trace.scan.cpu.operators import kernels_in
 from mamba_trace.scan.linear import linear
 from mamba_trace.scan.recurrence import Selective
 
@@ -52,30 +53,34 @@ def seconds(run: Callable[[], Any]) -> float:
 
 
 def of_kernels(run: Callable[[], Any], matmuls: Callable[[], Any], repeats: int) -> dict[str, float]:
-    """The shares of a run, all in turn: matmuls, kernels, handing over, and the rest."""
-    own = team.run
+    """The shares of a run: matmuls, all in turn with it, other kernels, each with a clock around it, and the rest."""
+    launch, together = team.launch, several.Together.run
+    multiply = [kernels_in(module).forward.compiled for module in (".few_vectors", ".blas")]
+    spent = 0.0
 
-    def only_packs(kernel: Any, count: int, **given: Any) -> None:
-        kernel.layout.pack(count, given)
+    def timed(function: Any, *given: Any) -> None:
+        nonlocal spent
+        taken = seconds(lambda: launch(function, *given))
+        spent += 0 if function in multiply else taken
 
-    ways = {"all": own, "no kernels": only_packs, "no calls": lambda *_, **__: None}
-    found: dict[str, list[float]] = {"matmuls": []} | {way: [] for way in ways}
+    def one_by_one(self: several.Together) -> None:
+        for kernel, block, count in self.launches:
+            block[0] = 0
+            team.launch(kernel.compiled, block, count)
+
+    run()
+    found: dict[str, list[float]] = {"matmuls": [], "all": []}
     for _ in range(repeats):
         found["matmuls"].append(seconds(matmuls))
-        for way, function in ways.items():
-            team.run = function
-            try:
-                found[way].append(seconds(run))
-            finally:
-                team.run = own
+        found["all"].append(seconds(run))
+    team.launch, several.Together.run = timed, one_by_one
+    try:
+        whole = sum(seconds(run) for _ in range(repeats))
+    finally:
+        team.launch, several.Together.run = launch, together
     of = {name: median(times) for name, times in found.items()}
-    return {
-        "milliseconds": 1000 * of["all"],
-        "matmuls": of["matmuls"] / of["all"],
-        "kernels": 1 - of["no kernels"] / of["all"],
-        "handing over": (of["no kernels"] - of["no calls"]) / of["all"],
-        "rest": (of["no calls"] - of["matmuls"]) / of["all"],
-    }
+    shares = {"matmuls": of["matmuls"] / of["all"], "kernels": spent / whole}
+    return {"milliseconds": 1000 * of["all"], **shares, "rest": 1 - sum(shares.values())}
 
 
 def of_a_generation(plain: Any, model: Any, repeats: int) -> dict[str, float]:
