@@ -298,6 +298,29 @@ def test_a_users_envoy_may_be_a_sites_own_class(tiny_hf):
     assert type(model.layers[0].ssm.y) is Another
 
 
+class InOrder(Envoy):
+    """An envoy that hands nnsight's arguments on in their order."""
+
+    def __init__(self, module, path="model", interleaver=None, rename=None, envoys=None, parent=None):
+        super().__init__(module, path, interleaver, rename, envoys, parent)
+
+
+def test_a_users_envoy_may_hand_its_arguments_on_in_their_order(tiny_hf, tokens):
+    model = MambaTrace(tiny_hf(), envoys=InOrder, rename={"in_proj": "expand"})
+    assert isinstance(model.layers[0].ssm.conv1d, InOrder)
+    assert model.layers[0].ssm.expand is model.layers[0].ssm.in_proj
+    assert torch.equal(model.run_with_cache(tokens)[0], MambaTrace(tiny_hf()).run_with_cache(tokens)[0])
+
+
+def test_a_position_may_have_a_name(tiny_hf, tokens):
+    model = MambaTrace(tiny_hf(), rename={"-1": "last"})
+    with torch.no_grad(), model.trace(tokens):
+        named = model.layers[1].ssm.h.last.output.save()
+    with torch.no_grad(), model.trace(tokens):
+        counted = model.layers[1].ssm.h[-1].output.save()
+    assert torch.equal(named, counted)
+
+
 @pytest.mark.parametrize("wrong", [5, {"mixer": 5}, {"mixer": torch.nn.Linear}, "mixer", [Envoy]], ids=str)
 def test_what_is_no_envoy(tiny_hf, wrong):
     with pytest.raises(SiteValueError, match=r"envoys= takes a subclass of nnsight's Envoy, or a dictionary"):

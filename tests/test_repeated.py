@@ -121,6 +121,39 @@ def test_linear_layers_are_multiplied_by_the_blas_of_pytorch(kind: str, again: l
     assert counts[0] == counts[1] < counts[2], "who lets PyTorch round has it multiply"
 
 
+@pytest.mark.parametrize("rank", [1, 700])
+def test_a_bias_is_added_when_pytorch_adds_it(rank: int, again: list[Any]) -> None:
+    module = MambaTrace(make_hf(time_step_rank=rank))._module
+    for seed in range(3):
+        same(module, tokens_of(1, 200, seed))
+    assert again
+
+
+@pytest.mark.parametrize("kind", ["falcon_h1", "zamba2"])
+def test_operations_write_into_the_memory_that_all_share(kind: str, again: list[Any]) -> None:
+    module = model_of(kind)
+    for length in (5, 9):
+        same(module, *(tokens_of(1, length, seed) for seed in range(3)))
+    operations = [
+        (repeat.replay, step)
+        for repeat in again
+        for step in repeat.replay.steps
+        if isinstance(step, captured.Operation)
+    ]
+    assert operations
+    for replay, (_, args, kwargs) in operations:
+        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+        assert all(captured.memory(tensor) == captured.memory(replay.scratch) for tensor in tensors)
+
+
+def test_pairs_that_end_alike() -> None:
+    one, other = torch.rand(2, 3, 4), torch.rand(3, 4)
+    for pair in ((one, other), (one, other[None]), (one, one), (other, other[0]), (one, other[:1])):
+        assert captured.ends_alike(*pair)
+    for pair in ((other, one), (other[0], other[None, :1]), (one, other[:, :1]), (one, 2.0)):
+        assert not captured.ends_alike(*pair)
+
+
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize("openmp", [True, False], ids=["openmp", "pool"])
 @pytest.mark.parametrize("kind", ["mamba", "mamba2"])

@@ -60,6 +60,8 @@ class SiteEnvoy(NotAValue, Located):
 class StateEnvoy(SiteEnvoy):
     """The site with positions: ``h`` is the whole trajectory, ``h[p]`` the state carried after token p."""
 
+    names_below = True  # its positions
+
     def __getitem__(self, position: Any) -> PositionEnvoy:
         """The place of the state after token ``position`` of this forward call; negative counts from the end.
 

@@ -74,9 +74,21 @@ class Traced(Guarded):
 class Part(Traced):
     """An envoy of this package below the model's own envoy."""
 
-    def __init__(self, module: nn.Module, *args: Any, rename: Any = None, **kwargs: Any) -> None:
+    #: Whether names may mean something below it though its module has nothing inside.
+    names_below = False
+
+    def __init__(
+        self,
+        module: nn.Module,
+        path: str = "model",
+        interleaver: Any = None,
+        rename: Any = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
         # nnsight tries all names at each envoy, which takes longer than all else. They name what is below it.
-        super().__init__(module, *args, rename=rename if module._modules else None, **kwargs)
+        tried = rename if module._modules or self.names_below else None
+        super().__init__(module, path, interleaver, tried, *args, **kwargs)
         self._rename = rename
 
     def _meant(self, name: str) -> bool:

@@ -302,7 +302,7 @@ def linear_by_blas(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     vectors = vectors if vectors.stride(1) == 1 and vectors.stride(0) >= inner else vectors.contiguous()
     out, blas = vectors.new_empty(len(vectors), width), kernels_in(".blas")
     arrays = {"x": vectors, "weight": weight, "bias": bias, "out": out}
-    team.run(blas.forward, 1, sgemm=blas.sgemm(), biased=int(bias is not None), **arrays)
+    team.run(blas.forward, 1, sgemm=blas.sgemm(), biased=blas.when_biased(x, bias), **arrays)
     return out.view(*x.shape[:-1], width)
 
 

@@ -13,6 +13,7 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
+from torch import Tensor
 
 from ..buffers import BlockLayout, Buffer
 from .compiled import arguments_at, kernel
@@ -27,21 +28,23 @@ FORWARD = BlockLayout(
     out=Buffer("lines width"),
 )
 LETTER = ir.IntType(8)
+#: When a bias is added: it is what products are added to, or added to their sum.
+FIRST, LAST = 1, 2
 
 
 @intrinsic
-def multiply(typingctx, sgemm, x, weight, out, lines, inner, width, biased):  # type: ignore[no-untyped-def]
-    """out [lines,width] = x weight^T, added to out where it is ``biased``, by the function at ``sgemm``."""
+def multiply(typingctx, sgemm, x, weight, out, lines, inner, width, added):  # type: ignore[no-untyped-def]
+    """out [lines,width] = x weight^T, with ``added`` to what stands there, by the function at ``sgemm``."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        sgemm, x, _, _, lines, inner, width, biased = args
+        sgemm, x, _, _, lines, inner, width, added = args
         kinds = signature.args[1:4]
         vectors, weights, into = addresses(context, builder, kinds, args[1:4])
         strides = context.make_array(kinds[0])(context, builder, value=x).strides
         apart = builder.sdiv(cgutils.unpack_tuple(builder, strides)[0], INDEX(4))
         place = functools.partial(cgutils.alloca_once_value, builder)
         transposed, as_it_is = (place(LETTER(ord(letter))) for letter in "TN")
-        one, factor = place(FLOAT(1)), place(builder.sitofp(biased, FLOAT))
+        one, factor = place(FLOAT(1)), place(builder.uitofp(added, FLOAT))
         # Numbers of 64 bits are right for a BLAS that takes 32 as well: the lower half stands first.
         m, n, k, ldb = map(place, (width, lines, inner, apart))
         given = (transposed, as_it_is, m, n, k, one, weights, k, vectors, ldb, factor, into, m)
@@ -50,18 +53,29 @@ def multiply(typingctx, sgemm, x, weight, out, lines, inner, width, biased):  # 
         return context.get_dummy_value()
 
     index = types.int64
-    return types.void(index, x, weight, out, index, index, index, index), codegen
+    return types.void(index, x, weight, out, index, index, index, types.boolean), codegen
 
 
 @kernel(FORWARD)
 def forward(data):  # type: ignore[no-untyped-def]
-    """Multiply all vectors x by the weight, and add the bias if it is ``biased``. Result: out."""
+    """Multiply all vectors x by the weight. Result: out, to which the bias is added `FIRST` or `LAST`."""
     p = arguments_at(data)
-    if p.biased:
+    if p.biased == FIRST:
         for line in range(p.lines):
             for row in range(p.width):
                 p.out[line, row] = p.bias[row]
-    multiply(p.sgemm, p.x, p.weight, p.out, p.lines, p.inner, p.width, p.biased)
+    multiply(p.sgemm, p.x, p.weight, p.out, p.lines, p.inner, p.width, p.biased == FIRST)
+    if p.biased == LAST:
+        for line in range(p.lines):
+            for row in range(p.width):
+                p.out[line, row] += p.bias[row]
+
+
+def when_biased(x: Tensor, bias: Tensor | None) -> int:
+    """Whether PyTorch adds a bias to what it multiplies, and when, which decides how sums are rounded."""
+    if bias is None:
+        return 0
+    return FIRST if x.dim() == 2 or x.is_contiguous() else LAST
 
 
 @functools.cache

@@ -122,6 +122,8 @@ def ends_alike(one: Any, other: Any) -> bool:
     if not all(isinstance(tensor, Tensor) and tensor.dtype is torch.float32 for tensor in (one, other)):
         return False
     shape, end = tuple(one.shape), tuple(other.shape)
+    if len(end) > len(shape):
+        return False
     while len(end) > 1 and end[0] == 1:
         end = end[1:]
     if not end or len(end) > len(shape) or shape[-len(end) :] != end or not one.numel() or not other.is_contiguous():
@@ -151,7 +153,8 @@ class Scratch(threading.local):
         It at least doubles, so that all that earlier replays keep is no more than it has now.
         """
         if len(self.taken) < count:
-            self.taken = torch.empty(max(count, 2 * len(self.taken)), dtype=torch.float32, device="cpu")
+            with torch.inference_mode(False):  # so that it may be written in any mode
+                self.taken = torch.empty(max(count, 2 * len(self.taken)), dtype=torch.float32, device="cpu")
         return self.taken
 
 
@@ -184,9 +187,6 @@ class Replay:
         self.places: list[tuple[array[int], int, int, int]] = []
         self.steps: list[Any] = []
         row: list[Any] = []
-        operations = [step for step in capture.steps if isinstance(step, Operation)]
-        given = [value for step in operations for value in (*step.args, *step.kwargs.values())]
-        self._kept = {memory(value) for value in given if isinstance(value, Tensor)}
         self._place_made()
         for step in capture.steps:
             if isinstance(step, Launch):
@@ -195,17 +195,15 @@ class Replay:
                 self._end(row)
                 self.steps.append(self._operation(step))
         self._end(row)
-        del self._moving, self._roots, self._made, self._there, self._kept, self._offsets
+        del self._moving, self._roots, self._made, self._there, self._offsets
 
     def _place_made(self) -> None:
-        # What only kernels look at need not stay in the memory that it was made in.
+        # What is made on the way need not stay in the memory that it was made in.
         count, self._offsets = 0, dict[int, int]()
         for address, tensor in self._made.items():
-            if address not in self._kept:
-                self._offsets[address] = count
-                count += -(-tensor.untyped_storage().nbytes() // LINE) * LINE
+            self._offsets[address] = count
+            count += -(-tensor.untyped_storage().nbytes() // LINE) * LINE
         self.scratch = _scratch.take(count // 4)
-        self.kept = [self._made[address] for address in self._kept if address in self._made]
 
     def _end(self, row: list[Any]) -> None:
         if row and not self.refused:
@@ -223,9 +221,11 @@ class Replay:
         for number, tensor in enumerate(self._moving):
             if value is tensor:
                 return Moving(number)
-        if memory(value) not in self._made:
-            self.refused = self.refused or "an operation on a tensor that was there"
-        return value
+        offset = self._offsets.get(memory(value))
+        if offset is None or value.dtype is not torch.float32:
+            self.refused = self.refused or "an operation on a tensor that was there, or not in float32"
+            return value
+        return self.scratch.as_strided(value.shape, value.stride(), offset // 4 + value.storage_offset())
 
     def _launch(self, launch: Launch) -> tuple[Any, array[int], int]:
         kernel, block, pieces, tensors = launch
@@ -235,7 +235,7 @@ class Replay:
                 self.places.append((block, place, number, address - self._moving[number].data_ptr()))
             elif (offset := self._offsets.get(start)) is not None:
                 block[place] = self.scratch.data_ptr() + offset + address - start
-            elif start not in self._made and start not in self._there:
+            elif start not in self._there:
                 self.refused = self.refused or f"{name} was not there before"
         return kernel, block, pieces
 
