@@ -117,7 +117,7 @@ def unwatched(
     watched = visit.inside(mixer.__dict__[SITE_HOOKS])
     if watched and not may_stop(mixer, visit, hidden_states, cache):
         return None
-    if (past := before_kernels(mixer, hidden_states, cache, attention_mask)) is None:
+    if not is_plain(mixer) or (past := before_kernels(mixer, hidden_states, cache, attention_mask)) is None:
         return None
     nobody, length = Nobody(mixer, past.room), hidden_states.shape[1]
     if watched:
@@ -150,18 +150,21 @@ def of_block(
         return run()
     past = before_kernels(mixer, hidden_states, cache, attention_mask)
     if (out := repeated(block, hidden_states, past)) is None:
-        return noted(block, hidden_states, past, run)
+        return noted(block, hidden_states, past, run) if is_plain(mixer) else run()
     assert past is not None
     past.ended()
-    take_note_of_mask(visit.interleaver, attention_mask)
-    visit.pass_over(right_inside(block))
-    ran_unwatched(mixer, inside, mixer.begin(inside, length), length, right_inside(mixer))
+    passed_by: Iterable[str] = ()
+    if visit.tracing:
+        take_note_of_mask(visit.interleaver, attention_mask)
+        visit.pass_over(right_inside(block))
+        passed_by = right_inside(mixer)
+    ran_unwatched(mixer, inside, mixer.begin(inside, length), length, passed_by)
     return out
 
 
 def before_kernels(mixer: Any, hidden_states: Tensor, cache: Any, attention_mask: Tensor | None) -> Anew | None:
     """What came before a call of a mixer, as the kernels take it; ``None`` where the mixer has to run it."""
-    if torch.is_grad_enabled() or not suits(mixer, hidden_states) or not is_plain(mixer):
+    if torch.is_grad_enabled() or not suits(mixer, hidden_states):
         return None
     if attention_mask is not None and PastStates(mixer, cache, attention_mask, hidden_states).mask is not None:
         return None
