@@ -31,7 +31,7 @@ pytestmark = needs_onednn
 
 DOCS = Path(__file__).parent.parent / "tutorials" / "docs"
 #: The shape of x, and the number of outputs.
-SIZES = [((1, 7), 3), ((1, 1, 64), 96), ((3, 9, 24), 17), ((2, 3, 5, 8), 8), ((1, 300, 96), 40)]
+SIZES = [((1, 7), 5), ((1, 1, 64), 96), ((3, 9, 24), 17), ((2, 3, 5, 8), 8), ((1, 300, 96), 40)]
 
 
 @pytest.fixture(params=["onednn", "kernel"])
@@ -341,6 +341,14 @@ def test_a_small_weight_is_not_worth_a_call_of_onednn(way, multiplied, monkeypat
 
 
 @pytest.mark.parametrize("way", ["kernel"], indirect=True)
+def test_a_weight_of_fewer_rows_than_a_group_is_pytorchs(multiplied) -> None:
+    assert cpu.kernels_in(".few_vectors").ROWS == room.ROWS
+    for outputs in range(1, room.ROWS + 2):
+        linear(*arguments((3, 8), outputs))
+    assert len(multiplied) == 2
+
+
+@pytest.mark.parametrize("way", ["kernel"], indirect=True)
 def test_only_so_many_vectors_are_multiplied_by_the_compiled_loop(multiplied, monkeypatch) -> None:
     monkeypatch.setattr(room, "most_vectors", lambda: 4)
     for rows in (1, 3, 4, 5):
@@ -374,7 +382,7 @@ def test_who_lets_pytorch_round_has_pytorch_multiply(told, ours, multiplied) -> 
 @pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 8, 9, 23, 128])
 def test_what_the_compiled_loop_computes_of_a_vector_depends_on_that_alone(rows: int) -> None:
     generator = torch.Generator().manual_seed(rows)
-    for inner, outputs in ((1, 1), (15, 3), (16, 4), (48, 130), (100, 7), (1024, 9)):
+    for inner, outputs in ((1, 4), (15, 5), (16, 6), (48, 130), (100, 7), (1024, 9)):
         sizes = ((rows, inner), (outputs, inner), (outputs,))
         x, weight, bias = (torch.randn(size, generator=generator) for size in sizes)
         found = room.by_kernel(x, weight, bias)

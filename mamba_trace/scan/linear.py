@@ -31,6 +31,8 @@ Multiplier = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 FULL = ("none", "ieee")
 #: How many vectors the compiled loop multiplies in less time than MKL, on a processor of Intel with long registers.
 FEW = 64
+#: How many rows a weight has at least that the loop takes.
+ROWS = 4
 #: How many vectors are worth taking note of: with more of them the time of all but kernels does not matter.
 MOST = 512
 #: How many numbers a weight has that oneDNN multiplies in less time than MKL, on a processor of AMD.
@@ -111,7 +113,8 @@ def multiplier(x: Tensor, weight: Tensor, bias: Tensor | None) -> Multiplier | N
     rows = x.numel() // weight.shape[-1] if numbers else 0
     if not isinstance(rows, int) or rows == 0:  # a symbol stands for any number
         return None
-    few, large, noted = rows <= most_vectors(), numbers >= least_numbers(), notes.listener is not None
+    few, large = rows <= most_vectors() and len(weight) >= ROWS, numbers >= least_numbers()
+    noted = notes.listener is not None
     if not (few or large or noted):
         return None
     if any(t is not None and not (t.is_cpu and t.dtype is torch.float32) for t in (x, weight, bias)):

@@ -87,13 +87,13 @@ def forward(data):  # type: ignore[no-untyped-def]
             if p.kept and t == p.length - 1:
                 for k in range(p.taps):
                     source = t - p.past + k
-                    if source >= 0 or p.started:
-                        column = x[source] if source >= 0 else before[p.past + source]
-                        for e in range(p.width):
-                            p.columns[b, e, k] = column[e]
+                    if source < 0 and not p.started:
+                        row[:] = 0
+                        column = row
                     else:
-                        for e in range(p.width):
-                            p.columns[b, e, k] = np.float32(0.0)
+                        column = x[source] if source >= 0 else before[p.past + source]
+                    for e in range(p.width):
+                        p.columns[b, e, k] = column[e]
 
 
 forward_runs = Kernel(forward.function, RUNS, IN_RUNS=True)

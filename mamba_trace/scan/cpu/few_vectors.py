@@ -83,32 +83,34 @@ def products(rows: int, lines: int) -> Any:
     return multiply
 
 
-by_lines, by_line, single = products(ROWS, LINES), products(ROWS, 1), products(1, 1)
+by_lines, by_line = products(ROWS, LINES), products(ROWS, 1)
 
 
 @kernel(FORWARD)
 def forward(data):  # type: ignore[no-untyped-def]
-    """Multiply pieces of the weight's rows by all vectors, and add the bias if it is ``biased``. Result: out."""
+    """Multiply pieces of the weight's rows, of which there are `ROWS` or more, by all vectors, and add the bias if it is
+    ``biased``. Result: out.
+
+    Rows that are too few for a group are multiplied behind the last one, together with some of its rows, again.
+    """
     p = arguments_at(data)
-    groups = (p.width + ROWS - 1) // ROWS
+    groups = p.width // ROWS
     while True:
         piece = next_piece(data)
         if piece >= p.pieces:
             break
-        for group in range(groups * piece // p.pieces, groups * (piece + 1) // p.pieces):
-            first, line = ROWS * group, 0
-            if first + ROWS <= p.width:
-                ahead = min(first + ROWS, p.width - ROWS)
-                while line + LINES <= p.lines:
-                    by_lines(p.weight, first, ahead + min(line // LINES, ROWS - 1), p.x, line, p.inner, p.out, p.width)
-                    line += LINES
-                for last in range(line, p.lines):
-                    by_line(p.weight, first, first, p.x, last, p.inner, p.out, p.width)
-            else:
-                for line in range(p.lines):
-                    for row in range(first, p.width):
-                        single(p.weight, row, row, p.x, line, p.inner, p.out, p.width)
+        begin, end = groups * piece // p.pieces, groups * (piece + 1) // p.pieces
+        if end == groups and end > begin and p.width % ROWS:
+            end += 1
+        for group in range(begin, end):
+            first, line = min(ROWS * group, p.width - ROWS), 0
+            ahead = min(first + ROWS, p.width - ROWS)
+            while line + LINES <= p.lines:
+                by_lines(p.weight, first, ahead + min(line // LINES, ROWS - 1), p.x, line, p.inner, p.out, p.width)
+                line += LINES
+            for last in range(line, p.lines):
+                by_line(p.weight, first, first, p.x, last, p.inner, p.out, p.width)
             if p.biased:
                 for line in range(p.lines):
-                    for row in range(first, min(first + ROWS, p.width)):
+                    for row in range(first, first + ROWS):
                         p.out[line, row] += p.bias[row]
