@@ -88,10 +88,10 @@ by_lines, by_line = products(ROWS, LINES), products(ROWS, 1)
 
 @kernel(FORWARD)
 def forward(data):  # type: ignore[no-untyped-def]
-    """Multiply pieces of the weight's rows, of which there are `ROWS` or more, by all vectors, and add the bias if it is
-    ``biased``. Result: out.
+    """Multiply pieces of the weight's rows by all vectors, and add the bias if it is ``biased``. Result: out.
 
-    Rows that are too few for a group are multiplied behind the last one, together with some of its rows, again.
+    There are `ROWS` rows or more. Those that are too few for a group are multiplied behind the last group, with some of
+    its rows once more.
     """
     p = arguments_at(data)
     groups = p.width // ROWS
