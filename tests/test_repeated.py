@@ -126,7 +126,7 @@ def test_a_bias_is_added_when_pytorch_adds_it(rank: int, again: list[Any]) -> No
     module = MambaTrace(make_hf(time_step_rank=rank))._module
     for seed in range(3):
         same(module, tokens_of(1, 200, seed))
-    assert again
+    assert any(repeat.shape[1] == 200 for repeat in again)
 
 
 @pytest.mark.parametrize("kind", ["falcon_h1", "zamba2"])

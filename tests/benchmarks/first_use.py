@@ -1,4 +1,5 @@
-"""What the first use of the compiled scan costs: where it has to be compiled, and where it was before; and the import.
+"""What the first use of the compiled scan costs, where it has to be compiled and where it was before, the import and
+wrapping a model.
 
 python tests/benchmarks/first_use.py --json tests/benchmarks/first_use.json
 """
@@ -31,6 +32,10 @@ def measure(what, run):
 with torch.no_grad():
     measure("forward", lambda: model._module(tokens))
 measure("forward and backward", lambda: model._module(tokens).logits.sum().backward())
+from transformers import AutoModelForCausalLM
+model._module.config.num_hidden_layers = 24
+plain = AutoModelForCausalLM.from_config(model._module.config)
+measure("wrapping 24 layers", lambda: MambaTrace(plain))
 print(json.dumps(seconds))
 """
 

@@ -15,18 +15,13 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 from torch import Tensor
 
-from ..buffers import BlockLayout, Buffer
+from ..buffers import BlockLayout
+from . import few_vectors
 from .compiled import arguments_at, kernel
 from .libraries import address_of, loaded
-from .vectors import FLOAT, INDEX, addresses
+from .vectors import FLOAT, addresses, apart
 
-FORWARD = BlockLayout(
-    "sgemm biased",
-    x=Buffer("lines inner", dense=1),
-    weight=Buffer("width inner"),
-    bias=Buffer("width", when="biased"),
-    out=Buffer("lines width"),
-)
+FORWARD = BlockLayout("sgemm biased", **few_vectors.FORWARD.buffers)
 LETTER = ir.IntType(8)
 #: When a bias is added: it is what products are added to, or added to their sum.
 FIRST, LAST = 1, 2
@@ -40,13 +35,11 @@ def multiply(typingctx, sgemm, x, weight, out, lines, inner, width, added):  # t
         sgemm, x, _, _, lines, inner, width, added = args
         kinds = signature.args[1:4]
         vectors, weights, into = addresses(context, builder, kinds, args[1:4])
-        strides = context.make_array(kinds[0])(context, builder, value=x).strides
-        apart = builder.sdiv(cgutils.unpack_tuple(builder, strides)[0], INDEX(4))
         place = functools.partial(cgutils.alloca_once_value, builder)
         transposed, as_it_is = (place(LETTER(ord(letter))) for letter in "TN")
         one, factor = place(FLOAT(1)), place(builder.uitofp(added, FLOAT))
         # Numbers of 64 bits are right for a BLAS that takes 32 as well: the lower half stands first.
-        m, n, k, ldb = map(place, (width, lines, inner, apart))
+        m, n, k, ldb = map(place, (width, lines, inner, apart(context, builder, kinds[0], x)))
         given = (transposed, as_it_is, m, n, k, one, weights, k, vectors, ldb, factor, into, m)
         kind = ir.FunctionType(ir.VoidType(), [each.type for each in given])
         builder.call(builder.inttoptr(sgemm, kind.as_pointer()), given)

@@ -18,7 +18,7 @@ from numba.extending import intrinsic
 
 from ..buffers import BlockLayout, Buffer
 from .compiled import arguments_at, kernel, next_piece
-from .vectors import INDEX, LANES, Total, Vectors, addresses, ask_for, store_totals
+from .vectors import INDEX, LANES, Total, Vectors, addresses, apart, ask_for, store_totals
 
 FORWARD = BlockLayout(
     "biased",
@@ -31,8 +31,8 @@ ROWS = 4  # of the weight, in a group
 LINES = 4  # vectors that are multiplied at a time
 
 
-def products(rows: int, lines: int) -> Any:
-    """What multiplies some rows of a weight by some vectors, of which ``first`` and ``line`` are the first.
+def products(lines: int) -> Any:
+    """What multiplies `ROWS` rows of a weight by some vectors, of which ``first`` and ``line`` are the first.
 
     It asks for the row ``ahead`` on the way, and writes to ``out`` [lines,width].
     """
@@ -44,17 +44,14 @@ def products(rows: int, lines: int) -> Any:
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             weight, first, ahead, x, line, inner, out, width = args
             kinds = [signature.args[place] for place in (0, 3, 6)]
-            start, _, into = addresses(context, builder, kinds, (weight, x, out))
+            start, given, into = addresses(context, builder, kinds, (weight, x, out))
 
             def beginning(number: Any) -> Any:
                 return builder.gep(start, [builder.mul(number, inner)])
 
-            given = context.make_array(kinds[1])(context, builder, value=x)
-            step = builder.sdiv(cgutils.unpack_tuple(builder, given.strides)[0], INDEX(4))
-            vectors_at = [
-                builder.gep(given.data, [builder.mul(builder.add(line, INDEX(k)), step)]) for k in range(lines)
-            ]
-            rows_at = [beginning(builder.add(first, INDEX(k))) for k in range(rows)]
+            step = apart(context, builder, kinds[1], x)
+            vectors_at = [builder.gep(given, [builder.mul(builder.add(line, INDEX(k)), step)]) for k in range(lines)]
+            rows_at = [beginning(builder.add(first, INDEX(k))) for k in range(ROWS)]
             sums = [[Total(builder) for _ in rows_at] for _ in vectors_at]
             next_at, vectors = beginning(ahead), Vectors(builder)
 
@@ -83,7 +80,7 @@ def products(rows: int, lines: int) -> Any:
     return multiply
 
 
-by_lines, by_line = products(ROWS, LINES), products(ROWS, 1)
+by_lines, by_line = products(LINES), products(1)
 
 
 @kernel(FORWARD)

@@ -237,6 +237,12 @@ def addresses(context: Any, builder: Any, kinds: Any, arrays: Any) -> list[Any]:
     return [context.make_array(kind)(context, builder, value=a).data for kind, a in zip(kinds, arrays, strict=True)]
 
 
+def apart(context: Any, builder: Any, kind: Any, array: Any) -> Any:
+    """How many numbers lie between the beginnings of two lines of an array [lines,...]."""
+    strides = context.make_array(kind)(context, builder, value=array).strides
+    return builder.sdiv(cgutils.unpack_tuple(builder, strides)[0], INDEX(4))
+
+
 def ask_for(builder: Any, start: Any, index: Any) -> None:
     """Ask for a number of an array to be brought into the cache."""
     place = builder.bitcast(builder.gep(start, [index]), ir.IntType(8).as_pointer())
